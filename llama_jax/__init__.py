@@ -1,0 +1,1 @@
+"""llama-jax: Llama 3.1 with FP8 weights on JAX."""

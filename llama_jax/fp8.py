@@ -1,0 +1,77 @@
+"""What an FP8 weight is: e4m3fn codes, float32 scales, and value = code * scale.
+
+A quantised matrix is stored as Hugging Face stores matrices, (out, in), with a float32 scale per
+output row, or per 128x128 block of the matrix (edge blocks may be smaller). A checkpoint's single
+per-tensor scale becomes the same number in every row, which is exact.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import e4m3
+from pallas_kernels.fp8_matmul.reference import BLOCK, expand_scale
+
+ScaleLayout = Literal["row", "block"]
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How one parameter is stored: its dtype and, for float8_e4m3fn, which scales go with it.
+
+    `scale`: None, "row" or "block"; `input_scale`: a calibrated scale of the activations is there.
+    """
+
+    dtype: str
+    scale: ScaleLayout | None = None
+    input_scale: bool = False
+
+    def __post_init__(self) -> None:
+        quantized = self.dtype == "float8_e4m3fn"
+        if quantized != (self.scale is not None) or (self.input_scale and not quantized):
+            raise ValueError(f"scales go with float8_e4m3fn and with nothing else, got {self}")
+
+
+def scale_shape(shape: tuple[int, int], layout: ScaleLayout) -> tuple[int, ...]:
+    """Shape of the scales of an (out, in) matrix: (out,), or one per 128x128 block."""
+    rows, columns = shape
+    return (rows,) if layout == "row" else (-(-rows // BLOCK), -(-columns // BLOCK))
+
+
+def quantize(weight: Array, layout: ScaleLayout) -> tuple[Array, Array]:
+    """Quantise an (out, in) matrix symmetrically with scale = absmax / 448.
+
+    Returns the codes, float8_e4m3fn (out, in), and the float32 scales of `scale_shape`. Rows and
+    blocks of zeros get scale 1.
+    """
+    weight = weight.astype(jnp.float32)
+    rows, columns = weight.shape
+    if layout == "row":
+        scale = _scale_of(jnp.max(jnp.abs(weight), axis=1))
+    else:
+        padded = jnp.pad(weight, ((0, -rows % BLOCK), (0, -columns % BLOCK)))
+        blocks = padded.reshape(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
+        scale = _scale_of(jnp.max(jnp.abs(blocks), axis=(1, 3)))
+    return e4m3.cast(weight / expand_scale(scale, (rows, columns))), scale
+
+
+def dequantize(codes: Array, scale: Array) -> Array:
+    """code * scale in float32: the exact meaning of a quantised matrix, for tests and reports."""
+    return e4m3.load(codes) * expand_scale(scale, (codes.shape[0], codes.shape[1]))
+
+
+def quantize_per_token(x: Array) -> tuple[Array, Array]:
+    """Dynamic activation quantisation over the last axis, scale = absmax / 448.
+
+    x: [..., features]. Returns codes, float8_e4m3fn [..., features], and scales, float32 [..., 1];
+    a token of zeros gets scale 1.
+    """
+    x = x.astype(jnp.float32)
+    scale = _scale_of(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    return e4m3.cast(x / scale), scale
+
+
+def _scale_of(absmax: Array) -> Array:
+    return jnp.where(absmax > 0, absmax / e4m3.MAX, 1.0).astype(jnp.float32)

@@ -1,0 +1,88 @@
+"""The key/value cache: pools of pages, one pair per layer, and a table that says whose they are.
+
+Position p of row b lives in page `page_table[b, p // page_size]`, offset `p % page_size`. Nothing
+outside this file and `paged_attention` knows more than that, so who owns which page can change
+without the model noticing.
+"""
+
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from llama_jax.config import LlamaConfig
+from pallas_kernels import e4m3
+
+PAGE_SIZE = 64
+
+
+@struct.dataclass
+class KVCache:
+    """k, v: per layer [num_pages, page_size, num_kv_heads, head_dim], bfloat16, float32,
+    float8_e4m3fn or its int8 bits.
+
+    k_scale, v_scale: float32 [num_layers], what FP8 codes are multiplied by (1 otherwise).
+    page_table: int32 [batch, pages_per_row]; lengths: int32 [batch], tokens stored per row.
+    """
+
+    k: tuple[Array, ...]
+    v: tuple[Array, ...]
+    k_scale: Array
+    v_scale: Array
+    page_table: Array
+    lengths: Array
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row has room for."""
+        return self.page_table.shape[1] * self.k[0].shape[1]
+
+
+def init_cache(
+    config: LlamaConfig,
+    batch_size: int,
+    max_seq_len: int,
+    dtype: jnp.dtype = jnp.dtype(jnp.bfloat16),
+    kv_scales: Array | None = None,
+) -> KVCache:
+    """An empty cache in which every row owns a run of pages long enough for `max_seq_len` tokens.
+
+    dtype: bfloat16, float32, float8_e4m3fn, or int8 for e4m3fn bit patterns (faster on a CPU).
+    kv_scales: float32 [num_layers, 2], the checkpoint's scales of k and v for an FP8 cache.
+    """
+    pages_per_row = -(-max_seq_len // PAGE_SIZE)
+    pool = (batch_size * pages_per_row, PAGE_SIZE, config.num_kv_heads, config.head_dim)
+    is_fp8 = dtype in (e4m3.DTYPE, jnp.int8)
+    if kv_scales is None or not is_fp8:
+        kv_scales = jnp.ones((config.num_layers, 2), jnp.float32)
+    return KVCache(
+        k=tuple(jnp.zeros(pool, dtype) for _ in range(config.num_layers)),
+        v=tuple(jnp.zeros(pool, dtype) for _ in range(config.num_layers)),
+        k_scale=jnp.array(kv_scales[:, 0]),
+        v_scale=jnp.array(kv_scales[:, 1]),
+        page_table=jnp.arange(pool[0], dtype=jnp.int32).reshape(batch_size, pages_per_row),
+        lengths=jnp.zeros(batch_size, jnp.int32),
+    )
+
+
+def bytes_per_token(config: LlamaConfig, dtype: jnp.dtype) -> int:
+    """Cache bytes that one token of one sequence takes over all layers."""
+    itemsize = jnp.dtype(dtype).itemsize
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+
+
+def write_pages(
+    pages: Array, new: Array, page_table: Array, starts: Array, lengths: Array, scale: Array
+) -> Array:
+    """Store the new tokens of each row: positions starts[b] to lengths[b] - 1.
+
+    pages: [num_pages, page_size, num_kv_heads, head_dim]; new: [batch, tokens, num_kv_heads,
+    head_dim]; page_table: int32 [batch, pages_per_row]. Tokens at or past lengths[b] are dropped.
+    """
+    num_pages, page_size = pages.shape[:2]
+    positions = starts[:, None] + jnp.arange(new.shape[1])
+    column = jnp.minimum(positions // page_size, page_table.shape[1] - 1)
+    page = jnp.take_along_axis(page_table, column, axis=1)
+    page = jnp.where(positions < lengths[:, None], page, num_pages)
+    if pages.dtype in (e4m3.DTYPE, jnp.int8):
+        new = e4m3.store(new.astype(jnp.float32) / scale, pages.dtype)
+    return pages.at[page, positions % page_size].set(new.astype(pages.dtype), mode="drop")

@@ -1,0 +1,49 @@
+"""The float8_e4m3fn number format: conversion both ways, and its bit patterns as int8.
+
+Format: OCP 8-bit floating point specification, E4M3: no infinity, NaN 0x7f / 0xff, maximum 448.
+
+XLA's CPU backend widens a float8 array as a whole before slicing it, and copies it for a bitcast.
+On that backend matrices and caches are therefore passed to compiled programs as int8 bit patterns
+of the same bytes (`as_bits`); every operation here accepts either dtype.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+DTYPE = jnp.float8_e4m3fn
+MAX = 448.0
+BITS_SCALE = 256.0
+
+
+def cast(x: Array) -> Array:
+    """Round to float8_e4m3fn, saturating at 448: JAX's own cast gives NaN above 464."""
+    return jnp.clip(x.astype(jnp.float32), -MAX, MAX).astype(DTYPE)
+
+
+def store(x: Array, dtype: jnp.dtype) -> Array:
+    """`cast`, as float8_e4m3fn or as the int8 bit patterns of it."""
+    codes = cast(x)
+    return codes if dtype == DTYPE else jax.lax.bitcast_convert_type(codes, jnp.int8)
+
+
+def load(codes: Array) -> Array:
+    """float8_e4m3fn, or int8 bit patterns of it, to the float32 values."""
+    return codes.astype(jnp.float32) if codes.dtype == DTYPE else from_bits(codes) * BITS_SCALE
+
+
+def from_bits(bits: Array) -> Array:
+    """int8 bit patterns of e4m3fn to their float32 values divided by `BITS_SCALE`.
+
+    The seven magnitude bits, shifted into a float16, keep every finite value, subnormals too, at
+    the cost of two integer instructions; callers fold `BITS_SCALE` into a scale of their own. The
+    NaN pattern reads as 480: loaders refuse NaN codes.
+    """
+    shifted = (bits.astype(jnp.int16) << 7) & jnp.int16(-16385)
+    return jax.lax.bitcast_convert_type(shifted, jnp.float16).astype(jnp.float32)
+
+
+def as_bits(codes: Array) -> Array:
+    """The same bytes seen as int8, without a copy on the CPU. Not for use inside jit."""
+    return jax.device_put(np.asarray(codes).view(np.int8), codes.sharding, may_alias=True)

@@ -1,0 +1,81 @@
+"""`fp8_matmul` as XLA runs it fast: on the tensor cores as FP8, elsewhere by blocks of rows.
+
+Two formulations:
+
+- FP8 activations and one scale per row: a float8 x float8 dot, which XLA's GPU backend hands to
+  cuBLASLt's FP8 matmul.
+- Everything else: a loop that widens `BLOCK_ROWS` rows of the weight, multiplies, and goes on, so
+  that no more than a block ever exists in a wider type.
+"""
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels import e4m3
+from pallas_kernels.fp8_matmul.reference import BLOCK, expand_scale
+
+BLOCK_ROWS = 512
+# From this many activation rows on, a bf16 matrix multiplication beats float32 on a CPU that has
+# bf16 dot products; below it, XLA's bf16 matrix-vector product is slow.
+MIN_ROWS_FOR_BF16 = 8
+
+
+def fp8_matmul(
+    x: Array, weight: Array, weight_scale: Array, x_scale: Array | None, out_dtype: jnp.dtype
+) -> Array:
+    if weight.dtype == e4m3.DTYPE and x.dtype == e4m3.DTYPE and weight_scale.ndim == 1:
+        y = lax.dot_general(
+            x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        y = y * weight_scale
+    else:
+        y = by_row_blocks(x, weight, weight_scale)
+    if x_scale is not None:
+        y = y * x_scale
+    return y.astype(out_dtype)
+
+
+def by_row_blocks(x: Array, weight: Array, weight_scale: Array | None) -> Array:
+    """x @ weight.T in float32, widening at most `BLOCK_ROWS` rows of the weight at a time.
+
+    x: [m, in]; weight: [out, in] of any float dtype or e4m3fn bits; weight_scale: as in
+    `fp8_matmul`, None for a weight without scales. Products are taken in bfloat16 for bfloat16
+    activations with enough rows, in float32 otherwise. Returns float32 [m, out].
+    """
+    rows = weight.shape[0]
+    in_bf16 = x.shape[0] >= MIN_ROWS_FOR_BF16 and x.dtype != jnp.float32
+    x = x.astype(jnp.bfloat16 if in_bf16 else jnp.float32)
+
+    def product(start: Array | int, count: int) -> Array:
+        w = lax.dynamic_slice_in_dim(weight, start, count)
+        unit = e4m3.BITS_SCALE if w.dtype == jnp.int8 else 1.0
+        w = e4m3.from_bits(w) if w.dtype == jnp.int8 else w.astype(jnp.float32)
+        if weight_scale is None:
+            return _dot(x, w)
+        if weight_scale.ndim == 1:
+            return _dot(x, w) * (lax.dynamic_slice_in_dim(weight_scale, start, count) * unit)
+        scale = lax.dynamic_slice_in_dim(weight_scale, start // BLOCK, -(-count // BLOCK))
+        return _dot(x, w * expand_scale(scale * unit, (count, weight.shape[1])))
+
+    block = min(BLOCK_ROWS, rows)
+    if block == rows:
+        return product(0, rows)
+
+    def body(i: Array, y: Array) -> Array:
+        start = i * block
+        return lax.dynamic_update_slice_in_dim(y, product(start, block), start, axis=1)
+
+    y = lax.fori_loop(0, rows // block, body, jnp.zeros((x.shape[0], rows), jnp.float32))
+    tail = rows % block
+    if tail:
+        y = lax.dynamic_update_slice_in_dim(y, product(rows - tail, tail), rows - tail, axis=1)
+    return y
+
+
+def _dot(x: Array, w: Array) -> Array:
+    """[m, k] x [n, k] -> float32 [m, n], products in x's dtype."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return lax.dot_general(
+        x, w.astype(x.dtype), (((1,), (1,)), ((), ())),
+        precision=precision, preferred_element_type=jnp.float32,
+    )  # fmt: skip
