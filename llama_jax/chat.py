@@ -1,9 +1,10 @@
 """A conversation becomes the prompt that the model was trained on.
 
-The checkpoint's own Jinja template is used where there is one, rendered as transformers renders it; otherwise Meta's
-format for the tokenizer's family. Either way the prompt is a list of pieces that are each either a special token that
-the format wrote, or text: text from messages and tools never becomes a special token. For a template this is done by
-putting a pair of private characters around the names of special tokens in what the user supplied, before rendering.
+The checkpoint's own Jinja template is used where there is one, rendered as transformers renders it;
+otherwise Meta's format for the tokenizer's family. Either way the prompt is a list of pieces that
+are each either a special token that the format wrote, or text: text from messages and tools never
+becomes a special token. For a template this is done by putting a pair of private characters around
+the names of special tokens in what the user supplied, before rendering.
 """
 
 import itertools
@@ -35,16 +36,18 @@ def render_chat(
     add_generation_prompt: bool = True,
     **template_kwargs: Any,
 ) -> str:
-    """The prompt as text, to look at. Give the model `encode_chat`: in text a special token that a user wrote looks like
-    one that the template wrote.
+    """The prompt as text, to look at. Give the model `encode_chat`: in text a special token that a
+    user wrote looks like one that the template wrote.
 
     Each message is a mapping with a "role" (one of `ROLES`) and a "content": a string or a list of
-    {"type": "text", "text": ...}, and for a tool's result any JSON value. An assistant message may have "tool_calls"
-    instead: `ToolCall`s or {"type": "function", "function": {"name", "arguments"}}. `tools` are functions or JSON
-    schemas (see `tool_schema`). `template_kwargs` reach the template (`date_string`, `builtin_tools`, ...); without a
-    template, Llama 3 takes `tool_prompt_format`: "json", "function_tag" or "python_list".
+    {"type": "text", "text": ...}, and for a tool's result any JSON value. An assistant message may
+    have "tool_calls" instead: `ToolCall`s or {"type": "function", "function": {"name",
+    "arguments"}}. `tools` are functions or JSON schemas (see `tool_schema`). `template_kwargs`
+    reach the template (`date_string`, `builtin_tools`, ...); without a template, Llama 3 takes
+    `tool_prompt_format`: "json", "function_tag" or "python_list".
 
-    Raises ValueError naming the message and field that cannot be used, ChatTemplateError from the template.
+    Raises ValueError naming the message and field that cannot be used, ChatTemplateError from the
+    template.
     """
     pieces = _pieces(tokenizer, messages, tools, add_generation_prompt, template_kwargs)
     return "".join(piece.text for piece in pieces)
@@ -60,8 +63,8 @@ def encode_chat(
 ) -> list[int]:
     """The prompt as token ids; arguments and errors as in `render_chat`.
 
-    Only what the template itself wrote becomes a special token. The prompt begins with exactly one begin-of-text,
-    whether the template writes it or not.
+    Only what the template itself wrote becomes a special token. The prompt begins with exactly one
+    begin-of-text, whether the template writes it or not.
     """
     ids: list[int] = []
     for piece in _pieces(tokenizer, messages, tools, add_generation_prompt, template_kwargs):
@@ -94,7 +97,8 @@ def _pieces(
     allowed = {"tool_prompt_format"} if tokenizer.kind == "tiktoken" else set()
     if unknown := sorted(template_kwargs.keys() - allowed):
         raise ValueError(
-            f"{unknown[0]}: this checkpoint has no chat template, and Meta's format takes no such argument"
+            f"{unknown[0]}: this checkpoint has no chat template, and Meta's format takes no such "
+            "argument"
         )
     names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
     if tokenizer.kind == "tiktoken":
@@ -109,7 +113,8 @@ def _pieces(
     for piece in pieces:
         if piece.special and piece.text not in tokenizer.special_tokens:
             raise ValueError(
-                f"no chat template, and the tokenizer lacks {piece.text} of Meta's format; add a chat_template.jinja"
+                f"no chat template, and the tokenizer lacks {piece.text} of Meta's format; add a "
+                "chat_template.jinja"
             )
     return pieces
 
@@ -168,7 +173,8 @@ def _one_bos(tokenizer: Tokenizer, pieces: list[Piece]) -> list[Piece]:
 
 
 def _check_messages(messages: Messages) -> list[dict[str, Any]]:
-    """The messages as plain data: text parts joined, tool calls in one form, everything else as given."""
+    """The messages as plain data: text parts joined, tool calls in one form, everything else as
+    given."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise ValueError(
             f'messages: expected a list of {{"role", "content"}}, got {type(messages).__name__}'
@@ -188,7 +194,8 @@ def _check_messages(messages: Messages) -> list[dict[str, Any]]:
         calls = message.get("tool_calls")
         if calls and role != "assistant":
             raise ValueError(
-                f"{where}: tool_calls: only an assistant message has them, this one is from {role!r}"
+                f"{where}: tool_calls: only an assistant message has them, this one is from "
+                f"{role!r}"
             )
         clean = {
             key: value for key, value in message.items() if key not in ("content", "tool_calls")
@@ -222,7 +229,8 @@ def _check_content(content: Any, role: str, where: str) -> Any:
         for index, part in enumerate(content):
             if not isinstance(part.get("text"), str):
                 raise ValueError(
-                    f"{where}[{index}]: text: expected a string, got {type(part.get('text')).__name__}"
+                    f"{where}[{index}]: text: expected a string, got "
+                    f"{type(part.get('text')).__name__}"
                 )
         return "".join(part["text"] for part in content)
     if role in ("tool", "ipython"):
@@ -249,7 +257,8 @@ def _check_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ValueError(
-            f'{where}: expected {{"type": "function", "function": {{"name", "arguments"}}}}, got {call!r:.200}'
+            f'{where}: expected {{"type": "function", "function": {{"name", "arguments"}}}}, got '
+            f"{call!r:.200}"
         )
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
@@ -263,7 +272,8 @@ def _check_call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """A deep copy of JSON data; anything else is refused, so that a template is never handed a live object."""
+    """A deep copy of JSON data; anything else is refused, so that a template is never handed a live
+    object."""
     if depth > _MAX_DEPTH:
         raise ValueError(f"{where}: nested more than {_MAX_DEPTH} levels deep")
     if value is None or type(value) in (str, int, float, bool):

@@ -1,7 +1,8 @@
-"""Renders a checkpoint's Jinja chat template in a sandbox, with the names and filters that transformers offers it.
+"""Renders a checkpoint's Jinja chat template in a sandbox, with the names and filters that
+transformers offers it.
 
-A template is code from whoever published the checkpoint. It sees plain data only, cannot reach Python's internals,
-and is stopped after a fixed number of loop steps and calls.
+A template is code from whoever published the checkpoint. It sees plain data only, cannot reach
+Python's internals, and is stopped after a fixed number of loop steps and calls.
 """
 
 import json
@@ -28,14 +29,16 @@ _steps_left: ContextVar[list[int]] = ContextVar("_steps_left")
 
 
 class ChatTemplateError(ValueError):
-    """A chat template that refuses the conversation (the message is the template's own) or cannot be rendered."""
+    """A chat template that refuses the conversation (the message is the template's own) or cannot
+    be rendered."""
 
 
 def render_template(source: str, variables: Mapping[str, Any]) -> str:
     """The text that template `source` writes for `variables`, which are plain JSON data.
 
-    Raises ChatTemplateError: with the template's own words when it calls `raise_exception`, else saying why it cannot
-    be rendered (syntax, an undefined name, a sandbox violation, too many steps).
+    Raises ChatTemplateError: with the template's own words when it calls `raise_exception`, else
+    saying why it cannot be rendered (syntax, an undefined name, a sandbox violation, too many
+    steps).
     """
     token = _steps_left.set([_MAX_STEPS])
     try:
@@ -103,7 +106,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}...{% endgeneration %}` marks assistant text for training; here it only renders its body."""
+    """`{% generation %}...{% endgeneration %}` marks assistant text for training; here it only
+    renders its body."""
 
     tags = frozenset({"generation"})  # type: ignore[assignment]  # jinja2 only looks names up
 
@@ -113,7 +117,8 @@ class _GenerationTag(Extension):
 
 
 class _SafeNamespace(Namespace):
-    """jinja2's namespace without underscored attributes, which would shadow Python's own (`__class__`)."""
+    """jinja2's namespace without underscored attributes, which would shadow Python's own
+    (`__class__`)."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *data = args
@@ -144,7 +149,8 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without jinja2's HTML escaping. `ensure_ascii` leaves plane 15, where chat.py's marks are."""
+    """JSON without jinja2's HTML escaping. `ensure_ascii` leaves plane 15, where chat.py's marks
+    are."""
     text = json.dumps(
         value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -1,7 +1,8 @@
-"""Meta's own chat formats, for checkpoints without a template: Llama 3's headers and Llama 2's [INST] turns.
+"""Meta's own chat formats, for checkpoints without a template: Llama 3's headers and Llama 2's
+[INST] turns.
 
-Sources of the layout: `ChatFormat` and `ToolUtils` of github.com/meta-llama/llama-models (models/llama3), and
-`chat_completion` of github.com/meta-llama/llama (llama/generation.py).
+Sources of the layout: `ChatFormat` and `ToolUtils` of github.com/meta-llama/llama-models
+(models/llama3), and `chat_completion` of github.com/meta-llama/llama (llama/generation.py).
 """
 
 import json
@@ -13,9 +14,11 @@ from llama_jax.tools import BUILTIN_TOOLS, CODE_INTERPRETER
 ToolPromptFormat = Literal["json", "function_tag", "python_list"]
 
 _TOOLS_PROMPT = (
-    "Given the following functions, please respond with a JSON for a function call with its proper arguments that best "
+    "Given the following functions, please respond with a JSON for a function call with its proper "
+    "arguments that best "
     "answers the given prompt.\n\n"
-    'Respond in the format {"name": function name, "parameters": dictionary of argument name and its value}.'
+    "Respond in the format "
+    '{"name": function name, "parameters": dictionary of argument name and its value}.'
     "Do not use variables.\n\n"
 )
 _LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
@@ -36,13 +39,14 @@ def llama3_pieces(
 ) -> list[Piece]:
     """Begin-of-text, then each message as header, content as given, and end of turn.
 
-    A tool result is an "ipython" message. Tool calls are written in `tool_prompt_format`; calls of built-in tools have
-    a form of their own and end with eom. `tools` are described in the first user message, as Llama 3.1 is prompted
-    for calls in JSON.
+    A tool result is an "ipython" message. Tool calls are written in `tool_prompt_format`; calls of
+    built-in tools have a form of their own and end with eom. `tools` are described in the first
+    user message, as Llama 3.1 is prompted for calls in JSON.
     """
     if tool_prompt_format not in get_args(ToolPromptFormat):
         raise ValueError(
-            f"tool_prompt_format: expected one of {get_args(ToolPromptFormat)}, got {tool_prompt_format!r}"
+            f"tool_prompt_format: expected one of {get_args(ToolPromptFormat)}, got "
+            f"{tool_prompt_format!r}"
         )
     pieces = [Piece("<|begin_of_text|>", True)]
     instructions = _describe(tools) if tools else ""
@@ -122,10 +126,12 @@ def _literal(value: Any) -> str:
 def llama2_pieces(
     messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, bos: str, eos: str
 ) -> list[Piece]:
-    """Llama 2's turns: `[INST] user [/INST] answer`, each between begin and end of text, the last one open.
+    """Llama 2's turns: `[INST] user [/INST] answer`, each between begin and end of text, the last
+    one open.
 
-    A system message stands in front of the first user message. Every turn has a begin of text of its own, as in
-    training. The tags are ordinary text to the tokenizer, so messages that contain them are refused.
+    A system message stands in front of the first user message. Every turn has a begin of text of
+    its own, as in training. The tags are ordinary text to the tokenizer, so messages that contain
+    them are refused.
     """
     for index, message in enumerate(messages):
         for tag in _LLAMA2_TAGS:
@@ -140,7 +146,8 @@ def llama2_pieces(
     if any(turn["role"] != ("user", "assistant")[i % 2] for i, turn in enumerate(turns)):
         roles = [message["role"] for message in messages]
         raise ValueError(
-            f"messages: Llama 2 takes an optional system message, then user and assistant in turn; got {roles}"
+            "messages: Llama 2 takes an optional system message, then user and assistant in turn; "
+            f"got {roles}"
         )
     if add_generation_prompt and turns[-1]["role"] != "user":
         raise ValueError(

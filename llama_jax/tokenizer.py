@@ -1,9 +1,9 @@
 """Text to token ids and back, for every tokenizer that a Llama checkpoint ships with.
 
-Three files are read: Llama 3's `tokenizer.model` (lines of "base64 rank", the tiktoken format), Hugging Face's
-`tokenizer.json` for the same byte-level BPE, and Llama 2's `tokenizer.model` (SentencePiece). The first two run on
-tiktoken, the third on sentencepiece. Text given to `encode` never turns into a special token unless the caller says
-`parse_special=True`.
+Three files are read: Llama 3's `tokenizer.model` (lines of "base64 rank", the tiktoken format),
+Hugging Face's `tokenizer.json` for the same byte-level BPE, and Llama 2's `tokenizer.model`
+(SentencePiece). The first two run on tiktoken, the third on sentencepiece. Text given to `encode`
+never turns into a special token unless the caller says `parse_special=True`.
 """
 
 import base64
@@ -42,7 +42,8 @@ LLAMA31_SPECIAL_TOKENS = (
     *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
 )
 _TURN_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
-# Meta cuts a text at these lengths before tiktoken sees it, whose regular expression is quadratic in long runs.
+# Meta cuts a text at these lengths before tiktoken sees it, whose regular expression is quadratic
+# in long runs.
 _MAX_CHARS = 400_000
 _MAX_RUN = 25_000
 _LONG_RUN = re.compile(rf"\s{{{_MAX_RUN + 1},}}|\S{{{_MAX_RUN + 1},}}")
@@ -52,9 +53,10 @@ _LONG_RUN = re.compile(rf"\s{{{_MAX_RUN + 1},}}|\S{{{_MAX_RUN + 1},}}")
 class Tokenizer:
     """A vocabulary with its special tokens; made by `load_tokenizer`.
 
-    `vocab_size` is the highest id + 1. `eos_ids` are all ids that end a turn, ascending. `special_tokens` maps the
-    name of every added token to its id; those in `visible_ids` (for example `</think>`) are part of the reply and stay
-    in decoded text. `chat_template` is the checkpoint's Jinja source, None when it has none.
+    `vocab_size` is the highest id + 1. `eos_ids` are all ids that end a turn, ascending.
+    `special_tokens` maps the name of every added token to its id; those in `visible_ids` (for
+    example `</think>`) are part of the reply and stay in decoded text. `chat_template` is the
+    checkpoint's Jinja source, None when it has none.
     """
 
     kind: Literal["tiktoken", "sentencepiece"]
@@ -76,8 +78,8 @@ class Tokenizer:
     def encode(self, text: str, *, bos: bool = False, parse_special: bool = False) -> list[int]:
         """Token ids of `text`; `bos` puts the begin-of-text id in front.
 
-        With `parse_special` the names of special tokens become their ids, otherwise they are text like any other.
-        A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD.
+        With `parse_special` the names of special tokens become their ids, otherwise they are text
+        like any other. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD.
         """
         if not isinstance(text, str):
             raise TypeError(f"text: expected a str, got {type(text).__name__}")
@@ -96,16 +98,19 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids that nothing uses decode to nothing.
+        """Text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids that nothing uses decode to
+        nothing.
 
-        With `skip_special` special tokens leave no trace, otherwise they appear by name. SentencePiece marks the start
-        of a text with a space that was not in it; this space is dropped again.
+        With `skip_special` special tokens leave no trace, otherwise they appear by name.
+        SentencePiece marks the start of a text with a space that was not in it; this space is
+        dropped again.
         """
         stream = StreamDecoder(self, skip_special=skip_special)
         return "".join([stream.push(token_id) for token_id in ids]) + stream.flush()
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token stands for: its name for a special token, empty for an id that nothing uses.
+        """The bytes that one token stands for: its name for a special token, empty for an id that
+        nothing uses.
 
         Raises ValueError for an id outside `range(vocab_size)`.
         """
@@ -117,7 +122,8 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Decodes one token at a time; what `push` and the final `flush` return adds up to `tokenizer.decode(ids)`.
+    """Decodes one token at a time; what `push` and the final `flush` return adds up to
+    `tokenizer.decode(ids)`.
 
     The bytes of a character that later tokens may complete are held back.
     """
@@ -129,7 +135,8 @@ class StreamDecoder:
         self._drop_space = tokenizer.kind == "sentencepiece"
 
     def push(self, token_id: int) -> str:
-        """The text that `token_id` completes, often empty in the middle of a multi-byte character."""
+        """The text that `token_id` completes, often empty in the middle of a multi-byte
+        character."""
         data = self._tokenizer.token_bytes(token_id)
         if token_id in self._skipped:
             return ""
@@ -139,17 +146,20 @@ class StreamDecoder:
         return self._utf8.decode(data)
 
     def flush(self) -> str:
-        """What is held back at the end of the stream: U+FFFD for an incomplete character, otherwise nothing."""
+        """What is held back at the end of the stream: U+FFFD for an incomplete character, otherwise
+        nothing."""
         return self._utf8.decode(b"", final=True)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a tokenizer from a checkpoint directory, or from a `tokenizer.json` or `tokenizer.model` file.
+    """Reads a tokenizer from a checkpoint directory, or from a `tokenizer.json` or
+    `tokenizer.model` file.
 
-    In a directory `tokenizer.json` is taken before `tokenizer.model` (unless it restates a SentencePiece model that is
-    there as well), `tokenizer_config.json` names begin, end, padding and added tokens, and the chat template is that
-    of `chat_template.jinja` or else of `tokenizer_config.json` (the one named "default" where there are several). A
-    lone tiktoken file gets Llama 3.1's 256 special tokens after its last rank. Raises FileNotFoundError when there is
+    In a directory `tokenizer.json` is taken before `tokenizer.model` (unless it restates a
+    SentencePiece model that is there as well), `tokenizer_config.json` names begin, end, padding
+    and added tokens, and the chat template is that of `chat_template.jinja` or else of
+    `tokenizer_config.json` (the one named "default" where there are several). A lone tiktoken file
+    gets Llama 3.1's 256 special tokens after its last rank. Raises FileNotFoundError when there is
     no tokenizer, ValueError naming the file and the line or field when one cannot be used.
     """
     path = Path(path)
@@ -158,7 +168,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     json_file, model_file = path / "tokenizer.json", path / "tokenizer.model"
     if not json_file.is_file() and not model_file.is_file():
         raise FileNotFoundError(
-            f"{path}: no tokenizer.json and no tokenizer.model; copy one of them from the original checkpoint"
+            f"{path}: no tokenizer.json and no tokenizer.model; copy one of them from the original "
+            "checkpoint"
         )
     config_file, template_file = path / "tokenizer_config.json", path / "chat_template.jinja"
     config = read_json(config_file) if config_file.is_file() else {}
@@ -203,12 +214,14 @@ def _parse_ranks(path: Path, data: bytes) -> dict[bytes, int]:
             token_bytes, rank_value = base64.b64decode(token, validate=True), int(rank)
         except (binascii.Error, ValueError):
             raise ValueError(
-                f'{where}: expected "base64 rank", found {line[:40]!r}; the file is truncated or not a tokenizer, '
+                f'{where}: expected "base64 rank", found {line[:40]!r}; the file is truncated or '
+                "not a tokenizer, "
                 "download it again"
             ) from None
         if rank_value != number or not token_bytes or token_bytes in ranks:
             raise ValueError(
-                f"{where}: expected a new token with rank {number}, found {line[:40]!r}; the file is damaged, "
+                f"{where}: expected a new token with rank {number}, found {line[:40]!r}; the file "
+                "is damaged, "
                 "download it again"
             )
         ranks[token_bytes] = rank_value
@@ -226,7 +239,8 @@ def _from_ranks(
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise ValueError(
-            f"{path}: no token for the single byte {missing[0]:#04x} ({len(missing)} of 256 are missing); "
+            f"{path}: no token for the single byte {missing[0]:#04x} ({len(missing)} of 256 are "
+            "missing); "
             "a byte-level vocabulary needs all of them"
         )
     clash = sorted(set(ranks.values()) & {token_id for token_id, _ in specials.values()})
@@ -258,8 +272,9 @@ def _from_ranks(
 
 
 def split_long_text(text: str) -> Iterator[str]:
-    """Cuts `text` as Meta's Llama 3 tokenizer does: each 400,000 characters, and in those each run of more than 25,000
-    characters that are all white space, or all not, after every 25,000 of them."""
+    """Cuts `text` as Meta's Llama 3 tokenizer does: each 400,000 characters, and in those each run
+    of more than 25,000 characters that are all white space, or all not, after every 25,000 of
+    them."""
     for start in range(0, len(text), _MAX_CHARS):
         chunk = text[start : start + _MAX_CHARS]
         begin = 0
@@ -278,7 +293,8 @@ def _from_sentencepiece(
         model.LoadFromSerializedProto(data)
     except RuntimeError as error:
         raise ValueError(
-            f"{path}: not a complete SentencePiece model ({error}); the file is truncated or damaged, download it again"
+            f"{path}: not a complete SentencePiece model ({error}); the file is truncated or "
+            "damaged, download it again"
         ) from None
     pieces: dict[int, bytes] = {}
     specials: dict[str, tuple[int, bool]] = {}
@@ -311,7 +327,8 @@ def _tokenizer(
     config: Mapping[str, Any],
     template: str | None,
 ) -> Tokenizer:
-    """Joins a vocabulary (`pieces`, by id) with its special tokens (name -> id, whether decoding hides it)."""
+    """Joins a vocabulary (`pieces`, by id) with its special tokens (name -> id, whether decoding
+    hides it)."""
     ids = {name: token_id for name, (token_id, _) in specials.items()}
 
     bos, ends, pad = defaults
@@ -326,7 +343,8 @@ def _tokenizer(
         name = value.get("content") if isinstance(value, Mapping) else value
         if name is not None and name not in ids:
             raise ValueError(
-                f"{path.parent / 'tokenizer_config.json'}: {key} is {name!r}, which is no added token of {path.name}; "
+                f"{path.parent / 'tokenizer_config.json'}: {key} is {name!r}, which is no added "
+                f"token of {path.name}; "
                 "correct the name or add the token"
             )
         named[key] = name if name is not None else default

@@ -1,4 +1,5 @@
-"""Tools for chat: a Python function becomes a JSON schema, and a model's reply becomes the calls it makes."""
+"""Tools for chat: a Python function becomes a JSON schema, and a model's reply becomes the calls it
+makes."""
 
 import ast
 import enum
@@ -22,12 +23,14 @@ _CHOICES = re.compile(r"\s*\(choices:\s*(\[.*\])\)\s*$", re.IGNORECASE)
 
 
 def tool_schema(tool: Callable[..., Any] | Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of a tool as chat templates expect it: {"type": "function", "function": {name, description, ...}}.
+    """The schema of a tool as chat templates expect it: {"type": "function", "function": {name,
+    description, ...}}.
 
-    A mapping is taken as such a schema (a bare {"name", "parameters"} is wrapped). A function needs type hints and a
-    docstring in Google's style that describes every argument; the result equals transformers' `get_json_schema`,
-    "return" included. `(choices: ["a", "b"])` at the end of a description becomes an enum. Raises ValueError naming
-    the function and the argument that cannot be described.
+    A mapping is taken as such a schema (a bare {"name", "parameters"} is wrapped). A function needs
+    type hints and a docstring in Google's style that describes every argument; the result equals
+    transformers' `get_json_schema`, "return" included. `(choices: ["a", "b"])` at the end of a
+    description becomes an enum. Raises ValueError naming the function and the argument that cannot
+    be described.
     """
     if isinstance(tool, Mapping):
         return _checked_schema(tool)
@@ -50,7 +53,8 @@ def tool_schema(tool: Callable[..., Any] | Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"tool {name}: argument {parameter.name!r} has no type hint; add one")
         if parameter.name not in arguments:
             raise ValueError(
-                f"tool {name}: the docstring does not describe argument {parameter.name!r}; add it to Args:"
+                f"tool {name}: the docstring does not describe argument {parameter.name!r}; add it "
+                "to Args:"
             )
         schema = _type_schema(hints[parameter.name], f"tool {name}: argument {parameter.name!r}")
         text = arguments[parameter.name]
@@ -61,7 +65,8 @@ def tool_schema(tool: Callable[..., Any] | Mapping[str, Any]) -> dict[str, Any]:
                 ]
             except json.JSONDecodeError:
                 raise ValueError(
-                    f"tool {name}: argument {parameter.name!r}: choices {choices[1]} is not a JSON list; use double quotes"
+                    f"tool {name}: argument {parameter.name!r}: choices {choices[1]} is not a JSON "
+                    "list; use double quotes"
                 ) from None
             text = text[: choices.start()]
         properties[parameter.name] = schema | {"description": text}
@@ -75,7 +80,7 @@ def tool_schema(tool: Callable[..., Any] | Mapping[str, Any]) -> dict[str, Any]:
         try:
             function["return"] = _type_schema(hints["return"], f"tool {name}: return value")
         except ValueError:
-            pass  # the model never writes the result, so a type without a schema is left out
+            pass  # the model never writes the result: a type without a schema is left out
         else:
             if returns is not None:
                 function["return"]["description"] = returns
@@ -93,7 +98,8 @@ def _checked_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
         or not function["name"]
     ):
         raise ValueError(
-            'tools: expected {"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}, '
+            "tools: expected "
+            '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}, '
             f"got {json.dumps(schema, default=str)[:200]}"
         )
     if not isinstance(function.get("parameters", {}), Mapping):
@@ -124,7 +130,8 @@ def _type_schema(hint: Any, where: str) -> dict[str, Any]:
     if origin is tuple and len(args) > 1 and ... not in args:
         return {"type": "array", "prefixItems": [_type_schema(arg, where) for arg in args]}
     raise ValueError(
-        f"{where}: {hint!r} has no JSON schema; use str, int, float, bool, list, dict, Literal, Enum, unions of these, "
+        f"{where}: {hint!r} has no JSON schema; use str, int, float, bool, list, dict, Literal, "
+        "Enum, unions of these, "
         "or pass the tool as a JSON schema"
     )
 
@@ -146,13 +153,15 @@ def _enum_schema(values: list[Any], where: str) -> dict[str, Any]:
     names = list(dict.fromkeys(_SCALARS.get(type(value)) for value in values))
     if not values or None in names:
         raise ValueError(
-            f"{where}: choices {values!r}: expected at least one, each a str, int, float, bool or None"
+            f"{where}: choices {values!r}: expected at least one, each a str, int, float, bool or "
+            "None"
         )
     return {"type": names[0] if len(names) == 1 else names, "enum": values}
 
 
 def _parse_docstring(doc: str) -> tuple[str, dict[str, str], str | None]:
-    """Description, argument descriptions (each on one line) and description of the result of a Google docstring."""
+    """Description, argument descriptions (each on one line) and description of the result of a
+    Google docstring."""
     sections: dict[str, list[str]] = {"": []}
     current = ""
     for line in doc.strip().splitlines():
@@ -176,7 +185,8 @@ def _parse_docstring(doc: str) -> tuple[str, dict[str, str], str | None]:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call that a reply makes. `id` is fresh for each parsed call; a tool message answers by it."""
+    """One call that a reply makes. `id` is fresh for each parsed call; a tool message answers by
+    it."""
 
     name: str
     arguments: dict[str, Any]
@@ -197,11 +207,11 @@ _DECODER = json.JSONDecoder(strict=False)  # models write line breaks inside str
 def parse_tool_calls(text: str) -> tuple[ToolCall, ...]:
     """The calls in a reply, in order; () when it is plain text or any of its calls is malformed.
 
-    `text` is the reply decoded with its special tokens. Read are, as Llama 3.1 writes them:
-    JSON objects {"name", "parameters" or "arguments"} that make up the whole reply, alone, in a list, or with ";" or
-    white space between them; `<function=name>{...}</function>` anywhere; a whole reply `[f(a=1), g()]`; and after
-    `<|python_tag|>` any of these, a built-in `name.call(query="...")`, or code, which is a call of code_interpreter
-    with the argument "code".
+    `text` is the reply decoded with its special tokens. Read are, as Llama 3.1 writes them: JSON
+    objects {"name", "parameters" or "arguments"} that make up the whole reply, alone, in a list, or
+    with ";" or white space between them; `<function=name>{...}</function>` anywhere; a whole reply
+    `[f(a=1), g()]`; and after `<|python_tag|>` any of these, a built-in `name.call(query="...")`,
+    or code, which is a call of code_interpreter with the argument "code".
     """
     body = _FRAME.sub("", text).strip()
     _, tag, tagged = body.partition("<|python_tag|>")
@@ -306,7 +316,8 @@ def _parse_python(source: str) -> ast.expr | None:
 
 
 def _python_call(node: ast.expr | None) -> tuple[str, dict[str, Any]] | None:
-    """Name and arguments of `f(a=1, b=[...])` where all arguments are keywords with literal values."""
+    """Name and arguments of `f(a=1, b=[...])` where all arguments are keywords with literal
+    values."""
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name | ast.Attribute):
         return None
     if node.args or any(keyword.arg is None for keyword in node.keywords):
