@@ -15,20 +15,22 @@ from typing import Any
 PARAM_DTYPES = ("bfloat16", "float16", "float32")
 
 # Keys of a transformers config.json that do not change what the forward pass computes.
-_HF_IRRELEVANT = frozenset(
-    """_name_or_path _attn_implementation_autoset attention_dropout bad_words_ids begin_suppress_tokens
-    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
-    do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
-    finetuning_task fmo_version forced_bos_token_id forced_eos_token_id id2label initializer_range
-    is_decoder label2id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups
-    num_beams num_return_sequences output_attentions output_hidden_states output_scores prefix
-    pretraining_tp problem_type remove_invalid_values repetition_penalty return_dict
-    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
-    tokenizer_class top_k top_p torchscript transformers_version typical_p unsloth_version use_cache
-    use_bfloat16""".split()
-)
+_HF_IRRELEVANT = {
+    "_name_or_path", "_attn_implementation_autoset", "attention_dropout", "bad_words_ids",
+    "begin_suppress_tokens", "chunk_size_feed_forward", "cross_attention_hidden_size",
+    "decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping",
+    "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "finetuning_task",
+    "fmo_version", "forced_bos_token_id", "forced_eos_token_id", "id2label",
+    "initializer_range", "is_decoder", "label2id", "length_penalty", "max_length", "min_length",
+    "no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences",
+    "output_attentions", "output_hidden_states", "output_scores", "prefix", "pretraining_tp",
+    "problem_type", "remove_invalid_values", "repetition_penalty", "return_dict",
+    "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params",
+    "temperature", "tf_legacy_loss", "tokenizer_class", "top_k", "top_p", "torchscript",
+    "transformers_version", "typical_p", "unsloth_version", "use_cache", "use_bfloat16",
+}  # fmt: skip
 # Keys that the converters read: how the weights are stored, not what is computed with them.
-_HF_STORAGE = frozenset({"quantization_config", "compression_config", "use_fp8_e4m3"})
+_HF_STORAGE = {"quantization_config", "compression_config", "use_fp8_e4m3"}
 # Keys with the one value that is implemented.
 _HF_FIXED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
@@ -64,7 +66,7 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.factor < 1 or not 0 < self.low_freq_factor < self.high_freq_factor:
             raise ConfigError(
-                f"rope scaling needs factor >= 1 and 0 < low_freq_factor < high_freq_factor, got {self}"
+                f"need factor >= 1 and 0 < low_freq_factor < high_freq_factor, got {self}"
             )
 
 
@@ -101,7 +103,7 @@ class LlamaConfig:
                 raise ConfigError(f"{name} must be a positive integer, got {value!r}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})"
+                f"num_heads, {self.num_heads}, must be a multiple of num_kv_heads, {self.num_kv_heads}"
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
@@ -159,10 +161,14 @@ class LlamaConfig:
         """
         architectures = values.get("architectures")
         if architectures and "LlamaForCausalLM" not in architectures:
-            raise ConfigError(f"architectures is {architectures}; only LlamaForCausalLM is implemented")
+            raise ConfigError(
+                f"architectures is {architectures}; only LlamaForCausalLM is implemented"
+            )
         for key, implemented in _HF_FIXED.items():
             if key in values and values[key] not in implemented:
-                raise ConfigError(f"{key} = {values[key]!r} is not implemented (only {implemented[0]!r})")
+                raise ConfigError(
+                    f"{key} = {values[key]!r} is not implemented (only {implemented[0]!r})"
+                )
         missing = [
             key
             for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -275,7 +281,9 @@ def _rope_of_hf(values: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     if rope_type != "llama3":
         raise ConfigError(f"{key}.rope_type = {rope_type!r} is not implemented (default, llama3)")
     if sorted(rope) != sorted(_ROPE_KEYS):
-        raise ConfigError(f"{key} of type llama3 needs {', '.join(_ROPE_KEYS)}; it has {sorted(rope)}")
+        raise ConfigError(
+            f"{key} of type llama3 needs {', '.join(_ROPE_KEYS)}; it has {sorted(rope)}"
+        )
     return theta, RopeScaling(**rope)
 
 

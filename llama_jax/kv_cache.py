@@ -41,7 +41,7 @@ def init_cache(
     config: LlamaConfig,
     batch_size: int,
     max_seq_len: int,
-    dtype: jnp.dtype = jnp.dtype(jnp.bfloat16),
+    dtype: jnp.dtype | str = "bfloat16",
     kv_scales: Array | None = None,
 ) -> KVCache:
     """An empty cache in which every row owns a run of pages long enough for `max_seq_len` tokens.
@@ -49,6 +49,7 @@ def init_cache(
     dtype: bfloat16, float32, float8_e4m3fn, or int8 for e4m3fn bit patterns (faster on a CPU).
     kv_scales: float32 [num_layers, 2], the checkpoint's scales of k and v for an FP8 cache.
     """
+    dtype = jnp.dtype(dtype)
     pages_per_row = -(-max_seq_len // PAGE_SIZE)
     pool = (batch_size * pages_per_row, PAGE_SIZE, config.num_kv_heads, config.head_dim)
     is_fp8 = dtype in (e4m3.DTYPE, jnp.int8)

@@ -24,9 +24,7 @@ def fp8_matmul(
     x: Array, weight: Array, weight_scale: Array, x_scale: Array | None, out_dtype: jnp.dtype
 ) -> Array:
     if weight.dtype == e4m3.DTYPE and x.dtype == e4m3.DTYPE and weight_scale.ndim == 1:
-        y = lax.dot_general(
-            x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        y = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         y = y * weight_scale
     else:
         y = by_row_blocks(x, weight, weight_scale)

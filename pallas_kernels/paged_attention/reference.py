@@ -26,7 +26,7 @@ def paged_attention(
     k_scale: Array | float,
     v_scale: Array | float,
 ) -> Array:
-    batch, tokens, num_heads, head_dim = q.shape
+    batch, tokens, _, head_dim = q.shape
     num_kv_heads = k_pages.shape[2]
     k = load_pages(k_pages, page_table) * k_scale
     v = load_pages(v_pages, page_table) * v_scale

@@ -1,0 +1,390 @@
+"""`LLM`: a loaded model with its tokenizer. Text in, text and numbers out."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from llama_jax import checkpoint
+from llama_jax.chat import encode_chat
+from llama_jax.config import token_ids
+from llama_jax.generation import Request, Runner, shapes_for
+from llama_jax.kv_cache import init_cache
+from llama_jax.memory import plan_memory
+from llama_jax.model import Activations, ModelSpec, Params
+from llama_jax.results import Generation, Piece, Score, Timings, TokenLogprob
+from llama_jax.sampling import SamplingParams, check_ids, init_sampling
+from llama_jax.steps import DecodeState
+from llama_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from llama_jax.tools import parse_tool_calls
+from pallas_kernels import e4m3
+
+SHIPPED_MODEL = Path(__file__).parent / "abacus" / "checkpoint"
+DEFAULT_MAX_SEQ_LEN = 8192
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int]
+KVDtype = Literal["bf16", "fp8"]
+
+
+class LLM:
+    """A Llama model on its device, ready to generate and to score. Made by `LLM.load`."""
+
+    def __init__(
+        self,
+        params: Params,
+        spec: ModelSpec,
+        tokenizer: Tokenizer,
+        *,
+        manifest: checkpoint.Manifest,
+        kv_dtype: KVDtype,
+        max_seq_len: int,
+        max_batch_size: int,
+        prefill_chunk: int,
+    ) -> None:
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.manifest = manifest
+        self.max_seq_len = max_seq_len
+        self.default_sampling = _default_sampling(manifest.generation)
+        eos = token_ids(manifest.generation.get("eos_token_id")) or spec.config.eos_token_ids
+        self._stop_ids = frozenset(eos) or frozenset(tokenizer.eos_ids)
+        shapes = shapes_for(max_batch_size, max_seq_len, prefill_chunk)
+        cache_dtype = _cache_dtype(kv_dtype, spec.dtype)
+
+        def new_state() -> DecodeState:
+            cache = init_cache(
+                spec.config, max_batch_size, max_seq_len, cache_dtype, manifest.kv_scales
+            )
+            sampling = init_sampling(max_batch_size, spec.config.vocab_size)
+            return DecodeState(cache, sampling, jnp.zeros(max_batch_size, jnp.int32))
+
+        self.runner = Runner(params, spec, shapes, new_state)
+
+    @classmethod
+    def load(
+        cls,
+        path_or_id: str | Path = SHIPPED_MODEL,
+        *,
+        dtype: Literal["bfloat16", "float32"] = "bfloat16",
+        activations: Activations = "bf16",
+        kv_dtype: KVDtype = "bf16",
+        max_seq_len: int | None = None,
+        max_batch_size: int = 8,
+        prefill_chunk: int = 512,
+        mesh: Mesh | None = None,
+        verbose: bool = True,
+    ) -> "LLM":
+        """Load a checkpoint: an Orbax directory of ours, a Hugging Face directory, or a hub id.
+
+        The latter two are converted once, into a cache directory. Without an argument: the small
+        model that ships with the project.
+
+        dtype: of activations, cache and logits; "float32" means float32 throughout.
+        activations: what FP8 weights are multiplied with: "bf16" (activations in `dtype`),
+            "dynamic" (e4m3fn per token) or "static" (e4m3fn by the checkpoint's input scales).
+        kv_dtype: "bf16" (or rather `dtype`) or "fp8", of the key/value cache.
+        max_seq_len: tokens that prompt and output may have together, at most the model's context;
+            by default that, or 8192 if it is longer.
+        max_batch_size: sequences generated at the same time. prefill_chunk: tokens of a prompt
+            processed at once.
+        mesh: devices to shard over (`llama_jax.sharding`); by default the first device alone.
+        verbose: print the memory plan.
+
+        Raises FileNotFoundError, `converters.UnsupportedCheckpoint`, `checkpoint.CheckpointError`,
+        `memory.DoesNotFitError` (before anything is loaded), ValueError for settings.
+        """
+        directory = checkpoint.resolve(path_or_id)
+        manifest = checkpoint.read_manifest(directory)
+        config = manifest.config
+        limit = config.max_position_embeddings
+        max_seq_len = min(limit, DEFAULT_MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
+        if not 2 <= max_seq_len <= limit:
+            raise ValueError(f"max_seq_len must be in [2, {limit}], got {max_seq_len}")
+        for name, value in (("max_batch_size", max_batch_size), ("prefill_chunk", prefill_chunk)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        spec = ModelSpec(config, manifest.formats, dtype, activations)
+        plan = plan_memory(
+            spec,
+            max_batch_size=max_batch_size,
+            max_seq_len=max_seq_len,
+            kv_dtype=_cache_dtype(kv_dtype, dtype),
+            prefill_chunk=prefill_chunk,
+            mesh=mesh,
+        )
+        if verbose:
+            plan.print()
+        plan.check()
+        on_cpu = jax.default_backend() == "cpu"
+        params = checkpoint.load_params(directory, spec, mesh=mesh, bits=on_cpu)
+        return cls(
+            params,
+            spec,
+            load_tokenizer(directory),
+            manifest=manifest,
+            kv_dtype=kv_dtype,
+            max_seq_len=max_seq_len,
+            max_batch_size=max_batch_size,
+            prefill_chunk=prefill_chunk,
+        )
+
+    @overload
+    def generate(self, prompts: str, sampling: SamplingParams | None = None) -> Generation: ...
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        on_finished: Callable[[], None] | None = None,
+    ) -> list[Generation]: ...
+    def generate(self, prompts, sampling=None, on_finished=None):  # type: ignore[no-untyped-def]
+        """Continue prompts: a str gives one `Generation`, a list of str or of token ids a list.
+
+        sampling: for all prompts, or one per prompt; the checkpoint's generation_config when None.
+        on_finished: called each time one is done. A str gets a BOS token, token ids are taken as
+        they are.
+        """
+        single = isinstance(prompts, str)
+        encoded = [self._prompt_ids(prompt) for prompt in ([prompts] if single else prompts)]
+        results = self._run(encoded, sampling, on_finished)
+        return results[0] if single else results
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        sampling: SamplingParams | None = None,
+        *,
+        tools: Sequence[Callable[..., Any] | Mapping[str, Any]] | None = None,
+        **template_kwargs: Any,
+    ) -> Generation: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Sequence[Message]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: Sequence[Callable[..., Any] | Mapping[str, Any]] | None = None,
+        **template_kwargs: Any,
+    ) -> list[Generation]: ...
+    def chat(self, messages, sampling=None, *, tools=None, **template_kwargs):  # type: ignore[no-untyped-def]
+        """The assistant's next message in a conversation, or in each of a list of conversations.
+
+        messages: {"role": "system" | "user" | "assistant" | "tool", "content": ...} in order, with
+        "tool_calls" in the assistant's messages where there were some. tools: JSON schemas, or
+        typed functions with a docstring; calls that the reply asks for are in `tool_calls`.
+        template_kwargs reach the checkpoint's chat template.
+        """
+        single = not messages or isinstance(messages[0], Mapping)
+        conversations = [messages] if single else messages
+        prompts = [self._chat_ids(each, tools, template_kwargs) for each in conversations]
+        results = [self._with_tool_calls(result) for result in self._run(prompts, sampling)]
+        return results[0] if single else results
+
+    def stream(
+        self,
+        prompt: str | Sequence[Message],
+        sampling: SamplingParams | None = None,
+        *,
+        tools: Sequence[Callable[..., Any] | Mapping[str, Any]] | None = None,
+        **template_kwargs: Any,
+    ) -> Iterator[Piece]:
+        """Like `generate` for a str and like `chat` for messages, piece by piece.
+
+        Incomplete UTF-8 and possible beginnings of stop strings are held back; the last piece
+        carries the whole result.
+        """
+        if isinstance(prompt, str):
+            ids = self._prompt_ids(prompt)
+        else:
+            ids = self._chat_ids(prompt, tools, template_kwargs)
+        request = self._request(ids, sampling or self.default_sampling)
+        return self._pieces(request, is_chat=not isinstance(prompt, str))
+
+    @overload
+    def score(self, prompts: Prompt, completions: Prompt) -> Score: ...
+    @overload
+    def score(self, prompts: Sequence[Prompt], completions: Sequence[Prompt]) -> list[Score]: ...
+    def score(self, prompts, completions):  # type: ignore[no-untyped-def]
+        """How likely each completion is after its prompt: one `Score`, or a list for lists.
+
+        Prompt and completion are tokenised together where the prompt's tokens stay the same, and
+        separately otherwise, so a completion's tokens are always whole. A prompt may be empty
+        where the model has a BOS token. Token ids are taken as they are.
+        """
+        single = isinstance(prompts, str) or bool(prompts and isinstance(prompts[0], int))
+        if single:
+            prompts, completions = [prompts], [completions]
+        if len(prompts) != len(completions):
+            raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions")
+        pairs = [self._pair_ids(*pair) for pair in zip(prompts, completions, strict=True)]
+        results = [
+            _score_of(whole[start:], logprobs[start - 1 :], greedy[start - 1 :])
+            for (whole, start), (logprobs, greedy) in zip(
+                pairs, self.runner.score([whole for whole, _ in pairs]), strict=True
+            )
+        ]
+        return results[0] if single else results
+
+    def logits(self, ids: Array | np.ndarray | Sequence[Sequence[int]]) -> np.ndarray:
+        """Next-token logits: int [batch, length] -> float32 [batch, length, vocab]."""
+        array = np.asarray(ids)
+        if array.ndim != 2 or not array.size or array.dtype.kind not in "iu":
+            raise ValueError(
+                f"ids must be a non-empty int [batch, length], got {array.dtype} {array.shape}"
+            )
+        rows = [self._checked(row.tolist()) for row in array]
+        return np.stack(list(self.runner.logits(rows)))
+
+    def warmup(self) -> float:
+        """Compile all that `generate`, `chat` and `stream` need; returns the seconds taken."""
+        return self.runner.warmup()
+
+    def _run(
+        self,
+        prompts: Sequence[list[int]],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        on_finished: Callable[[], None] | None = None,
+    ) -> list[Generation]:
+        if sampling is None or isinstance(sampling, SamplingParams):
+            sampling = [sampling or self.default_sampling] * len(prompts)
+        if len(sampling) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(sampling)} sampling settings")
+        requests = [self._request(*pair) for pair in zip(prompts, sampling, strict=True)]
+        for request in self.runner.generate(requests):
+            if request.finish_reason and on_finished:
+                on_finished()
+        return [self._result(request) for request in requests]
+
+    def _pieces(self, request: Request, is_chat: bool) -> Iterator[Piece]:
+        shown = 0
+        for _ in self.runner.generate([request]):
+            text = request.text[shown : request.released]
+            shown = request.released
+            if request.finish_reason:
+                result = self._result(request)
+                yield Piece(text, self._with_tool_calls(result) if is_chat else result)
+            elif text:
+                yield Piece(text)
+
+    def _request(self, prompt: list[int], sampling: SamplingParams) -> Request:
+        vocab_size = self.spec.config.vocab_size
+        check_ids("logit_bias", sampling.logit_bias, vocab_size)
+        check_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
+        own = frozenset() if sampling.ignore_eos else self._stop_ids
+        return Request(
+            prompt, sampling, own | set(sampling.stop_token_ids), StreamDecoder(self.tokenizer)
+        )
+
+    def _result(self, request: Request) -> Generation:
+        logprobs = None
+        if request.params.logprobs is not None:
+            logprobs = tuple(
+                TokenLogprob(
+                    token_id,
+                    self._token_text(token_id),
+                    logprob,
+                    tuple((i, self._token_text(i), value) for i, value in top),
+                )
+                for token_id, logprob, top in zip(
+                    request.token_ids, request.logprobs, request.top, strict=True
+                )
+            )
+        assert request.finish_reason is not None
+        return Generation(
+            text=request.text,
+            token_ids=tuple(request.token_ids),
+            finish_reason=request.finish_reason,
+            prompt_token_ids=tuple(request.prompt),
+            logprobs=logprobs,
+            timings=Timings(
+                prefill=request.first_token_at - request.admitted_at,
+                decode=request.finished_at - request.first_token_at,
+            ),
+        )
+
+    def _with_tool_calls(self, result: Generation) -> Generation:
+        reply = self.tokenizer.decode(result.token_ids, skip_special=False)
+        return replace(result, tool_calls=parse_tool_calls(reply))
+
+    def _token_text(self, token_id: int) -> str:
+        return self.tokenizer.decode([token_id], skip_special=False)
+
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise ValueError("the prompt is empty")
+            prompt = self.tokenizer.encode(prompt, bos=True)
+        return self._checked(prompt, room=1)
+
+    def _chat_ids(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Callable[..., Any] | Mapping[str, Any]] | None,
+        template_kwargs: Mapping[str, Any],
+    ) -> list[int]:
+        return self._checked(
+            encode_chat(self.tokenizer, messages, tools=tools, **template_kwargs), room=1
+        )
+
+    def _pair_ids(self, prompt: Prompt, completion: Prompt) -> tuple[list[int], int]:
+        """Token ids of prompt and completion, and where the completion begins."""
+        encode = self.tokenizer.encode
+        if isinstance(prompt, str) and isinstance(completion, str):
+            before, whole = encode(prompt, bos=True), encode(prompt + completion, bos=True)
+            if whole[: len(before)] != before:
+                whole = before + encode(completion)
+        else:
+            before = encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
+            after = encode(completion) if isinstance(completion, str) else list(completion)
+            whole = before + after
+        if len(whole) == len(before):
+            raise ValueError(f"the completion {completion!r} is empty")
+        if not before:
+            raise ValueError("the prompt is empty: the first token has nothing to be likely after")
+        return self._checked(whole), len(before)
+
+    def _checked(self, ids: Sequence[int], room: int = 0) -> list[int]:
+        """`ids`, if they are in the vocabulary and leave room for as many more tokens."""
+        if not ids:
+            raise ValueError("the prompt is empty")
+        check_ids("prompt", ids, self.spec.config.vocab_size)
+        if len(ids) + room > self.max_seq_len:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens; max_seq_len is {self.max_seq_len}"
+                + (", of which at least one is for the reply" if room else "")
+                + ". Shorten it, or load the model with a larger max_seq_len."
+            )
+        return list(ids)
+
+
+def _score_of(completion: Sequence[int], logprobs: np.ndarray, greedy: np.ndarray) -> Score:
+    return Score(
+        token_ids=tuple(completion),
+        logprobs=tuple(logprobs.tolist()),
+        total=float(logprobs.sum(dtype=np.float64)),
+        is_greedy=bool(greedy.all()),
+    )
+
+
+def _cache_dtype(kv_dtype: KVDtype, dtype: str) -> jnp.dtype:
+    if kv_dtype == "bf16":
+        return jnp.dtype(dtype)
+    if kv_dtype == "fp8":
+        return jnp.dtype(jnp.int8 if jax.default_backend() == "cpu" else e4m3.DTYPE)
+    raise ValueError(f"kv_dtype must be 'bf16' or 'fp8', got {kv_dtype!r}")
+
+
+def _default_sampling(generation: Mapping[str, Any]) -> SamplingParams:
+    """The settings in generation_config.json; greedy if it does not ask for sampling."""
+    if not generation.get("do_sample", False):
+        return SamplingParams(temperature=0.0)
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    return SamplingParams(**{name: generation[name] for name in names if generation.get(name)})

@@ -1,0 +1,248 @@
+"""Choosing the next token, inside the compiled step.
+
+Every setting is an array with one entry per row, so one compiled program serves any mixture of
+requests, and what a row draws depends on its own logits, seed and step alone.
+
+Order, as in Hugging Face transformers and vLLM: penalties, logit bias, minimum length,
+temperature, top-k, top-p, min-p. Reported logprobs are those of the model's own distribution,
+before any of it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array, lax
+
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue one prompt.
+
+    max_new_tokens, min_new_tokens: bounds on the number of generated tokens; stop tokens are not
+        drawn before `min_new_tokens`.
+    temperature: 0 is greedy. top_k: 0 keeps all tokens; ties with the k-th are kept. top_p: mass
+        of the nucleus, in (0, 1]. min_p: least probability relative to the likeliest token.
+    repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or
+        the output (Keskar et al., 2019); 1 is off. presence_penalty, frequency_penalty: subtracted
+        once, or per occurrence, for tokens in the output.
+    logit_bias: token id to a number added to its logit.
+    seed: what the row's random numbers come from; None takes a fresh one.
+    stop: strings that end the text and are cut from it. stop_token_ids: tokens that end it, besides
+        the checkpoint's own, which `ignore_eos` switches off.
+    logprobs: None for none, n for the chosen token's and the n likeliest's (at most 20).
+    """
+
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        rules = (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens,
+             "between 0 and max_new_tokens"),
+            ("temperature", 0 <= self.temperature < math.inf, "finite and at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0 (0 is off)"),
+            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "finite and above 0"),
+            ("presence_penalty", math.isfinite(self.presence_penalty), "finite"),
+            ("frequency_penalty", math.isfinite(self.frequency_penalty), "finite"),
+            ("logit_bias", not any(math.isnan(v) for v in self.logit_bias.values()), "free of NaN"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**32, "in [0, 2**32)"),
+            ("stop", all(stop), "free of empty strings"),
+            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
+             f"None or between 0 and {MAX_TOP_LOGPROBS}"),
+        )  # fmt: skip
+        for name, holds, expected in rules:
+            if not holds:
+                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+
+@struct.dataclass
+class SamplingState:
+    """The settings and the history of each row. Shapes: [batch], or [batch, vocab] where noted.
+
+    step counts the tokens generated; counts [batch, vocab] how often each was; prompt_mask
+    [batch, vocab] marks the prompt's tokens; stop_mask [batch, vocab] the tokens that end the text.
+    """
+
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    repetition_penalty: Array
+    presence_penalty: Array
+    frequency_penalty: Array
+    min_new_tokens: Array
+    top_logprobs: Array
+    seed: Array
+    step: Array
+    logit_bias: Array
+    stop_mask: Array
+    prompt_mask: Array
+    counts: Array
+
+
+@struct.dataclass
+class Sampled:
+    """tokens: int32 [batch]; logprobs: float32 [batch]; top_ids and top_logprobs: [batch, 20], the
+    likeliest tokens, filled where a row asks for them."""
+
+    tokens: Array
+    logprobs: Array
+    top_ids: Array
+    top_logprobs: Array
+
+
+def init_sampling(batch_size: int, vocab_size: int) -> SamplingState:
+    """Greedy settings and empty histories."""
+    rows = host_rows([SamplingParams(temperature=0.0, seed=0)] * batch_size, [()] * batch_size,
+                     [()] * batch_size, vocab_size)  # fmt: skip
+    return jax.tree.map(jnp.asarray, rows)
+
+
+def host_rows(
+    params: Sequence[SamplingParams],
+    prompts: Sequence[Sequence[int]],
+    stop_ids: Sequence[Sequence[int]],
+    vocab_size: int,
+) -> SamplingState:
+    """The state of fresh rows, as numpy arrays: one row per element of the three sequences.
+
+    Raises ValueError for token ids outside the vocabulary.
+    """
+
+    def column(name: str, dtype: type) -> np.ndarray:
+        return np.array([getattr(p, name) for p in params], dtype)
+
+    shape = (len(params), vocab_size)
+    bias = np.zeros(shape, np.float32)
+    stop_mask, prompt_mask = np.zeros(shape, bool), np.zeros(shape, bool)
+    for row, (p, prompt, stops) in enumerate(zip(params, prompts, stop_ids, strict=True)):
+        check_ids("logit_bias", p.logit_bias, vocab_size)
+        check_ids("stop_token_ids", p.stop_token_ids, vocab_size)
+        bias[row, list(p.logit_bias)] = list(p.logit_bias.values())
+        stop_mask[row, list(stops)] = True
+        prompt_mask[row, list(prompt)] = True
+    fresh = np.random.SeedSequence().generate_state(len(params), np.uint32)
+    seeds = [fresh[i] if p.seed is None else p.seed for i, p in enumerate(params)]
+    return SamplingState(
+        temperature=column("temperature", np.float32),
+        top_k=column("top_k", np.int32),
+        top_p=column("top_p", np.float32),
+        min_p=column("min_p", np.float32),
+        repetition_penalty=column("repetition_penalty", np.float32),
+        presence_penalty=column("presence_penalty", np.float32),
+        frequency_penalty=column("frequency_penalty", np.float32),
+        min_new_tokens=column("min_new_tokens", np.int32),
+        top_logprobs=np.array([p.logprobs or 0 for p in params], np.int32),
+        seed=np.array(seeds, np.uint32),
+        step=np.zeros(len(params), np.int32),
+        logit_bias=bias,
+        stop_mask=stop_mask,
+        prompt_mask=prompt_mask,
+        counts=np.zeros(shape, np.int32),
+    )
+
+
+def check_ids(name: str, ids: Sequence[int] | Mapping[int, float], vocab_size: int) -> None:
+    """Raise ValueError, naming `name`, unless all ids lie in [0, vocab_size)."""
+    for token_id in ids:
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(f"{name}: token id {token_id} is not in [0, {vocab_size})")
+
+
+def sample(logits: Array, state: SamplingState) -> Sampled:
+    """Draw one token per row. logits: float32 [batch, vocab], as the model gives them."""
+    scores = _penalise(logits, state)
+    scores = jnp.where(
+        (state.step < state.min_new_tokens)[:, None] & state.stop_mask, -jnp.inf, scores
+    )
+    greedy = jnp.argmax(scores, axis=-1)
+
+    def draw() -> Array:
+        scaled = scores / jnp.where(state.temperature > 0, state.temperature, 1.0)[:, None]
+        limited = (state.top_k > 0) | (state.top_p < 1) | (state.min_p > 0)
+        kept = lax.cond(jnp.any(limited), _truncate, lambda scaled, _: scaled, scaled, state)
+        noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(state.seed, state.step, logits.shape[-1])
+        return jnp.where(state.temperature > 0, jnp.argmax(kept + noise, axis=-1), greedy)
+
+    tokens = lax.cond(jnp.any(state.temperature > 0), draw, lambda: greedy)
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    count = min(MAX_TOP_LOGPROBS, logits.shape[-1])
+
+    def likeliest() -> tuple[Array, Array]:
+        values, ids = lax.top_k(logprobs, count)
+        return ids.astype(jnp.int32), values
+
+    empty = (len(tokens), count)
+    top_ids, top_logprobs = lax.cond(
+        jnp.any(state.top_logprobs > 0),
+        likeliest,
+        lambda: (jnp.zeros(empty, jnp.int32), jnp.zeros(empty, jnp.float32)),
+    )
+    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    return Sampled(tokens.astype(jnp.int32), chosen, top_ids, top_logprobs)
+
+
+def record(state: SamplingState, tokens: Array, active: Array) -> SamplingState:
+    """Count the tokens [batch] that the active rows, bool [batch], drew."""
+    rows = jnp.where(active, jnp.arange(len(tokens)), len(tokens))
+    return state.replace(
+        step=state.step + active,
+        counts=state.counts.at[rows, tokens].add(1, mode="drop"),
+    )
+
+
+def _penalise(logits: Array, state: SamplingState) -> Array:
+    penalty = state.repetition_penalty[:, None]
+    seen = state.prompt_mask | (state.counts > 0)
+    penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    logits = jnp.where(seen, penalised, logits)
+    logits -= state.frequency_penalty[:, None] * state.counts
+    logits -= state.presence_penalty[:, None] * (state.counts > 0)
+    return logits + state.logit_bias
+
+
+def _truncate(logits: Array, state: SamplingState) -> Array:
+    """-inf for all but the top-k, the nucleus and the min-p tokens of each row."""
+    vocab = logits.shape[-1]
+    ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
+    top_k = jnp.where(state.top_k > 0, jnp.minimum(state.top_k, vocab), vocab)[:, None]
+    kth = jnp.take_along_axis(ordered, top_k - 1, axis=-1)
+    ordered = jnp.where(ordered < kth, -jnp.inf, ordered)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    in_nucleus = (before < state.top_p[:, None]) | (state.top_p[:, None] >= 1)
+    last = jnp.maximum(jnp.sum(in_nucleus, axis=-1, keepdims=True) - 1, 0)
+    threshold = jnp.maximum(kth, jnp.take_along_axis(ordered, last, axis=-1))
+    threshold = jnp.maximum(threshold, ordered[:, :1] + jnp.log(state.min_p)[:, None])
+    return jnp.where(logits < threshold, -jnp.inf, logits)
+
+
+def _gumbel(seed: Array, step: Array, size: int) -> Array:
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.random.gumbel(key, (size,))
