@@ -99,7 +99,7 @@ def _checked_schema(schema: Mapping[str, Any]) -> dict[str, Any]:
     ):
         raise ValueError(
             "tools: expected "
-            '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}, '
+            '{"type": "function", "function": {"name", "description", "parameters"}}, '
             f"got {json.dumps(schema, default=str)[:200]}"
         )
     if not isinstance(function.get("parameters", {}), Mapping):
