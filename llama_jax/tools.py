@@ -214,26 +214,39 @@ def parse_tool_calls(text: str) -> tuple[ToolCall, ...]:
     or code, which is a call of code_interpreter with the argument "code".
     """
     body = _FRAME.sub("", text).strip()
-    _, tag, tagged = body.partition("<|python_tag|>")
-    found = _parse_calls(tagged.strip() if tag else body, tagged=bool(tag))
+    calls = _json_calls(body)
+    if calls is None:
+        before, tag, tagged = body.partition("<|python_tag|>")
+        if tag and not _FUNCTION_TAG.search(before):
+            calls = _tagged_calls(tagged.strip())
+        else:
+            calls = _untagged_calls(body)
     return tuple(
-        ToolCall(name, arguments, f"call_{uuid4().hex[:24]}") for name, arguments in found or []
+        ToolCall(name, arguments, f"call_{uuid4().hex[:24]}") for name, arguments in calls or []
     )
 
 
 _Calls = list[tuple[str, dict[str, Any]]]
 
 
-def _parse_calls(body: str, *, tagged: bool) -> _Calls | None:
+def _untagged_calls(body: str) -> _Calls | None:
     if _FUNCTION_TAG.search(body):
         return _function_tags(body)
-    if (calls := _json_calls(body)) is not None:
-        return calls
-    if (builtin := _builtin_call(body)) is not None and (tagged or builtin[0] in BUILTIN_TOOLS):
+    builtin = _builtin_call(body)
+    if builtin is not None and builtin[0] in BUILTIN_TOOLS:
         return [builtin]
-    if (calls := _python_list(body)) is not None:
-        return calls
-    if not tagged or not body or (body.startswith(("{", "[{")) and '"name"' in body):
+    return _python_list(body)
+
+
+def _tagged_calls(body: str) -> _Calls | None:
+    if _FUNCTION_TAG.match(body):
+        return _function_tags(body)
+    for calls in (_json_calls(body), _python_list(body)):
+        if calls is not None:
+            return calls
+    if builtin := _builtin_call(body):
+        return [builtin]
+    if not body or (body.startswith(("{", "[{")) and '"name"' in body):
         return None
     return [(CODE_INTERPRETER, {"code": body})]
 
