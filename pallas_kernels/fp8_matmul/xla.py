@@ -37,11 +37,13 @@ def by_row_blocks(x: Array, weight: Array, weight_scale: Array | None) -> Array:
     """x @ weight.T in float32, widening at most `BLOCK_ROWS` rows of the weight at a time.
 
     x: [m, in]; weight: [out, in] of any float dtype or e4m3fn bits; weight_scale: as in
-    `fp8_matmul`, None for a weight without scales. Products are taken in bfloat16 for bfloat16
-    activations with enough rows, in float32 otherwise. Returns float32 [m, out].
+    `fp8_matmul`, None for a weight without scales. Products are taken in bfloat16 where both sides
+    are, or fit, bfloat16 and there are enough rows; in float32 otherwise. Returns float32 [m, out].
     """
     rows = weight.shape[0]
-    in_bf16 = x.shape[0] >= MIN_ROWS_FOR_BF16 and x.dtype != jnp.float32
+    per_block = weight_scale is not None and weight_scale.ndim == 2
+    is_exact = x.dtype == jnp.bfloat16 or (x.dtype == e4m3.DTYPE and not per_block)
+    in_bf16 = x.shape[0] >= MIN_ROWS_FOR_BF16 and is_exact
     x = x.astype(jnp.bfloat16 if in_bf16 else jnp.float32)
 
     def product(start: Array | int, count: int) -> Array:

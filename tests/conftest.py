@@ -1,0 +1,16 @@
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real tokenizers, golden texts and genuine tiny checkpoints; not part of the repository."""
+    if not SHARED.is_dir():
+        pytest.skip("the folder of shared test data is not there")
+    return SHARED
