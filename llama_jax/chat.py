@@ -3,8 +3,8 @@
 The checkpoint's own Jinja template is used where there is one, rendered as transformers renders it;
 otherwise Meta's format for the tokenizer's family. Either way the prompt is a list of pieces that
 are each either a special token that the format wrote, or text: text from messages and tools never
-becomes a special token. For a template this is done by putting a pair of private characters around
-the names of special tokens in what the user supplied, before rendering.
+becomes a special token. For a template this is done by putting a pair of characters that occur
+nowhere else around the names of special tokens in what the user supplied, before rendering.
 """
 
 import itertools
@@ -22,7 +22,9 @@ __all__ = ["ROLES", "ChatTemplateError", "encode_chat", "render_chat"]
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 _MAX_DEPTH = 100  # of nested lists and objects in a message
-_PRIVATE_USE = range(0xF0000, 0xFFFFE)
+# Where the two marks are taken from: the first that the input does not hold. These are rare
+# ideographs, which unlike private-use characters come through Python's repr() unescaped.
+_MARKS = range(0x20000, 0x2A6D0)
 
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Callable[..., Any] | Mapping[str, Any]]
@@ -123,7 +125,7 @@ def _template_pieces(
     tokenizer: Tokenizer, template: str, variables: Mapping[str, Any], add_generation_prompt: bool
 ) -> list[Piece]:
     given = json.dumps(variables, ensure_ascii=False) + template
-    opening, closing = itertools.islice((c for c in map(chr, _PRIVATE_USE) if c not in given), 2)
+    opening, closing = itertools.islice((c for c in map(chr, _MARKS) if c not in given), 2)
     names = (
         "|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True))) or "(?!)"
     )
@@ -268,7 +270,8 @@ def _check_call(call: Any, where: str) -> dict[str, Any]:
             raise ValueError(f"{where}: arguments: not valid JSON ({error})") from None
     if not isinstance(arguments, Mapping):
         raise ValueError(f"{where}: arguments: expected an object, got {type(arguments).__name__}")
-    return _plain({**call, "function": {**function, "arguments": arguments}}, where)
+    checked = {**call, "function": {**function, "arguments": arguments}}
+    return {key: _plain(value, f"{where}.{key}") for key, value in checked.items()}
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:

@@ -21,9 +21,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-_MAX_STEPS = (
-    1_000_000  # loop steps and calls in one rendering; a conversation needs a few per message
-)
+_MAX_STEPS = 200_000  # loop steps and calls in one rendering; a message takes a few
 _MAX_REPEATED = 1_000_000  # elements that one `sequence * n` may make
 _steps_left: ContextVar[list[int]] = ContextVar("_steps_left")
 
@@ -149,13 +147,12 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without jinja2's HTML escaping. `ensure_ascii` leaves plane 15, where chat.py's marks
-    are."""
+    """JSON without jinja2's HTML escaping. `ensure_ascii` spares plane 2 with chat.py's marks."""
     text = json.dumps(
         value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
     )
     if ensure_ascii:
         text = re.sub(
-            r"[^\x00-\x7f\U000f0000-\U000ffffd]", lambda match: json.dumps(match[0])[1:-1], text
+            r"[^\x00-\x7f\U00020000-\U0002ffff]", lambda match: json.dumps(match[0])[1:-1], text
         )
     return text

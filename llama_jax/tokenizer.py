@@ -306,9 +306,8 @@ def _from_sentencepiece(
             pieces[token_id] = bytes([int(piece[3:5], 16)])  # "<0x0A>"
         else:
             pieces[token_id] = piece.replace("\u2581", " ").encode()
-    for name, (token_id, special) in _declared_tokens(config).items():
-        if token_id >= model.vocab_size():
-            specials[name] = (token_id, special)
+    declared = _declared_tokens(config).items()
+    specials |= {name: token for name, token in declared if token[0] >= model.vocab_size()}
     names = {token_id: name for name, (token_id, _) in specials.items()}
     ends = [model.eos_id()] if model.eos_id() >= 0 else []
     defaults = (names.get(model.bos_id()), ends, names.get(model.pad_id()))
@@ -337,17 +336,19 @@ def _tokenizer(
         if ends
         else None
     )
-    named = {"bos_token": bos, "eos_token": last_end, "pad_token": pad}
-    for key, default in named.items():
+
+    def name_of(key: str, default: str | None) -> str | None:
         value = config.get(key)
         name = value.get("content") if isinstance(value, Mapping) else value
         if name is not None and name not in ids:
             raise ValueError(
                 f"{path.parent / 'tokenizer_config.json'}: {key} is {name!r}, which is no added "
-                f"token of {path.name}; "
-                "correct the name or add the token"
+                f"token of {path.name}; correct the name or add the token"
             )
-        named[key] = name if name is not None else default
+        return default if name is None else str(name)
+
+    defaults_by_key = {"bos_token": bos, "eos_token": last_end, "pad_token": pad}
+    named = {key: name_of(key, default) for key, default in defaults_by_key.items()}
     named_ids = {key: ids[name] for key, name in named.items() if name in ids}
     table = [b""] * (max([*pieces, *ids.values()]) + 1)
     for token_id, token in pieces.items():
@@ -391,7 +392,7 @@ def _chat_template(config: Mapping[str, Any], path: Path) -> str | None:
             raise ValueError(
                 f'{path}: chat_template has {sorted(named)} but none named "default"; name one so'
             )
-        return named["default"]
+        return str(named["default"])
     if template is not None and not isinstance(template, str):
         raise ValueError(f"{path}: chat_template: expected a string, got {type(template).__name__}")
     return template

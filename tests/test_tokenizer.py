@@ -88,7 +88,8 @@ def llama3_model() -> Tokenizer:
 def llama3_json(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     source = DATA / "hf_llama_3_1_8b_instruct"
     path = tmp_path_factory.mktemp("llama3")
-    (path / "tokenizer.json").write_bytes(gzip.open(source / "tokenizer.json.gz").read())
+    packed = (source / "tokenizer.json.gz").read_bytes()
+    (path / "tokenizer.json").write_bytes(gzip.decompress(packed))
     (path / "tokenizer_config.json").write_text((source / "tokenizer_config.json").read_text())
     return load_tokenizer(path)
 
@@ -238,7 +239,7 @@ def test_bad_arguments(tiny: Tokenizer) -> None:
     with pytest.raises(TypeError, match="text: expected a str, got bytes"):
         tiny.encode(b"a")  # type: ignore[arg-type]
     for token_id in (-1, TINY_SIZE):
-        with pytest.raises(ValueError, match=f"token id {token_id} is outside .* {TINY_SIZE}"):
+        with pytest.raises(ValueError, match=rf"token id {token_id} is outside .* {TINY_SIZE}"):
             tiny.decode([token_id])
     assert tiny.decode(tiny.encode("a\ud800b")) == "a\ufffdb"
 
@@ -264,7 +265,7 @@ def test_damaged_files(tmp_path: Path, data: bytes, message: str) -> None:
 
 
 def test_directory_without_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no tokenizer.json and no tokenizer.model"):
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json and no"):
         load_tokenizer(tmp_path)
 
 
