@@ -1,0 +1,158 @@
+"""What a dialect hands to the pipeline: a canonical tree whose arrays are read when asked for."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from converters.finite import has_nonfinite
+from converters.safetensors_reader import StoredTensor, read_rows
+from llama_jax.checkpoint import CheckpointError
+from llama_jax.config import PARAM_DTYPES, LlamaConfig
+from llama_jax.fp8 import WeightFormat
+
+Shape = tuple[int, ...]
+Tensors = Mapping[str, StoredTensor]
+
+
+@dataclass(frozen=True)
+class LazyArray:
+    """A canonical array. `rows(start, stop)` reads that part of axis 0; a scalar has one row."""
+
+    dtype: np.dtype
+    shape: Shape
+    rows: Callable[[int, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Module:
+    """One module's arrays by leaf name (weight, weight_scale, input_scale), and their format."""
+
+    format: WeightFormat
+    arrays: Mapping[str, LazyArray]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checkpoint in canonical terms.
+
+    modules: by module path ("layers_0/mlp/up_proj"). used: names of the source's tensors that went
+    into them. kv_scales: (k, v) per layer for an FP8 cache.
+    """
+
+    modules: Mapping[str, Module]
+    used: frozenset[str]
+    kv_scales: tuple[tuple[float, float], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One tool's layout.
+
+    applies(config.json, tensors): whether a checkpoint is of this kind; looks at nothing else.
+    plan(config.json, config, tensors, weights): the checkpoint in canonical terms; weights is the
+        shape of each module's weight by module path.
+    """
+
+    name: str
+    description: str
+    applies: Callable[[Mapping[str, Any], Tensors], bool]
+    plan: Callable[[Mapping[str, Any], LlamaConfig, Tensors, Mapping[str, Shape]], Plan]
+
+
+def source_name(path: str) -> str:
+    """Hugging Face's name of a module: "layers_0/mlp/up_proj" -> "model.layers.0.mlp.up_proj"."""
+    name = path.replace("layers_", "layers.").replace("/", ".")
+    return name if name == "lm_head" else f"model.{name}"
+
+
+def take(tensors: Tensors, name: str, shapes: tuple[Shape, ...], dtypes: tuple[str, ...]
+         ) -> StoredTensor:  # fmt: skip
+    """The tensor `name`, which must be there with one of these shapes and (numpy) dtypes."""
+    if name not in tensors:
+        raise CheckpointError(f"{name} is missing from the checkpoint")
+    tensor = tensors[name]
+    if tensor.shape not in shapes:
+        raise CheckpointError(
+            f"{name} has shape {list(tensor.shape)}, the config makes it "
+            f"{' or '.join(str(list(shape)) for shape in shapes)}"
+        )
+    if tensor.dtype.name not in dtypes:
+        raise CheckpointError(f"{name} is {tensor.dtype.name}, expected {' or '.join(dtypes)}")
+    return tensor
+
+
+def as_stored(tensor: StoredTensor) -> LazyArray:
+    """The tensor as it is."""
+    return LazyArray(
+        tensor.dtype, tensor.shape, lambda start, stop: finite_rows(tensor, start, stop)
+    )
+
+
+def finite_rows(
+    tensor: StoredTensor, start: int, stop: int, dtype: np.dtype | None = None
+) -> np.ndarray:
+    """`read_rows`, seen as `dtype`; raises `CheckpointError` for NaN and infinity."""
+    rows = read_rows(tensor, start, stop)
+    rows = rows if dtype is None else rows.view(dtype)
+    if has_nonfinite(rows):
+        row = start + next(i for i, row in enumerate(rows) if has_nonfinite(row))
+        raise CheckpointError(
+            f"{tensor.name} has NaN or infinity in row {row}: the checkpoint is damaged"
+        )
+    return rows
+
+
+def dense_module(tensors: Tensors, path: str, shape: Shape) -> Module:
+    """An unquantised weight, kept in the dtype it has."""
+    tensor = take(tensors, f"{source_name(path)}.weight", (shape,), PARAM_DTYPES)
+    return Module(WeightFormat(tensor.dtype.name), {"weight": as_stored(tensor)})
+
+
+def is_linear(path: str) -> bool:
+    """Whether the module at this path is a matrix that tools quantise."""
+    return path == "lm_head" or path.endswith("_proj")
+
+
+def bits_as_e4m3(tensor: StoredTensor) -> LazyArray:
+    """float8_e4m3fn codes that are stored as such or as bytes of another 8-bit type."""
+    dtype = np.dtype(ml_dtypes.float8_e4m3fn)
+    return LazyArray(
+        dtype, tensor.shape, lambda start, stop: finite_rows(tensor, start, stop, dtype)
+    )
+
+
+def row_scale(tensors: Tensors, name: str, rows: int) -> LazyArray:
+    """Scales of a matrix's rows, float32 [rows], from one per tensor or one per row.
+
+    Raises `CheckpointError` where one is not finite or negative.
+    """
+    tensor = take(tensors, name, ((), (1,), (rows,), (rows, 1)), PARAM_DTYPES)
+    return _constant(np.broadcast_to(_scale_values(tensor).reshape(-1), (rows,)))
+
+
+def scalar_scale(tensors: Tensors, name: str) -> LazyArray:
+    """One scale of activations, float32 []. Raises `CheckpointError` unless it is positive."""
+    tensor = take(tensors, name, ((), (1,)), PARAM_DTYPES)
+    value = _scale_values(tensor).reshape(())
+    if value == 0:
+        raise CheckpointError(f"{name} is 0: activations cannot be divided by it")
+    return _constant(value)
+
+
+def _scale_values(tensor: StoredTensor) -> np.ndarray:
+    values = read_rows(tensor, 0, (tensor.shape or (1,))[0]).astype(np.float32)
+    if not (np.isfinite(values) & (values >= 0)).all():
+        bad = values[~(np.isfinite(values) & (values >= 0))].flat[0]
+        raise CheckpointError(f"{tensor.name} holds {bad}: a scale must be finite and positive")
+    return values
+
+
+def _constant(values: np.ndarray) -> LazyArray:
+    return LazyArray(
+        values.dtype,
+        values.shape,
+        lambda start, stop: values[start:stop] if values.ndim else values,
+    )

@@ -1,0 +1,248 @@
+"""Strict, memory-mapped reading of safetensors checkpoints: one file, or shards with an index.
+
+Format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes back to back
+(https://github.com/huggingface/safetensors). Views go through ml_dtypes because the safetensors
+package's numpy frontend does not know the FP8 types.
+"""
+
+import json
+import math
+import mmap
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from llama_jax.checkpoint import CheckpointError
+
+DTYPES: Mapping[str, np.dtype] = MappingProxyType(
+    {
+        "F64": np.dtype(np.float64),
+        "F32": np.dtype(np.float32),
+        "F16": np.dtype(np.float16),
+        "BF16": np.dtype(ml_dtypes.bfloat16),
+        "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+        "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+        "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+        "I64": np.dtype(np.int64),
+        "I32": np.dtype(np.int32),
+        "I16": np.dtype(np.int16),
+        "I8": np.dtype(np.int8),
+        "U8": np.dtype(np.uint8),
+        "BOOL": np.dtype(np.bool_),
+    }
+)
+_MAX_HEADER = 100_000_000
+_INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: `offset` in bytes from the start of the file `path`."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def read_rows(tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
+    """Rows [start, stop) of a tensor as a read-only view of the file; a scalar has one row.
+
+    Each call maps only the bytes it returns, and the mapping ends with the array, so a process that
+    lets go of what it has read does not grow with the checkpoint.
+    """
+    rows, *rest = tensor.shape or (1,)
+    row_bytes = math.prod(rest) * tensor.dtype.itemsize
+    shape = (stop - start, *rest) if tensor.shape else ()
+    first = tensor.offset + start * row_bytes
+    length = (stop - start) * row_bytes
+    if not 0 <= start <= stop <= rows:
+        raise IndexError(f"{tensor.name} has {rows} rows, asked for {start}:{stop}")
+    if not length:
+        return np.empty(shape, tensor.dtype)
+    aligned = first - first % mmap.ALLOCATIONGRANULARITY
+    with tensor.path.open("rb") as file:
+        mapped = mmap.mmap(
+            file.fileno(), first - aligned + length, access=mmap.ACCESS_READ, offset=aligned
+        )
+    flat = np.frombuffer(mapped, np.uint8, length, first - aligned)
+    return flat.view(tensor.dtype).reshape(shape)
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, by name.
+
+    Raises `CheckpointError` naming the file for a header that is cut short, is not JSON, or whose
+    offsets do not fill the file exactly, and for dtypes that are not known.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > size - 8:
+            raise CheckpointError(
+                f"{path} is truncated: its header alone needs {8 + length} bytes and the file has "
+                f"{size}. Download it again."
+            )
+        if length > _MAX_HEADER:
+            raise CheckpointError(f"{path} is not a safetensors file: a header of {length} bytes")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=lambda pairs: _unique(pairs, path))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: bad header ({error})") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not an object")
+    header.pop("__metadata__", None)
+
+    tensors = {name: _entry(name, entry, path, 8 + length) for name, entry in header.items()}
+    end = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset != end:
+            raise CheckpointError(
+                f"{path}: {tensor.name} starts at byte {tensor.offset} where {end} is expected; "
+                "tensors must lie back to back, without gaps and without overlap"
+            )
+        end += tensor.nbytes
+    if end != size:
+        state = "is truncated" if end > size else "has bytes that no tensor owns"
+        raise CheckpointError(
+            f"{path} {state}: its header describes {end} bytes, the file has {size}. "
+            "Download it again."
+        )
+    return tensors
+
+
+def read_checkpoint(directory: Path) -> dict[str, StoredTensor]:
+    """All tensors of a Hugging Face directory, by name.
+
+    Read are `model.safetensors`, or the shards that `model.safetensors.index.json` names, or, with
+    neither, whatever complete set of `*.safetensors` is there. Raises `CheckpointError` for a
+    missing or escaping shard, a tensor found twice, and an index that differs from the shards.
+    """
+    directory = directory.resolve()
+    index = directory / _INDEX
+    if (directory / "model.safetensors").is_file():
+        return read_header(shard_path(directory, "model.safetensors"))
+    if index.is_file():
+        weight_map = _read_index(index)
+        names: Iterable[str] = sorted(set(weight_map.values()))
+    else:
+        weight_map = None
+        names = _unindexed_shards(directory)
+
+    tensors: dict[str, StoredTensor] = {}
+    for name in names:
+        for tensor in read_header(shard_path(directory, name)).values():
+            if tensor.name in tensors:
+                other = tensors[tensor.name].path.name
+                raise CheckpointError(f"{tensor.name} is in both {other} and {name} of {directory}")
+            if weight_map is not None and weight_map.get(tensor.name) != name:
+                listed = weight_map.get(tensor.name, "nowhere")
+                raise CheckpointError(
+                    f"{name} holds {tensor.name}, which {index} lists in {listed}"
+                )
+            tensors[tensor.name] = tensor
+    for lacking in (weight_map or {}).keys() - tensors.keys():
+        raise CheckpointError(
+            f"{index} lists {lacking} in {(weight_map or {})[lacking]}, which does not hold it"
+        )
+    return tensors
+
+
+def shard_path(directory: Path, name: str) -> Path:
+    """The file of a shard, refused where it leads out of the checkpoint.
+
+    directory: resolved. A link may stay inside it, or go to the `blobs` of the Hugging Face hub
+    cache (`models--org--name/snapshots/<revision>/<file> -> ../../blobs/<hash>`).
+    """
+    if name != Path(name).name or name in ("", ".", ".."):
+        raise CheckpointError(
+            f"{directory / _INDEX} names the shard {name!r}; a plain file name is expected"
+        )
+    path = directory / name
+    allowed = [directory]
+    if directory.parent.name == "snapshots":
+        allowed.append(directory.parent.parent / "blobs")
+    target = path.resolve()
+    if not any(target.is_relative_to(root) for root in allowed):
+        raise CheckpointError(
+            f"{path} is a link to {target}, outside the checkpoint. Copy the file, or link the "
+            "whole directory."
+        )
+    if not target.is_file():
+        raise CheckpointError(f"{path} is missing. Download the rest of the checkpoint.")
+    return path
+
+
+def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise CheckpointError(f"{path}: {twice!r} appears twice in the header")
+    return found
+
+
+def _entry(name: str, entry: Any, path: Path, data_start: int) -> StoredTensor:
+    where = f"{path}: {name}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, got {entry!r}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{where}: shape {shape!r}, data_offsets {offsets!r} are malformed")
+    if entry["dtype"] not in DTYPES:
+        raise CheckpointError(
+            f"{where}: dtype {entry['dtype']!r} is not known ({', '.join(DTYPES)})"
+        )
+    tensor = StoredTensor(name, DTYPES[entry["dtype"]], tuple(shape), path, data_start + offsets[0])
+    if offsets[1] - offsets[0] != tensor.nbytes:
+        raise CheckpointError(
+            f"{where}: {entry['dtype']} {shape} takes {tensor.nbytes} bytes, data_offsets "
+            f"{offsets} hold {offsets[1] - offsets[0]}"
+        )
+    return tensor
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not an index with a weight_map: {error!r}") from error
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
+    return weight_map
+
+
+def _unindexed_shards(directory: Path) -> list[str]:
+    names = sorted(path.name for path in directory.glob("*.safetensors"))
+    if not names:
+        others = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+        raise CheckpointError(
+            f"{directory} has no safetensors weights; it holds {', '.join(others[:8]) or 'nothing'}"
+        )
+    for match in filter(None, map(_SHARD.fullmatch, names)):
+        stem, count = match[1], int(match[3])
+        for number in range(1, count + 1):
+            expected = f"{stem}-{number:05d}-of-{match[3]}.safetensors"
+            if expected not in names:
+                raise CheckpointError(
+                    f"{directory / expected} is missing. Download the rest of the checkpoint."
+                )
+    return names
