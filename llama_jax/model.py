@@ -87,8 +87,9 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
 
     Source: `apply_scaling` in llama-models; its formula with the config's constants.
     """
-    exponents = np.arange(0, config.head_dim, 2).astype(np.float32) / np.float32(config.head_dim)
-    inv = np.float32(1.0) / np.power(np.float32(config.rope_theta), exponents, dtype=np.float32)
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    powers = np.float64(config.rope_theta) ** exponents.astype(np.float64)
+    inv = np.float32(1.0) / powers.astype(np.float32)  # as torch rounds it, bit for bit
     scaling = config.rope_scaling
     if scaling is None:
         return inv
