@@ -1,0 +1,131 @@
+"""XLA's persistent compilation cache, on by default, and a count of what was compiled.
+
+Programs are kept in `$LLAMA_JAX_CACHE/xla` (`~/.cache/llama_jax/xla`), so a second start fetches
+them instead of compiling. JAX's own settings come first: where `JAX_COMPILATION_CACHE_DIR` or
+`jax_compilation_cache_dir` is set, nothing is changed. An empty `LLAMA_JAX_CACHE` switches it off.
+"""
+
+import functools
+import logging
+import os
+import tempfile
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """compiled: programs that XLA compiled; from_cache: those fetched from the persistent cache.
+
+    seconds: wall-clock time in which Python functions were traced and lowered, and programs
+    compiled or fetched.
+    """
+
+    compiled: int
+    from_cache: int
+    seconds: float
+
+    def since(self, earlier: "CompileReport") -> "CompileReport":
+        """What has happened after `earlier`."""
+        return CompileReport(
+            self.compiled - earlier.compiled,
+            self.from_cache - earlier.from_cache,
+            self.seconds - earlier.seconds,
+        )
+
+    def __str__(self) -> str:
+        plural = "" if self.compiled == 1 else "s"
+        return (
+            f"compiled {self.compiled} program{plural} in {self.seconds:.1f} s, "
+            f"{self.from_cache} from the cache"
+        )
+
+
+def enable(directory: str | Path | None = None) -> Path | None:
+    """Keep compiled programs in `directory`, by default the one described above.
+
+    Returns the directory in use, None if there is none: switched off, or it cannot be written to,
+    which is logged once as a warning. Calling it again changes nothing.
+    """
+    configured = jax.config.jax_compilation_cache_dir
+    if not jax.config.jax_enable_compilation_cache or configured == "":
+        return None
+    if directory is None:
+        if configured is not None:
+            return Path(configured)
+        home = os.environ.get("LLAMA_JAX_CACHE", "~/.cache/llama_jax")
+        if not home:
+            return None
+        directory = Path(home) / "xla"
+    directory = Path(directory).expanduser().absolute()
+    if not _writable(directory):
+        return None
+    for name, value in (
+        ("jax_compilation_cache_dir", str(directory)),
+        ("jax_persistent_cache_min_compile_time_secs", 0),
+        ("jax_persistent_cache_min_entry_size_bytes", -1),
+    ):
+        jax.config.update(name, value)  # type: ignore[no-untyped-call]
+    return directory
+
+
+def report() -> CompileReport:
+    """What this process has compiled since this module was imported."""
+    with _lock:
+        seconds = sum(end - start for start, end in _spans)
+        return CompileReport(_counts[_BACKEND] - _counts[_HIT], _counts[_HIT], seconds)
+
+
+@functools.cache
+def _writable(directory: Path) -> bool:
+    """Make the directory, readable by its owner alone: what lies in it is executed."""
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            return True
+    except OSError as error:
+        _log.warning(
+            "compiled programs are not kept, so every start compiles again: %s. Set "
+            "LLAMA_JAX_CACHE to a directory that can be written to, or to nothing.",
+            error,
+        )
+        return False
+
+
+_HIT = "/jax/compilation_cache/cache_hits"
+_BACKEND = "/jax/core/compile/backend_compile_duration"  # wraps both compiling and fetching
+_TIMED = (
+    "/jax/core/compile/jaxpr_trace_duration",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration",
+    _BACKEND,
+)
+_lock = threading.Lock()
+_counts = {_HIT: 0, _BACKEND: 0}
+_spans: list[tuple[float, float]] = []
+
+
+def _on_event(event: str, **_: str | int) -> None:
+    if event == _HIT:
+        with _lock:
+            _counts[_HIT] += 1
+
+
+def _on_span(event: str, start_time: float, end_time: float, **_: str | int) -> None:
+    """Spans arrive as they end; tracing a function holds the traces of the functions it calls."""
+    if event not in _TIMED:
+        return
+    with _lock:
+        _counts[_BACKEND] += event == _BACKEND
+        while _spans and _spans[-1][1] > start_time:
+            start_time = min(start_time, _spans.pop()[0])
+        _spans.append((start_time, end_time))
+
+
+jax.monitoring.register_event_listener(_on_event)
+jax.monitoring.register_event_time_span_listener(_on_span)
