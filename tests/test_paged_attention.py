@@ -5,7 +5,9 @@ import pytest
 
 from llama_jax.kv_cache import write_pages
 from pallas_kernels import e4m3
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention import paged_attention as unjitted
+
+paged_attention = jax.jit(unjitted, static_argnames="implementation")
 
 PAGE = 16
 

@@ -1,0 +1,60 @@
+"""What XLA made of the model: no copied cache, no widened weight, no growth with the pool."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llama_jax.fp8 import WeightFormat
+from llama_jax.kv_cache import init_cache
+from llama_jax.model import ModelSpec, abstract_params, decode, prefill
+from tests.tiny import LINEARS, config
+
+# Wide enough that a weight outweighs every activation.
+WIDE = config(hidden_size=1024, intermediate_size=4096, num_layers=1, num_heads=16,
+              num_kv_heads=4, head_dim=64, vocab_size=512)  # fmt: skip
+SPEC = ModelSpec(
+    WIDE, {f"layers_0/{name}": WeightFormat("float8_e4m3fn", "row") for name in LINEARS}
+)
+
+
+def arguments(max_seq_len, cache_dtype, batch=2):
+    params = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, jnp.int8 if s.dtype.itemsize == 1 else s.dtype),
+        abstract_params(SPEC),
+    )
+    cache = jax.eval_shape(lambda: init_cache(WIDE, batch, max_seq_len, cache_dtype))
+    return params, cache
+
+
+def compiled(program, max_seq_len=1024, cache_dtype="bfloat16"):
+    params, cache = arguments(max_seq_len, cache_dtype)
+    rows = jax.ShapeDtypeStruct((2,), jnp.int32)
+    if program == "decode":
+        return decode.lower(params, cache, rows, spec=SPEC).compile(), cache
+    chunk = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+    return prefill.lower(params, cache, chunk, rows, spec=SPEC).compile(), cache
+
+
+@pytest.mark.parametrize("cache_dtype", ["bfloat16", "float32", "int8"])
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_the_cache_is_aliased_and_never_copied(program, cache_dtype):
+    small, _ = compiled(program, 1024, cache_dtype)
+    large, cache = compiled(program, 65536, cache_dtype)
+    pool = sum(a.size * a.dtype.itemsize for a in (*cache.k, *cache.v))
+    memory = large.memory_analysis()
+    assert memory.alias_size_in_bytes >= pool
+    assert memory.temp_size_in_bytes < pool / 4
+    # The page table aside, nothing in the program grows with the pool.
+    assert memory.temp_size_in_bytes - small.memory_analysis().temp_size_in_bytes < pool / 1000
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_fp8_weights_are_not_widened_as_a_whole(program):
+    executable, _ = compiled(program)
+    out, columns = WIDE.intermediate_size, WIDE.hidden_size
+    text = executable.as_text()
+    assert f"s8[{out},{columns}]" in text
+    assert not re.search(rf"(f16|bf16|f32|s16|s32)\[{out},{columns}\]", text)
+    assert not re.search(rf"(f16|bf16|f32|s16|s32)\[{columns},{out}\]", text)

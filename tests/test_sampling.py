@@ -1,0 +1,170 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama_jax.sampling import SamplingParams, host_rows, record
+from llama_jax.sampling import sample as sampled
+
+sample = jax.jit(sampled)
+
+VOCAB = 50
+
+
+def state(*params, prompts=None, stops=None):
+    count = len(params)
+    return jax.tree.map(
+        jnp.asarray,
+        host_rows(params, prompts or [()] * count, stops or [()] * count, VOCAB),
+    )
+
+
+def logits(rows=1, seed=0):
+    return jax.random.normal(jax.random.key(seed), (rows, VOCAB)) * 3
+
+
+@jax.jit
+def draw_many(row, settings, steps):
+    one = lambda step: sampled(row, settings.replace(step=step[None])).tokens[0]  # noqa: E731
+    return jax.vmap(one)(steps)
+
+
+def draws(params, row, count=4000):
+    """Tokens drawn from one row of logits at `count` successive steps."""
+    return np.asarray(draw_many(row, state(params), jnp.arange(4000)))[:count]
+
+
+def test_greedy_is_argmax_and_ties_take_the_first():
+    row = jnp.zeros((1, VOCAB)).at[0, jnp.array([7, 30])].set(5.0)
+    assert sample(row, state(SamplingParams(temperature=0))).tokens[0] == 7
+
+
+def test_frequencies_follow_the_softmax():
+    row = logits()
+    drawn = draws(SamplingParams(temperature=0.7, seed=1), row)
+    expected = np.asarray(jax.nn.softmax(row[0] / 0.7))
+    observed = np.bincount(drawn, minlength=VOCAB) / len(drawn)
+    # Four standard deviations of a binomial share.
+    bound = 4 * np.sqrt(expected * (1 - expected) / len(drawn)) + 1e-3
+    assert np.all(np.abs(observed - expected) < bound)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"top_k": 3}, lambda p: np.argsort(-p)[:3]),
+        ({"top_k": 1}, lambda p: np.argsort(-p)[:1]),
+        ({"top_k": 1000}, lambda p: np.arange(VOCAB)),
+        (
+            {"top_p": 0.6},
+            lambda p: np.argsort(-p)[: np.searchsorted(np.cumsum(np.sort(p)[::-1]), 0.6) + 1],
+        ),
+        ({"top_p": 1e-9}, lambda p: np.argsort(-p)[:1]),
+        ({"min_p": 0.3}, lambda p: np.flatnonzero(p >= 0.3 * p.max())),
+        ({"min_p": 1.0}, lambda p: np.argsort(-p)[:1]),
+    ],
+    ids=str,
+)
+def test_only_the_likeliest_are_drawn(settings, kept):
+    row = logits() / 2
+    probabilities = np.asarray(jax.nn.softmax(row[0]))
+    allowed = set(kept(probabilities).tolist())
+    drawn = set(draws(SamplingParams(seed=3, **settings), row).tolist())
+    assert drawn <= allowed
+    likely = {i for i in allowed if probabilities[i] > 0.01}
+    assert likely <= drawn
+
+
+def test_top_k_keeps_ties():
+    row = jnp.full((1, VOCAB), -20.0).at[0, :4].set(1.0)
+    assert set(draws(SamplingParams(top_k=2, seed=0), row).tolist()) == {0, 1, 2, 3}
+
+
+def test_a_row_draws_the_same_alone_and_among_others():
+    rows = logits(4)
+    params = [SamplingParams(temperature=t, top_k=k, seed=5)
+              for t, k in ((0.0, 0), (1.0, 0), (0.5, 4), (1.5, 9))]  # fmt: skip
+    together = sample(rows, state(*params)).tokens
+    for i, each in enumerate(params):
+        assert sample(rows[i : i + 1], state(each)).tokens[0] == together[i]
+
+
+def test_seeds_differ_and_repeat():
+    row = jnp.zeros((1, VOCAB))
+    first = draws(SamplingParams(seed=1), row, 50)
+    np.testing.assert_array_equal(first, draws(SamplingParams(seed=1), row, 50))
+    assert np.any(first != draws(SamplingParams(seed=2), row, 50))
+    unseeded = [draws(SamplingParams(), row, 50).tolist() for _ in range(2)]
+    assert unseeded[0] != unseeded[1]
+
+
+def test_penalties_against_their_formulas():
+    row = np.asarray(logits())
+    params = SamplingParams(
+        temperature=0, repetition_penalty=1.7, presence_penalty=0.4, frequency_penalty=0.3
+    )
+    settings = state(params, prompts=[(3, 4)])
+    for token in (4, 9, 9):
+        settings = record(settings, jnp.array([token]), jnp.array([True]))
+    expected = row[0].copy()
+    for token in (3, 4, 9):
+        expected[token] = expected[token] / 1.7 if expected[token] > 0 else expected[token] * 1.7
+    expected[[4, 9]] -= 0.4
+    expected[4] -= 0.3
+    expected[9] -= 0.6
+    # Biasing every other token away shows the penalised value of one after another.
+    for token in (3, 4, 9, 11):
+        rival = 12
+        gap = expected[token] - expected[rival]
+        for bias, winner in ((gap - 1e-3, token), (gap + 1e-3, rival)):
+            mask = jnp.full((1, VOCAB), -1e9).at[0, token].set(0).at[0, rival].set(bias)
+            assert sample(jnp.asarray(row), settings.replace(logit_bias=mask)).tokens[0] == winner
+
+
+def test_inactive_rows_record_nothing():
+    settings = state(SamplingParams(), SamplingParams())
+    after = record(settings, jnp.array([4, 5]), jnp.array([False, True]))
+    np.testing.assert_array_equal(after.step, [0, 1])
+    np.testing.assert_array_equal(np.argwhere(after.counts), [[1, 5]])
+
+
+def test_logit_bias_and_minimum_length():
+    row = jnp.zeros((1, VOCAB)).at[0, 8].set(4.0)
+    biased = state(SamplingParams(temperature=0, logit_bias={20: 4.5}))
+    assert sample(row, biased).tokens[0] == 20
+    settings = state(SamplingParams(temperature=0, min_new_tokens=2), stops=[(8,)])
+    assert sample(row, settings).tokens[0] != 8
+    assert sample(row, settings.replace(step=jnp.array([2]))).tokens[0] == 8
+
+
+def test_logprobs_are_the_models_own():
+    rows = logits(2)
+    params = SamplingParams(temperature=0.3, top_k=2, seed=0, logprobs=5, logit_bias={1: 3.0})
+    drawn = sample(rows, state(params, SamplingParams(temperature=0)))
+    expected = np.asarray(jax.nn.log_softmax(rows))
+    np.testing.assert_allclose(
+        drawn.logprobs, expected[np.arange(2), np.asarray(drawn.tokens)], atol=1e-5
+    )
+    order = np.argsort(-expected[0])[:20]
+    np.testing.assert_array_equal(drawn.top_ids[0], order)
+    np.testing.assert_allclose(drawn.top_logprobs[0], expected[0, order], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 0), ("min_new_tokens", 300), ("temperature", -0.1),
+        ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1),
+        ("min_p", -0.1), ("repetition_penalty", 0.0), ("presence_penalty", float("inf")),
+        ("frequency_penalty", float("nan")), ("logit_bias", {1: float("nan")}), ("seed", -1),
+        ("stop", [""]), ("logprobs", 21),
+    ],
+)  # fmt: skip
+def test_bad_settings_are_named(name, value):
+    with pytest.raises(ValueError, match=name):
+        SamplingParams(**{name: value})
+
+
+def test_ids_outside_the_vocabulary_are_named():
+    with pytest.raises(ValueError, match=r"logit_bias: token id 50 is not in \[0, 50\)"):
+        state(SamplingParams(logit_bias={VOCAB: 1.0}))
