@@ -1,0 +1,85 @@
+"""From whatever names a checkpoint to a converted directory: convert once, find it again later."""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Literal
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from converters.pipeline import TOKENIZER_FILES, convert
+from llama_jax.checkpoint import MANIFEST, CheckpointError
+
+# Counted up when the same source would convert to something else.
+CONVERTER_VERSION = 1
+_WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve(
+    path_or_id: str | Path,
+    cache_dir: str | Path | None = None,
+    *,
+    quantize: Literal["row", "block"] | None = None,
+    progress: bool = True,
+) -> Path:
+    """The converted directory for a converted directory, a Hugging Face directory or a hub id.
+
+    A Hugging Face directory is converted once into `cache_dir` (default `$LLAMA_JAX_CACHE`, or else
+    `~/.cache/llama_jax`) and found there as long as its files keep their sizes and times. A hub id
+    ("org/name") is downloaded first. Processes that ask for the same checkpoint at the same time
+    share one conversion.
+    Raises `CheckpointError` for a path that is nothing of this, for an id that cannot be
+    downloaded, and for whatever `convert` refuses.
+    """
+    path = Path(path_or_id).expanduser()
+    if (path / MANIFEST).is_file():
+        if quantize is not None:
+            raise CheckpointError(
+                f"{path} is converted already and quantize={quantize!r} cannot be applied; convert "
+                "the original again"
+            )
+        return path
+    name = path.resolve().name
+    if not path.is_dir():
+        path, name = _download(str(path_or_id)), str(path_or_id).partition("/")[2]
+    target = _cache(cache_dir) / f"{name}-{_fingerprint(path, quantize)}"
+    if not target.exists():
+        try:
+            convert(path, target, quantize=quantize, progress=progress)
+        except FileExistsError:  # another process was faster
+            if not (target / MANIFEST).is_file():
+                raise
+    return target
+
+
+def _cache(cache_dir: str | Path | None) -> Path:
+    root = cache_dir or os.environ.get("LLAMA_JAX_CACHE") or Path.home() / ".cache" / "llama_jax"
+    return Path(root).expanduser().absolute() / "converted"
+
+
+def _fingerprint(directory: Path, quantize: str | None) -> str:
+    """A hash of what the conversion depends on: its version, its options, the files' identities."""
+    wanted = [path for pattern in [*_WANTED, *TOKENIZER_FILES] for path in directory.glob(pattern)]
+    parts = [f"{CONVERTER_VERSION} {quantize}"]
+    for path in sorted(wanted):
+        stat = path.stat() if path.exists() else path.lstat()
+        parts.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _download(hub_id: str) -> Path:
+    if not _HUB_ID.fullmatch(hub_id):
+        raise CheckpointError(
+            f"{hub_id} is neither a directory nor a Hugging Face hub id (org/name)"
+        )
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=[*_WANTED, *TOKENIZER_FILES]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"there is no directory {hub_id}, and it could not be downloaded from the Hugging Face "
+            f"hub: {error}\nIf it is gated, log in with `hf auth login`; without a network, give "
+            "the path of a downloaded directory."
+        ) from error

@@ -1,0 +1,171 @@
+"""Will it fit? The bytes that a model needs on each device, before any of them is allocated."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, Sharding
+from rich.console import Console
+from rich.table import Table
+
+from llama_jax.kv_cache import init_cache
+from llama_jax.model import ModelSpec, abstract_params
+from llama_jax.sharding import cache_shardings, param_shardings
+from pallas_kernels.fp8_matmul.xla import BLOCK_ROWS
+
+# Bytes per token of the intermediate size: the MLP's arrays that are live at the same time, in
+# float32 where weights are widened block by block, else in bfloat16. Per head and token: scores
+# against a block of keys, and the queries. Per row and word of the vocabulary: sampling settings,
+# and the logits on their way through the sampler. Fitted to XLA's own memory analysis of the
+# compiled steps (tests/test_memory.py holds them against it).
+_MLP_WIDE, _MLP_NARROW = 36, 12
+_HEAD_BYTES = 4 * 1024
+_SAMPLER_BYTES = 40
+_SCORED_TOKENS = 64
+
+
+class DoesNotFitError(MemoryError):
+    """A model and its cache need more memory than the device has."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on the fullest device; on a mesh, what one device holds.
+
+    weights and kv_cache are exact. workspace is an estimate: the temporaries of prefill and of
+    decode (the larger), logits and sampling state. limit is what the device has.
+    """
+
+    weights: int
+    kv_cache: int
+    workspace: int
+    limit: int
+    max_batch_size: int
+    max_seq_len: int
+    prefill_chunk: int
+    devices: int = 1
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.workspace
+
+    def check(self) -> None:
+        """Raise `DoesNotFitError`, with the sizes and with what to lower, if total > limit."""
+        if self.total <= self.limit:
+            return
+        each = " on each device" if self.devices > 1 else ""
+        advice = []
+        if self.kv_cache > 0.1 * self.total:
+            advice.append(
+                f"lower max_batch_size ({self.max_batch_size}) or max_seq_len "
+                f"({self.max_seq_len}), or use an FP8 cache"
+            )
+        if self.workspace > 0.1 * self.total:
+            advice.append(f"lower prefill_chunk ({self.prefill_chunk})")
+        if self.weights > 0.5 * self.limit:
+            advice.append("use FP8 weights (quantize), a smaller model, or shard over more devices")
+        raise DoesNotFitError(
+            f"{_gb(self.total)} needed{each}, {_gb(self.limit)} there: weights "
+            f"{_gb(self.weights)}, KV cache {_gb(self.kv_cache)}, workspace "
+            f"{_gb(self.workspace)}. To make it fit: {'; '.join(advice)}."
+        )
+
+    def __rich__(self) -> Table:
+        title = "Memory" + (f" on each of {self.devices} devices" if self.devices > 1 else "")
+        table = Table(title=title)
+        table.add_column("what")
+        table.add_column("size", justify="right")
+        table.add_column("of the device", justify="right")
+        parts = {
+            "weights": self.weights,
+            f"KV cache, {self.max_batch_size} x {self.max_seq_len} tokens": self.kv_cache,
+            "workspace (estimate)": self.workspace,
+            "total": self.total,
+            "device": self.limit,
+        }
+        for name, size in parts.items():
+            table.add_row(name, _gb(size), f"{size / self.limit:.0%}")
+        return table
+
+    def print(self) -> None:
+        """The table, on stderr."""
+        Console(stderr=True).print(self)
+
+
+def plan_memory(
+    spec: ModelSpec,
+    max_batch_size: int,
+    max_seq_len: int,
+    kv_dtype: jnp.dtype,
+    prefill_chunk: int,
+    mesh: Mesh | None = None,
+) -> MemoryPlan:
+    """What `spec` takes with a cache of max_batch_size rows of max_seq_len tokens.
+
+    kv_dtype: of the cache, as `kv_cache.init_cache` takes it. prefill_chunk: tokens of a row that
+    go through the model at once, all rows together.
+    """
+    cache = jax.eval_shape(
+        lambda: init_cache(spec.config, max_batch_size, max_seq_len, jnp.dtype(kv_dtype))
+    )
+    return MemoryPlan(
+        weights=_bytes_per_device(abstract_params(spec), param_shardings(spec, mesh)),
+        kv_cache=_bytes_per_device(cache, cache_shardings(spec.config, mesh)),
+        workspace=_workspace(spec, max_batch_size, min(prefill_chunk, max_seq_len), mesh),
+        limit=device_memory_bytes(mesh.devices.flat[0] if mesh else None),
+        max_batch_size=max_batch_size,
+        max_seq_len=max_seq_len,
+        prefill_chunk=prefill_chunk,
+        devices=mesh.size if mesh else 1,
+    )
+
+
+def device_memory_bytes(device: jax.Device | None = None) -> int:
+    """Bytes that this process may use on a device, the default one when None.
+
+    An accelerator reports the limit of its allocator. CPU devices share what the machine has
+    available now.
+    """
+    device = device or jax.devices()[0]
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return _available_ram() // len(jax.local_devices(backend=device.platform))
+
+
+def _available_ram() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kibibytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        return int(kibibytes) * 1024
+    except (OSError, StopIteration):  # not Linux: all of it, for want of a better figure
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _bytes_per_device(arrays: object, shardings: object) -> int:
+    def size(array: jax.ShapeDtypeStruct, sharding: Sharding) -> int:
+        return math.prod(sharding.shard_shape(array.shape)) * int(array.dtype.itemsize)
+
+    sizes: list[int] = jax.tree.leaves(jax.tree.map(size, arrays, shardings))
+    return sum(sizes)
+
+
+def _workspace(spec: ModelSpec, batch_size: int, chunk: int, mesh: Mesh | None) -> int:
+    config = spec.config
+    is_fp8 = any(stored.scale for stored in spec.formats.values())
+    wide = is_fp8 or spec.dtype == "float32"
+    per_token = max(
+        (_MLP_WIDE if wide else _MLP_NARROW) * config.intermediate_size,
+        _HEAD_BYTES * config.num_heads,
+    )
+    widened_block = BLOCK_ROWS * max(config.intermediate_size, config.hidden_size) * 6
+    logits = config.vocab_size * (_SAMPLER_BYTES * batch_size + 8 * _SCORED_TOKENS)
+    tokens = batch_size * chunk // (mesh.shape["model"] if mesh else 1)
+    return per_token * tokens + widened_block + logits
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"
