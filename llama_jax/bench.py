@@ -1,0 +1,325 @@
+"""How fast a model prefills and decodes, and how much of the memory's speed decoding reaches.
+
+Decoding reads every weight and every stored key and value once per step, so the memory's bandwidth
+bounds it. The yardstick is a copy of a large array, measured in the same run on the same device.
+"""
+
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from llama_jax import compile_cache
+from llama_jax.compile_cache import CompileReport
+from llama_jax.config import LlamaConfig
+from llama_jax.fp8 import WeightFormat
+from llama_jax.generation import chunks, shapes_for
+from llama_jax.kv_cache import PAGE_SIZE, init_cache
+from llama_jax.memory import MemoryPlan, plan_memory
+from llama_jax.model import ModelSpec, Params, abstract_params
+from llama_jax.sampling import SamplingParams, host_rows, init_sampling
+from llama_jax.steps import DecodeState, admit, decode_step, prefill_step
+from pallas_kernels import e4m3
+
+_TILE = 1 << 22  # random numbers that are drawn once and repeated to fill larger arrays
+
+
+@dataclass(frozen=True)
+class Workload:
+    """batch_size prompts of prompt_len tokens each, continued together by new_tokens tokens."""
+
+    batch_size: int
+    prompt_len: int
+    new_tokens: int
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("prompt_len", 1), ("new_tokens", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens that each row has room for: whole pages."""
+        return -(-(self.prompt_len + self.new_tokens) // PAGE_SIZE) * PAGE_SIZE
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One workload, after compilation. Seconds are medians.
+
+    prefill_seconds: all prompts through the model. first_token_seconds: that, and before it the
+        rows' settings on their way to the device.
+    decode_step_seconds: one token for each row, on the host.
+    weight_bytes, kv_bytes: what a decode step has to read; the cache halfway through the output.
+    """
+
+    workload: Workload
+    prefill_seconds: float
+    first_token_seconds: float
+    decode_step_seconds: float
+    weight_bytes: int
+    kv_bytes: int
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        return self.workload.batch_size * self.workload.prompt_len / self.prefill_seconds
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Of all rows together."""
+        return self.workload.batch_size / self.decode_step_seconds
+
+    @property
+    def decode_bytes_per_second(self) -> float:
+        return (self.weight_bytes + self.kv_bytes) / self.decode_step_seconds
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """kind: "device" (the allocator's peak) or "process" (peak resident set, where a device does
+    not count)."""
+
+    bytes: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a figure depends on besides the model."""
+
+    device: str
+    platform: str
+    cpu_count: int
+    python: str
+    jax: str
+    jaxlib: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """copy_bytes_per_second: a device copy, bytes read plus bytes written. compile: since the
+    process started."""
+
+    environment: Environment
+    measurements: tuple[Measurement, ...]
+    copy_bytes_per_second: float
+    compile: CompileReport
+    peak_memory: PeakMemory
+
+    def fraction_of_copy(self, measurement: Measurement) -> float:
+        """The decode step's bytes per second over the copy's."""
+        return measurement.decode_bytes_per_second / self.copy_bytes_per_second
+
+
+def bench(
+    params: Params,
+    spec: ModelSpec,
+    workloads: Sequence[Workload],
+    *,
+    kv_dtype: jnp.dtype,
+    copy_bytes_per_second: float,
+    prefill_chunk: int = 512,
+    repeats: int = 3,
+    on_finished: Callable[[Measurement], None] = lambda _: None,
+) -> Report:
+    """Measure each workload. kv_dtype: of the cache, as `kv_cache.init_cache` takes it.
+
+    copy_bytes_per_second: from `copy_bandwidth`, called before the model fills the memory.
+    """
+    measurements = []
+    for workload in workloads:
+        measurement = measure(params, spec, workload, kv_dtype, prefill_chunk, repeats)
+        on_finished(measurement)
+        measurements.append(measurement)
+    return Report(
+        environment=environment(),
+        measurements=tuple(measurements),
+        copy_bytes_per_second=copy_bytes_per_second,
+        compile=compile_cache.report(),
+        peak_memory=peak_memory(),
+    )
+
+
+def plan(
+    spec: ModelSpec, workloads: Sequence[Workload], kv_dtype: jnp.dtype, prefill_chunk: int = 512
+) -> MemoryPlan:
+    """The memory plan of the largest of the workloads."""
+    return max(
+        (
+            plan_memory(spec, each.batch_size, each.max_seq_len, kv_dtype, prefill_chunk)
+            for each in workloads
+        ),
+        key=lambda plan: plan.total,
+    )
+
+
+def measure(
+    params: Params,
+    spec: ModelSpec,
+    workload: Workload,
+    kv_dtype: jnp.dtype,
+    prefill_chunk: int,
+    repeats: int,
+) -> Measurement:
+    """Run a workload once to compile it, then `repeats` times, in the steps and shapes that `LLM`
+    runs."""
+    batch_size, config = workload.batch_size, spec.config
+    shapes = shapes_for(batch_size, max(workload.max_seq_len, prefill_chunk), prefill_chunk)
+    shapes = replace(shapes, max_seq_len=workload.max_seq_len)
+    drawn = np.random.default_rng(0).integers(
+        0, config.vocab_size, (batch_size, workload.prompt_len)
+    )
+    prompts, rows = drawn.tolist(), list(range(batch_size))
+    active, greedy = np.ones(batch_size, bool), SamplingParams(temperature=0.0, seed=0)
+    state = DecodeState(
+        init_cache(config, batch_size, workload.max_seq_len, kv_dtype),
+        init_sampling(batch_size, config.vocab_size),
+        jnp.zeros(batch_size, jnp.int32),
+    )
+    prefill_times, first_token_times, step_times = [], [], []
+    for run in range(repeats + 1):
+        began = time.perf_counter()
+        fresh = host_rows([greedy] * batch_size, prompts, [()] * batch_size, config.vocab_size)
+        state = admit(state, np.array(rows, np.int32), fresh)
+        state.tokens.block_until_ready()
+        admitted = time.perf_counter()
+        for chunk in chunks(prompts, rows, shapes):
+            state, sampled = prefill_step(
+                params, state, chunk.tokens, chunk.lengths, chunk.rows, chunk.last, spec=spec
+            )
+            jax.device_get(sampled)
+        prefilled = time.perf_counter()
+        steps = []
+        for _ in range(workload.new_tokens - 1 if run else 1):
+            before = time.perf_counter()
+            state, sampled = decode_step(params, state, active, spec=spec)
+            jax.device_get(sampled)
+            steps.append(time.perf_counter() - before)
+        if run:
+            prefill_times.append(prefilled - admitted)
+            first_token_times.append(prefilled - began)
+            step_times += steps
+    return Measurement(
+        workload=workload,
+        prefill_seconds=statistics.median(prefill_times),
+        first_token_seconds=statistics.median(first_token_times),
+        decode_step_seconds=statistics.median(step_times),
+        weight_bytes=decode_weight_bytes(spec, batch_size),
+        kv_bytes=kv_bytes(config, kv_dtype, workload),
+    )
+
+
+def decode_weight_bytes(spec: ModelSpec, batch_size: int) -> int:
+    """Bytes of parameters that a decode step reads: all of them, except that an embedding that is
+    not the output matrix as well is read in `batch_size` rows."""
+    params = abstract_params(spec)
+    total: int = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    if spec.config.tie_word_embeddings:
+        return total
+    embedding = params["embed_tokens"]["weight"]
+    unread = embedding.size - batch_size * spec.config.hidden_size
+    return total - int(unread) * int(embedding.dtype.itemsize)
+
+
+def kv_bytes(config: LlamaConfig, kv_dtype: jnp.dtype, workload: Workload) -> int:
+    """Bytes of keys and values that a decode step reads, on average over the output."""
+    length = workload.prompt_len + workload.new_tokens // 2
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return workload.batch_size * length * per_token * jnp.dtype(kv_dtype).itemsize
+
+
+def copy_bandwidth(num_bytes: int | None = None, repeats: int = 10) -> float:
+    """Bytes per second, read plus written, of copying an array on the default device.
+
+    num_bytes: of the array, a multiple of 4; by default 1 GiB, or 256 MiB on a CPU, which no cache
+    holds. The fastest of the repetitions counts.
+    """
+    if num_bytes is None:
+        num_bytes = 1 << (28 if jax.default_backend() == "cpu" else 30)
+    source = jnp.zeros(num_bytes // 4, jnp.int32)
+    # An addition, because XLA would pass on an array that is only copied.
+    copy = jax.jit(lambda x: x + 1)
+    copy(source).block_until_ready()
+    times = []
+    for _ in range(repeats):
+        before = time.perf_counter()
+        copy(source).block_until_ready()
+        times.append(time.perf_counter() - before)
+    return 2 * source.nbytes / min(times)
+
+
+def preset_spec(config: LlamaConfig, dtype: str = "bfloat16") -> ModelSpec:
+    """A spec with the matrices of the layers in FP8, a scale per row, and the rest in bfloat16."""
+    config = replace(config, dtype="bfloat16")
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(ModelSpec(config)))
+    formats = {
+        "/".join(key.key for key in path[:-1]): WeightFormat("float8_e4m3fn", "row")
+        for path, leaf in leaves
+        if path[0].key.startswith("layers_") and len(leaf.shape) == 2
+    }
+    return ModelSpec(config, formats, dtype)
+
+
+def random_params(spec: ModelSpec, seed: int = 0) -> Params:
+    """Parameters of the right shapes and formats and of plausible size, made in a moment.
+
+    Matrices repeat a few million random numbers. Codes are never NaN. On a CPU float8_e4m3fn comes
+    as int8 bits, as `checkpoint.load_params` gives it there.
+    """
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(-128, 128, _TILE, np.int8)
+    codes[codes & 0x7F == 0x7F] = 0
+    spread = float(np.std(codes.view(e4m3.DTYPE).astype(np.float32)))
+    normal = (rng.standard_normal(_TILE, np.float32) * 0.02).astype(jnp.bfloat16)
+
+    def make(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> Array:
+        if leaf.dtype == e4m3.DTYPE:
+            bits = np.resize(codes, leaf.shape)
+            return jnp.asarray(bits if jax.default_backend() == "cpu" else bits.view(e4m3.DTYPE))
+        if path[-1].key == "weight" and len(leaf.shape) == 2:
+            return jnp.asarray(np.resize(normal, leaf.shape).astype(leaf.dtype))
+        value = 0.02 / spread if path[-1].key == "weight_scale" else 1.0
+        return jnp.full(leaf.shape, value, leaf.dtype)
+
+    params: Params = jax.tree_util.tree_map_with_path(make, abstract_params(spec))
+    return params
+
+
+def peak_memory() -> PeakMemory:
+    """The device's peak so far, or the process's where the device does not count."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return PeakMemory(int(stats["peak_bytes_in_use"]), "device")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return PeakMemory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process")
+
+
+def environment() -> Environment:
+    device = jax.devices()[0]
+    return Environment(
+        device=device.device_kind if device.platform != "cpu" else _cpu_name(),
+        platform=device.platform,
+        cpu_count=os.cpu_count() or 1,
+        python=platform.python_version(),
+        jax=jax.__version__,
+        jaxlib=version("jaxlib"),
+    )
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):  # not Linux, or a processor without a name
+        return platform.processor() or platform.machine()
