@@ -1,1 +1,35 @@
-"""llama-jax: Llama 3.1 with FP8 weights on JAX."""
+"""llama-jax: Llama 3.1 with FP8 weights on JAX.
+
+    import llama_jax
+    llm = llama_jax.LLM.load()                       # the small model that ships with the project
+    print(llm.chat([{"role": "user", "content": "What is 47 + 85?"}]).text)
+
+Names are imported when first used, so that `llama-jax --help` need not wait for JAX.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama_jax.config import PRESETS, LlamaConfig
+    from llama_jax.llm import LLM
+    from llama_jax.results import Generation, Piece, Score, Timings, TokenLogprob
+    from llama_jax.sampling import SamplingParams
+    from llama_jax.tools import ToolCall
+
+_HOMES = {
+    "LLM": "llm", "PRESETS": "config", "LlamaConfig": "config", "SamplingParams": "sampling",
+    "Generation": "results", "Piece": "results", "Score": "results", "Timings": "results",
+    "TokenLogprob": "results", "ToolCall": "tools",
+}  # fmt: skip
+
+__all__ = [
+    "LLM", "PRESETS", "Generation", "LlamaConfig", "Piece", "SamplingParams", "Score", "Timings",
+    "TokenLogprob", "ToolCall",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

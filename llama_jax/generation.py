@@ -163,14 +163,12 @@ class Runner:
                             rows[row] = None
                         yield request
 
-    def score(
-        self, prompts: Sequence[Sequence[int]]
-    ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """For each prompt of token ids, how likely each token was after those before it.
+    def score(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For each prompt of token ids, in order: how likely each token was after those before it.
 
-        Yields (index, logprobs float32 [length - 1], is_argmax bool [length - 1]) in order.
+        Yields logprobs, float32 [length - 1], and whether the token was the likeliest, bool likewise.
         """
-        for start, group in self._groups(prompts):
+        for group in self._groups(prompts):
             logprobs: list[list[np.ndarray]] = [[] for _ in group]
             greedy: list[list[np.ndarray]] = [[] for _ in group]
             for chunk in chunks(group, list(range(len(group))), self.shapes):
@@ -182,15 +180,11 @@ class Runner:
                     logprobs[i].append(values[i, :length])
                     greedy[i].append(hits[i, :length])
             for i in range(len(group)):
-                yield (
-                    start + i,
-                    np.concatenate(logprobs[i])[:-1],
-                    np.concatenate(greedy[i])[:-1],
-                )
+                yield np.concatenate(logprobs[i])[:-1], np.concatenate(greedy[i])[:-1]
 
     def logits(self, prompts: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
         """Float32 logits [length, vocab] of each prompt, in order."""
-        for _, group in self._groups(prompts):
+        for group in self._groups(prompts):
             parts: list[list[np.ndarray]] = [[] for _ in group]
             for chunk in chunks(group, list(range(len(group))), self.shapes):
                 logits = self._step(
@@ -255,15 +249,13 @@ class Runner:
         if request.finish_reason:
             request.finished_at = now
 
-    def _groups(
-        self, prompts: Sequence[Sequence[int]]
-    ) -> Iterator[tuple[int, Sequence[Sequence[int]]]]:
+    def _groups(self, prompts: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
         """Batches of prompts, their rows 0, 1, ... emptied."""
         size = self.shapes.batch_size
         with self._exclusive():
             for start in range(0, len(prompts), size):
                 self._state = clear_rows(self._take_state(), np.arange(size, dtype=np.int32))
-                yield start, prompts[start : start + size]
+                yield prompts[start : start + size]
 
     def _step(self, program: Callable[..., Any], *args: Any, **static: Any) -> Any:
         """Run a program that takes and returns the state; its other outputs as numpy arrays.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -11,16 +12,15 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from llama_jax import checkpoint
+from llama_jax import checkpoint, compile_cache
 from llama_jax.chat import encode_chat
 from llama_jax.config import token_ids
 from llama_jax.generation import Request, Runner, shapes_for
-from llama_jax.kv_cache import init_cache
 from llama_jax.memory import plan_memory
 from llama_jax.model import Activations, ModelSpec, Params
 from llama_jax.results import Generation, Piece, Score, Timings, TokenLogprob
-from llama_jax.sampling import SamplingParams, check_ids, init_sampling
-from llama_jax.steps import DecodeState
+from llama_jax.sampling import SamplingParams, check_ids
+from llama_jax.steps import init_state
 from llama_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from llama_jax.tools import parse_tool_calls
 from pallas_kernels import e4m3
@@ -47,6 +47,7 @@ class LLM:
         max_seq_len: int,
         max_batch_size: int,
         prefill_chunk: int,
+        mesh: Mesh | None = None,
     ) -> None:
         self.spec = spec
         self.tokenizer = tokenizer
@@ -56,16 +57,20 @@ class LLM:
         eos = token_ids(manifest.generation.get("eos_token_id")) or spec.config.eos_token_ids
         self._stop_ids = frozenset(eos) or frozenset(tokenizer.eos_ids)
         shapes = shapes_for(max_batch_size, max_seq_len, prefill_chunk)
-        cache_dtype = _cache_dtype(kv_dtype, spec.dtype)
-
-        def new_state() -> DecodeState:
-            cache = init_cache(
-                spec.config, max_batch_size, max_seq_len, cache_dtype, manifest.kv_scales
-            )
-            sampling = init_sampling(max_batch_size, spec.config.vocab_size)
-            return DecodeState(cache, sampling, jnp.zeros(max_batch_size, jnp.int32))
-
-        self.runner = Runner(params, spec, shapes, new_state)
+        self.runner = Runner(
+            params,
+            spec,
+            shapes,
+            partial(
+                init_state,
+                spec,
+                max_batch_size,
+                max_seq_len,
+                _cache_dtype(kv_dtype, spec.dtype),
+                manifest.kv_scales,
+                mesh,
+            ),
+        )
 
     @classmethod
     def load(
@@ -97,9 +102,10 @@ class LLM:
         mesh: devices to shard over (`llama_jax.sharding`); by default the first device alone.
         verbose: print the memory plan.
 
-        Raises FileNotFoundError, `converters.UnsupportedCheckpoint`, `checkpoint.CheckpointError`,
-        `memory.DoesNotFitError` (before anything is loaded), ValueError for settings.
+        Raises `checkpoint.CheckpointError` for what cannot be read, `memory.DoesNotFitError` before
+        anything is loaded, ValueError for settings.
         """
+        compile_cache.enable()
         directory = checkpoint.resolve(path_or_id)
         manifest = checkpoint.read_manifest(directory)
         config = manifest.config
@@ -110,7 +116,7 @@ class LLM:
         for name, value in (("max_batch_size", max_batch_size), ("prefill_chunk", prefill_chunk)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        spec = ModelSpec(config, manifest.formats, dtype, activations)
+        spec = manifest.spec(dtype, activations)
         plan = plan_memory(
             spec,
             max_batch_size=max_batch_size,
@@ -133,6 +139,7 @@ class LLM:
             max_seq_len=max_seq_len,
             max_batch_size=max_batch_size,
             prefill_chunk=prefill_chunk,
+            mesh=mesh,
         )
 
     @overload

@@ -119,9 +119,8 @@ class Sampled:
 
 def init_sampling(batch_size: int, vocab_size: int) -> SamplingState:
     """Greedy settings and empty histories."""
-    rows = host_rows([SamplingParams(temperature=0.0, seed=0)] * batch_size, [()] * batch_size,
-                     [()] * batch_size, vocab_size)  # fmt: skip
-    return jax.tree.map(jnp.asarray, rows)
+    row = host_rows([SamplingParams(temperature=0.0, seed=0)], [()], [()], vocab_size)
+    return jax.tree.map(lambda a: jnp.repeat(a, batch_size, axis=0), row)
 
 
 def host_rows(
@@ -186,6 +185,7 @@ def sample(logits: Array, state: SamplingState) -> Sampled:
     def draw() -> Array:
         scaled = scores / jnp.where(state.temperature > 0, state.temperature, 1.0)[:, None]
         limited = (state.top_k > 0) | (state.top_p < 1) | (state.min_p > 0)
+        limited &= state.temperature > 0
         kept = lax.cond(jnp.any(limited), _truncate, lambda scaled, _: scaled, scaled, state)
         noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(state.seed, state.step, logits.shape[-1])
         return jnp.where(state.temperature > 0, jnp.argmax(kept + noise, axis=-1), greedy)

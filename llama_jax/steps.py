@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llama_jax import model
-from llama_jax.kv_cache import KVCache
+from llama_jax.kv_cache import KVCache, init_cache
 from llama_jax.model import ModelSpec, Params
-from llama_jax.sampling import Sampled, SamplingState, record, sample
+from llama_jax.sampling import Sampled, SamplingState, init_sampling, record, sample
+from llama_jax.sharding import cache_shardings, default_sharding
 
 # Tokens whose logits exist at one time while scoring: 64 of 128,256 words in float32 are 33 MB.
 TOKENS_PER_LOGITS_BLOCK = 64
@@ -27,6 +29,31 @@ class DecodeState:
     cache: KVCache
     sampling: SamplingState
     tokens: Array
+
+
+def init_state(
+    spec: ModelSpec,
+    batch_size: int,
+    max_seq_len: int,
+    cache_dtype: jnp.dtype,
+    kv_scales: tuple[tuple[float, float], ...] | None = None,
+    mesh: Mesh | None = None,
+) -> DecodeState:
+    """Empty rows, made in place on their devices; arguments as `kv_cache.init_cache` takes them."""
+    whole = NamedSharding(mesh, PartitionSpec()) if mesh else default_sharding()
+
+    def build() -> DecodeState:
+        scales = None if kv_scales is None else jnp.array(kv_scales, jnp.float32)
+        return DecodeState(
+            cache=init_cache(spec.config, batch_size, max_seq_len, cache_dtype, scales),
+            sampling=init_sampling(batch_size, spec.config.vocab_size),
+            tokens=jnp.zeros(batch_size, jnp.int32),
+        )
+
+    shardings = jax.tree.map(lambda _: whole, jax.eval_shape(build))
+    shardings = shardings.replace(cache=cache_shardings(spec.config, mesh))
+    state: DecodeState = jax.jit(build, out_shardings=shardings)()
+    return state
 
 
 @partial(jax.jit, donate_argnames="state")
@@ -89,7 +116,8 @@ def decode_step(
         params, state.cache, state.tokens[:, None], active.astype(jnp.int32), spec=spec
     )
     logits = model.unembed(params, hidden[:, 0], spec=spec)
-    drawn = sample(logits, state.sampling)
+    temperature = jnp.where(active, state.sampling.temperature, 0.0)
+    drawn = sample(logits, state.sampling.replace(temperature=temperature))
     tokens = jnp.where(active, drawn.tokens, state.tokens)
     sampling = record(state.sampling, drawn.tokens, active)
     return state.replace(cache=cache, sampling=sampling, tokens=tokens), drawn

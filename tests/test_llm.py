@@ -1,0 +1,274 @@
+"""`LLM` on a random tiny FP8 model with a byte-level tokenizer: every call, against the plain
+forward pass where there is something to compare with."""
+
+import base64
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from llama_jax.checkpoint import Manifest
+from llama_jax.llm import LLM
+from llama_jax.model import Llama, init_params
+from llama_jax.sampling import SamplingParams
+from llama_jax.steps import admit, decode_step, prefill_step
+from llama_jax.tokenizer import load_tokenizer
+from pallas_kernels import e4m3
+from tests.tiny import config, fp8_spec
+
+BOS, EOS, EOT = 256, 257, 265
+SPEC = fp8_spec(config=config(vocab_size=512, bos_token_id=BOS, eos_token_ids=(EOS, EOT)))
+GREEDY = SamplingParams(temperature=0, max_new_tokens=12, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bytes") / "tokenizer.model"
+    lines = (b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))
+    path.write_bytes(b"".join(lines))
+    return load_tokenizer(path)
+
+
+def make(tokenizer, spec=SPEC, generation=None, kv_dtype="bf16", max_batch_size=3):
+    params = init_params(spec)
+    # Larger output weights make the distribution uneven enough to test sampling with.
+    params["lm_head"]["weight"] = params["lm_head"]["weight"] * 12
+    params = jax.tree.map(lambda a: e4m3.as_bits(a) if a.dtype == e4m3.DTYPE else a, params)
+    manifest = Manifest(
+        "tests", "tests", spec.config, spec.formats, None, generation or {}, (), 0, ""
+    )
+    return LLM(
+        params, spec, tokenizer, manifest=manifest, kv_dtype=kv_dtype, max_seq_len=128,
+        max_batch_size=max_batch_size, prefill_chunk=32,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llm(tokenizer):
+    return make(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def forward(llm):
+    apply = jax.jit(Llama(SPEC).apply)
+
+    def logits(ids):
+        padded = np.zeros((1, 128), np.int32)
+        padded[0, : len(ids)] = ids
+        return np.asarray(apply({"params": llm.runner.params}, padded))[0, : len(ids)]
+
+    return logits
+
+
+def test_greedy_tokens_are_the_forward_passs(llm, forward):
+    prompts = ["hello", "a", "x" * 70, "some other text", "fifth"]
+    results = llm.generate(prompts, GREEDY)
+    for prompt, result in zip(prompts, results, strict=True):
+        ids = [BOS, *prompt.encode()]
+        assert result.prompt_token_ids == tuple(ids)
+        assert result.finish_reason == "length"
+        assert len(result.token_ids) == 12
+        likeliest = forward([*ids, *result.token_ids]).argmax(-1)
+        assert tuple(likeliest[len(ids) - 1 : -1].tolist()) == result.token_ids
+
+
+def test_str_in_one_out_list_in_list_out(llm):
+    one = llm.generate("hello", GREEDY)
+    assert llm.generate(["hello"], GREEDY)[0].token_ids == one.token_ids
+    assert llm.generate([[BOS, *b"hello"]], GREEDY)[0].token_ids == one.token_ids
+    assert llm.generate([], GREEDY) == []
+
+
+def test_a_row_does_not_depend_on_its_neighbours(llm):
+    """Five prompts through three rows, with settings of their own, as each one alone."""
+    sampling = [
+        SamplingParams(temperature=0.9, seed=1, max_new_tokens=9),
+        SamplingParams(temperature=1.3, top_k=20, seed=1, max_new_tokens=20, logprobs=2),
+        SamplingParams(temperature=0, max_new_tokens=5, repetition_penalty=1.3),
+        SamplingParams(temperature=1, top_p=0.8, seed=9, max_new_tokens=30, min_new_tokens=30),
+        SamplingParams(temperature=1, min_p=0.05, seed=4, max_new_tokens=14),
+    ]
+    prompts = ["one", "the second", "3", "y" * 50, "five"]
+    together = llm.generate(prompts, sampling)
+    for prompt, params, result in zip(prompts, sampling, together, strict=True):
+        assert llm.generate(prompt, params).token_ids == result.token_ids
+
+
+def test_stop_strings_cut_the_text(llm):
+    full = llm.generate("hello", GREEDY)
+    characters = full.text
+    stop = characters[3:5]
+    result = llm.generate("hello", dataclasses.replace(GREEDY, stop=stop))
+    assert result.finish_reason == "stop"
+    assert result.text == characters[: characters.index(stop)]
+
+
+def test_stop_tokens_end_and_are_not_text(llm):
+    full = llm.generate("hello", GREEDY)
+    stop = full.token_ids[4]
+    result = llm.generate("hello", dataclasses.replace(GREEDY, stop_token_ids=[stop]))
+    first = full.token_ids.index(stop)
+    assert result.token_ids == full.token_ids[: first + 1]
+    assert result.finish_reason == "stop"
+    later = dataclasses.replace(GREEDY, stop_token_ids=[stop], min_new_tokens=8)
+    assert stop not in llm.generate("hello", later).token_ids[:8]
+
+
+def test_eos_comes_from_generation_config_first(tokenizer):
+    plain = make(tokenizer)
+    stop = plain.generate("hello", GREEDY).token_ids[3]
+    configured = make(tokenizer, generation={"eos_token_id": [stop]})
+    result = configured.generate("hello", SamplingParams(temperature=0, max_new_tokens=12))
+    assert result.finish_reason == "stop"
+    assert result.token_ids[-1] == stop
+
+
+def test_generation_config_gives_the_default_sampling(tokenizer):
+    llm = make(tokenizer, generation={"do_sample": True, "temperature": 0.6, "top_p": 0.9})
+    assert llm.default_sampling == SamplingParams(temperature=0.6, top_p=0.9)
+    assert make(tokenizer).default_sampling.temperature == 0
+
+
+def test_logprobs_are_the_forward_passs(llm, forward):
+    result = llm.generate("hello", dataclasses.replace(GREEDY, logprobs=3))
+    ids = list(result.prompt_token_ids)
+    expected = forward([*ids, *result.token_ids])[len(ids) - 1 : -1]
+    expected = expected - np.log(np.exp(expected).sum(-1, keepdims=True))
+    assert result.logprobs is not None
+    for token, row in zip(result.logprobs, expected, strict=True):
+        assert token.logprob == pytest.approx(row[token.token_id], abs=1e-4)
+        assert [i for i, _, _ in token.top] == np.argsort(-row)[:3].tolist()
+    assert llm.generate("hello", GREEDY).logprobs is None
+
+
+def test_the_context_ends_the_text(llm):
+    result = llm.generate("z" * 120, dataclasses.replace(GREEDY, max_new_tokens=100))
+    assert result.finish_reason == "length"
+    assert len(result.prompt_token_ids) + len(result.token_ids) == llm.max_seq_len
+
+
+def test_stream_is_generate_in_pieces(llm):
+    for sampling in (
+        GREEDY,
+        dataclasses.replace(GREEDY, stop=llm.generate("hi", GREEDY).text[4:7]),
+    ):
+        pieces = list(llm.stream("hi", sampling))
+        result = llm.generate("hi", sampling)
+        assert "".join(piece.text for piece in pieces) == result.text
+        assert pieces[-1].result is not None
+        assert pieces[-1].result.token_ids == result.token_ids
+        assert all(piece.result is None for piece in pieces[:-1])
+
+
+def test_an_abandoned_stream_frees_the_model(llm):
+    stream = llm.stream("hi", GREEDY)
+    next(stream)
+    with pytest.raises(RuntimeError, match="middle of another generation"):
+        llm.generate("hello", GREEDY)
+    stream.close()
+    assert llm.generate("hello", GREEDY).token_ids == llm.generate("hello", GREEDY).token_ids
+
+
+def test_a_failed_step_does_not_spoil_the_next(llm, monkeypatch):
+    expected = llm.generate("hello", GREEDY)
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("llama_jax.generation.decode_step", fail)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate("hello", GREEDY)
+    assert llm.generate("hello", GREEDY).token_ids == expected.token_ids
+
+
+def test_score_against_the_forward_pass(llm, forward):
+    pairs = [("hello", " world"), ("", "abc"), ("q" * 60, "r" * 40), ("1", "2")]
+    scores = llm.score([p for p, _ in pairs], [c for _, c in pairs])
+    for (prompt, completion), score in zip(pairs, scores, strict=True):
+        ids = [BOS, *(prompt + completion).encode()]
+        logits = forward(ids)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        first = 1 + len(prompt)
+        expected = [logprobs[i - 1, ids[i]] for i in range(first, len(ids))]
+        np.testing.assert_allclose(score.logprobs, expected, atol=1e-4)
+        assert score.total == pytest.approx(sum(expected), abs=1e-3)
+        assert score.is_greedy == all(
+            logits[i - 1].argmax() == ids[i] for i in range(first, len(ids))
+        )
+        assert score.perplexity == pytest.approx(np.exp(-np.mean(expected)), rel=1e-3)
+    greedy = llm.generate("hello", GREEDY)
+    assert llm.score(greedy.prompt_token_ids, greedy.token_ids).is_greedy
+
+
+def test_logits_are_the_forward_passs(llm, forward):
+    ids = np.random.default_rng(0).integers(0, 512, (5, 70))
+    logits = llm.logits(ids)
+    assert logits.shape == (5, 70, 512)
+    assert logits.dtype == np.float32
+    for row, expected in zip(logits, ids, strict=True):
+        np.testing.assert_allclose(row, forward(expected), atol=1e-4)
+
+
+def test_chat_uses_the_template_and_parses_calls(llm, monkeypatch):
+    messages = [{"role": "user", "content": "hi"}]
+    result = llm.chat(messages, GREEDY)
+    text = llm.tokenizer.decode(result.prompt_token_ids, skip_special=False)
+    assert text.count("<|begin_of_text|>") == 1
+    assert text.endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
+    assert [r.token_ids for r in llm.chat([messages, messages], GREEDY)] == [result.token_ids] * 2
+    reply = '{"name": "f", "parameters": {"a": {"b": [1]}}}'
+    monkeypatch.setattr(llm.tokenizer.__class__, "decode", lambda *_, **__: reply)
+    (call,) = llm.chat(messages, GREEDY).tool_calls
+    assert (call.name, call.arguments) == ("f", {"a": {"b": [1]}})
+
+
+def test_fp8_cache_stays_close(llm, tokenizer):
+    ids = np.random.default_rng(0).integers(0, 512, (1, 70))
+    exact = llm.logits(ids)
+    rounded = make(tokenizer, kv_dtype="fp8").logits(ids)
+    error = np.abs(rounded - exact).max() / np.abs(exact).max()
+    assert 0 < error < 0.1
+
+
+def test_nothing_compiles_after_warm_up(tokenizer):
+    llm = make(tokenizer, max_batch_size=2)
+    llm.warmup()
+    programs = (admit, prefill_step, decode_step)
+    before = [program._cache_size() for program in programs]
+    llm.generate(["a", "b" * 31, "c" * 100, "d" * 64, "e" * 33], [
+        SamplingParams(temperature=0, max_new_tokens=3, logprobs=20),
+        SamplingParams(top_k=5, seed=1, stop="q", logit_bias={5: 1.0}),
+        SamplingParams(top_p=0.5, min_p=0.1, max_new_tokens=40, stop_token_ids=[3]),
+        SamplingParams(repetition_penalty=1.2, presence_penalty=0.1, frequency_penalty=0.1),
+        SamplingParams(min_new_tokens=4, max_new_tokens=4),
+    ])  # fmt: skip
+    list(llm.stream("again"))
+    llm.chat([{"role": "user", "content": "hi"}], GREEDY)
+    assert [program._cache_size() for program in programs] == before
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda llm: llm.generate(""), "prompt is empty"),
+        (lambda llm: llm.generate([[]]), "prompt is empty"),
+        (lambda llm: llm.generate("x" * 200), "201 tokens; max_seq_len is 128"),
+        (lambda llm: llm.generate([[5, 512]]), r"token id 512 is not in \[0, 512\)"),
+        (lambda llm: llm.generate([[-1]]), "token id -1"),
+        (lambda llm: llm.generate("a", SamplingParams(stop_token_ids=[900])), "stop_token_ids"),
+        (lambda llm: llm.generate("a", SamplingParams(logit_bias={512: 1.0})), "logit_bias"),
+        (lambda llm: llm.generate(["a", "b"], [SamplingParams()]), "2 prompts but 1 sampling"),
+        (lambda llm: llm.score("a", ""), "completion '' is empty"),
+        (lambda llm: llm.score(["a"], ["b", "c"]), "1 prompts but 2 completions"),
+        (lambda llm: llm.score("a" * 100, "b" * 100), "max_seq_len is 128"),
+        (lambda llm: llm.logits([[600]]), "token id 600"),
+        (lambda llm: llm.logits([1, 2]), "ids must be"),
+        (lambda llm: llm.logits([[1.5]]), "ids must be"),
+        (lambda llm: llm.chat([]), "messages"),
+    ],
+)
+def test_bad_input_is_explained(llm, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(llm)
