@@ -77,8 +77,15 @@ def enable(directory: str | Path | None = None) -> Path | None:
 def report() -> CompileReport:
     """What this process has compiled since this module was imported."""
     with _lock:
-        seconds = sum(end - start for start, end in _spans)
+        seconds = sum(end - start for start, end, _ in _spans)
         return CompileReport(_counts[_BACKEND] - _counts[_HIT], _counts[_HIT], seconds)
+
+
+def seconds_of(program: str) -> float:
+    """The part of `report().seconds` that went into one jitted function, by its name."""
+    names = (program, f"jit({program})")
+    with _lock:
+        return sum(end - start for start, end, name in _spans if name in names)
 
 
 @functools.cache
@@ -107,7 +114,7 @@ _TIMED = (
 )
 _lock = threading.Lock()
 _counts = {_HIT: 0, _BACKEND: 0}
-_spans: list[tuple[float, float]] = []
+_spans: list[tuple[float, float, str]] = []  # start, end, function
 
 
 def _on_event(event: str, **_: str | int) -> None:
@@ -116,7 +123,7 @@ def _on_event(event: str, **_: str | int) -> None:
             _counts[_HIT] += 1
 
 
-def _on_span(event: str, start_time: float, end_time: float, **_: str | int) -> None:
+def _on_span(event: str, start_time: float, end_time: float, **details: str | int) -> None:
     """Spans arrive as they end; tracing a function holds the traces of the functions it calls."""
     if event not in _TIMED:
         return
@@ -124,7 +131,7 @@ def _on_span(event: str, start_time: float, end_time: float, **_: str | int) -> 
         _counts[_BACKEND] += event == _BACKEND
         while _spans and _spans[-1][1] > start_time:
             start_time = min(start_time, _spans.pop()[0])
-        _spans.append((start_time, end_time))
+        _spans.append((start_time, end_time, str(details.get("fun_name"))))
 
 
 jax.monitoring.register_event_listener(_on_event)

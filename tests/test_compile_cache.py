@@ -135,9 +135,12 @@ def test_nested_spans_count_once(monkeypatch):
     record(compiling + "jaxpr_trace_duration", 1, 2, fun_name="inner")
     record(compiling + "jaxpr_trace_duration", 3, 4, fun_name="inner")
     record(compiling + "jaxpr_trace_duration", 0, 5, fun_name="outer")
-    record(compiling + "jaxpr_to_mlir_module_duration", 6, 8, fun_name="outer")
-    record("/jax/something/else", 8, 9)
-    assert compile_cache.report().since(before) == CompileReport(0, 0, 7)
+    record(compiling + "jaxpr_to_mlir_module_duration", 6, 8, fun_name="jit(outer)")
+    record(compiling + "jaxpr_to_mlir_module_duration", 8, 11, fun_name="jit(other)")
+    record("/jax/something/else", 11, 12)
+    assert compile_cache.report().since(before) == CompileReport(0, 0, 10)
+    assert compile_cache.seconds_of("outer") == 7
+    assert compile_cache.seconds_of("inner") == 0
 
 
 def test_report_in_words():

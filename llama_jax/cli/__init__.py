@@ -1,0 +1,97 @@
+"""The command line, `llama-jax`. One module per command.
+
+What runs a model is imported inside the commands, so that `llama-jax --help` answers at once.
+Results go to stdout; tables, progress and messages go to stderr.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from llama_jax.cli.bench import bench
+from llama_jax.cli.chat import chat
+from llama_jax.cli.convert import convert
+from llama_jax.cli.generate import generate
+from llama_jax.cli.inspect import inspect
+from llama_jax.cli.output import stderr
+from llama_jax.cli.score import score
+
+_DEBUG = "LLAMA_JAX_DEBUG"
+# The caller's mistakes. Other OSErrors (a full disk) are failures, like everything unforeseen.
+_BAD_INPUT = (
+    ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
+    PermissionError,
+)  # fmt: skip
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (chat, generate, score, convert, inspect, bench):
+    app.command()(command)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        try:
+            print(version("llama-jax"))
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            print("unknown")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[
+        bool, typer.Option("--debug", help=f"Show the traceback of an error (or {_DEBUG}=1).")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Llama 3.1 with FP8 weights on JAX: convert, look into, run and measure a model.
+
+    A MODEL is a converted checkpoint, a Hugging Face directory or a hub id (org/name); without one
+    it is abacus, the small model that ships with llama-jax.
+
+    **First steps**
+
+        llama-jax chat -m "What is 47 + 85?"
+        llama-jax chat                                  # a conversation
+        llama-jax inspect path/to/Llama-3.1-8B-FP8      # what is it, and will it fit?
+        llama-jax COMMAND --help                        # examples for each command
+    """
+    if debug:
+        os.environ[_DEBUG] = "1"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exits with 0, 2 for bad input, 1 for a failure, 130 when interrupted.
+
+    arguments: without the program's name; sys.argv's when None.
+    """
+    try:
+        app(args=arguments)
+    except _BAD_INPUT as error:
+        _report(error)
+        sys.exit(2)
+    except (OSError, MemoryError, RuntimeError) as error:
+        _report(error)
+        sys.exit(1)
+
+
+def _report(error: Exception) -> None:
+    if os.environ.get(_DEBUG):
+        traceback.print_exception(error)
+    name = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+    message = str(error) or type(error).__name__
+    stderr.print("[bold red]error:[/bold red]", end=" ")
+    stderr.print(f"{name}{message}", markup=False, highlight=False, soft_wrap=True)

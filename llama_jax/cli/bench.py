@@ -1,0 +1,191 @@
+"""`llama-jax bench`: how fast is it here?"""
+
+from dataclasses import asdict
+from itertools import product
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from llama_jax.cli import options
+from llama_jax.cli.output import key_value_table, print_json, stderr, stdout
+
+if TYPE_CHECKING:
+    import jax.numpy as jnp
+
+    from llama_jax.bench import Measurement, Report, Workload
+    from llama_jax.model import ModelSpec, Params
+
+
+def bench(
+    model: options.Model = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Random FP8 weights in the shapes of a model, e.g. llama-3.2-1b."),
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Sequences at the same time.")] = "1,8",
+    prompt_len: Annotated[str, typer.Option(help="Tokens per prompt.")] = "128,512",
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
+    as_json: options.Json = False,
+    dtype: options.DType = "bfloat16",
+    activations: options.Activations = "bf16",
+    kv_dtype: options.KVDtype = "bf16",
+) -> None:
+    """Measure prefill and decode, and how close decoding comes to the memory's speed.
+
+    Each combination of --batch and --prompt-len is run once to compile it, then three times. GB/s:
+    the bytes that a decode step has to read (weights, and keys and values so far) over its median
+    time; "of copy": that over a large device copy measured in the same run, bytes read plus bytes
+    written.
+
+    **Examples**
+
+        llama-jax bench
+        llama-jax bench ./llama-8b --batch 1,16,64 --prompt-len 1024 --kv-dtype fp8
+        llama-jax bench --preset llama-3.1-8b --json > before.json
+    """
+    if model is not None and preset is not None:
+        raise typer.BadParameter("give a MODEL or --preset, not both")
+    batches, prompt_lens = _numbers("--batch", batch), _numbers("--prompt-len", prompt_len)
+    with stderr.status("starting JAX"):
+        from llama_jax import bench as benchmark
+        from llama_jax import compile_cache
+        from llama_jax.llm import _cache_dtype
+    compile_cache.enable()
+    workloads = [benchmark.Workload(*sizes, new_tokens) for sizes in product(batches, prompt_lens)]
+    with stderr.status("measuring a copy"):
+        copy = benchmark.copy_bandwidth()
+    cache_dtype = _cache_dtype(kv_dtype, dtype)
+    params, spec = _load(model, preset, workloads, cache_dtype, dtype, activations)
+    name = preset or options.model_name(model)
+    with stderr.status("measuring") as status:
+        done: list[Any] = []
+
+        def on_finished(measurement: "Measurement") -> None:
+            done.append(measurement)
+            status.update(f"measuring, {len(done)} of {len(workloads)} done")
+
+        report = benchmark.bench(
+            params, spec, workloads, kv_dtype=cache_dtype, copy_bytes_per_second=copy,
+            on_finished=on_finished,
+        )  # fmt: skip
+    if as_json:
+        print_json(_to_dict(name, spec, kv_dtype, report))
+    else:
+        _render(name, spec, kv_dtype, report)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected numbers with commas between them, as in 1,8; got {text!r}", param_hint=option
+        ) from None
+
+
+def _load(
+    model: str | None,
+    preset: str | None,
+    workloads: list["Workload"],
+    cache_dtype: "jnp.dtype",
+    dtype: Any,
+    activations: Any,
+) -> tuple["Params", "ModelSpec"]:
+    """The parameters to measure with, if they and the caches fit."""
+    import jax
+
+    from llama_jax import bench as benchmark
+    from llama_jax import checkpoint
+    from llama_jax.config import PRESETS
+    from llama_jax.llm import SHIPPED_MODEL
+    from llama_jax.model import ModelSpec
+
+    directory = None
+    if preset is None:
+        from converters.resolve import resolve
+
+        directory = resolve(SHIPPED_MODEL if model is None else model)
+        spec = checkpoint.read_manifest(directory).spec(dtype, activations)
+    elif preset in PRESETS:
+        formats = benchmark.preset_spec(PRESETS[preset])
+        spec = ModelSpec(formats.config, formats.formats, dtype, activations)
+    else:
+        raise typer.BadParameter(
+            f"there is {', '.join(PRESETS)}; got {preset!r}", param_hint="--preset"
+        )
+    limit = spec.config.max_position_embeddings
+    for workload in workloads:
+        if workload.prompt_len + workload.new_tokens > limit:
+            raise ValueError(
+                f"--prompt-len {workload.prompt_len} and --new-tokens {workload.new_tokens} are "
+                f"more than the model's context of {limit} tokens"
+            )
+    benchmark.plan(spec, workloads, cache_dtype).check()
+    with stderr.status("loading"):
+        if directory is None:
+            return benchmark.random_params(spec), spec
+        bits = jax.default_backend() == "cpu"
+        return checkpoint.load_params(directory, spec, bits=bits), spec
+
+
+def _to_dict(name: str, spec: "ModelSpec", kv_dtype: str, report: "Report") -> dict[str, Any]:
+    measurements = [
+        {
+            **asdict(m.workload),
+            "prefill_seconds": m.prefill_seconds,
+            "prefill_tokens_per_second": m.prefill_tokens_per_second,
+            "first_token_seconds": m.first_token_seconds,
+            "decode_step_seconds": m.decode_step_seconds,
+            "decode_tokens_per_second": m.decode_tokens_per_second,
+            "decode_weight_bytes": m.weight_bytes,
+            "decode_kv_bytes": m.kv_bytes,
+            "decode_bytes_per_second": m.decode_bytes_per_second,
+            "fraction_of_copy": report.fraction_of_copy(m),
+        }
+        for m in report.measurements
+    ]
+    return {
+        "model": name,
+        "dtype": spec.dtype,
+        "activations": spec.activations,
+        "kv_dtype": kv_dtype,
+        "environment": asdict(report.environment),
+        "measurements": measurements,
+        "copy_bytes_per_second": report.copy_bytes_per_second,
+        "compile": asdict(report.compile),
+        "peak_memory": asdict(report.peak_memory),
+    }
+
+
+def _render(name: str, spec: "ModelSpec", kv_dtype: str, report: "Report") -> None:
+    table = Table(title=f"{name} on {report.environment.device}", title_justify="left")
+    for column in (
+        "batch", "prompt", "prefill\ntok/s", "first token\nms", "decode\ntok/s", "step\nms",
+        "read per\nstep, MB", "GB/s", "of copy",
+    ):  # fmt: skip
+        table.add_column(column, justify="right")
+    for m in report.measurements:
+        table.add_row(
+            str(m.workload.batch_size),
+            str(m.workload.prompt_len),
+            f"{m.prefill_tokens_per_second:,.0f}",
+            f"{m.first_token_seconds * 1e3:,.1f}",
+            f"{m.decode_tokens_per_second:,.1f}",
+            f"{m.decode_step_seconds * 1e3:,.2f}",
+            f"{(m.weight_bytes + m.kv_bytes) / 1e6:,.1f}",
+            f"{m.decode_bytes_per_second / 1e9:,.2f}",
+            f"{report.fraction_of_copy(m):.0%}",
+        )
+    kind = "on the device" if report.peak_memory.kind == "device" else "resident set of the process"
+    e = report.environment
+    rows = {
+        "copy": f"{report.copy_bytes_per_second / 1e9:,.1f} GB/s, read and written",
+        "compile": str(report.compile),
+        "peak memory": f"{report.peak_memory.bytes / 1e9:.2f} GB {kind}",
+        "settings": f"{spec.dtype}, activations {spec.activations}, KV cache {kv_dtype}",
+        "versions": f"jax {e.jax}, jaxlib {e.jaxlib}, Python {e.python}; {e.platform}, "
+        f"{e.cpu_count} CPU cores",
+    }
+    stdout.print(table)
+    stdout.print(key_value_table("", rows))

@@ -1,0 +1,152 @@
+"""`llama-jax generate`: continue prompts."""
+
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llama_jax.cli import options
+from llama_jax.cli.output import (
+    check_output,
+    json_line,
+    progress_bar,
+    read_jsonl,
+    read_lines,
+    stderr,
+    whole_file,
+)
+from llama_jax.cli.speed import snapshot, speed_since
+
+if TYPE_CHECKING:
+    from llama_jax.llm import LLM
+    from llama_jax.results import Generation
+    from llama_jax.sampling import SamplingParams
+
+
+def generate(
+    model: options.Model = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The text to continue.")
+    ] = None,
+    input: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help='A prompt per line, or in a .jsonl file an object with "prompt". - is stdin.',
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Write JSONL here, in the order of the input."),
+    ] = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+    max_new_tokens: options.MaxNewTokens = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    dtype: options.DType = "bfloat16",
+    activations: options.Activations = "bf16",
+    kv_dtype: options.KVDtype = "bf16",
+    max_seq_len: options.MaxSeqLen = None,
+    max_batch_size: options.MaxBatchSize = 8,
+) -> None:
+    """Continue a text, or each line of a file. The prompts are taken as they are, without a chat
+    format; see `chat` for that.
+
+    A single prompt is streamed to stdout. With --json or --output there is a JSON object for each
+    prompt: the fields of the input line and text, finish_reason, prompt_tokens,
+    completion_tokens.
+
+    **Examples**
+
+        llama-jax generate --prompt "Once upon a time" --temperature 0.8 --seed 1
+        llama-jax generate ./llama-8b --input prompts.txt --output texts.jsonl
+        llama-jax generate ./llama-8b --input questions.jsonl --stop "\\n" --json | jq .text
+    """
+    if (prompt is None) == (input is None):
+        raise typer.BadParameter("give either --prompt TEXT or --input FILE")
+    if output is not None and as_json:
+        raise typer.BadParameter("--json writes to stdout and --output to a file: give one of them")
+    if output is not None:
+        check_output(output, overwrite)
+    rows: list[dict[str, Any]] = [{"prompt": prompt}] if input is None else _read(input)
+    llm = options.load(
+        model, show_plan=model is not None and not as_json, dtype=dtype, activations=activations,
+        kv_dtype=kv_dtype, max_seq_len=max_seq_len,
+        max_batch_size=min(max_batch_size, len(rows)),
+    )  # fmt: skip
+    sampling = options.sampling_params(
+        llm, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop,
+    )  # fmt: skip
+    if prompt is not None and output is None and not as_json:
+        _stream(llm, prompt, sampling)
+        return
+    before, began = snapshot(), time.perf_counter()
+    with progress_bar() as bar:
+        task = bar.add_task("generating", total=len(rows), unit="prompts")
+        prompts = [row["prompt"] for row in rows]
+        results = llm.generate(prompts, sampling, lambda: bar.advance(task))
+    seconds = time.perf_counter() - began
+    if output is None and not as_json:
+        for row, result in zip(rows, results, strict=True):
+            print(row["prompt"] + result.text)
+    else:
+        with whole_file("-" if output is None else output) as file:
+            for row, result in zip(rows, results, strict=True):
+                file.write(json_line({**row, **_fields(result)}) + "\n")
+    compiled = snapshot().report.since(before.report)
+    tokens = sum(len(result.token_ids) for result in results)
+    rate = tokens / (seconds - compiled.seconds)
+    stderr.print(
+        f"[dim]{len(results)} prompts, {tokens} tokens, {rate:,.0f} tok/s · {compiled}[/dim]",
+        highlight=False,
+    )
+
+
+def _stream(llm: "LLM", prompt: str, sampling: "SamplingParams") -> None:
+    before, result = snapshot(), None
+    for piece in llm.stream(prompt, sampling):
+        sys.stdout.write(piece.text)
+        sys.stdout.flush()
+        result = piece.result
+    print()
+    assert result is not None
+    stderr.print(f"[dim]{speed_since(before, result)}[/dim]", highlight=False)
+
+
+def _fields(result: "Generation") -> dict[str, Any]:
+    return {
+        "text": result.text,
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": len(result.prompt_token_ids),
+        "completion_tokens": len(result.token_ids),
+    }
+
+
+def _read(path: str) -> list[dict[str, Any]]:
+    """The lines of a file as objects with a prompt.
+
+    Raises ValueError naming the line that has none.
+    """
+    if path.endswith((".jsonl", ".json")):
+        rows = []
+        for number, row in read_jsonl(path):
+            if isinstance(row, ValueError):
+                raise ValueError(f"{path}, line {number}: {row}")
+            if not isinstance(row.get("prompt"), str) or not row["prompt"]:
+                raise ValueError(
+                    f'{path}, line {number}: "prompt" must be a text, got {row.get("prompt")!r}'
+                )
+            rows.append(row)
+    else:
+        rows = [{"prompt": line} for _, line in read_lines(path)]
+    if not rows:
+        raise ValueError(f"{path} has no prompts")
+    return rows

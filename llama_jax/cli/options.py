@@ -1,0 +1,117 @@
+"""Arguments and options that several commands share, and what they load."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from llama_jax.cli.output import stderr
+
+if TYPE_CHECKING:
+    from llama_jax.llm import LLM
+    from llama_jax.sampling import SamplingParams
+
+_LOADING, _SAMPLING = "Loading", "Sampling (default: what the checkpoint's generation_config says)"
+SHIPPED = "abacus, the small model that ships with llama-jax"
+
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        help="A converted checkpoint, a Hugging Face directory or a hub id.", show_default=SHIPPED
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="A converted checkpoint, a Hugging Face directory or a hub id.",
+        show_default=SHIPPED,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+
+DType = Annotated[
+    Literal["bfloat16", "float32"],
+    typer.Option(help="Of activations, cache and logits.", rich_help_panel=_LOADING),
+]
+Activations = Annotated[
+    Literal["bf16", "dynamic", "static"],
+    typer.Option(
+        help="What FP8 weights are multiplied with: bf16 (activations in --dtype), dynamic (FP8 "
+        "with a scale per token) or static (FP8 with the checkpoint's scales).",
+        rich_help_panel=_LOADING,
+    ),
+]
+KVDtype = Annotated[
+    Literal["bf16", "fp8"],
+    typer.Option(help="Of the key/value cache: bf16 (--dtype) or fp8.", rich_help_panel=_LOADING),
+]
+MaxSeqLen = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="Tokens that prompt and output may have together.",
+        show_default="the model's context, at most 8192",
+        rich_help_panel=_LOADING,
+    ),
+]
+MaxBatchSize = Annotated[
+    int, typer.Option(min=1, help="Sequences at the same time.", rich_help_panel=_LOADING)
+]
+
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens to generate at most.", show_default="256", rich_help_panel=_SAMPLING),
+]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)]
+TopK = Annotated[
+    int | None,
+    typer.Option(help="Draw from the k likeliest tokens; 0: all.", rich_help_panel=_SAMPLING),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Draw from the likeliest tokens of this mass.", rich_help_panel=_SAMPLING),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        help="Least probability relative to the likeliest token.", rich_help_panel=_SAMPLING
+    ),
+]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Above 1 avoids repetition.", rich_help_panel=_SAMPLING)
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="Makes sampling repeatable.", rich_help_panel=_SAMPLING),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(help="Text that ends the output; may be repeated.", rich_help_panel=_SAMPLING),
+]
+
+
+def model_name(model: str | None) -> str:
+    """What to call a model in messages."""
+    return "abacus" if model is None else Path(model).name or model
+
+
+def load(model: str | None, *, show_plan: bool, **settings: Any) -> "LLM":
+    """`LLM.load`, with the progress of a conversion and a spinner on stderr."""
+    name = model_name(model)
+    with stderr.status("starting JAX"):
+        from converters.resolve import resolve
+        from llama_jax.llm import LLM, SHIPPED_MODEL
+    directory = resolve(SHIPPED_MODEL if model is None else model)
+    with stderr.status(f"loading {name}"):
+        return LLM.load(directory, verbose=show_plan, **settings)
+
+
+def sampling_params(llm: "LLM", **given: Any) -> "SamplingParams":
+    """The checkpoint's own settings with those that were given (not None) in their place."""
+    from dataclasses import replace
+
+    return replace(
+        llm.default_sampling, **{name: value for name, value in given.items() if value is not None}
+    )

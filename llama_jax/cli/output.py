@@ -1,0 +1,153 @@
+"""What the commands read and write: messages on stderr, results on stdout or in whole files."""
+
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+stdout = Console()
+stderr = Console(stderr=True)
+
+
+class _RateColumn(ProgressColumn):
+    """Units per second; a task says what they are (`unit`) and, unless each step is one, how many
+    there have been (`units`)."""
+
+    def render(self, task: Task) -> Text:
+        done = task.fields.get("units", task.completed)
+        rate = done / task.elapsed if task.elapsed else 0.0
+        return Text(f"{rate:,.1f} {task.fields['unit']}/s", style="progress.data.speed")
+
+
+def progress_bar() -> Progress:
+    """A bar on stderr, if that is a terminal, for tasks with the field `unit`."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeRemainingColumn(),
+        console=stderr,
+        disable=not stderr.is_terminal,
+    )
+
+
+def key_value_table(title: str, rows: Mapping[str, object]) -> Table:
+    """A table without a header: names and what they stand for."""
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column()
+    for name, value in rows.items():
+        table.add_row(name, Text(str(value)))
+    return table
+
+
+def print_json(value: Any) -> None:
+    """One line of JSON on stdout."""
+    print(json_line(value), flush=True)
+
+
+def json_line(value: Any) -> str:
+    """Valid JSON on one line; numbers that JSON does not have become null."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def check_output(path: str, overwrite: bool) -> None:
+    """Raise FileExistsError, or FileNotFoundError for the directory, before any work is done."""
+    if path == "-":
+        return
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a directory; name a file to write")
+    if Path(path).exists() and not overwrite:
+        raise FileExistsError(f"{path} exists already. Choose another name, or give --overwrite.")
+    if not Path(path).absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path}: its directory does not exist. Make it first.")
+
+
+@contextmanager
+def whole_file(path: str) -> Iterator[TextIO]:
+    """A text file that appears when the block ends without an error; "-" is stdout."""
+    if path == "-":
+        yield sys.stdout
+        return
+    target = Path(path).absolute()
+    descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(descriptor)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, target)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """The objects of a JSONL file, "-" for stdin, with their line numbers; blank lines are skipped.
+
+    A line that is not a JSON object comes as the ValueError that says so.
+    """
+    for number, line in read_lines(path):
+        try:
+            value = json.loads(line, parse_constant=_refuse_constant)
+        except ValueError as error:
+            yield number, ValueError(f"not valid JSON ({error})")
+            continue
+        if isinstance(value, dict):
+            yield number, value
+        else:
+            yield number, ValueError(f"expected an object, got {type(value).__name__}")
+
+
+def read_lines(path: str) -> Iterator[tuple[int, str]]:
+    """The lines of a text file that are not blank, "-" for stdin, with their numbers."""
+    if path == "-":
+        yield from _numbered(sys.stdin)
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            yield from _numbered(file)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
+
+
+def _numbered(file: TextIO) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield number, line.rstrip("\r\n")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
