@@ -166,7 +166,7 @@ class Runner:
     def score(self, prompts: Sequence[Sequence[int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """For each prompt of token ids, in order: how likely each token was after those before it.
 
-        Yields logprobs, float32 [length - 1], and whether the token was the likeliest, bool likewise.
+        Yields logprobs, float32 [length - 1], and whether each was the likeliest, bool alike.
         """
         for group in self._groups(prompts):
             logprobs: list[list[np.ndarray]] = [[] for _ in group]

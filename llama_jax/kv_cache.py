@@ -15,8 +15,7 @@ from pallas_kernels import e4m3
 PAGE_SIZE = 64
 
 
-@struct.dataclass
-class KVCache:
+class KVCache(struct.PyTreeNode):
     """k, v: per layer [num_pages, page_size, num_kv_heads, head_dim], bfloat16, float32,
     float8_e4m3fn or its int8 bits.
 

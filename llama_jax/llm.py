@@ -143,7 +143,9 @@ class LLM:
         )
 
     @overload
-    def generate(self, prompts: str, sampling: SamplingParams | None = None) -> Generation: ...
+    def generate(  # type: ignore[overload-overlap]
+        self, prompts: str, sampling: SamplingParams | None = None
+    ) -> Generation: ...
     @overload
     def generate(
         self,
@@ -216,7 +218,9 @@ class LLM:
         return self._pieces(request, is_chat=not isinstance(prompt, str))
 
     @overload
-    def score(self, prompts: Prompt, completions: Prompt) -> Score: ...
+    def score(  # type: ignore[overload-overlap]
+        self, prompts: Prompt, completions: Prompt
+    ) -> Score: ...
     @overload
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Prompt]) -> list[Score]: ...
     def score(self, prompts, completions):  # type: ignore[no-untyped-def]

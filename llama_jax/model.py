@@ -123,7 +123,8 @@ def _parameter(
             return e4m3.cast(jax.random.normal(key, shape) * (0.02 / _INITIAL_SCALE))
         return (jax.random.normal(key, shape) * 0.02).astype(dtype)
 
-    return module.param(name, nn.with_logical_partitioning(initial, axes))
+    parameter: Array = module.param(name, nn.with_logical_partitioning(initial, axes))  # type: ignore[assignment]
+    return parameter
 
 
 _INITIAL_SCALE = 0.02 / 64
@@ -290,17 +291,18 @@ class Llama(nn.Module):
         page_table = jnp.take(cache.page_table, rows, axis=0, mode="clip")
         new_lengths = starts + lengths
         x = self.embed_tokens(tokens)
-        ks, vs = [], []
+        written: list[Any] = []
         for i, layer in enumerate(self.layers):
             pages = LayerCache(
                 cache.k[i], cache.v[i], cache.k_scale[i], cache.v_scale[i],
                 page_table, starts, new_lengths,
             )  # fmt: skip
-            x, pages = layer(x, positions, pages)
-            ks.append(pages.k)
-            vs.append(pages.v)
+            x, pages_after = layer(x, positions, pages)
+            written.append(pages_after)
         cache = cache.replace(
-            k=tuple(ks), v=tuple(vs), lengths=cache.lengths.at[rows].set(new_lengths, mode="drop")
+            k=tuple(pages.k for pages in written),
+            v=tuple(pages.v for pages in written),
+            lengths=cache.lengths.at[rows].set(new_lengths, mode="drop"),
         )
         return self.norm(x), cache
 
@@ -410,11 +412,13 @@ def extend(
     rows = jnp.arange(tokens.shape[0]) if rows is None else rows
     starts = jnp.take(cache.lengths, rows, mode="clip")
     positions = starts[:, None] + jnp.arange(tokens.shape[1])
-    return Llama(spec).apply(
+    extended: Any = Llama(spec).apply(
         {"params": params}, tokens, positions, cache, rows, lengths, method="extend"
     )
+    return extended
 
 
 def unembed(params: Params, hidden: Array, *, spec: ModelSpec) -> Array:
     """Hidden states [..., d] of `extend` to float32 logits [..., vocab]."""
-    return Llama(spec).apply({"params": params}, hidden, method="unembed")
+    logits: Array = Llama(spec).apply({"params": params}, hidden, method="unembed")  # type: ignore[assignment]
+    return logits

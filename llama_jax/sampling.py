@@ -81,8 +81,7 @@ class SamplingParams:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
 
-@struct.dataclass
-class SamplingState:
+class SamplingState(struct.PyTreeNode):
     """The settings and the history of each row. Shapes: [batch], or [batch, vocab] where noted.
 
     step counts the tokens generated; counts [batch, vocab] how often each was; prompt_mask
@@ -106,8 +105,7 @@ class SamplingState:
     counts: Array
 
 
-@struct.dataclass
-class Sampled:
+class Sampled(struct.PyTreeNode):
     """tokens: int32 [batch]; logprobs: float32 [batch]; top_ids and top_logprobs: [batch, 20], the
     likeliest tokens, filled where a row asks for them."""
 
@@ -129,13 +127,13 @@ def host_rows(
     stop_ids: Sequence[Sequence[int]],
     vocab_size: int,
 ) -> SamplingState:
-    """The state of fresh rows, as numpy arrays: one row per element of the three sequences.
+    """The state of fresh rows: one row per element of the three sequences.
 
     Raises ValueError for token ids outside the vocabulary.
     """
 
-    def column(name: str, dtype: type) -> np.ndarray:
-        return np.array([getattr(p, name) for p in params], dtype)
+    def column(name: str, dtype: type) -> Array:
+        return jnp.array([getattr(p, name) for p in params], dtype)
 
     shape = (len(params), vocab_size)
     bias = np.zeros(shape, np.float32)
@@ -157,13 +155,13 @@ def host_rows(
         presence_penalty=column("presence_penalty", np.float32),
         frequency_penalty=column("frequency_penalty", np.float32),
         min_new_tokens=column("min_new_tokens", np.int32),
-        top_logprobs=np.array([p.logprobs or 0 for p in params], np.int32),
-        seed=np.array(seeds, np.uint32),
-        step=np.zeros(len(params), np.int32),
-        logit_bias=bias,
-        stop_mask=stop_mask,
-        prompt_mask=prompt_mask,
-        counts=np.zeros(shape, np.int32),
+        top_logprobs=jnp.array([p.logprobs or 0 for p in params], jnp.int32),
+        seed=jnp.array(seeds, jnp.uint32),
+        step=jnp.zeros(len(params), jnp.int32),
+        logit_bias=jnp.asarray(bias),
+        stop_mask=jnp.asarray(stop_mask),
+        prompt_mask=jnp.asarray(prompt_mask),
+        counts=jnp.zeros(shape, jnp.int32),
     )
 
 

@@ -22,8 +22,7 @@ from llama_jax.sharding import cache_shardings, default_sharding
 TOKENS_PER_LOGITS_BLOCK = 64
 
 
-@struct.dataclass
-class DecodeState:
+class DecodeState(struct.PyTreeNode):
     """What lives on the device between steps. tokens: int32 [batch], each row's newest."""
 
     cache: KVCache

@@ -13,10 +13,7 @@ VOCAB = 50
 
 def state(*params, prompts=None, stops=None):
     count = len(params)
-    return jax.tree.map(
-        jnp.asarray,
-        host_rows(params, prompts or [()] * count, stops or [()] * count, VOCAB),
-    )
+    return host_rows(params, prompts or [()] * count, stops or [()] * count, VOCAB)
 
 
 def logits(rows=1, seed=0):
