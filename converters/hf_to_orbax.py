@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.filesize import decimal
 
 from converters.dialects import DIALECTS
 from converters.pipeline import convert
@@ -70,7 +71,7 @@ def summary(manifest: Manifest, target: Path) -> str:
         for form in manifest.formats.values()
     )
     return (
-        f"{target}: {manifest.total_bytes / 1e9:.2f} GB, from {manifest.dialect} layout\n"
+        f"{target}: {decimal(manifest.total_bytes)}, from {manifest.dialect} layout\n"
         f"weights: {', '.join(f'{count} x {form}' for form, count in stored.items())}\n"
         f"tokenizer: {', '.join(manifest.tokenizer_files) or 'none'}"
     )

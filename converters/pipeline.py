@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from flax import traverse_util
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -85,22 +87,13 @@ def convert(
         total_bytes=sum(_nbytes(array) for array in _arrays(plan).values()),
         llama_jax_version=_version(),
     )
-    try:
-        with staged(target, overwrite) as work:
-            _check_space(target, manifest.total_bytes)
+    with staged(target, overwrite) as work:
+        _check_space(target, manifest.total_bytes)
+        with _full_disk_explained(target, manifest.total_bytes):
             _write_params(plan, work / PARAMS, manifest.total_bytes, progress)
             for name in manifest.tokenizer_files:
                 shutil.copyfile(source / name, work / name)
             (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise OSError(
-            errno.ENOSPC,
-            f"the disk is full: this checkpoint takes {_gb(manifest.total_bytes)}. Free space, or "
-            "choose a target on another disk",
-            str(target),
-        ) from error
     return manifest
 
 
@@ -193,9 +186,24 @@ def _check_space(target: Path, needed: int) -> None:
     if free < needed + _SPARE_BYTES:
         raise OSError(
             errno.ENOSPC,
-            f"not enough disk space: {_gb(needed)} needed, {_gb(free)} free",
+            f"not enough disk space: {decimal(needed)} needed, {decimal(free)} free",
             str(target.parent),
         )
+
+
+@contextmanager
+def _full_disk_explained(target: Path, needed: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk is full: {decimal(needed)} are to be written. Free space, or choose a "
+            "target on another disk",
+            str(target),
+        ) from error
 
 
 def _write_params(plan: Plan, directory: Path, total: int, progress: bool) -> None:
@@ -233,7 +241,3 @@ def _version() -> str:
         return version("llama-jax")
     except PackageNotFoundError:  # run from a source tree that is not installed
         return "unknown"
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"

@@ -1,17 +1,15 @@
 """Quantising unquantised matrices to FP8 while they are converted."""
 
 from dataclasses import replace
-from functools import partial
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from converters.dialects.layout import LazyArray, Module, Plan, is_linear
 from llama_jax import fp8
 from llama_jax.checkpoint import CheckpointError
-
-_quantize = partial(jax.jit, static_argnames="layout")(fp8.quantize)
 
 
 def quantize_plan(plan: Plan, layout: fp8.ScaleLayout, lm_head: bool) -> Plan:
@@ -49,7 +47,7 @@ def _quantized(module: Module, layout: fp8.ScaleLayout) -> Module:
 
     def codes(start: int, stop: int) -> np.ndarray:
         with jax.default_device(jax.devices("cpu")[0]):
-            codes, scale = _quantize(source.rows(start, stop), layout=layout)
+            codes, scale = fp8.quantize(jnp.asarray(source.rows(start, stop)), layout)
         scales.append(np.asarray(scale))
         return np.asarray(codes)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, Sharding
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from llama_jax.kv_cache import init_cache
@@ -68,9 +69,9 @@ class MemoryPlan:
         if self.weights > 0.5 * self.limit:
             advice.append("use FP8 weights (quantize), a smaller model, or shard over more devices")
         raise DoesNotFitError(
-            f"{_gb(self.total)} needed{each}, {_gb(self.limit)} there: weights "
-            f"{_gb(self.weights)}, KV cache {_gb(self.kv_cache)}, workspace "
-            f"{_gb(self.workspace)}. To make it fit: {'; '.join(advice)}."
+            f"{decimal(self.total)} needed{each}, {decimal(self.limit)} there: weights "
+            f"{decimal(self.weights)}, KV cache {decimal(self.kv_cache)}, workspace "
+            f"{decimal(self.workspace)}. To make it fit: {'; '.join(advice)}."
         )
 
     def __rich__(self) -> Table:
@@ -87,7 +88,7 @@ class MemoryPlan:
             "device": self.limit,
         }
         for name, size in parts.items():
-            table.add_row(name, _gb(size), f"{size / self.limit:.0%}")
+            table.add_row(name, decimal(size), f"{size / self.limit:.0%}")
         return table
 
     def print(self) -> None:
@@ -165,7 +166,3 @@ def _workspace(spec: ModelSpec, batch_size: int, chunk: int, mesh: Mesh | None) 
     logits = config.vocab_size * (_SAMPLER_BYTES * batch_size + 8 * _SCORED_TOKENS)
     tokens = batch_size * chunk // (mesh.shape["model"] if mesh else 1)
     return per_token * tokens + widened_block + logits
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.2f} GB"

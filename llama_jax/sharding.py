@@ -47,11 +47,15 @@ def param_shardings(spec: ModelSpec, mesh: Mesh | None) -> Params:
     every device of that axis then holds all of it, which `memory.plan_memory` counts.
     """
     abstract = abstract_params(spec)
-    shardings: Params = jax.tree.map(
-        lambda leaf, axes: _sharding(mesh, tuple(axes), leaf.shape) if mesh else default_sharding(),
-        abstract,
-        logical_axes(spec),
-    )
+    shardings: Params
+    if mesh is None:
+        shardings = jax.tree.map(lambda _: default_sharding(), abstract)
+    else:
+        shardings = jax.tree.map(
+            lambda leaf, axes: _sharding(mesh, tuple(axes), leaf.shape),
+            abstract,
+            logical_axes(spec),
+        )
     return shardings
 
 

@@ -1,0 +1,106 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from converters.pipeline import convert
+from llama_jax.checkpoint import read_manifest
+from llama_jax.model import abstract_params
+from llama_jax.sharding import cache_shardings, make_mesh, param_shardings
+from tests import tiny_checkpoints as tiny
+
+FOUR_DEVICES = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from llama_jax.checkpoint import load_params, read_manifest
+from llama_jax.kv_cache import init_cache
+from llama_jax.memory import plan_memory
+from llama_jax.model import prefill
+from llama_jax.sharding import cache_shardings, make_mesh
+
+assert jax.device_count() == 4
+for directory, split in zip(sys.argv[1:], (make_mesh(4), make_mesh(2, data=2)), strict=True):
+    manifest = read_manifest(directory)
+    spec = manifest.spec("float32")
+    tokens = jnp.arange(20, dtype=jnp.int32).reshape(2, 10)
+    lengths = jnp.array([10, 7], jnp.int32)
+    results = []
+    for mesh in (None, split):
+        params = load_params(directory, spec, mesh, bits=True)
+        cache = init_cache(spec.config, 2, 64, jnp.float32)
+        cache = jax.device_put(cache, cache_shardings(spec.config, mesh))
+        logits, cache = prefill(params, cache, tokens, lengths, spec=spec)
+        results.append(np.asarray(logits))
+        if mesh is not None:
+            model = mesh.shape["model"]
+            up = params["layers_0"]["mlp"]["up_proj"]["weight"]
+            assert {s.data.shape for s in up.addressable_shards} == {(160 // model, 64)}
+            down = params["layers_0"]["mlp"]["down_proj"]["weight"]
+            assert {s.data.shape for s in down.addressable_shards} == {(64, 160 // model)}
+            held = sum(
+                leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params)
+            )
+            plan = plan_memory(spec, 2, 64, jnp.dtype(jnp.float32), 16, mesh)
+            assert plan.weights == held, (plan.weights, held)
+            assert plan.devices == mesh.size
+    np.testing.assert_allclose(results[1], results[0], atol=1e-4, rtol=0)
+print("same")
+"""
+
+
+def test_four_devices_hold_the_parts_and_give_the_same_logits(tmp_path: Path) -> None:
+    dense = tiny.write(tmp_path / "dense", tiny.dense())
+    static = tiny.write(tmp_path / "static", tiny.friendli(), tiny.FRIENDLI_03)
+    convert(dense, tmp_path / "a", quantize="block", progress=False)
+    convert(static, tmp_path / "b", progress=False)
+    flags = "--xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, "-c", FOUR_DEVICES, tmp_path / "a", tmp_path / "b"],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "same", done.stderr[-3000:]
+
+
+def test_rules(tmp_path: Path) -> None:
+    convert(tiny.write(tmp_path / "s", tiny.dense()), tmp_path / "o", quantize="block",
+            progress=False)  # fmt: skip
+    spec = read_manifest(tmp_path / "o").spec()
+    devices = jax.devices() * 4  # the rules look at the mesh's shape alone
+    shardings = param_shardings(spec, make_mesh(4, devices=devices))
+    layer = shardings["layers_1"]
+    assert layer["self_attn"]["q_proj"]["weight"].spec == P("model", None)
+    assert layer["self_attn"]["o_proj"]["weight"].spec == P(None, "model")
+    assert layer["mlp"]["down_proj"]["weight"].spec == P(None, "model")
+    assert layer["input_layernorm"]["weight"].spec == P(None)
+    assert shardings["embed_tokens"]["weight"].spec == P("model", None)
+    assert layer["mlp"]["up_proj"]["weight_scale"].spec == P(None, None)  # 2 blocks, 4 devices
+    assert cache_shardings(spec.config, make_mesh(4, devices=devices)).k[0].spec == P(
+        None,
+        None,
+        None,
+        None,  # 2 kv heads, 4 devices
+    )
+    two = cache_shardings(spec.config, make_mesh(2, devices=devices))
+    assert two.k[0].spec == P(None, None, "model", None) and two.lengths.spec == P()
+
+
+def test_without_a_mesh_everything_is_on_one_device(tmp_path: Path) -> None:
+    convert(tiny.write(tmp_path / "s", tiny.dense()), tmp_path / "o", progress=False)
+    spec = read_manifest(tmp_path / "o").spec()
+    shardings = param_shardings(spec, None)
+    assert jax.tree.structure(shardings) == jax.tree.structure(abstract_params(spec))
+    assert {s.device_set == {jax.devices()[0]} for s in jax.tree.leaves(shardings)} == {True}
+
+
+def test_a_mesh_of_more_devices_than_there_are_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data=2 x model=3 needs 6 devices, there are 1"):
+        make_mesh(3, data=2, devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match="model=0"):
+        make_mesh(0)
