@@ -33,8 +33,8 @@ from pallas_kernels import e4m3
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PARAMS = "params"
-# Host memory that Orbax may hold while arrays are on their way to the devices.
-_RESTORE_CONCURRENT_GB = 4
+# Host memory, in GB, that Orbax may hold while arrays are on their way to the devices.
+_RESTORE_GB = 4
 
 
 class CheckpointError(ValueError):
@@ -147,10 +147,16 @@ def load_params(
         expected,
         param_shardings(spec, mesh),
     )
-    handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=_RESTORE_CONCURRENT_GB)
+    handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=_restore_gb(expected))
     with ocp.Checkpointer(handler) as checkpointer:
         params: Params = checkpointer.restore(root, args=ocp.args.StandardRestore(target))
     return jax.tree.map(_as_bits, params) if bits else params
+
+
+def _restore_gb(expected: Params) -> int:
+    """`_RESTORE_GB`, or more where one array alone needs it: Orbax refuses an array over its limit."""
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(expected))
+    return max(_RESTORE_GB, largest // 10**9 + 1)
 
 
 def _as_bits(array: Array) -> Array:
@@ -173,7 +179,12 @@ def _check_stored(root: Path, expected: Params) -> None:
     for name in sorted(found - wanted.keys()):
         raise CheckpointError(f"{root} holds {name}, which the model has no place for")
     for name, leaf in wanted.items():
-        stored = json.loads((root / name / ".zarray").read_text())
+        try:
+            stored = json.loads((root / name / ".zarray").read_text())
+        except ValueError as error:
+            raise CheckpointError(
+                f"{root / name / '.zarray'} is damaged: {error}. Convert the checkpoint again."
+            ) from error
         dtype = {"<f4": "float32", "<f2": "float16"}.get(stored["dtype"], stored["dtype"])
         if tuple(stored["shape"]) != leaf.shape or dtype != leaf.dtype.name:
             raise CheckpointError(

@@ -119,6 +119,11 @@ def test_damage_is_found_before_loading(directory: Path) -> None:
     chunk.unlink()
     refused(directory, rf"{Q}.weight/0.0 is missing or truncated")
     chunk.write_bytes(whole)
+    header = directory / "params" / f"{Q}.weight" / ".zarray"
+    text = header.read_text()
+    header.write_text(text[:20])
+    refused(directory, rf"{Q}.weight/.zarray is damaged")
+    header.write_text(text)
     (directory / "params" / f"{Q}.input_scale").rename(directory / "params" / "astray")
     refused(directory, rf"lacks {Q}.input_scale")
     (directory / "params" / "astray").rename(directory / "params" / f"{Q}.input_scale")
@@ -132,6 +137,21 @@ def test_another_model_than_the_stored_one_is_refused_by_name(pristine: Path) ->
     formats = dict(manifest.formats) | {"norm": checkpoint.WeightFormat("float32")}
     match = re.escape("norm.weight is stored as bfloat16 [64], the model needs float32 [64]")
     refused(pristine, match, ModelSpec(manifest.config, formats))
+
+
+def test_orbax_is_given_room_for_the_largest_array() -> None:
+    embedding = jax.ShapeDtypeStruct((128256, 16384), jnp.bfloat16)  # of 405B
+    assert checkpoint._restore_gb({"embed_tokens": embedding}) * 10**9 > 2 * embedding.size
+
+
+def test_resolve_finds_and_converts(
+    pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert checkpoint.resolve(pristine) == pristine
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
+    found = checkpoint.resolve(pristine.parent / "source")
+    assert found.parent == tmp_path / "converted"
+    assert read_manifest(found) == read_manifest(pristine)
 
 
 @pytest.mark.parametrize("name", ["base_bf16", "friendli_fmo03_fp8"])
