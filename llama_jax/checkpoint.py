@@ -154,7 +154,7 @@ def load_params(
 
 
 def _restore_gb(expected: Params) -> int:
-    """`_RESTORE_GB`, or more where one array alone needs it: Orbax refuses an array over its limit."""
+    """`_RESTORE_GB`, or more for the largest array: Orbax refuses one that reaches its limit."""
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(expected))
     return max(_RESTORE_GB, largest // 10**9 + 1)
 
