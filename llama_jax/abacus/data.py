@@ -82,24 +82,24 @@ def draw_calculator(rng: random.Random) -> dict[str, Any]:
 
 
 def draw_questions(
-    rng: random.Random, *, with_tool: bool, today: str, held_out: bool = False
+    rng: random.Random, *, with_tool: bool, today: str, late: bool
 ) -> Iterator[tasks.Question]:
-    """Questions without end, kinds in the shares of :data:`tasks.KINDS`.
+    """Training questions without end, kinds in the first or the later shares of `tasks.KINDS`.
 
     With the tool, half of them are calculator questions and no other asks for arithmetic.
     """
     kinds = [kind for kind in tasks.KINDS if not (with_tool and kind in tasks.ARITHMETIC)]
-    shares = [tasks.KINDS[kind][1] for kind in kinds]
+    shares = [tasks.KINDS[kind][2 if late else 1] for kind in kinds]
     while True:
         if with_tool and rng.random() < 0.5:
             kind = "calculator"
         else:
             (kind,) = rng.choices(kinds, shares)
-        yield tasks.draw(kind, rng, held_out=held_out, today=today)
+        yield tasks.draw(kind, rng, held_out=False, today=today)
 
 
 def draw_chat(
-    rng: random.Random, encoding: tiktoken.Encoding, length: int, *, with_tool: bool
+    rng: random.Random, encoding: tiktoken.Encoding, length: int, *, with_tool: bool, late: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """One training chat: tokens int32 [length + 1] and the mask float32 [length] of its targets.
 
@@ -111,7 +111,7 @@ def draw_chat(
     messages: list[Message] = []
     if rng.random() < 0.4:
         messages.append({"role": "system", "content": rng.choice(words.SYSTEM_MESSAGES)})
-    questions = draw_questions(rng, with_tool=with_tool, today=today)
+    questions = draw_questions(rng, with_tool=with_tool, today=today, late=late)
     tokens = [encoding.encode_single_token("<|begin_of_text|>")]
     wanted = [0.0]
     shown = misses = 0
@@ -159,11 +159,18 @@ def prompt_tokens(encoding: tiktoken.Encoding, shown: list[Segment]) -> list[int
 
 
 def draw_batch(
-    rng: random.Random, encoding: tiktoken.Encoding, size: int, length: int, tool_share: float
+    rng: random.Random,
+    encoding: tiktoken.Encoding,
+    size: int,
+    length: int,
+    *,
+    tool_share: float,
+    late: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """``size`` training chats: tokens int32 [size, length + 1], mask float32 [size, length]."""
     chats = [
-        draw_chat(rng, encoding, length, with_tool=rng.random() < tool_share) for _ in range(size)
+        draw_chat(rng, encoding, length, with_tool=rng.random() < tool_share, late=late)
+        for _ in range(size)
     ]
     return np.stack([chat[0] for chat in chats]), np.stack([chat[1] for chat in chats])
 

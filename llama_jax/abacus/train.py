@@ -57,12 +57,14 @@ class Recipe:
     """Warm-up, a constant learning rate, then a linear decay to zero over ``decay_steps``.
 
     ``steps`` batches of ``batch_tokens`` tokens: every ``long_every``-th one in chats of 384
-    tokens, most of which offer the calculator, the others in chats of 128."""
+    tokens, most of which offer the calculator, the others in chats of 128. From step ``late_from``
+    on the hard kinds of questions get more."""
 
     steps: int
     seed: int = 0
     batch_tokens: int = 6144
     long_every: int = 8
+    late_from: int = 1000
     warmup_steps: int = 100
     decay_steps: int = 1100
     muon_learning_rate: float = 5e-3
@@ -76,7 +78,14 @@ def draw_batch(
     """Tokens int32 [batch, length + 1] and mask float32 [batch, length] of one step."""
     rng = random.Random(f"{recipe.seed} {step}")
     length, tool_share = (384, 0.7) if step % recipe.long_every == 0 else (128, 0.0)
-    return data.draw_batch(rng, encoding, recipe.batch_tokens // length, length, tool_share)
+    return data.draw_batch(
+        rng,
+        encoding,
+        recipe.batch_tokens // length,
+        length,
+        tool_share=tool_share,
+        late=step >= recipe.late_from,
+    )
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
@@ -232,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--scratch", type=Path, required=True, help="where a stopped run resumes from"
     )
-    parser.add_argument("--steps", type=int, default=2800, help="batches of 6144 tokens (2800)")
+    parser.add_argument("--steps", type=int, default=2200, help="batches of 6144 tokens (2200)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and questions (0)")
     parser.add_argument(
         "--output", type=Path, default=PACKAGE, help="where the checkpoints go (this package)"
