@@ -25,11 +25,11 @@ from llama_jax.compile_cache import CompileReport
 from llama_jax.config import LlamaConfig
 from llama_jax.fp8 import WeightFormat
 from llama_jax.generation import chunks, shapes_for
-from llama_jax.kv_cache import PAGE_SIZE, init_cache
+from llama_jax.kv_cache import PAGE_SIZE
 from llama_jax.memory import MemoryPlan, plan_memory
 from llama_jax.model import ModelSpec, Params, abstract_params
-from llama_jax.sampling import SamplingParams, host_rows, init_sampling
-from llama_jax.steps import DecodeState, admit, decode_step, prefill_step
+from llama_jax.sampling import SamplingParams, host_rows
+from llama_jax.steps import admit, decode_step, init_state, prefill_step
 from pallas_kernels import e4m3
 
 _TILE = 1 << 22  # random numbers that are drawn once and repeated to fill larger arrays
@@ -154,13 +154,13 @@ def bench(
 def plan(
     spec: ModelSpec, workloads: Sequence[Workload], kv_dtype: jnp.dtype, prefill_chunk: int = 512
 ) -> MemoryPlan:
-    """The memory plan of the largest of the workloads."""
-    return max(
-        (
-            plan_memory(spec, each.batch_size, each.max_seq_len, kv_dtype, prefill_chunk)
-            for each in workloads
-        ),
-        key=lambda plan: plan.total,
+    """A memory plan that covers all of the workloads."""
+    return plan_memory(
+        spec,
+        max(each.batch_size for each in workloads),
+        max(each.max_seq_len for each in workloads),
+        kv_dtype,
+        prefill_chunk,
     )
 
 
@@ -182,11 +182,7 @@ def measure(
     )
     prompts, rows = drawn.tolist(), list(range(batch_size))
     active, greedy = np.ones(batch_size, bool), SamplingParams(temperature=0.0, seed=0)
-    state = DecodeState(
-        init_cache(config, batch_size, workload.max_seq_len, kv_dtype),
-        init_sampling(batch_size, config.vocab_size),
-        jnp.zeros(batch_size, jnp.int32),
-    )
+    state = init_state(spec, batch_size, workload.max_seq_len, kv_dtype)
     prefill_times, first_token_times, step_times = [], [], []
     for run in range(repeats + 1):
         began = time.perf_counter()

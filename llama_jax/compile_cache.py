@@ -70,7 +70,7 @@ def enable(directory: str | Path | None = None) -> Path | None:
         ("jax_persistent_cache_min_compile_time_secs", 0),
         ("jax_persistent_cache_min_entry_size_bytes", -1),
     ):
-        jax.config.update(name, value)  # type: ignore[no-untyped-call]
+        jax.config.update(name, value)
     return directory
 
 

@@ -18,7 +18,7 @@ from llama_jax.cli.chat import chat
 from llama_jax.cli.convert import convert
 from llama_jax.cli.generate import generate
 from llama_jax.cli.inspect import inspect
-from llama_jax.cli.output import stderr
+from llama_jax.cli.output import note, stderr
 from llama_jax.cli.score import score
 
 _DEBUG = "LLAMA_JAX_DEBUG"
@@ -91,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _report(error: Exception) -> None:
     if os.environ.get(_DEBUG):
         traceback.print_exception(error)
-    name = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
     message = str(error) or type(error).__name__
     stderr.print("[bold red]error:[/bold red]", end=" ")
-    stderr.print(f"{name}{message}", markup=False, highlight=False, soft_wrap=True)
+    stderr.print(message, markup=False, highlight=False, soft_wrap=True)
+    if isinstance(error, RuntimeError) and not os.environ.get(_DEBUG):
+        note("llama-jax --debug ... shows where")

@@ -2,17 +2,18 @@
 
 from dataclasses import asdict
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
+from rich.filesize import decimal
 from rich.table import Table
 
 from llama_jax.cli import options
 from llama_jax.cli.output import key_value_table, print_json, stderr, stdout
 
 if TYPE_CHECKING:
-    import jax.numpy as jnp
-
     from llama_jax.bench import Measurement, Report, Workload
     from llama_jax.model import ModelSpec, Params
 
@@ -53,10 +54,13 @@ def bench(
         from llama_jax.llm import _cache_dtype
     compile_cache.enable()
     workloads = [benchmark.Workload(*sizes, new_tokens) for sizes in product(batches, prompt_lens)]
+    directory, spec = _spec(model, preset, workloads, dtype, activations)
+    cache_dtype = _cache_dtype(kv_dtype, dtype)
+    benchmark.plan(spec, workloads, cache_dtype).check()
     with stderr.status("measuring a copy"):
         copy = benchmark.copy_bandwidth()
-    cache_dtype = _cache_dtype(kv_dtype, dtype)
-    params, spec = _load(model, preset, workloads, cache_dtype, dtype, activations)
+    with stderr.status("loading"):
+        params = _params(directory, spec)
     name = preset or options.model_name(model)
     with stderr.status("measuring") as status:
         done: list[Any] = []
@@ -84,17 +88,14 @@ def _numbers(option: str, text: str) -> list[int]:
         ) from None
 
 
-def _load(
+def _spec(
     model: str | None,
     preset: str | None,
     workloads: list["Workload"],
-    cache_dtype: "jnp.dtype",
     dtype: Any,
     activations: Any,
-) -> tuple["Params", "ModelSpec"]:
-    """The parameters to measure with, if they and the caches fit."""
-    import jax
-
+) -> tuple[Path | None, "ModelSpec"]:
+    """What to measure, and where its parameters are: None for a preset, whose are made up."""
     from llama_jax import bench as benchmark
     from llama_jax import checkpoint
     from llama_jax.config import PRESETS
@@ -121,12 +122,18 @@ def _load(
                 f"--prompt-len {workload.prompt_len} and --new-tokens {workload.new_tokens} are "
                 f"more than the model's context of {limit} tokens"
             )
-    benchmark.plan(spec, workloads, cache_dtype).check()
-    with stderr.status("loading"):
-        if directory is None:
-            return benchmark.random_params(spec), spec
-        bits = jax.default_backend() == "cpu"
-        return checkpoint.load_params(directory, spec, bits=bits), spec
+    return directory, spec
+
+
+def _params(directory: Path | None, spec: "ModelSpec") -> "Params":
+    import jax
+
+    from llama_jax.bench import random_params
+    from llama_jax.checkpoint import load_params
+
+    if directory is None:
+        return random_params(spec)
+    return load_params(directory, spec, bits=jax.default_backend() == "cpu")
 
 
 def _to_dict(name: str, spec: "ModelSpec", kv_dtype: str, report: "Report") -> dict[str, Any]:
@@ -159,12 +166,13 @@ def _to_dict(name: str, spec: "ModelSpec", kv_dtype: str, report: "Report") -> d
 
 
 def _render(name: str, spec: "ModelSpec", kv_dtype: str, report: "Report") -> None:
-    table = Table(title=f"{name} on {report.environment.device}", title_justify="left")
+    title = f"{name} on {report.environment.device}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in (
-        "batch", "prompt", "prefill\ntok/s", "first token\nms", "decode\ntok/s", "step\nms",
-        "read per\nstep, MB", "GB/s", "of copy",
+        "batch", "prompt", "prefill\ntok/s", "first\ntoken, ms", "decode\ntok/s", "step\nms",
+        "read per\nstep", "GB/s", "of\ncopy",
     ):  # fmt: skip
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for m in report.measurements:
         table.add_row(
             str(m.workload.batch_size),
@@ -173,7 +181,7 @@ def _render(name: str, spec: "ModelSpec", kv_dtype: str, report: "Report") -> No
             f"{m.first_token_seconds * 1e3:,.1f}",
             f"{m.decode_tokens_per_second:,.1f}",
             f"{m.decode_step_seconds * 1e3:,.2f}",
-            f"{(m.weight_bytes + m.kv_bytes) / 1e6:,.1f}",
+            decimal(m.weight_bytes + m.kv_bytes),
             f"{m.decode_bytes_per_second / 1e9:,.2f}",
             f"{report.fraction_of_copy(m):.0%}",
         )
@@ -182,7 +190,7 @@ def _render(name: str, spec: "ModelSpec", kv_dtype: str, report: "Report") -> No
     rows = {
         "copy": f"{report.copy_bytes_per_second / 1e9:,.1f} GB/s, read and written",
         "compile": str(report.compile),
-        "peak memory": f"{report.peak_memory.bytes / 1e9:.2f} GB {kind}",
+        "peak memory": f"{decimal(report.peak_memory.bytes)} {kind}",
         "settings": f"{spec.dtype}, activations {spec.activations}, KV cache {kv_dtype}",
         "versions": f"jax {e.jax}, jaxlib {e.jaxlib}, Python {e.python}; {e.platform}, "
         f"{e.cpu_count} CPU cores",

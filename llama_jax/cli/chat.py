@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from llama_jax.cli import options
-from llama_jax.cli.output import print_json, stderr
+from llama_jax.cli.output import note, print_json, stderr
 from llama_jax.cli.speed import Speed, snapshot, speed_since
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def chat(
     if not as_json:
         stderr.print(f"[bold]{options.model_name(model)}[/bold]", highlight=False)
     if interactive:
-        stderr.print("[dim]/help shows the commands[/dim]")
+        note("/help shows the commands")
     turns = iter(message) if message is not None else _typed() if interactive else _piped()
     for turn in turns:
         command, _, argument = turn.strip().partition(" ")
@@ -136,12 +136,12 @@ def _obey(command: str, argument: str, history: list[dict[str, Any]]) -> None:
     """The commands that need no model."""
     if command == "/reset":
         history[:] = [message for message in history if message["role"] == "system"]
-        stderr.print("[dim]the conversation is forgotten[/dim]")
+        note("the conversation is forgotten")
     elif command == "/system" and argument:
         history[:] = [_message("system", argument)]
-        stderr.print("[dim]the system message is set; the conversation is forgotten[/dim]")
+        note("the system message is set; the conversation is forgotten")
     else:
-        stderr.print(_HELP, style="dim", markup=False, highlight=False)
+        note(_HELP)
 
 
 def _say(
@@ -161,21 +161,22 @@ def _say(
     except ValueError as error:
         if not interactive:
             raise
-        stderr.print(f"{error}", style="red", markup=False, highlight=False)
-        stderr.print("[dim]Your message was not added. /reset starts over.[/dim]")
+        stderr.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        note("Your message was not added. /reset starts over.")
         return
     print()
     if reply.result is None:
-        stderr.print("[dim]stopped[/dim]")
+        note("stopped")
         if not interactive:
             raise KeyboardInterrupt
         return
     for call in reply.result.tool_calls:
         arguments = json.dumps(call.arguments, ensure_ascii=False)
-        stderr.print(f"tool call: {call.name}({arguments})", style="cyan", markup=False)
+        call_text = f"tool call: {call.name}({arguments})"
+        stderr.print(call_text, style="cyan", markup=False, highlight=False, soft_wrap=True)
     if reply.result.finish_reason == "length":
-        stderr.print(f"[dim]{_why_cut(llm, reply.result)}[/dim]", highlight=False)
-    stderr.print(f"[dim]{reply.speed}[/dim]", highlight=False)
+        note(_why_cut(llm, reply.result))
+    note(str(reply.speed))
 
 
 def _json_turn(

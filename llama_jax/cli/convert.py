@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.filesize import decimal
 
 from llama_jax.cli import options
 from llama_jax.cli.output import key_value_table, print_json, stderr, stdout
@@ -63,10 +64,10 @@ def convert(
             }
         )
         return
-    rate = manifest.total_bytes / seconds / 1e9
     rows = {
         "from": f"{source} ({manifest.dialect})",
-        "size": f"{manifest.total_bytes / 1e9:.2f} GB in {seconds:.1f} s, {rate:.2f} GB/s",
+        "size": f"{decimal(manifest.total_bytes)} in {seconds:.1f} s, "
+        f"{decimal(int(manifest.total_bytes / seconds))}/s",
         "modules": ", ".join(f"{count} x {form}" for form, count in stored.items()),
         "tokenizer": ", ".join(manifest.tokenizer_files) or "none",
     }

@@ -10,10 +10,10 @@ from llama_jax.cli import options
 from llama_jax.cli.output import (
     check_output,
     json_line,
+    note,
     progress_bar,
     read_jsonl,
     read_lines,
-    stderr,
     whole_file,
 )
 from llama_jax.cli.speed import snapshot, speed_since
@@ -33,7 +33,7 @@ def generate(
         str | None,
         typer.Option(
             metavar="FILE",
-            help='A prompt per line, or in a .jsonl file an object with "prompt". - is stdin.',
+            help='A prompt per line, or in a .jsonl file an object with "prompt"; stdin for -.',
         ),
     ] = None,
     output: Annotated[
@@ -79,7 +79,7 @@ def generate(
     llm = options.load(
         model, show_plan=model is not None and not as_json, dtype=dtype, activations=activations,
         kv_dtype=kv_dtype, max_seq_len=max_seq_len,
-        max_batch_size=min(max_batch_size, len(rows)),
+        max_batch_size=1 if prompt is not None else max_batch_size,
     )  # fmt: skip
     sampling = options.sampling_params(
         llm, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
@@ -104,10 +104,7 @@ def generate(
     compiled = snapshot().report.since(before.report)
     tokens = sum(len(result.token_ids) for result in results)
     rate = tokens / (seconds - compiled.seconds)
-    stderr.print(
-        f"[dim]{len(results)} prompts, {tokens} tokens, {rate:,.0f} tok/s · {compiled}[/dim]",
-        highlight=False,
-    )
+    note(f"{len(results)} prompts, {tokens} tokens, {rate:,.0f} tok/s · {compiled}")
 
 
 def _stream(llm: "LLM", prompt: str, sampling: "SamplingParams") -> None:
@@ -118,7 +115,7 @@ def _stream(llm: "LLM", prompt: str, sampling: "SamplingParams") -> None:
         result = piece.result
     print()
     assert result is not None
-    stderr.print(f"[dim]{speed_since(before, result)}[/dim]", highlight=False)
+    note(str(speed_since(before, result)))
 
 
 def _fields(result: "Generation") -> dict[str, Any]:

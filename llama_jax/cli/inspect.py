@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.filesize import decimal
 from rich.table import Table
 
 from llama_jax.cli import options
@@ -146,7 +147,7 @@ def _kinds(spec: Any) -> list[_Kind]:
         )
         shape = modules[paths[0]]["weight"].shape
         kinds.append(_Kind(name, len(paths), shape, usual, size, exceptions))
-    return kinds
+    return sorted(kinds, key=lambda kind: -kind.bytes)
 
 
 def _words(stored: "WeightFormat") -> str:
@@ -186,7 +187,7 @@ def _render(
     template = "with" if tokenizer["chat_template"] else "without"
     rows = {
         "what": f"{checkpoint.container}, {checkpoint.dialect} layout",
-        "size": f"{sum(kind.bytes for kind in kinds) / 1e9:.3f} GB",
+        "size": decimal(sum(kind.bytes for kind in kinds)),
         "layers": f"{c.num_layers}, hidden size {c.hidden_size}, MLP {c.intermediate_size}",
         "attention": f"{c.num_heads} heads, {c.num_kv_heads} kv heads, head_dim {c.head_dim}",
         "context": f"{c.max_position_embeddings} tokens",
@@ -197,11 +198,14 @@ def _render(
     }
     stdout.print(key_value_table(str(checkpoint.path), rows))
     table = Table(title="Weights", title_justify="left")
-    for column in ("module", "count", "shape", "stored as", "size, MB"):
-        table.add_column(column, justify="left" if column in ("module", "stored as") else "right")
+    table.add_column("module", no_wrap=True)
+    for column in ("count", "shape"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("stored as")
+    table.add_column("size", justify="right", no_wrap=True)
     for kind in kinds:
         shape = " x ".join(map(str, kind.shape))
-        table.add_row(kind.name, str(kind.count), shape, kind.format, f"{kind.bytes / 1e6:,.1f}")
+        table.add_row(kind.name, str(kind.count), shape, kind.format, decimal(kind.bytes))
         for stored, paths in kind.exceptions.items():
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
             table.add_row("", f"of them {len(paths)}", "", f"{stored}: {paths[0]}{more}", "")

@@ -27,6 +27,11 @@ stdout = Console()
 stderr = Console(stderr=True)
 
 
+def note(text: str) -> None:
+    """A remark on stderr, beside the results."""
+    stderr.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
 class _RateColumn(ProgressColumn):
     """Units per second; a task says what they are (`unit`) and, unless each step is one, how many
     there have been (`units`)."""

@@ -13,10 +13,10 @@ from llama_jax.cli import options
 from llama_jax.cli.output import (
     check_output,
     json_line,
+    note,
     print_json,
     progress_bar,
     read_jsonl,
-    stderr,
     whole_file,
 )
 from llama_jax.cli.speed import snapshot
@@ -36,8 +36,10 @@ class _Line:
 
 
 def score(
-    input: Annotated[str, typer.Argument(metavar="IN.jsonl", help="- is stdin.")],
-    output: Annotated[str, typer.Argument(metavar="OUT.jsonl", help="- is stdout.")],
+    input: Annotated[str, typer.Argument(metavar="IN.jsonl", help="JSONL to read; stdin for -.")],
+    output: Annotated[
+        str, typer.Argument(metavar="OUT.jsonl", help="JSONL to write; stdout for -.")
+    ],
     model: options.ModelOption = None,
     tokens: Annotated[
         bool, typer.Option("--tokens", help="Write token_ids and logprobs of each token too.")
@@ -77,7 +79,7 @@ def score(
         raise ValueError(f"{input} has no lines to score")
     llm = options.load(
         model, show_plan=model is not None and not as_json, dtype=dtype, activations=activations,
-        kv_dtype=kv_dtype, max_seq_len=max_seq_len, max_batch_size=min(max_batch_size, len(rows)),
+        kv_dtype=kv_dtype, max_seq_len=max_seq_len, max_batch_size=max_batch_size,
     )  # fmt: skip
     lines = [_line(llm, f"{input}, line {number}", row, skip_bad) for number, row in rows]
     before, began = snapshot(), time.perf_counter()
@@ -107,11 +109,10 @@ def score(
         print_json(summary)
         return
     perplexity = f"{summary['perplexity']:.3f}" if scores else "-"
-    stderr.print(
-        f"[dim]{len(scores)} scored, {summary['bad']} bad · {num_tokens} tokens, perplexity "
+    note(
+        f"{len(scores)} scored, {summary['bad']} bad · {num_tokens} tokens, perplexity "
         f"{perplexity}, {summary['greedy']} greedy · {summary['tokens_per_second']:,.0f} tok/s · "
-        f"{compiled}[/dim]",
-        highlight=False,
+        f"{compiled}"
     )
 
 
