@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from llama_jax.cli.output import stderr
+from llama_jax.cli.output import note, stderr
 
 if TYPE_CHECKING:
     from llama_jax.llm import LLM
@@ -98,14 +98,17 @@ def model_name(model: str | None) -> str:
 
 
 def load(model: str | None, *, show_plan: bool, **settings: Any) -> "LLM":
-    """`LLM.load`, with the progress of a conversion and a spinner on stderr."""
+    """`LLM.load`, with the progress of a conversion on stderr, and the memory plan or a spinner."""
     name = model_name(model)
     with stderr.status("starting JAX"):
         from converters.resolve import resolve
         from llama_jax.llm import LLM, SHIPPED_MODEL
     directory = resolve(SHIPPED_MODEL if model is None else model)
+    if show_plan:  # a spinner would draw over the table
+        note(f"loading {name}")
+        return LLM.load(directory, verbose=True, **settings)
     with stderr.status(f"loading {name}"):
-        return LLM.load(directory, verbose=show_plan, **settings)
+        return LLM.load(directory, verbose=False, **settings)
 
 
 def sampling_params(llm: "LLM", **given: Any) -> "SamplingParams":
