@@ -89,7 +89,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{directory} is not a converted checkpoint: it has no {MANIFEST}. Convert one with "
-            "python -m converters.hf_to_orbax."
+            "llama-jax convert."
         ) from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from pallas_kernels import e4m3
 from pallas_kernels.fp8_matmul.reference import BLOCK, expand_scale
@@ -74,4 +74,7 @@ def quantize_per_token(x: Array) -> tuple[Array, Array]:
 
 
 def _scale_of(absmax: Array) -> Array:
-    return jnp.where(absmax > 0, absmax / e4m3.MAX, 1.0).astype(jnp.float32)
+    # Behind the barrier 448 is not a constant, which XLA would turn into a product with its
+    # reciprocal for some shapes and not for others: scales an ulp apart.
+    limit = lax.optimization_barrier(jnp.float32(e4m3.MAX))
+    return jnp.where(absmax > 0, absmax / limit, 1.0).astype(jnp.float32)

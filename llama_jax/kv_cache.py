@@ -5,6 +5,9 @@ outside this file and `paged_attention` knows more than that, so who owns which 
 without the model noticing.
 """
 
+from typing import Literal
+
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
@@ -13,6 +16,17 @@ from llama_jax.config import LlamaConfig
 from pallas_kernels import e4m3
 
 PAGE_SIZE = 64
+
+KVDtype = Literal["bf16", "fp8"]
+
+
+def storage_dtype(kv_dtype: KVDtype, dtype: str) -> jnp.dtype:
+    """What the cache holds: activations' `dtype`, or e4m3fn (as int8 bits on a CPU, see e4m3)."""
+    if kv_dtype == "bf16":
+        return jnp.dtype(dtype)
+    if kv_dtype == "fp8":
+        return jnp.dtype(jnp.int8 if jax.default_backend() == "cpu" else e4m3.DTYPE)
+    raise ValueError(f"kv_dtype must be 'bf16' or 'fp8', got {kv_dtype!r}")
 
 
 class KVCache(struct.PyTreeNode):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
@@ -16,6 +15,7 @@ from llama_jax import checkpoint, compile_cache
 from llama_jax.chat import encode_chat
 from llama_jax.config import token_ids
 from llama_jax.generation import Request, Runner, shapes_for
+from llama_jax.kv_cache import KVDtype, storage_dtype
 from llama_jax.memory import plan_memory
 from llama_jax.model import Activations, ModelSpec, Params
 from llama_jax.results import Generation, Piece, Score, Timings, TokenLogprob
@@ -23,14 +23,12 @@ from llama_jax.sampling import SamplingParams, check_ids
 from llama_jax.steps import init_state
 from llama_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from llama_jax.tools import parse_tool_calls
-from pallas_kernels import e4m3
 
 SHIPPED_MODEL = Path(__file__).parent / "abacus" / "checkpoint"
 DEFAULT_MAX_SEQ_LEN = 8192
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int]
-KVDtype = Literal["bf16", "fp8"]
 
 
 class LLM:
@@ -66,7 +64,7 @@ class LLM:
                 spec,
                 max_batch_size,
                 max_seq_len,
-                _cache_dtype(kv_dtype, spec.dtype),
+                storage_dtype(kv_dtype, spec.dtype),
                 manifest.kv_scales,
                 mesh,
             ),
@@ -121,7 +119,7 @@ class LLM:
             spec,
             max_batch_size=max_batch_size,
             max_seq_len=max_seq_len,
-            kv_dtype=_cache_dtype(kv_dtype, dtype),
+            kv_dtype=storage_dtype(kv_dtype, dtype),
             prefill_chunk=prefill_chunk,
             mesh=mesh,
         )
@@ -235,7 +233,7 @@ class LLM:
             prompts, completions = [prompts], [completions]
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions")
-        pairs = [self._pair_ids(*pair) for pair in zip(prompts, completions, strict=True)]
+        pairs = [self.pair_ids(*pair) for pair in zip(prompts, completions, strict=True)]
         results = [
             _score_of(whole[start:], logprobs[start - 1 :], greedy[start - 1 :])
             for (whole, start), (logprobs, greedy) in zip(
@@ -243,6 +241,24 @@ class LLM:
             )
         ]
         return results[0] if single else results
+
+    def pair_ids(self, prompt: Prompt, completion: Prompt) -> tuple[list[int], int]:
+        """Token ids of prompt and completion together, as `score` takes them, and where the
+        completion begins among them."""
+        encode = self.tokenizer.encode
+        if isinstance(prompt, str) and isinstance(completion, str):
+            before, whole = encode(prompt, bos=True), encode(prompt + completion, bos=True)
+            if whole[: len(before)] != before:
+                whole = before + encode(completion)
+        else:
+            before = encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
+            after = encode(completion) if isinstance(completion, str) else list(completion)
+            whole = before + after
+        if len(whole) == len(before):
+            raise ValueError(f"the completion {completion!r} is empty")
+        if not before:
+            raise ValueError("the prompt is empty: the first token has nothing to be likely after")
+        return self._checked(whole), len(before)
 
     def logits(self, ids: Array | np.ndarray | Sequence[Sequence[int]]) -> np.ndarray:
         """Next-token logits: int [batch, length] -> float32 [batch, length, vocab]."""
@@ -345,23 +361,6 @@ class LLM:
             encode_chat(self.tokenizer, messages, tools=tools, **template_kwargs), room=1
         )
 
-    def _pair_ids(self, prompt: Prompt, completion: Prompt) -> tuple[list[int], int]:
-        """Token ids of prompt and completion, and where the completion begins."""
-        encode = self.tokenizer.encode
-        if isinstance(prompt, str) and isinstance(completion, str):
-            before, whole = encode(prompt, bos=True), encode(prompt + completion, bos=True)
-            if whole[: len(before)] != before:
-                whole = before + encode(completion)
-        else:
-            before = encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
-            after = encode(completion) if isinstance(completion, str) else list(completion)
-            whole = before + after
-        if len(whole) == len(before):
-            raise ValueError(f"the completion {completion!r} is empty")
-        if not before:
-            raise ValueError("the prompt is empty: the first token has nothing to be likely after")
-        return self._checked(whole), len(before)
-
     def _checked(self, ids: Sequence[int], room: int = 0) -> list[int]:
         """`ids`, if they are in the vocabulary and leave room for as many more tokens."""
         if not ids:
@@ -383,14 +382,6 @@ def _score_of(completion: Sequence[int], logprobs: np.ndarray, greedy: np.ndarra
         total=float(logprobs.sum(dtype=np.float64)),
         is_greedy=bool(greedy.all()),
     )
-
-
-def _cache_dtype(kv_dtype: KVDtype, dtype: str) -> jnp.dtype:
-    if kv_dtype == "bf16":
-        return jnp.dtype(dtype)
-    if kv_dtype == "fp8":
-        return jnp.dtype(jnp.int8 if jax.default_backend() == "cpu" else e4m3.DTYPE)
-    raise ValueError(f"kv_dtype must be 'bf16' or 'fp8', got {kv_dtype!r}")
 
 
 def _default_sampling(generation: Mapping[str, Any]) -> SamplingParams:

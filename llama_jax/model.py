@@ -10,7 +10,7 @@ of its axes; initialisation, sharding and the restore target of a checkpoint all
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -352,6 +352,7 @@ def init_params(spec: ModelSpec, seed: int = 0) -> Params:
     return nn.unbox(jax.jit(Llama(spec).init)(jax.random.key(seed), tokens)["params"])
 
 
+@cache
 def _boxed_params(spec: ModelSpec) -> Params:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(Llama(spec).init, jax.random.key(0), tokens)["params"]

@@ -1,40 +1,33 @@
 """What XLA made of the model: no copied cache, no widened weight, no growth with the pool."""
 
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from llama_jax.fp8 import WeightFormat
 from llama_jax.kv_cache import init_cache
 from llama_jax.model import ModelSpec, abstract_params, decode, prefill
-from tests.tiny import LINEARS, config
+from tests.tiny import config, fp8_formats
 
 # Wide enough that a weight outweighs every activation.
 WIDE = config(hidden_size=1024, intermediate_size=4096, num_layers=1, num_heads=16,
               num_kv_heads=4, head_dim=64, vocab_size=512)  # fmt: skip
-SPEC = ModelSpec(
-    WIDE, {f"layers_0/{name}": WeightFormat("float8_e4m3fn", "row") for name in LINEARS}
-)
+SPEC = ModelSpec(WIDE, fp8_formats(WIDE, input_scale=False))
 
 
-def arguments(max_seq_len, cache_dtype, batch=2):
+def compiled(program, max_seq_len=1024, cache_dtype="bfloat16", spec=SPEC):
     params = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, jnp.int8 if s.dtype.itemsize == 1 else s.dtype),
-        abstract_params(SPEC),
+        abstract_params(spec),
     )
-    cache = jax.eval_shape(lambda: init_cache(WIDE, batch, max_seq_len, cache_dtype))
-    return params, cache
-
-
-def compiled(program, max_seq_len=1024, cache_dtype="bfloat16"):
-    params, cache = arguments(max_seq_len, cache_dtype)
+    cache = jax.eval_shape(lambda: init_cache(spec.config, 2, max_seq_len, cache_dtype))
     rows = jax.ShapeDtypeStruct((2,), jnp.int32)
     if program == "decode":
-        return decode.lower(params, cache, rows, spec=SPEC).compile(), cache
+        return decode.lower(params, cache, rows, spec=spec).compile(), cache
     chunk = jax.ShapeDtypeStruct((2, 64), jnp.int32)
-    return prefill.lower(params, cache, chunk, rows, spec=SPEC).compile(), cache
+    return prefill.lower(params, cache, chunk, rows, spec=spec).compile(), cache
 
 
 @pytest.mark.parametrize("cache_dtype", ["bfloat16", "float32", "int8"])
@@ -58,3 +51,14 @@ def test_fp8_weights_are_not_widened_as_a_whole(program):
     assert f"s8[{out},{columns}]" in text
     assert not re.search(rf"(f16|bf16|f32|s16|s32)\[{out},{columns}\]", text)
     assert not re.search(rf"(f16|bf16|f32|s16|s32)\[{columns},{out}\]", text)
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_temporaries_do_not_grow_with_depth(program):
+    def temporaries(num_layers):
+        deep = replace(WIDE, num_layers=num_layers)
+        spec = ModelSpec(deep, fp8_formats(deep, input_scale=False))
+        return compiled(program, spec=spec)[0].memory_analysis().temp_size_in_bytes
+
+    widened_block = 512 * WIDE.hidden_size * 4
+    assert temporaries(6) - temporaries(2) < widened_block

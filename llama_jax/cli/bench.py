@@ -51,11 +51,11 @@ def bench(
     with stderr.status("starting JAX"):
         from llama_jax import bench as benchmark
         from llama_jax import compile_cache
-        from llama_jax.llm import _cache_dtype
+        from llama_jax.kv_cache import storage_dtype
     compile_cache.enable()
     workloads = [benchmark.Workload(*sizes, new_tokens) for sizes in product(batches, prompt_lens)]
     directory, spec = _spec(model, preset, workloads, dtype, activations)
-    cache_dtype = _cache_dtype(kv_dtype, dtype)
+    cache_dtype = storage_dtype(kv_dtype, dtype)
     benchmark.plan(spec, workloads, cache_dtype).check()
     with stderr.status("measuring a copy"):
         copy = benchmark.copy_bandwidth()

@@ -72,7 +72,8 @@ def inspect(
         llama-jax inspect ./llama-8b --json | jq .memory
     """
     with stderr.status("starting JAX"):
-        from llama_jax.llm import DEFAULT_MAX_SEQ_LEN, SHIPPED_MODEL, _cache_dtype
+        from llama_jax.kv_cache import storage_dtype
+        from llama_jax.llm import DEFAULT_MAX_SEQ_LEN, SHIPPED_MODEL
         from llama_jax.memory import plan_memory
         from llama_jax.model import ModelSpec
         from llama_jax.tokenizer import load_tokenizer
@@ -82,7 +83,7 @@ def inspect(
     if max_seq_len > limit:
         raise ValueError(f"--max-seq-len {max_seq_len}: the model's context is {limit} tokens")
     spec = ModelSpec(checkpoint.config, checkpoint.formats, dtype)
-    plan = plan_memory(spec, max_batch_size, max_seq_len, _cache_dtype(kv_dtype, dtype), 512)
+    plan = plan_memory(spec, max_batch_size, max_seq_len, storage_dtype(kv_dtype, dtype), 512)
     kinds = _kinds(spec)
     tokenizer = load_tokenizer(checkpoint.path)
     tokenizer_facts = {

@@ -125,7 +125,7 @@ def _line(llm: "LLM", where: str, row: dict[str, Any] | ValueError, skip_bad: bo
         for field in ("prompt", "completion"):
             if not isinstance(row.get(field), str):
                 raise ValueError(f'"{field}" must be a text, got {row.get(field)!r}')
-        ids, start = llm._pair_ids(row["prompt"], row["completion"])
+        ids, start = llm.pair_ids(row["prompt"], row["completion"])
     except ValueError as error:
         if not skip_bad:
             raise ValueError(f"{where}: {error}") from error

@@ -57,6 +57,9 @@ def by_row_blocks(x: Array, weight: Array, weight_scale: Array | None) -> Array:
         scale = lax.dynamic_slice_in_dim(weight_scale, start // BLOCK, -(-count // BLOCK))
         return _dot(x, w * expand_scale(scale * unit, (count, weight.shape[1])))
 
+    # What does not depend on x, XLA would do for all layers of a model at its beginning, and keep
+    # until it is needed; behind the barrier it does.
+    y, weight, x = lax.optimization_barrier((jnp.zeros((x.shape[0], rows)), weight, x))
     block = min(BLOCK_ROWS, rows)
     if block == rows:
         return product(0, rows)
@@ -65,7 +68,7 @@ def by_row_blocks(x: Array, weight: Array, weight_scale: Array | None) -> Array:
         start = i * block
         return lax.dynamic_update_slice_in_dim(y, product(start, block), start, axis=1)
 
-    y = lax.fori_loop(0, rows // block, body, jnp.zeros((x.shape[0], rows), jnp.float32))
+    y = lax.fori_loop(0, rows // block, body, y)
     tail = rows % block
     if tail:
         y = lax.dynamic_update_slice_in_dim(y, product(rows - tail, tail), rows - tail, axis=1)

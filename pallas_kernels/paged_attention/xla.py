@@ -58,6 +58,8 @@ def paged_attention(
 
     shape = queries.shape[:3]
     carry = (jnp.zeros_like(queries), jnp.zeros(shape), jnp.full(shape, _MASKED))
+    # As in fp8_matmul: the zeros are to be made here, not at the beginning of the model.
+    carry, queries = lax.optimization_barrier((carry, queries))
     blocks = -(-jnp.max(lengths) // block)
     out, total, _ = lax.fori_loop(0, blocks, body, carry)
     out = out * v_scale / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
