@@ -82,14 +82,14 @@ def draw_calculator(rng: random.Random) -> dict[str, Any]:
 
 
 def draw_questions(
-    rng: random.Random, *, with_tool: bool, today: str, late: bool
+    rng: random.Random, *, with_tool: bool, today: str, stage: int
 ) -> Iterator[tasks.Question]:
-    """Training questions without end, kinds in the first or the later shares of `tasks.KINDS`.
+    """Training questions without end, kinds in the shares that `tasks.KINDS` gives to ``stage``.
 
     With the tool, half of them are calculator questions and no other asks for arithmetic.
     """
     kinds = [kind for kind in tasks.KINDS if not (with_tool and kind in tasks.ARITHMETIC)]
-    shares = [tasks.KINDS[kind][2 if late else 1] for kind in kinds]
+    shares = [tasks.KINDS[kind][1][stage] for kind in kinds]
     while True:
         if with_tool and rng.random() < 0.5:
             kind = "calculator"
@@ -99,7 +99,7 @@ def draw_questions(
 
 
 def draw_chat(
-    rng: random.Random, encoding: tiktoken.Encoding, length: int, *, with_tool: bool, late: bool
+    rng: random.Random, encoding: tiktoken.Encoding, length: int, *, with_tool: bool, stage: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """One training chat: tokens int32 [length + 1] and the mask float32 [length] of its targets.
 
@@ -111,7 +111,7 @@ def draw_chat(
     messages: list[Message] = []
     if rng.random() < 0.4:
         messages.append({"role": "system", "content": rng.choice(words.SYSTEM_MESSAGES)})
-    questions = draw_questions(rng, with_tool=with_tool, today=today, late=late)
+    questions = draw_questions(rng, with_tool=with_tool, today=today, stage=stage)
     tokens = [encoding.encode_single_token("<|begin_of_text|>")]
     wanted = [0.0]
     shown = misses = 0
@@ -165,11 +165,11 @@ def draw_batch(
     length: int,
     *,
     tool_share: float,
-    late: bool,
+    stage: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """``size`` training chats: tokens int32 [size, length + 1], mask float32 [size, length]."""
     chats = [
-        draw_chat(rng, encoding, length, with_tool=rng.random() < tool_share, late=late)
+        draw_chat(rng, encoding, length, with_tool=rng.random() < tool_share, stage=stage)
         for _ in range(size)
     ]
     return np.stack([chat[0] for chat in chats]), np.stack([chat[1] for chat in chats])
@@ -195,9 +195,8 @@ def held_out_chats(seed: int, per_kind: int) -> list[HeldOutChat]:
     """
     rng = random.Random(seed)
     chats: list[HeldOutChat] = []
-    for kind in [*tasks.KINDS, "calculator"]:
-        if kind == "chat":
-            continue
+    judged = [kind for kind, (_, shares) in tasks.KINDS.items() if shares[-1] and kind != "chat"]
+    for kind in [*judged, "calculator"]:
         seen: set[tuple[str, str]] = set()
         for _ in range(10 * per_kind):
             date = tasks.DEFAULT_DATE

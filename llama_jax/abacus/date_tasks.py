@@ -42,6 +42,21 @@ def weekday_after(rng: random.Random, today: str) -> tuple[str, str, str]:
     return f"{i} {count} {future}", template.format(day=DAYS[i], n=count), answer
 
 
+def days_from(rng: random.Random, today: str) -> tuple[str, str, str]:
+    i, count, future = rng.randrange(7), rng.randint(2, 14), rng.random() < 0.6
+    template = rng.choice((
+        "Which day is {n} days from {day}?", "{day} is today. What day is it in {n} days?",
+        "What day will it be {n} days after {day}?", "Count {n} days up from {day}.",
+        "It is {day} now. What day is it after {n} days?",
+    ) if future else (
+        "Count {n} days back from {day}.", "{day} is today. What day was it {n} days ago?",
+        "It is {day} now. What day was it {n} days before?",
+        "What day was it {n} days before {day}?",
+    ))  # fmt: skip
+    prompt = template.format(day=DAYS[i], n=count)
+    return prompt, prompt, DAYS[(i + (count if future else -count)) % 7]
+
+
 def month(rng: random.Random, today: str) -> tuple[str, str, str]:
     if rng.random() < 0.6:
         return _neighbour(rng, MONTHS, "month")

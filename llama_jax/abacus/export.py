@@ -85,8 +85,8 @@ def calibrate(
     rng = random.Random(seed)
     encoding = vocabulary.encoding(tokens)
     batches = [
-        data.draw_batch(rng, encoding, chats, 128, tool_share=0.0, late=False)[0],
-        data.draw_batch(rng, encoding, chats // 4, 384, tool_share=1.0, late=False)[0],
+        data.draw_batch(rng, encoding, chats, 128, tool_share=0.0, stage=0)[0],
+        data.draw_batch(rng, encoding, chats // 4, 384, tool_share=1.0, stage=0)[0],
     ]
     largest: dict[str, float] = {}
 

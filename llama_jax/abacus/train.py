@@ -10,6 +10,7 @@ questions. Needs the ``train`` extra (optax).
 import argparse
 import random
 import time
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -54,19 +55,22 @@ SPEC = ModelSpec(replace(CONFIG, dtype="float32"), dtype="float32")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Warm-up, a constant learning rate, then a linear decay to zero over ``decay_steps``.
+    """Steps of ``batch_tokens`` tokens; every ``long_every``-th is in chats of 384 tokens, most of
+    which offer the calculator, the others are in chats of 128.
 
-    ``steps`` batches of ``batch_tokens`` tokens: every ``long_every``-th one in chats of 384
-    tokens, most of which offer the calculator, the others in chats of 128. From step ``late_from``
-    on the hard kinds of questions get more."""
+    The learning rates warm up, stay, and sink linearly from ``decay_from`` on, at first fast enough
+    to reach zero in ``fast_decay_steps``, from the last stage on towards zero at the last step.
+    ``stages``: where the second and the third stage of `tasks.KINDS` begin.
+    """
 
-    steps: int
+    steps: int = 2800
+    stages: tuple[int, int] = (1000, 1600)
     seed: int = 0
     batch_tokens: int = 6144
     long_every: int = 8
-    late_from: int = 1000
     warmup_steps: int = 100
-    decay_steps: int = 1100
+    decay_from: int = 1100
+    fast_decay_steps: int = 1100
     muon_learning_rate: float = 5e-3
     adam_learning_rate: float = 3e-3
     weight_decay: float = 0.05
@@ -84,7 +88,7 @@ def draw_batch(
         recipe.batch_tokens // length,
         length,
         tool_share=tool_share,
-        late=step >= recipe.late_from,
+        stage=bisect_right(recipe.stages, step),
     )
 
 
@@ -96,11 +100,14 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """
 
     def schedule(peak: float) -> optax.Schedule:
-        decay = optax.linear_schedule(peak, 0.0, recipe.decay_steps)
+        last_stage = recipe.stages[-1]
         warmup = optax.linear_schedule(0.0, peak, recipe.warmup_steps)
         constant = optax.constant_schedule(peak)
-        boundaries = [recipe.warmup_steps, recipe.steps - recipe.decay_steps]
-        return optax.join_schedules([warmup, constant, decay], boundaries)
+        fast = optax.linear_schedule(peak, 0.0, recipe.fast_decay_steps)
+        reached = peak * (1 - (last_stage - recipe.decay_from) / recipe.fast_decay_steps)
+        slow = optax.linear_schedule(reached, 0.0, recipe.steps - last_stage)
+        boundaries = [recipe.warmup_steps, recipe.decay_from, last_stage]
+        return optax.join_schedules([warmup, constant, fast, slow], boundaries)
 
     def dimensions(params: Any) -> Any:
         def of(path: Any, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
@@ -241,13 +248,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--scratch", type=Path, required=True, help="where a stopped run resumes from"
     )
-    parser.add_argument("--steps", type=int, default=2200, help="batches of 6144 tokens (2200)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and questions (0)")
     parser.add_argument(
         "--output", type=Path, default=PACKAGE, help="where the checkpoints go (this package)"
     )
     options = parser.parse_args(arguments)
-    params = train(Recipe(options.steps, options.seed), options.scratch)
+    params = train(Recipe(seed=options.seed), options.scratch)
     export(params, SPEC, CONFIG, options.output)
 
 

@@ -49,11 +49,13 @@ _LONE_ROLES = ("system", "user", "assistant")
 
 
 def build(seed: int = 0, samples: int = 1500) -> list[bytes]:
-    """The tokens of all ranks: 256 bytes, then the commonest pieces of ``samples`` per kind."""
+    """The tokens of all ranks: 256 bytes, then the commonest pieces of ``samples`` questions of
+    each kind that training begins with."""
     rng = random.Random(seed)
     fixed = [*_LONE_ROLES, *(f" {word}" for word in words.COMMON)]
     counts: Counter[str] = Counter(dict.fromkeys(fixed, 10 * samples))
-    for kind in [*tasks.KINDS, "calculator"]:
+    first_kinds = [kind for kind, (_, shares) in tasks.KINDS.items() if shares[0]]
+    for kind in [*first_kinds, "calculator"]:
         for _ in range(samples):
             messages = data.exchange(tasks.draw(kind, rng, held_out=False))
             messages.insert(0, {"role": "system", "content": rng.choice(words.SYSTEM_MESSAGES)})
