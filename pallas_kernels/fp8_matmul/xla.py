@@ -2,8 +2,8 @@
 
 Two formulations:
 
-- FP8 activations and one scale per row: a float8 x float8 dot, which XLA's GPU backend hands to
-  cuBLASLt's FP8 matmul.
+- FP8 activations, enough of them, and one scale per row: a float8 x float8 dot, which XLA's GPU
+  backend hands to cuBLASLt's FP8 matmul.
 - Everything else: a loop that widens `BLOCK_ROWS` rows of the weight, multiplies, and goes on, so
   that no more than a block ever exists in a wider type.
 """
@@ -18,12 +18,15 @@ BLOCK_ROWS = 512
 # From this many activation rows on, a bf16 matrix multiplication beats float32 on a CPU that has
 # bf16 dot products; below it, XLA's bf16 matrix-vector product is slow.
 MIN_ROWS_FOR_BF16 = 8
+# cuBLASLt's FP8 matmul is taken from this many rows on; with fewer, XLA widens the weight instead.
+MIN_ROWS_FOR_FP8_DOT = 16
 
 
 def fp8_matmul(
     x: Array, weight: Array, weight_scale: Array, x_scale: Array | None, out_dtype: jnp.dtype
 ) -> Array:
-    if weight.dtype == e4m3.DTYPE and x.dtype == e4m3.DTYPE and weight_scale.ndim == 1:
+    is_fp8_dot = weight.dtype == e4m3.DTYPE and x.dtype == e4m3.DTYPE and weight_scale.ndim == 1
+    if is_fp8_dot and x.shape[0] >= MIN_ROWS_FOR_FP8_DOT:
         y = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         y = y * weight_scale
     else:
