@@ -4,10 +4,10 @@ Their layouts are not converted yet, so the tests read the tensors here. What is
 arithmetic: per-row, per-tensor and 128x128 scales, static and dynamic activations, an FP8 cache.
 Logits come from transformers in float32 (1e-4, as in test_parity.py). Where activations are rounded
 to e4m3, a value that lies in the middle between two codes falls to either side with the order of a
-float32 sum. That changes its token, whose later layers then round elsewhere, and through its keys the
-tokens after it. Static scales meet no such value here. With dynamic ones two of 48 tokens do, and 17
-stand after the first of them: so half of the tokens have to agree, and none may stray further than
-rounding does. With the scales rounded to bfloat16, say, not one token agrees.
+float32 sum. That changes its token, whose later layers then round elsewhere, and through its keys
+the tokens after it. Static scales meet no such value here. With dynamic ones two of 48 tokens do,
+and 16 stand after the first: so half of the tokens have to agree, and none may stray further
+than rounding does. With the scales rounded to bfloat16, say, not one token agrees.
 """
 
 from pathlib import Path
