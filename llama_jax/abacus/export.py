@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from llama_jax.abacus import data, vocabulary
 from llama_jax.config import LlamaConfig
@@ -71,7 +71,7 @@ def hf_config(config: LlamaConfig, *, fp8: bool) -> dict[str, Any]:
 def bf16_tensors(params: Params) -> dict[str, np.ndarray]:
     """The parameter tree under Hugging Face's names, rounded to bfloat16."""
     tensors = {}
-    for path, leaf in flatten_dict(params, sep=".").items():  # type: ignore[no-untyped-call]
+    for path, leaf in flatten_dict(params, sep=".").items():
         name = path.replace("layers_", "layers.")
         name = name if name.startswith("lm_head") else f"model.{name}"
         tensors[name] = np.asarray(leaf, np.float32).astype(ml_dtypes.bfloat16)
@@ -145,7 +145,8 @@ def write_checkpoint(
     }
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (partial / name).write_text(json.dumps(content, indent=2) + "\n")
-    save_file(dict(sorted(tensors.items())), partial / "model.safetensors", {"format": "pt"})
+    content = save(dict(sorted(tensors.items())), {"format": "pt"})
+    (partial / "model.safetensors").write_bytes(content)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
 

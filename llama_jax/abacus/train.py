@@ -54,26 +54,39 @@ SPEC = ModelSpec(replace(CONFIG, dtype="float32"), dtype="float32")
 
 
 @dataclass(frozen=True)
+class Segment:
+    """From step ``start`` on, the learning rates go linearly from ``first`` to ``last`` times their
+    peak within ``duration`` steps, unless the next segment begins earlier."""
+
+    start: int
+    first: float
+    last: float
+    duration: int
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Steps of ``batch_tokens`` tokens; every ``long_every``-th is in chats of 384 tokens, most of
     which offer the calculator, the others are in chats of 128.
 
-    The learning rates warm up, stay, and sink linearly from ``decay_from`` on, at first fast enough
-    to reach zero in ``fast_decay_steps``, from the last stage on towards zero at the last step.
-    ``stages``: where the second and the third stage of `tasks.KINDS` begin.
+    ``stages``: the steps where the second and later stages of `tasks.KINDS` begin.
     """
 
-    steps: int = 2800
-    stages: tuple[int, int] = (1000, 1600)
+    steps: int = 4200
+    stages: tuple[int, ...] = (1000, 1600, 2200)
     seed: int = 0
     batch_tokens: int = 6144
     long_every: int = 8
-    warmup_steps: int = 100
-    decay_from: int = 1100
-    fast_decay_steps: int = 1100
     muon_learning_rate: float = 5e-3
     adam_learning_rate: float = 3e-3
     weight_decay: float = 0.05
+    segments: tuple[Segment, ...] = (
+        Segment(0, 0.0, 1.0, 100),
+        Segment(100, 1.0, 1.0, 1),
+        Segment(1100, 1.0, 0.0, 1100),
+        Segment(1600, 1 - 500 / 1100, 0.0, 1200),
+        Segment(2200, 0.4, 0.0, 2000),
+    )
 
 
 def draw_batch(
@@ -100,14 +113,11 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
     """
 
     def schedule(peak: float) -> optax.Schedule:
-        last_stage = recipe.stages[-1]
-        warmup = optax.linear_schedule(0.0, peak, recipe.warmup_steps)
-        constant = optax.constant_schedule(peak)
-        fast = optax.linear_schedule(peak, 0.0, recipe.fast_decay_steps)
-        reached = peak * (1 - (last_stage - recipe.decay_from) / recipe.fast_decay_steps)
-        slow = optax.linear_schedule(reached, 0.0, recipe.steps - last_stage)
-        boundaries = [recipe.warmup_steps, recipe.decay_from, last_stage]
-        return optax.join_schedules([warmup, constant, fast, slow], boundaries)
+        pieces = [
+            optax.linear_schedule(peak * piece.first, peak * piece.last, piece.duration)
+            for piece in recipe.segments
+        ]
+        return optax.join_schedules(pieces, [piece.start for piece in recipe.segments[1:]])
 
     def dimensions(params: Any) -> Any:
         def of(path: Any, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
