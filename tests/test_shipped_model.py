@@ -1,0 +1,69 @@
+"""The model that ships, through `LLM`: right answers, tool calls, and what FP8 costs it."""
+
+import pytest
+
+from llama_jax import LLM
+from llama_jax.abacus import evaluate
+from llama_jax.abacus.data import held_out_chats
+from llama_jax.abacus.tasks import CALCULATOR
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM.load(max_batch_size=4, max_seq_len=512, prefill_chunk=128, verbose=False)
+
+
+def ask(llm: LLM, question: str) -> str:
+    return llm.chat([{"role": "user", "content": question}]).text
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("What is 47 + 85?", "132"),
+        ("What is 9 * 7?", "63"),
+        ("What day comes after Monday?", "Tuesday"),
+        ("Is 2024 a leap year?", "Yes"),
+    ],
+)
+def test_right_answers(llm: LLM, question: str, answer: str) -> None:
+    assert ask(llm, question) == answer
+
+
+def test_the_calculator_is_called_and_its_result_is_told(llm: LLM) -> None:
+    messages: list[dict] = [{"role": "user", "content": "What is 4831 * 297?"}]
+    (call,) = llm.chat(messages, tools=[CALCULATOR]).tool_calls
+    assert (call.name, call.arguments) == ("calculator", {"expression": "4831 * 297"})
+    messages += [
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": str(4831 * 297)},
+    ]
+    assert llm.chat(messages, tools=[CALCULATOR]).text == "1434807"
+
+
+def test_a_conversation_has_turns(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "What is 9 * 7?"}]
+    messages.append({"role": "assistant", "content": llm.chat(messages).text})
+    messages.append({"role": "user", "content": "What is 47 + 85?"})
+    assert llm.chat(messages).text == "132"
+
+
+@pytest.mark.slow
+def test_accuracy_and_what_fp8_costs() -> None:
+    chats = held_out_chats(evaluate.EVALUATION_SEED, per_kind=40)
+    reports = {}
+    for variant in evaluate.VARIANTS:
+        llm = LLM.load(
+            variant.checkpoint,
+            activations=variant.activations,
+            max_seq_len=512,
+            max_batch_size=32,
+            verbose=False,
+        )
+        reports[variant.name] = evaluate.evaluate(llm, variant.name, chats)
+    original, fp8, rounded = reports.values()
+    assert original.accuracy >= 0.95
+    assert fp8.accuracy >= 0.95
+    assert fp8.accuracy >= original.accuracy - 0.01
+    assert rounded.accuracy >= original.accuracy - 0.02
+    assert fp8.perplexity < 1.02 * original.perplexity
