@@ -48,8 +48,20 @@ for directory, split in zip(sys.argv[1:], (make_mesh(4), make_mesh(2, data=2)), 
             assert plan.weights == held, (plan.weights, held)
             assert plan.devices == mesh.size
     np.testing.assert_allclose(results[1], results[0], atol=1e-4, rtol=0)
-print("same")
 """
+
+
+def run_with_devices(count: int, script: str, *arguments: Path) -> None:
+    """Run Python source in a process of its own, which sees `count` CPU devices."""
+    flags = f"--xla_force_host_platform_device_count={count}"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_four_devices_hold_the_parts_and_give_the_same_logits(tmp_path: Path) -> None:
@@ -57,15 +69,31 @@ def test_four_devices_hold_the_parts_and_give_the_same_logits(tmp_path: Path) ->
     static = tiny.write(tmp_path / "static", tiny.friendli(), tiny.FRIENDLI_03)
     convert(dense, tmp_path / "a", quantize="block", progress=False)
     convert(static, tmp_path / "b", progress=False)
-    flags = "--xla_force_host_platform_device_count=4"
-    done = subprocess.run(
-        [sys.executable, "-c", FOUR_DEVICES, tmp_path / "a", tmp_path / "b"],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.strip() == "same", done.stderr[-3000:]
+    run_with_devices(4, FOUR_DEVICES, tmp_path / "a", tmp_path / "b")
+
+
+TWO_DEVICES_LLM = """
+from llama_jax import LLM, SamplingParams
+from llama_jax.sharding import make_mesh
+from llama_jax.steps import decode_step
+
+settings = {"max_batch_size": 2, "max_seq_len": 256, "prefill_chunk": 64, "verbose": False}
+messages = [{"role": "user", "content": "What is 47 + 85?"}]
+sampling = SamplingParams(temperature=0, logprobs=0)
+alone, split = (LLM.load(mesh=mesh, **settings) for mesh in (None, make_mesh(model=2)))
+one, two = (llm.chat([messages, messages], sampling)[1] for llm in (alone, split))
+assert one.text == two.text == "132", (one.text, two.text)
+for a, b in zip(one.logprobs, two.logprobs, strict=True):
+    assert abs(a.logprob - b.logprob) < 0.02, (a, b)  # bfloat16 activations
+compiled = decode_step._cache_size()
+split.chat([messages] * 3, sampling)
+assert decode_step._cache_size() == compiled
+"""
+
+
+@pytest.mark.slow
+def test_a_sharded_llm_gives_the_same_answers_without_compiling_again() -> None:
+    run_with_devices(2, TWO_DEVICES_LLM)
 
 
 def test_rules(tmp_path: Path) -> None:
