@@ -15,7 +15,8 @@ import pytest
 import tiktoken
 from safetensors import safe_open
 
-from llama_jax.abacus import data, number_tasks, tasks, vocabulary, words
+from llama_jax import LLM
+from llama_jax.abacus import data, evaluate, number_tasks, tasks, vocabulary, words
 from llama_jax.chat import encode_chat, render_chat
 from llama_jax.chat_template import render_template
 from llama_jax.config import LlamaConfig
@@ -398,3 +399,27 @@ def test_the_checkpoint_is_a_llama_3_1() -> None:
 def test_transformers_can_open_the_file() -> None:
     with safe_open(FP8 / "model.safetensors", "np") as file:
         assert "model.layers.0.self_attn.q_proj.in_scale" in file.keys()  # noqa: SIM118
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    return LLM.load(verbose=False, max_seq_len=512, max_batch_size=16)
+
+
+def test_held_out_questions_are_answered_exactly(llm: LLM) -> None:
+    chats = data.held_out_chats(evaluate.EVALUATION_SEED, per_kind=2)
+    report = evaluate.evaluate(llm, "shipped", chats)
+    assert report.questions == len(chats) == 56
+    assert report.accuracy >= 0.95, report.misses
+    assert 1.0 < report.perplexity < 1.1
+
+
+def test_a_chat_with_the_calculator_goes_all_the_way(llm: LLM) -> None:
+    messages: list[data.Message] = [{"role": "user", "content": "What is 4831 * 297?"}]
+    (call,) = llm.chat(messages, tools=[tasks.CALCULATOR]).tool_calls
+    assert (call.name, call.arguments) == ("calculator", {"expression": "4831 * 297"})
+    messages += [
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": str(4831 * 297)},
+    ]
+    assert llm.chat(messages, tools=[tasks.CALCULATOR]).text == "1434807"

@@ -145,8 +145,8 @@ def write_checkpoint(
     }
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (partial / name).write_text(json.dumps(content, indent=2) + "\n")
-    content = save(dict(sorted(tensors.items())), {"format": "pt"})
-    (partial / "model.safetensors").write_bytes(content)
+    packed = save(dict(sorted(tensors.items())), {"format": "pt"})
+    (partial / "model.safetensors").write_bytes(packed)
     shutil.rmtree(directory, ignore_errors=True)
     partial.rename(directory)
 

@@ -5,6 +5,9 @@
 The run is seeded and resumes from ``DIR`` when it was stopped; every batch depends only on the
 seed and the number of its step. Progress lines show the loss and the accuracy on held-out
 questions. Needs the ``train`` extra (optax).
+
+The shipped model took 4200 steps, 25.8 million tokens, in 85 minutes on two shared CPU cores (5000
+tokens a second on average, 7800 with the cores to itself).
 """
 
 import argparse
