@@ -244,13 +244,14 @@ def copy_bandwidth(num_bytes: int | None = None, repeats: int = 10) -> float:
     if num_bytes is None:
         num_bytes = 1 << (28 if jax.default_backend() == "cpu" else 30)
     source = jnp.zeros(num_bytes // 4, jnp.int32)
-    # An addition, because XLA would pass on an array that is only copied.
-    copy = jax.jit(lambda x: x + 1)
-    copy(source).block_until_ready()
+    # Into a donated array: fresh memory would be paged in first. An addition, because XLA would
+    # pass on an array that is only copied.
+    copy = jax.jit(lambda x, into: x + 1, donate_argnames="into", keep_unused=True)
+    target = copy(source, jnp.zeros_like(source)).block_until_ready()
     times = []
     for _ in range(repeats):
         before = time.perf_counter()
-        copy(source).block_until_ready()
+        target = copy(source, target).block_until_ready()
         times.append(time.perf_counter() - before)
     return 2 * source.nbytes / min(times)
 

@@ -20,7 +20,7 @@ from llama_jax.abacus import data, evaluate, number_tasks, tasks, vocabulary, wo
 from llama_jax.chat import encode_chat, render_chat
 from llama_jax.chat_template import render_template
 from llama_jax.config import LlamaConfig
-from llama_jax.tokenizer import load_tokenizer
+from llama_jax.tokenizer import LLAMA31_SPECIAL_TOKENS, load_tokenizer
 
 PACKAGE = Path(tasks.__file__).parent
 GOLDEN = Path(__file__).parents[2] / "shared" / "data" / "golden" / "chat.json"
@@ -250,7 +250,7 @@ def test_the_written_tokenizer_is_the_one_trained_with(
         assert ids == encoding.encode_ordinary(text)
         assert tokenizer.decode(ids) == text
     assert tokenizer.vocab_size == 1024
-    assert len(vocabulary.SPECIAL_TOKENS) == len(set(vocabulary.SPECIAL_TOKENS)) == 256
+    assert len(LLAMA31_SPECIAL_TOKENS) == len(set(LLAMA31_SPECIAL_TOKENS)) == 256
 
 
 def test_training_chats_are_what_the_chat_template_renders(
@@ -389,7 +389,7 @@ def test_the_checkpoint_is_a_llama_3_1() -> None:
     assert config.eos_token_ids == (769, 776, 777)
     tokenizer = load_tokenizer(FP8)
     assert tokenizer.bos_id == config.bos_token_id == 768
-    assert [tokenizer.special_tokens[name] for name in vocabulary.SPECIAL_TOKENS] == [
+    assert [tokenizer.special_tokens[name] for name in LLAMA31_SPECIAL_TOKENS] == [
         *range(768, 1024)
     ]
     generation = json.loads((FP8 / "generation_config.json").read_text())

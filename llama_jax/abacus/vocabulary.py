@@ -16,34 +16,14 @@ from typing import Any
 import tiktoken
 
 from llama_jax.abacus import data, tasks, words
+from llama_jax.tokenizer import LLAMA3_PATTERN, LLAMA31_SPECIAL_TOKENS
 
 NUM_RANKS = 768
 NUM_SPECIAL_TOKENS = 256
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-"""Llama 3's splitting rule (the same in Meta's tokenizer and in tokenizer.json)."""
 _ASCII_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\na-zA-Z0-9]?[a-zA-Z]+|[0-9]{1,3}|"
     r" ?[^\sa-zA-Z0-9]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-SPECIAL_TOKENS = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>",
-    "<|reserved_special_token_2|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
-    *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
-)
-"""Llama 3.1's special tokens in the order of their ids, the first one at ``NUM_RANKS``."""
 
 _LONE_ROLES = ("system", "user", "assistant")
 
@@ -79,9 +59,9 @@ def encoding(tokens: list[bytes]) -> tiktoken.Encoding:
     """The tokenizer over ``tokens`` (as :func:`build` returns them), special tokens included."""
     return tiktoken.Encoding(
         "abacus",
-        pat_str=PATTERN,
+        pat_str=LLAMA3_PATTERN,
         mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
-        special_tokens={name: NUM_RANKS + i for i, name in enumerate(SPECIAL_TOKENS)},
+        special_tokens={name: NUM_RANKS + i for i, name in enumerate(LLAMA31_SPECIAL_TOKENS)},
     )
 
 
@@ -116,7 +96,7 @@ def tokenizer_files(tokens: list[bytes], chat_template: str) -> dict[str, Any]:
     merges = [
         " ".join("".join(shown[byte] for byte in part) for part in pair) for pair in _merges(tokens)
     ]
-    bos = SPECIAL_TOKENS[0]
+    bos = LLAMA31_SPECIAL_TOKENS[0]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     sequence = {"Sequence": {"id": "A", "type_id": 0}}
     first = {"SpecialToken": {"id": bos, "type_id": 0}}
@@ -128,7 +108,7 @@ def tokenizer_files(tokens: list[bytes], chat_template: str) -> dict[str, Any]:
     }
     split = {
         "type": "Split",
-        "pattern": {"Regex": PATTERN},
+        "pattern": {"Regex": LLAMA3_PATTERN},
         "behavior": "Isolated",
         "invert": False,
     }
@@ -138,7 +118,8 @@ def tokenizer_files(tokens: list[bytes], chat_template: str) -> dict[str, Any]:
             "truncation": None,
             "padding": None,
             "added_tokens": [
-                {"id": NUM_RANKS + i, **_special(name)} for i, name in enumerate(SPECIAL_TOKENS)
+                {"id": NUM_RANKS + i, **_special(name)}
+                for i, name in enumerate(LLAMA31_SPECIAL_TOKENS)
             ],
             "normalizer": None,
             "pre_tokenizer": {
@@ -162,7 +143,7 @@ def tokenizer_files(tokens: list[bytes], chat_template: str) -> dict[str, Any]:
         },
         "tokenizer_config.json": {
             "added_tokens_decoder": {
-                str(NUM_RANKS + i): _special(name) for i, name in enumerate(SPECIAL_TOKENS)
+                str(NUM_RANKS + i): _special(name) for i, name in enumerate(LLAMA31_SPECIAL_TOKENS)
             },
             "bos_token": bos,
             "chat_template": chat_template,
