@@ -60,7 +60,7 @@ def test_frequencies_follow_the_softmax():
         ({"min_p": 0.3}, lambda p: np.flatnonzero(p >= 0.3 * p.max())),
         ({"min_p": 1.0}, lambda p: np.argsort(-p)[:1]),
     ],
-    ids=str,
+    ids=lambda value: None if callable(value) else str(value),
 )
 def test_only_the_likeliest_are_drawn(settings, kept):
     row = logits() / 2
