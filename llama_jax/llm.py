@@ -346,10 +346,15 @@ class LLM:
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            if not prompt:
-                raise ValueError("the prompt is empty")
-            prompt = self.tokenizer.encode(prompt, bos=True)
-        return self._checked(prompt, room=1)
+            ids: Sequence[int] = self.tokenizer.encode(prompt, bos=True) if prompt else ()
+        else:
+            try:
+                ids = list(prompt)
+            except TypeError as error:
+                raise TypeError(
+                    f"a prompt must be a str or a list of token ids, got {type(prompt).__name__}"
+                ) from error
+        return self._checked(ids, room=1)
 
     def _chat_ids(
         self,

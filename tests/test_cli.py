@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from llama_jax import cli
+from llama_jax.cli import output
 from llama_jax.results import Generation, Piece, Timings
 from llama_jax.tools import ToolCall
 from tests.tiny import config
@@ -36,7 +37,8 @@ class Terminal(io.StringIO):
 def cache_directory(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLAMA_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("COLUMNS", "160")
+        patch.setattr(output.stdout, "width", 160)
+        patch.setattr(output.stderr, "width", 160)
         patch.delenv("LLAMA_JAX_DEBUG", raising=False)
         yield
 

@@ -272,3 +272,8 @@ def test_nothing_compiles_after_warm_up(tokenizer):
 def test_bad_input_is_explained(llm, call, message):
     with pytest.raises(ValueError, match=message):
         call(llm)
+
+
+def test_a_prompt_of_another_type_is_refused(llm):
+    with pytest.raises(TypeError, match="a prompt must be a str or a list of token ids, got int"):
+        llm.generate(["fine", 5])
