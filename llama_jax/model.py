@@ -376,9 +376,7 @@ def prefill(
     Returns float32 logits [b, vocab] after each row's last real token, and the cache.
     """
     hidden, cache = extend(params, cache, tokens, lengths, rows, spec=spec)
-    last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    hidden = jnp.take_along_axis(hidden, last, axis=1)[:, 0]
-    return unembed(params, hidden, spec=spec), cache
+    return unembed(params, last_hidden(hidden, lengths), spec=spec), cache
 
 
 @partial(jax.jit, static_argnames="spec", donate_argnames="cache")
@@ -417,6 +415,12 @@ def extend(
         {"params": params}, tokens, positions, cache, rows, lengths, method="extend"
     )
     return extended
+
+
+def last_hidden(hidden: Array, lengths: Array) -> Array:
+    """The state of each row's last real token: [b, t, d] and int32 [b] to [b, d]."""
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    return jnp.take_along_axis(hidden, last, axis=1)[:, 0]
 
 
 def unembed(params: Params, hidden: Array, *, spec: ModelSpec) -> Array:

@@ -82,8 +82,7 @@ def prefill_step(
     tokens: int32 [b, t]; lengths, rows: int32 [b]; last: bool [b]. See `model.prefill`.
     """
     hidden, cache = model.extend(params, state.cache, tokens, lengths, rows, spec=spec)
-    ends = jnp.maximum(lengths - 1, 0)[:, None, None]
-    hidden = jnp.take_along_axis(hidden, ends, axis=1)[:, 0]
+    hidden = model.last_hidden(hidden, lengths)
     vocab = spec.config.vocab_size
     logits = lax.cond(
         jnp.any(last),

@@ -82,10 +82,10 @@ def test_a_cpu_device_has_a_part_of_the_memory_that_is_available() -> None:
 
 def small_8b(is_fp8: bool) -> ModelSpec:
     config = replace(
-        CONFIG_8B, num_layers=2, hidden_size=1024, intermediate_size=3584, num_heads=8,
+        CONFIG_8B, num_layers=6, hidden_size=1024, intermediate_size=3584, num_heads=8,
         num_kv_heads=2, vocab_size=16384,
     )  # fmt: skip
-    return ModelSpec(config, fp8_formats(2) if is_fp8 else {})
+    return ModelSpec(config, fp8_formats(config.num_layers) if is_fp8 else {})
 
 
 def stored(spec: ModelSpec) -> Params:

@@ -4,7 +4,6 @@ import pytest
 
 from llama_jax import LLM
 from llama_jax.abacus import evaluate
-from llama_jax.abacus.data import held_out_chats
 from llama_jax.abacus.tasks import CALCULATOR
 
 
@@ -50,18 +49,7 @@ def test_a_conversation_has_turns(llm: LLM) -> None:
 
 @pytest.mark.slow
 def test_accuracy_and_what_fp8_costs() -> None:
-    chats = held_out_chats(evaluate.EVALUATION_SEED, per_kind=40)
-    reports = {}
-    for variant in evaluate.VARIANTS:
-        llm = LLM.load(
-            variant.checkpoint,
-            activations=variant.activations,
-            max_seq_len=512,
-            max_batch_size=32,
-            verbose=False,
-        )
-        reports[variant.name] = evaluate.evaluate(llm, variant.name, chats)
-    original, fp8, rounded = reports.values()
+    original, fp8, rounded = evaluate.evaluate_variants(questions_per_kind=40)
     assert original.accuracy >= 0.95
     assert fp8.accuracy >= 0.95
     assert fp8.accuracy >= original.accuracy - 0.01

@@ -83,6 +83,22 @@ def evaluate(llm: LLM, name: str, chats: Sequence[HeldOutChat]) -> Report:
     )
 
 
+def evaluate_variants(questions_per_kind: int) -> list[Report]:
+    """A report for each of `VARIANTS` on the same held-out questions."""
+    chats = held_out_chats(EVALUATION_SEED, questions_per_kind)
+    reports = []
+    for variant in VARIANTS:
+        llm = LLM.load(
+            variant.checkpoint,
+            activations=variant.activations,
+            max_seq_len=512,
+            max_batch_size=32,
+            verbose=False,
+        )
+        reports.append(evaluate(llm, variant.name, chats))
+    return reports
+
+
 def table(reports: Sequence[Report]) -> str:
     """The reports side by side as text."""
     rows = [
@@ -112,21 +128,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--json", action="store_true", help="print the reports as JSON, with the misses"
     )
     options = parser.parse_args(arguments)
-    chats = held_out_chats(EVALUATION_SEED, options.questions)
-    reports = []
-    for variant in VARIANTS:
-        llm = LLM.load(
-            variant.checkpoint,
-            activations=variant.activations,
-            max_seq_len=512,
-            max_batch_size=32,
-            verbose=False,
-        )
-        reports.append(evaluate(llm, variant.name, chats))
+    reports = evaluate_variants(options.questions)
     if options.json:
         print(json.dumps([asdict(report) for report in reports], indent=2))
     else:
-        print(f"{len(chats)} held-out questions, exact match in greedy decoding\n")
+        print(f"{reports[0].questions} held-out questions, exact match in greedy decoding\n")
         print(table(reports))
 
 
