@@ -13,18 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-CHUNK_BYTES = 32 * 1024 * 1024
-# A chunk boundary that never cuts a block of scales in two.
-_ROW_MULTIPLE = 128
-
-
-def chunk_rows(shape: tuple[int, ...], itemsize: int) -> int:
-    """Rows per chunk: about `CHUNK_BYTES`, all of a small array, else a multiple of 128."""
-    if not shape:
-        return 1
-    rows = CHUNK_BYTES // max(1, math.prod(shape[1:]) * itemsize)
-    rows = max(rows // _ROW_MULTIPLE, 1) * _ROW_MULTIPLE
-    return min(rows, shape[0])
+from converters.dialects.layout import piece_rows
 
 
 def write_array(
@@ -34,13 +23,13 @@ def write_array(
     chunks: Iterable[np.ndarray],
     written: Callable[[int], None],
 ) -> None:
-    """Write one array from its consecutive chunks of `chunk_rows` rows.
+    """Write one array from its consecutive chunks of `piece_rows` rows.
 
     directory: is made; Orbax expects it to be named by the array's path with dots.
     written: told the bytes of each chunk.
     """
     directory.mkdir()
-    rows = chunk_rows(shape, dtype.itemsize)
+    rows = piece_rows(shape, dtype.itemsize)
     chunk_shape = (rows, *shape[1:]) if shape else ()
     chunk_bytes = math.prod(chunk_shape) * dtype.itemsize
     for number, chunk in enumerate(chunks):

@@ -9,7 +9,8 @@ from typing import Literal
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from converters.pipeline import TOKENIZER_FILES, convert
+from converters.pipeline import convert
+from converters.source import TOKENIZER_FILES
 from llama_jax.checkpoint import MANIFEST, CheckpointError
 
 # Counted up when the same source would convert to something else.

@@ -17,8 +17,8 @@ import pytest
 import typer
 
 from converters import pipeline
+from converters.dialects.layout import piece_rows
 from converters.hf_to_orbax import main
-from converters.orbax_writer import chunk_rows
 from converters.pipeline import convert
 from converters.resolve import resolve
 from llama_jax import fp8
@@ -105,8 +105,8 @@ def test_friendli_dynamic_keeps_a_scale_per_row(tmp_path: Path) -> None:
 def test_quantising_on_the_way_is_what_fp8_quantize_does(
     tmp_path: Path, layout: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("converters.orbax_writer.CHUNK_BYTES", 128 * 64)  # 160 rows in two chunks
-    assert chunk_rows((160, 64), 1) == 128
+    monkeypatch.setattr("converters.dialects.layout.PIECE_BYTES", 128 * 64)
+    assert piece_rows((160, 64), 1) == 128  # so 160 rows come in two pieces
     arrays = tiny.dense()
     source = tiny.write(tmp_path / "s", arrays)
     convert(source, tmp_path / "o", quantize=layout, quantize_lm_head=True, progress=False)

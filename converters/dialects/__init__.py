@@ -1,44 +1,85 @@
 """The layouts that can be read. A new one is a module here and an entry in `DIALECTS`."""
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
+
+import numpy as np
+from flax import traverse_util
 
 from converters.dialects.dense import DENSE
 from converters.dialects.friendli import FRIENDLI
-from converters.dialects.layout import Dialect, Tensors
+from converters.dialects.layout import Dialect, Plan, as_stored, pieces
+from converters.source import Source
 from llama_jax.checkpoint import CheckpointError
+from llama_jax.model import ModelSpec, abstract_params
 
 DIALECTS: tuple[Dialect, ...] = (DENSE, FRIENDLI)
 
 
-def detect(hf_config: Mapping[str, Any], tensors: Tensors) -> Dialect:
-    """The one dialect that a checkpoint's config.json and tensors belong to.
+def make_plan(source: Source) -> tuple[Plan, str]:
+    """Every module of the model with where its arrays come from, and the dialect's name.
+
+    Raises `CheckpointError` if a tensor is missing, malformed, or left over.
+    """
+    dialect = detect(source)
+    tree = traverse_util.flatten_dict(abstract_params(ModelSpec(source.config)))
+    weights = {"/".join(path[:-1]): leaf.shape for path, leaf in tree.items()}
+    plan = dialect.plan(source, weights)
+    left = {
+        name
+        for name in source.tensors.keys() - plan.used
+        if not name.endswith("rotary_emb.inv_freq")  # a constant that old versions stored
+    }
+    if source.config.tie_word_embeddings and "lm_head.weight" in left:
+        _check_tied(source)
+        left.remove("lm_head.weight")
+    if left:
+        raise CheckpointError(
+            f"{sorted(left)[0]} (and {len(left) - 1} more) has no place in a {dialect.name} "
+            f"checkpoint of {source.config.num_layers} layers. The config and the weights do not "
+            "belong together, or this variant is not supported."
+        )
+    return plan, dialect.name
+
+
+def detect(source: Source) -> Dialect:
+    """The one dialect that a checkpoint's configs and tensors belong to.
 
     Raises `CheckpointError` with what was found and what is supported.
     """
-    fitting = [dialect for dialect in DIALECTS if dialect.applies(hf_config, tensors)]
+    fitting = [dialect for dialect in DIALECTS if dialect.applies(source)]
     if len(fitting) == 1:
         return fitting[0]
     supported = "\n".join(f"  {dialect.name}: {dialect.description}" for dialect in DIALECTS)
     raise CheckpointError(
-        f"this checkpoint's layout is not supported. Found: {_found(hf_config, tensors)}.\n"
+        f"this checkpoint's layout is not supported. Found: {_found(source)}.\n"
         f"Supported:\n{supported}"
     )
 
 
-def _found(hf_config: Mapping[str, Any], tensors: Tensors) -> str:
-    key = "quantization_config" if "quantization_config" in hf_config else "compression_config"
-    plain = {k: v for k, v in (hf_config.get(key) or {}).items() if isinstance(v, str | int)}
+def _check_tied(source: Source) -> None:
+    head, embedding = (source.tensors[f"{x}.weight"] for x in ("lm_head", "model.embed_tokens"))
+    same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
+    parts = (pieces(as_stored(tensor)) for tensor in (head, embedding))
+    if not same or not all(map(np.array_equal, *parts)):
+        raise CheckpointError(
+            "lm_head.weight differs from model.embed_tokens.weight although the config says "
+            "tie_word_embeddings. Set it to false if lm_head is meant to be used."
+        )
+
+
+def _found(source: Source) -> str:
+    plain = {k: v for k, v in source.quantization.items() if isinstance(v, str | int)}
     dtypes = Counter(
-        tensor.dtype.name for name, tensor in tensors.items() if name.endswith("weight")
+        tensor.dtype.name for name, tensor in source.tensors.items() if name.endswith("weight")
     )
     leaves = Counter(
-        name.rpartition(".")[2] for name in tensors if not name.endswith((".weight", "inv_freq"))
+        name.rpartition(".")[2]
+        for name in source.tensors
+        if not name.endswith((".weight", "inv_freq"))
     )
     return "; ".join(
         [
-            f"{key} {plain}" if plain else "no quantization_config",
+            f"quantization_config {plain}" if plain else "no quantization_config",
             "weights " + (", ".join(f"{n} x {dtype}" for dtype, n in dtypes.items()) or "none"),
             "beside them " + (", ".join(sorted(leaves)) or "nothing"),
         ]

@@ -13,7 +13,6 @@ Source: fmo-core 0.3 to 0.10; `FP8Quantizer` in friendli-client 1.4.2.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -32,32 +31,30 @@ from converters.dialects.layout import (
     take,
 )
 from converters.safetensors_reader import read_rows
+from converters.source import Source
 from llama_jax.checkpoint import CheckpointError
-from llama_jax.config import LlamaConfig
 from llama_jax.fp8 import WeightFormat
 
 _CODES = ("int8", "float8_e4m3fn")
 
 
-def applies(hf_config: Mapping[str, Any], tensors: Tensors) -> bool:
-    quantization = hf_config.get("quantization_config") or {}
+def applies(source: Source) -> bool:
+    quantization = source.quantization
     if quantization.get("quant_method", "fp8") != "fp8" or "weight_block_size" in quantization:
         return False
-    if hf_config.get("use_fp8_e4m3") or any(name.endswith(".in_scale") for name in tensors):
+    if source.hf_config.get("use_fp8_e4m3") or any(
+        name.endswith(".in_scale") for name in source.tensors
+    ):
         return True
     return "quant_method" in quantization and any(
         name.endswith("_proj.weight") and tensor.dtype == np.int8
-        for name, tensor in tensors.items()
+        for name, tensor in source.tensors.items()
     )
 
 
-def plan(
-    hf_config: Mapping[str, Any],
-    config: LlamaConfig,
-    tensors: Tensors,
-    weights: Mapping[str, Shape],
-) -> Plan:
-    scheme = (hf_config.get("quantization_config") or {}).get("activation_scheme", "static")
+def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
+    tensors = source.tensors
+    scheme = source.quantization.get("activation_scheme", "static")
     if scheme not in ("static", "dynamic"):
         raise CheckpointError(
             f"quantization_config.activation_scheme is {scheme!r}, expected 'static' or 'dynamic'"

@@ -1,17 +1,22 @@
 """What a dialect hands to the pipeline: a canonical tree whose arrays are read when asked for."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from converters.finite import has_nonfinite
 from converters.safetensors_reader import StoredTensor, read_rows
+from converters.source import Source
 from llama_jax.checkpoint import CheckpointError
-from llama_jax.config import PARAM_DTYPES, LlamaConfig
+from llama_jax.config import PARAM_DTYPES
 from llama_jax.fp8 import WeightFormat
+
+PIECE_BYTES = 32 * 1024 * 1024
+# A boundary between pieces never cuts a block of scales in two.
+_ROW_MULTIPLE = 128
 
 Shape = tuple[int, ...]
 Tensors = Mapping[str, StoredTensor]
@@ -24,6 +29,22 @@ class LazyArray:
     dtype: np.dtype
     shape: Shape
     rows: Callable[[int, int], np.ndarray]
+
+
+def piece_rows(shape: Shape, itemsize: int) -> int:
+    """Rows read at a time: about `PIECE_BYTES`, all of a small array, else a multiple of 128."""
+    if not shape:
+        return 1
+    rows = PIECE_BYTES // max(1, math.prod(shape[1:]) * itemsize)
+    return min(max(rows // _ROW_MULTIPLE, 1) * _ROW_MULTIPLE, shape[0])
+
+
+def pieces(array: LazyArray) -> Iterator[np.ndarray]:
+    """The array from its first row to its last, `piece_rows` at a time."""
+    rows = (array.shape or (1,))[0]
+    step = piece_rows(array.shape, array.dtype.itemsize)
+    for start in range(0, rows, step):
+        yield array.rows(start, min(start + step, rows))
 
 
 @dataclass(frozen=True)
@@ -51,15 +72,15 @@ class Plan:
 class Dialect:
     """One tool's layout.
 
-    applies(config.json, tensors): whether a checkpoint is of this kind; looks at nothing else.
-    plan(config.json, config, tensors, weights): the checkpoint in canonical terms; weights is the
-        shape of each module's weight by module path.
+    applies(source): whether a checkpoint is of this kind, by its configs and tensors alone.
+    plan(source, weights): the checkpoint in canonical terms; weights is the shape of each module's
+        weight by module path.
     """
 
     name: str
     description: str
-    applies: Callable[[Mapping[str, Any], Tensors], bool]
-    plan: Callable[[Mapping[str, Any], LlamaConfig, Tensors, Mapping[str, Shape]], Plan]
+    applies: Callable[[Source], bool]
+    plan: Callable[[Source, Mapping[str, Shape]], Plan]
 
 
 def source_name(path: str) -> str:

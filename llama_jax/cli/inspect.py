@@ -1,6 +1,5 @@
 """`llama-jax inspect`: what a checkpoint is, and whether it will fit, without loading it."""
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -99,10 +98,9 @@ def inspect(
 
 
 def _read(path: Path) -> _Checkpoint:
-    from converters.pipeline import make_plan
-    from converters.safetensors_reader import read_checkpoint
+    from converters.dialects import make_plan
+    from converters.source import read_source
     from llama_jax.checkpoint import MANIFEST, CheckpointError, read_manifest
-    from llama_jax.config import LlamaConfig
 
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
@@ -115,11 +113,12 @@ def _read(path: Path) -> _Checkpoint:
             f"{path} is not a checkpoint: neither {MANIFEST} (converted) nor config.json (Hugging "
             "Face) is there"
         )
-    config = LlamaConfig.from_pretrained(path)
-    hf_config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    plan, dialect = make_plan(hf_config, config, read_checkpoint(path))
+    source = read_source(path)
+    plan, dialect = make_plan(source)
     formats = {name: module.format for name, module in plan.modules.items()}
-    return _Checkpoint(path, "Hugging Face checkpoint", dialect, config, formats, plan.kv_scales)
+    return _Checkpoint(
+        path, "Hugging Face checkpoint", dialect, source.config, formats, plan.kv_scales
+    )
 
 
 def _kinds(spec: Any) -> list[_Kind]:

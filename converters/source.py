@@ -1,0 +1,87 @@
+"""What lies in a checkpoint directory as somebody published it, before any weight is read."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converters.safetensors_reader import StoredTensor, read_checkpoint
+from llama_jax.checkpoint import CheckpointError
+from llama_jax.config import LlamaConfig
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# Where config.json may say how the weights are quantised; the second is compressed-tensors' oldest.
+_QUANTIZATION_KEYS = ("quantization_config", "compression_config")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A published checkpoint.
+
+    hf_config: the contents of config.json. quantization: what it says about quantised weights, {}
+    if nothing. tensors: by the names they are stored under. generation: the contents of
+    generation_config.json, {} without one. tokenizer_files: names of files in `directory`.
+    """
+
+    directory: Path
+    config: LlamaConfig
+    hf_config: Mapping[str, Any]
+    quantization: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    generation: Mapping[str, Any]
+    tokenizer_files: tuple[str, ...]
+
+
+def read_source(directory: Path) -> Source:
+    """Read the configuration and the tensors' headers.
+
+    Raises `CheckpointError` or `ConfigError` for a directory that is incomplete, damaged or holds
+    something that is not supported.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(
+            f"{directory} is not a directory; a Hugging Face checkpoint is expected"
+        )
+    hf_config = read_object(directory / "config.json")
+    generation = directory / "generation_config.json"
+    return Source(
+        directory=directory,
+        config=LlamaConfig.from_pretrained(directory),
+        hf_config=hf_config,
+        quantization=_quantization(hf_config, directory / "config.json"),
+        tensors=read_checkpoint(directory),
+        generation=read_object(generation) if generation.is_file() else {},
+        tokenizer_files=tuple(name for name in TOKENIZER_FILES if (directory / name).is_file()),
+    )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; raises `CheckpointError` naming the file if it is none."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing: not a Hugging Face checkpoint") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return values
+
+
+def _quantization(hf_config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    for key in _QUANTIZATION_KEYS:
+        found = hf_config.get(key)
+        if not isinstance(found, dict | None):
+            raise CheckpointError(f"{path}: {key} must be an object, got {found!r}")
+        if found:
+            return found
+    return {}
