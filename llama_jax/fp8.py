@@ -46,15 +46,31 @@ def quantize(weight: Array, layout: ScaleLayout) -> tuple[Array, Array]:
     Returns the codes, float8_e4m3fn (out, in), and the float32 scales of `scale_shape`. Rows and
     blocks of zeros get scale 1.
     """
-    weight = weight.astype(jnp.float32)
-    rows, columns = weight.shape
+    scale = weight_scale(weight, layout)
+    return encode(weight, scale), scale
+
+
+def weight_scale(weight: Array, layout: ScaleLayout) -> Array:
+    """The scales of `quantize` alone: the largest magnitude of each row or block / 448.
+
+    Maxima are taken in the weight's own dtype, so that no widened copy of it is made.
+    """
     if layout == "row":
-        scale = _scale_of(jnp.max(jnp.abs(weight), axis=1))
-    else:
-        padded = jnp.pad(weight, ((0, -rows % BLOCK), (0, -columns % BLOCK)))
-        blocks = padded.reshape(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
-        scale = _scale_of(jnp.max(jnp.abs(blocks), axis=(1, 3)))
-    return e4m3.cast(weight / expand_scale(scale, (rows, columns))), scale
+        return _scale_of(jnp.max(jnp.abs(weight), axis=1))
+    return _scale_of(jnp.max(jnp.max(jnp.abs(_in_blocks(weight)), axis=1), axis=2))
+
+
+def encode(weight: Array, scale: Array) -> Array:
+    """An (out, in) matrix as float8_e4m3fn codes for given scales, saturating at 448.
+
+    scale: float32, one per row or per block (`scale_shape`), all positive.
+    """
+    if scale.ndim == 1:
+        return e4m3.cast(weight.astype(jnp.float32) / scale[:, None])
+    blocks = _in_blocks(weight)
+    codes = e4m3.cast(blocks.astype(jnp.float32) / scale[:, None, :, None])
+    codes = codes.reshape(blocks.shape[0] * BLOCK, blocks.shape[2] * BLOCK)
+    return codes[: weight.shape[0], : weight.shape[1]]
 
 
 def dequantize(codes: Array, scale: Array) -> Array:
@@ -73,7 +89,14 @@ def quantize_per_token(x: Array) -> tuple[Array, Array]:
     return e4m3.cast(x / scale), scale
 
 
+def _in_blocks(weight: Array) -> Array:
+    """[block row, 128, block column, 128], edge blocks filled up with zeros."""
+    padded = jnp.pad(weight, [(0, -size % BLOCK) for size in weight.shape])
+    return padded.reshape(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
+
+
 def _scale_of(absmax: Array) -> Array:
+    absmax = absmax.astype(jnp.float32)
     # Behind the barrier 448 is not a constant, which XLA would turn into a product with its
     # reciprocal for some shapes and not for others: scales an ulp apart.
     limit = lax.optimization_barrier(jnp.float32(e4m3.MAX))
