@@ -1,0 +1,190 @@
+"""Compile for an H200 on a machine without one, and read what the compiler did with each kernel.
+
+    compiled = sm90.compile(step, spec, cache)         # whole graphs: memory, aliasing, HLO text
+    for kernel in sm90.kernels(fp8_matmul, x, weight): # Mosaic GPU kernels: registers, SASS
+        assert kernel.spill_bytes == 0 and kernel.count("QGMMA")
+
+Arguments are arrays or `jax.ShapeDtypeStruct`s; nothing is run. Needs the extra `aot` (the CUDA
+plugin of jax, ptxas, libdevice and nvdisasm; no driver) and `JAX_PLATFORMS=cpu`, without which the
+plugin looks for a GPU when JAX starts. `unavailable()` says what is missing.
+"""
+
+import collections
+import contextlib
+import importlib.util
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+
+SHARED_MEMORY_BYTES = 232_448
+REGISTERS_PER_THREAD = 255
+
+# What XLA asks of a device when it compiles for it: the published limits of compute capability 9.0
+# (CUDA C++ programming guide, "Technical specifications per compute capability") and of the H200.
+_H200 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H200"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+gpu_device_info {
+  name: "NVIDIA H200"
+  device_vendor: "NVIDIA Corporation"
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  core_count: 132
+  fpus_per_core: 128
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  l2_cache_size: 52428800
+  device_memory_size: 150000000000
+  memory_bandwidth: 4800000000000
+  clock_rate_ghz: 1.98
+  device_address_bits: 64
+  driver_version: "13.0.0"
+  runtime_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
+  dnn_version: "9.10.0"
+}
+"""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled Mosaic GPU kernel.
+
+    registers: per thread, what ptxas allots before warpgroups redistribute them.
+    spill_bytes: stores and loads of registers that did not fit, together.
+    shared_bytes: dynamic shared memory of a block, barriers included.
+    instructions: SASS opcode without its suffixes to the number of its occurrences in the listing
+        (a loop's body counts once). QGMMA is a warpgroup's FP8 matrix instruction, HGMMA the 16-bit
+        one; UTMALDG and UTMASTG are TMA loads and stores; HMMA or FFMA in a matrix kernel mean a
+        slow path, LDL and STL spills.
+    ptx, sass: the listings; sass has the scheduler's control codes in front.
+    """
+
+    name: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    instructions: Mapping[str, int]
+    ptx: str
+    sass: str
+
+    def count(self, opcode: str) -> int:
+        return self.instructions.get(opcode, 0)
+
+
+def unavailable() -> str | None:
+    """Why nothing can be compiled for sm_90a here; None if it can."""
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        return "the CUDA plugin of jax is missing: install the extra aot"
+    for tool in ("ptxas", "nvdisasm"):
+        if not (_cuda_root() / "bin" / tool).exists():
+            return f"no {tool} in {_cuda_root()}/bin: install the extra aot, or set CUDA_ROOT"
+    return None
+
+
+@cache
+def devices(count: int = 1) -> tuple[jax.Device, ...]:
+    """Descriptions of the H200s of one host, for shardings of arguments; nothing runs on them.
+
+    Raises RuntimeError if `unavailable()`.
+    """
+    if reason := unavailable():
+        raise RuntimeError(f"cannot compile for sm_90a: {reason}")
+    jax.devices()  # registers the plugins
+    topology = topologies.get_topology_desc(
+        "", platform="cuda", target_config=_H200, topology=f"1x1x{count}"
+    )
+    return tuple(topology.devices)
+
+
+def compile(function: Callable[..., Any], *args: Any, **jit_options: Any) -> jax.stages.Compiled:
+    """`jax.jit(function, **jit_options)` compiled for an H200.
+
+    args: trees of arrays or ShapeDtypeStructs. Structs without a sharding, and arrays, go to one
+    H200; for several, give structs shardings over a mesh of `devices(count)`.
+    """
+    device = SingleDeviceSharding(devices()[0])
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        given = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=given or device)
+
+    # Tells lowering, which is not told the target, how many multiprocessors there are.
+    h200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h200)):
+        lowered = jax.jit(function, **jit_options).lower(*jax.tree.map(place, args))
+    return lowered.compile()
+
+
+def kernels(function: Callable[..., Any], *args: Any) -> list[Kernel]:
+    """The Mosaic GPU kernels of `function`, in the order in which they were compiled.
+
+    args: as in `compile`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with _dumps_in(folder):
+            # A kernel that this process compiled before would not be compiled, and dumped, again.
+            jax.clear_caches()
+            compile(function, *args)
+        ptx = sorted(Path(folder).glob("*.ptx"), key=lambda path: path.stat().st_mtime_ns)
+        return [_read(path) for path in ptx]
+
+
+def _cuda_root() -> Path:
+    """Where Mosaic GPU looks for ptxas."""
+    from jax.experimental.mosaic.gpu import core
+
+    return Path(core.cuda_root)
+
+
+@contextlib.contextmanager
+def _dumps_in(folder: str) -> Iterator[None]:
+    """Mosaic GPU reads the variable each time that it compiles a kernel."""
+    os.environ["MOSAIC_GPU_DUMP_TO"] = folder
+    try:
+        yield
+    finally:
+        del os.environ["MOSAIC_GPU_DUMP_TO"]
+
+
+def _read(ptx: Path) -> Kernel:
+    sass = ptx.with_suffix(".sass_ctrl").read_text()
+    log = ptx.with_suffix(".ptxas").read_text()
+    module = ptx.with_suffix(".before_layout_inference.txt").read_text()
+    return Kernel(
+        name=re.sub(r"_\d+$", "", ptx.stem),
+        registers=_only(r"Used (\d+) registers", log),
+        spill_bytes=sum(int(size) for size in re.findall(r"(\d+) bytes spill", log)),
+        shared_bytes=_only(r"dynamic_shared_memory_size %c(\d+)_i32", module),
+        instructions=collections.Counter(
+            re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", sass)
+        ),
+        ptx=ptx.read_text(),
+        sass=sass,
+    )
+
+
+def _only(pattern: str, text: str) -> int:
+    (number,) = re.findall(pattern, text)
+    return int(number)
