@@ -1,0 +1,53 @@
+"""Any checkpoint that can be read, published or converted, in the same terms."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converters.dialects import make_plan
+from converters.dialects.layout import Plan
+from converters.orbax_reader import converted_plan
+from converters.source import read_source
+from llama_jax.checkpoint import MANIFEST, read_manifest
+from llama_jax.config import LlamaConfig
+from llama_jax.model import Activations, ModelSpec
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint of which no weight has been read yet.
+
+    dialect: the layout it was published in. generation: the contents of generation_config.json, {}
+    without one. tokenizer_files: names of files in `directory`.
+    """
+
+    directory: Path
+    config: LlamaConfig
+    dialect: str
+    plan: Plan
+    generation: Mapping[str, Any]
+    tokenizer_files: tuple[str, ...]
+
+    def spec(self, dtype: str = "bfloat16", activations: Activations = "bf16") -> ModelSpec:
+        """The model that these parameters belong to."""
+        formats = {path: module.format for path, module in self.plan.modules.items()}
+        return ModelSpec(self.config, formats, dtype, activations)
+
+
+def open_checkpoint(directory: Path) -> Opened:
+    """Open a converted checkpoint, or a published one of any dialect.
+
+    Raises `CheckpointError` or `ConfigError` for a directory that is neither, or is damaged.
+    """
+    if (directory / MANIFEST).is_file():
+        manifest = read_manifest(directory)
+        return Opened(
+            directory, manifest.config, manifest.dialect, converted_plan(directory, manifest),
+            manifest.generation, manifest.tokenizer_files,
+        )  # fmt: skip
+    source = read_source(directory)
+    plan, dialect = make_plan(source)
+    return Opened(
+        directory, source.config, dialect, plan, source.generation, source.tokenizer_files
+    )
