@@ -19,19 +19,27 @@ ScaleLayout = Literal["row", "block"]
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How one parameter is stored: its dtype and, for float8_e4m3fn, which scales go with it.
+    """How one parameter is stored: its dtype and, if it is quantised, what goes with it.
 
-    `scale`: None, "row" or "block"; `input_scale`: a calibrated scale of the activations is there.
+    scale: "row" or "block" for codes, None for a plain weight. Codes are float8_e4m3fn, or bfloat16
+        where they come from an 8-bit format whose numbers e4m3fn does not all have.
+    input_scale: a calibrated scale of the activations is there.
+    activation_scale_ub: activations beyond it are clipped when they are quantised per token.
     """
 
     dtype: str
     scale: ScaleLayout | None = None
     input_scale: bool = False
+    activation_scale_ub: float | None = None
 
     def __post_init__(self) -> None:
-        quantized = self.dtype == "float8_e4m3fn"
-        if quantized != (self.scale is not None) or (self.input_scale and not quantized):
-            raise ValueError(f"scales go with float8_e4m3fn and with nothing else, got {self}")
+        if self.scale is None:
+            valid = self.dtype != "float8_e4m3fn" and not self.input_scale
+            valid = valid and self.activation_scale_ub is None
+        else:
+            valid = self.dtype in ("float8_e4m3fn", "bfloat16")
+        if not valid:
+            raise ValueError(f"scales go with codes (float8_e4m3fn, bfloat16) alone, got {self}")
 
 
 def scale_shape(shape: tuple[int, int], layout: ScaleLayout) -> tuple[int, ...]:
@@ -78,14 +86,19 @@ def dequantize(codes: Array, scale: Array) -> Array:
     return e4m3.load(codes) * expand_scale(scale, (codes.shape[0], codes.shape[1]))
 
 
-def quantize_per_token(x: Array) -> tuple[Array, Array]:
+def quantize_per_token(x: Array, upper_bound: float | None = None) -> tuple[Array, Array]:
     """Dynamic activation quantisation over the last axis, scale = absmax / 448.
 
     x: [..., features]. Returns codes, float8_e4m3fn [..., features], and scales, float32 [..., 1];
-    a token of zeros gets scale 1.
+    a token of zeros gets scale 1. With `upper_bound`, absmax is at most that (what lies beyond is
+    clipped), and scales are at least 1 / (448 * 512): FBGEMM's `quantize_fp8_per_row`.
     """
     x = x.astype(jnp.float32)
-    scale = _scale_of(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    if upper_bound is None:
+        scale = _scale_of(absmax)
+    else:
+        scale = jnp.maximum(_scale_of(jnp.minimum(absmax, upper_bound)), 1 / (e4m3.MAX * 512))
     return e4m3.cast(x / scale), scale
 
 

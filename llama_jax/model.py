@@ -183,7 +183,7 @@ class Linear(nn.Module):
             if stored.input_scale:
                 input_scale = _parameter(self, "input_scale", (), (), "float32")
             if self.spec.activations == "dynamic":
-                rows, x_scale = quantize_per_token(rows)
+                rows, x_scale = quantize_per_token(rows, stored.activation_scale_ub)
             elif self.spec.activations == "static":
                 rows, x_scale = e4m3.cast(rows.astype(jnp.float32) / input_scale), input_scale
             y = fp8_matmul(rows, weight, scale, x_scale=x_scale)

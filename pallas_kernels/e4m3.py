@@ -29,8 +29,8 @@ def store(x: Array, dtype: jnp.dtype) -> Array:
 
 
 def load(codes: Array) -> Array:
-    """float8_e4m3fn, or int8 bit patterns of it, to the float32 values."""
-    return codes.astype(jnp.float32) if codes.dtype == DTYPE else from_bits(codes) * BITS_SCALE
+    """float8_e4m3fn, int8 bit patterns of it, or bfloat16 codes to the float32 values."""
+    return from_bits(codes) * BITS_SCALE if codes.dtype == jnp.int8 else codes.astype(jnp.float32)
 
 
 def from_bits(bits: Array) -> Array:

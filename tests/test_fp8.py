@@ -68,7 +68,22 @@ def test_each_token_has_its_own_scale():
     np.testing.assert_allclose(codes.astype(jnp.float32) * scale, x, rtol=2**-4)
 
 
+def test_a_bounded_token_is_clipped_and_its_scale_has_a_floor():
+    x = jnp.array([[1.0, -2.0], [0.0, 0.0], [1e-20, 3e-20], [3000.0, -600.0]])
+    codes, scale = quantize_per_token(x, 1200.0)
+    floor = 1 / (448 * 512)
+    np.testing.assert_allclose(scale[:, 0], [2 / 448, 1, floor, 1200 / 448], rtol=1e-6)
+    np.testing.assert_allclose(
+        codes.astype(jnp.float32) * scale, [[1, -2], [0, 0], [0, 0], [1200, -600]], rtol=2**-4
+    )
+
+
 def test_formats_that_contradict_themselves():
-    for arguments in (("bfloat16", "row"), ("float8_e4m3fn",), ("float32", None, True)):
+    for arguments in (
+        ("float16", "row"),
+        ("float8_e4m3fn",),
+        ("float32", None, True),
+        ("bfloat16", None, False, 1200.0),
+    ):
         with pytest.raises(ValueError, match="scales go with"):
             WeightFormat(*arguments)

@@ -39,6 +39,15 @@ def test_against_float64(implementation, n, m, layout, stored_as):
     np.testing.assert_allclose(y, exact(x, codes, scale), atol=1e-4)
 
 
+@pytest.mark.parametrize("layout", ["row", "block"])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_bfloat16_codes(implementation, layout):
+    x, codes, scale = operands(9, 2 * BLOCK_ROWS + 136, 300, layout)
+    codes = codes.astype(jnp.bfloat16) + jnp.bfloat16(2**-10)  # half of e4m3fn's smallest step
+    y = fp8_matmul(x, codes, scale, implementation=implementation)
+    np.testing.assert_allclose(y, exact(x, codes, scale), atol=1e-4)
+
+
 @pytest.mark.parametrize("m", [1, 16])
 def test_bfloat16_activations_lose_nothing_with_row_scales(m):
     x, codes, scale = operands(m, 600, 256)
@@ -109,6 +118,6 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="x_scale goes with"):
         fp8_matmul(e4m3.cast(x), codes, scale)
     with pytest.raises(ValueError, match="int8 bits"):
-        fp8_matmul(x, codes.astype(jnp.bfloat16), scale)
+        fp8_matmul(x, codes.astype(jnp.float16), scale)
     with pytest.raises(ValueError, match=r"need x \[m, in\]"):
         fp8_matmul(x[:, :3], codes, scale)

@@ -24,7 +24,8 @@ def fp8_matmul(
     """x @ dequantised(weight).T, accumulated in float32.
 
     x: [m, in], bfloat16 or float32 (weight-only), or float8_e4m3fn codes with `x_scale`.
-    weight: [out, in], float8_e4m3fn, or int8 bit patterns of it (see `pallas_kernels.e4m3`).
+    weight: [out, in], float8_e4m3fn, or int8 bit patterns of it (see `pallas_kernels.e4m3`), or
+        bfloat16 codes, which no FP8 tensor core takes.
     weight_scale: float32 [out], one per row, or [ceil(out / 128), ceil(in / 128)], one per block.
     x_scale: float32 [m, 1] (per token) or [] (static); required with float8 activations.
     Returns [m, out] of `out_dtype`. With one scale per row the products are exact; with block
@@ -33,8 +34,10 @@ def fp8_matmul(
     """
     if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"need x [m, in] and weight [out, in], got {x.shape} and {weight.shape}")
-    if weight.dtype not in (e4m3.DTYPE, jnp.int8):
-        raise ValueError(f"weight must be float8_e4m3fn or its int8 bits, got {weight.dtype}")
+    if weight.dtype not in (e4m3.DTYPE, jnp.int8, jnp.bfloat16):
+        raise ValueError(
+            f"weight must be float8_e4m3fn, its int8 bits, or bfloat16, got {weight.dtype}"
+        )
     out, columns = weight.shape
     blocks = (-(-out // reference.BLOCK), -(-columns // reference.BLOCK))
     if weight_scale.shape not in ((out,), blocks):
