@@ -1,24 +1,11 @@
 """Conversion of any supported checkpoint into an Orbax directory, a block of rows at a time."""
 
-import errno
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from rich.console import Console
-from rich.filesize import decimal
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from converters.dialects import make_plan
 from converters.dialects.layout import LazyArray, Plan, pieces
@@ -26,10 +13,8 @@ from converters.orbax_writer import write_array, write_tree_metadata
 from converters.quantize import quantize_plan
 from converters.source import read_source
 from converters.staging import staged
+from converters.writing import byte_progress, check_space, full_disk_explained
 from llama_jax.checkpoint import MANIFEST, PARAMS, CheckpointError, Manifest
-
-# Room beside the parameters: file system metadata and the rounding up to blocks.
-_SPARE_BYTES = 16 * 1024 * 1024
 
 
 def convert(
@@ -72,8 +57,8 @@ def convert(
         llama_jax_version=_version(),
     )
     with staged(target, overwrite) as work:
-        _check_space(target, manifest.total_bytes)
-        with _full_disk_explained(target, manifest.total_bytes):
+        check_space(target, manifest.total_bytes)
+        with full_disk_explained(target, manifest.total_bytes):
             _write_params(plan, work / PARAMS, manifest.total_bytes, progress)
             for name in manifest.tokenizer_files:
                 shutil.copyfile(directory / name, work / name)
@@ -109,50 +94,13 @@ def _nbytes(array: LazyArray) -> int:
     return int(np.prod(array.shape, dtype=np.int64)) * array.dtype.itemsize
 
 
-def _check_space(target: Path, needed: int) -> None:
-    free = shutil.disk_usage(target.parent).free
-    if free < needed + _SPARE_BYTES:
-        raise OSError(
-            errno.ENOSPC,
-            f"not enough disk space: {decimal(needed)} needed, {decimal(free)} free",
-            str(target.parent),
-        )
-
-
-@contextmanager
-def _full_disk_explained(target: Path, needed: int) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise OSError(
-            errno.ENOSPC,
-            f"the disk is full: {decimal(needed)} are to be written. Free space, or choose a "
-            "target on another disk",
-            str(target),
-        ) from error
-
-
 def _write_params(plan: Plan, directory: Path, total: int, progress: bool) -> None:
     directory.mkdir()
     arrays = _arrays(plan)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task("converting", total=total)
+    with byte_progress("converting", total, progress) as written:
         for path, array in arrays.items():
             write_array(
-                directory / ".".join(path),
-                array.dtype,
-                array.shape,
-                pieces(array),
-                lambda count: bar.advance(task, count),
+                directory / ".".join(path), array.dtype, array.shape, pieces(array), written
             )
     write_tree_metadata(directory, {path: array.shape for path, array in arrays.items()})
 

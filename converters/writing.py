@@ -1,0 +1,63 @@
+"""What every writer of a checkpoint needs: room on the disk, and a bar that counts bytes."""
+
+import errno
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+# Room beside the arrays: file system metadata and the rounding up to blocks.
+_SPARE_BYTES = 16 * 1024 * 1024
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Raise OSError (ENOSPC) unless `needed` bytes fit beside `target`, whose parent exists."""
+    free = shutil.disk_usage(target.parent).free
+    if free < needed + _SPARE_BYTES:
+        raise OSError(
+            errno.ENOSPC,
+            f"not enough disk space: {decimal(needed)} needed, {decimal(free)} free",
+            str(target.parent),
+        )
+
+
+@contextmanager
+def full_disk_explained(target: Path, needed: int) -> Iterator[None]:
+    """An OSError of a disk that fills up in this block says what is to be done."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk is full: {decimal(needed)} are to be written. Free space, or choose a "
+            "target on another disk",
+            str(target),
+        ) from error
+
+
+@contextmanager
+def byte_progress(description: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr with size, rate and time left; the function it gives is told of new bytes."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        yield partial(bar.advance, bar.add_task(description, total=total))
