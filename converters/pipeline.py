@@ -1,11 +1,8 @@
 """Conversion of any supported checkpoint into an Orbax directory, a block of rows at a time."""
 
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
-
-import numpy as np
 
 from converters.dialects import make_plan
 from converters.dialects.layout import LazyArray, Plan, pieces
@@ -13,8 +10,14 @@ from converters.orbax_writer import write_array, write_tree_metadata
 from converters.quantize import quantize_plan
 from converters.source import read_source
 from converters.staging import staged
-from converters.writing import byte_progress, check_space, full_disk_explained
-from llama_jax.checkpoint import MANIFEST, PARAMS, CheckpointError, Manifest
+from converters.writing import (
+    byte_progress,
+    check_paths,
+    check_space,
+    full_disk_explained,
+    package_version,
+)
+from llama_jax.checkpoint import MANIFEST, PARAMS, Manifest
 
 
 def convert(
@@ -38,7 +41,7 @@ def convert(
     supported, FileExistsError for a target that may not be replaced, OSError when the disk is full.
     """
     directory, target = Path(source).resolve(), Path(target).absolute()
-    _check_paths(directory, target, overwrite)
+    check_paths(directory, target, overwrite, "a converted checkpoint", _is_converted)
     if quantize_lm_head and quantize is None:
         raise ValueError("quantize_lm_head needs quantize='row' or 'block'")
     published = read_source(directory)
@@ -53,8 +56,8 @@ def convert(
         kv_scales=plan.kv_scales,
         generation=published.generation,
         tokenizer_files=published.tokenizer_files,
-        total_bytes=sum(_nbytes(array) for array in _arrays(plan).values()),
-        llama_jax_version=_version(),
+        total_bytes=sum(array.nbytes for array in _arrays(plan).values()),
+        llama_jax_version=package_version(),
     )
     with staged(target, overwrite) as work:
         check_space(target, manifest.total_bytes)
@@ -66,20 +69,8 @@ def convert(
     return manifest
 
 
-def _check_paths(source: Path, target: Path, overwrite: bool) -> None:
-    if source.is_relative_to(target.resolve()):
-        raise CheckpointError(f"{target} holds the source {source}: choose another target")
-    if not target.exists():
-        return
-    if not overwrite:
-        raise FileExistsError(
-            f"{target} exists already. Choose another target, or overwrite it (--overwrite)."
-        )
-    if not (target / MANIFEST).is_file():
-        raise FileExistsError(
-            f"{target} is not a converted checkpoint, so it is not overwritten. Remove it yourself "
-            "or choose another target."
-        )
+def _is_converted(directory: Path) -> bool:
+    return (directory / MANIFEST).is_file()
 
 
 def _arrays(plan: Plan) -> dict[tuple[str, ...], LazyArray]:
@@ -88,10 +79,6 @@ def _arrays(plan: Plan) -> dict[tuple[str, ...], LazyArray]:
         for path, module in plan.modules.items()
         for leaf, array in module.arrays.items()
     }
-
-
-def _nbytes(array: LazyArray) -> int:
-    return int(np.prod(array.shape, dtype=np.int64)) * array.dtype.itemsize
 
 
 def _write_params(plan: Plan, directory: Path, total: int, progress: bool) -> None:
@@ -103,10 +90,3 @@ def _write_params(plan: Plan, directory: Path, total: int, progress: bool) -> No
                 directory / ".".join(path), array.dtype, array.shape, pieces(array), written
             )
     write_tree_metadata(directory, {path: array.shape for path, array in arrays.items()})
-
-
-def _version() -> str:
-    try:
-        return version("llama-jax")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "unknown"

@@ -1,10 +1,11 @@
-"""What every writer of a checkpoint needs: room on the disk, and a bar that counts bytes."""
+"""What every writer of a checkpoint needs: a target it may write, room for it, a bar of bytes."""
 
 import errno
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rich.console import Console
@@ -18,8 +19,33 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from llama_jax.checkpoint import CheckpointError
+
 # Room beside the arrays: file system metadata and the rounding up to blocks.
 _SPARE_BYTES = 16 * 1024 * 1024
+
+
+def check_paths(
+    source: Path, target: Path, overwrite: bool, kind: str, is_kind: Callable[[Path], bool]
+) -> None:
+    """Refuse a target that holds the source, exists (unless `overwrite`), or is not of our making.
+
+    source: resolved. kind: what a target to be replaced has to be, in words; is_kind: whether it
+    is. Raises `CheckpointError` or FileExistsError.
+    """
+    if source.is_relative_to(target.resolve()):
+        raise CheckpointError(f"{target} holds the source {source}: choose another target")
+    if not target.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(
+            f"{target} exists already. Choose another target, or overwrite it (--overwrite)."
+        )
+    if not is_kind(target):
+        raise FileExistsError(
+            f"{target} is not {kind}, so it is not overwritten. Remove it yourself or choose "
+            "another target."
+        )
 
 
 def check_space(target: Path, needed: int) -> None:
@@ -61,3 +87,11 @@ def byte_progress(description: str, total: int, shown: bool) -> Iterator[Callabl
     )
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
         yield partial(bar.advance, bar.add_task(description, total=total))
+
+
+def package_version() -> str:
+    """Of this project, for the files it writes."""
+    try:
+        return version("llama-jax")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"

@@ -30,6 +30,10 @@ class LazyArray:
     shape: Shape
     rows: Callable[[int, int], np.ndarray]
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def piece_rows(shape: Shape, itemsize: int) -> int:
     """Rows read at a time: about `PIECE_BYTES`, all of a small array, else a multiple of 128."""
