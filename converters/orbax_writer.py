@@ -1,66 +1,25 @@
-"""An Orbax PyTree checkpoint written one block of rows at a time.
+"""The files that make a directory of arrays one Orbax PyTree checkpoint.
 
 Orbax saves a tree that is wholly in memory. What it writes without OCDBT is simple enough to stream
-instead: for each array a directory in zarr version 2 (https://zarr-specs.readthedocs.io, v2), named
-by its path with dots, and a `_METADATA` file that lists the tree. Chunks hold whole rows,
-uncompressed, so that a block of the source is written as it is.
+instead: for each array a zarr directory named by its path with dots (`llama_jax.array_file` writes
+them), and a `_METADATA` file that lists the tree.
 """
 
 import json
-import math
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
-import numpy as np
-
-from converters.dialects.layout import piece_rows
+_DICT_KEY = 2  # Orbax's number for a key of a dictionary
+_HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
 
 
-def write_array(
-    directory: Path,
-    dtype: np.dtype,
-    shape: tuple[int, ...],
-    chunks: Iterable[np.ndarray],
-    written: Callable[[int], None],
-) -> None:
-    """Write one array from its consecutive chunks of `piece_rows` rows.
-
-    directory: is made; Orbax expects it to be named by the array's path with dots.
-    written: told the bytes of each chunk.
-    """
-    directory.mkdir()
-    rows = piece_rows(shape, dtype.itemsize)
-    chunk_shape = (rows, *shape[1:]) if shape else ()
-    chunk_bytes = math.prod(chunk_shape) * dtype.itemsize
-    for number, chunk in enumerate(chunks):
-        name = ".".join([str(number), *("0" for _ in shape[1:])])
-        with (directory / name).open("wb") as file:
-            file.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
-            file.truncate(chunk_bytes)  # zarr wants a last chunk of full size; its tail is a hole
-        written(chunk.nbytes)
-    metadata = {
-        "zarr_format": 2,
-        "shape": list(shape),
-        "chunks": list(chunk_shape),
-        "dtype": {"float32": "<f4", "float16": "<f2"}.get(dtype.name, dtype.name),
-        "compressor": None,
-        "filters": None,
-        "fill_value": None,
-        "order": "C",
-        "dimension_separator": ".",
-    }
-    (directory / ".zarray").write_text(json.dumps(metadata))
-
-
-def write_tree_metadata(directory: Path, shapes: Mapping[tuple[str, ...], tuple[int, ...]]) -> None:
-    """The two files that make the arrays in `directory` one checkpoint of nested dictionaries.
+def tree_metadata(shapes: Mapping[tuple[str, ...], tuple[int, ...]]) -> dict[str, str]:
+    """Contents by name of the two files beside the arrays of nested dictionaries.
 
     shapes: of each array, by its path in the tree.
     """
-    dict_key = 2
     tree = {
         str(path): {
-            "key_metadata": [{"key": key, "key_type": dict_key} for key in path],
+            "key_metadata": [{"key": key, "key_type": _DICT_KEY} for key in path],
             "value_metadata": {
                 "value_type": "jax.Array",
                 "skip_deserialize": False,
@@ -72,10 +31,11 @@ def write_tree_metadata(directory: Path, shapes: Mapping[tuple[str, ...], tuple[
     metadata = {
         "tree_metadata": tree,
         "use_ocdbt": False,
-        "use_zarr3": False,
+        "use_zarr3": True,
         "store_array_data_equal_to_fill_value": True,
         "custom_metadata": None,
     }
-    (directory / "_METADATA").write_text(json.dumps(metadata))
-    handlers = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
-    (directory / "_CHECKPOINT_METADATA").write_text(json.dumps({"item_handlers": handlers}))
+    return {
+        "_METADATA": json.dumps(metadata),
+        "_CHECKPOINT_METADATA": json.dumps({"item_handlers": _HANDLER}),
+    }

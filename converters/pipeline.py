@@ -1,14 +1,29 @@
-"""Conversion of any supported checkpoint into an Orbax directory, a block of rows at a time."""
+"""Conversion of any supported checkpoint into an Orbax directory, several modules at a time.
 
+Each worker holds a few pieces of one array, so memory does not grow with the model. Whatever is
+finished is written down (`converters.journal`): after a kill the same call continues.
+"""
+
+import hashlib
+import logging
 import shutil
+import threading
+from collections.abc import Mapping
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from rich.filesize import decimal
+
+from converters import journal
 from converters.dialects import make_plan
-from converters.dialects.layout import LazyArray, Plan, pieces
-from converters.orbax_writer import write_array, write_tree_metadata
+from converters.dialects.layout import Module, Plan, pieces
+from converters.journal import JOURNAL, Checksums
+from converters.orbax_writer import tree_metadata
 from converters.quantize import quantize_plan
-from converters.source import read_source
+from converters.safetensors_reader import shard_path
+from converters.source import Source, read_source
 from converters.staging import staged
 from converters.writing import (
     byte_progress,
@@ -17,7 +32,12 @@ from converters.writing import (
     full_disk_explained,
     package_version,
 )
-from llama_jax.checkpoint import MANIFEST, PARAMS, Manifest
+from llama_jax.array_file import WORKERS, Advance, holds, write_array
+from llama_jax.checkpoint import MANIFEST, PARAMS, Manifest, file_sha256
+
+# Counted up when the same source would convert to something else.
+CONVERTER_VERSION = 2
+_log = logging.getLogger(__name__)
 
 
 def convert(
@@ -29,11 +49,12 @@ def convert(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Manifest:
-    """Convert a Hugging Face directory into a directory that `llama_jax.checkpoint` loads.
+    """Convert a published checkpoint into a directory that `llama_jax.checkpoint` loads.
 
     source: config.json, safetensors (one file, or shards with an index) and tokenizer files.
     target: appears when it is whole; until then nothing is there, and with `overwrite` a converted
-        checkpoint that was there stays.
+        checkpoint that was there stays. What a killed or interrupted call had finished is kept
+        beside it, and the same call continues from there to the same bytes.
     quantize: None keeps weights as they are; "row" or "block" quantises the matrices of the decoder
         layers to float8_e4m3fn with a scale per output row or per 128x128 block, and lm_head too
         with `quantize_lm_head`.
@@ -45,6 +66,7 @@ def convert(
     if quantize_lm_head and quantize is None:
         raise ValueError("quantize_lm_head needs quantize='row' or 'block'")
     published = read_source(directory)
+    tokenizer_files = [shard_path(directory, name) for name in published.tokenizer_files]
     plan, dialect = make_plan(published)
     if quantize is not None:
         plan = quantize_plan(plan, quantize, quantize_lm_head)
@@ -56,15 +78,25 @@ def convert(
         kv_scales=plan.kv_scales,
         generation=published.generation,
         tokenizer_files=published.tokenizer_files,
-        total_bytes=sum(array.nbytes for array in _arrays(plan).values()),
+        total_bytes=sum(map(_nbytes, plan.modules.values())),
         llama_jax_version=package_version(),
     )
-    with staged(target, overwrite) as work:
-        check_space(target, manifest.total_bytes)
-        with full_disk_explained(target, manifest.total_bytes):
-            _write_params(plan, work / PARAMS, manifest.total_bytes, progress)
-            for name in manifest.tokenizer_files:
-                shutil.copyfile(directory / name, work / name)
+    fingerprint = _fingerprint(published, manifest, quantize, quantize_lm_head)
+    with staged(target, overwrite, JOURNAL) as work:
+        recorded = journal.resume(work, fingerprint)
+        done = sum(_nbytes(plan.modules[path]) for path in recorded)
+        check_space(target, manifest.total_bytes - done)
+        description = f"continuing after {decimal(done)}" if done else "converting"
+        with (
+            full_disk_explained(target, manifest.total_bytes),
+            byte_progress(description, manifest.total_bytes, progress) as advance,
+        ):
+            checksums = _write_modules(plan, work, recorded, advance)
+            for path in tokenizer_files:
+                shutil.copyfile(path, work / path.name)
+            for name, text in tree_metadata(_shapes(plan)).items():
+                (work / PARAMS / name).write_text(text)
+            manifest = replace(manifest, checksums=checksums | _file_checksums(work))
             (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -73,20 +105,91 @@ def _is_converted(directory: Path) -> bool:
     return (directory / MANIFEST).is_file()
 
 
-def _arrays(plan: Plan) -> dict[tuple[str, ...], LazyArray]:
+def _nbytes(module: Module) -> int:
+    return sum(array.nbytes for array in module.arrays.values())
+
+
+def _array_path(path: str, leaf: str) -> str:
+    """Where an array lies in the directory, as Orbax wants it."""
+    return f"{PARAMS}/{path.replace('/', '.')}.{leaf}"
+
+
+def _shapes(plan: Plan) -> dict[tuple[str, ...], tuple[int, ...]]:
     return {
-        (*path.split("/"), leaf): array
+        (*path.split("/"), leaf): array.shape
         for path, module in plan.modules.items()
         for leaf, array in module.arrays.items()
     }
 
 
-def _write_params(plan: Plan, directory: Path, total: int, progress: bool) -> None:
-    directory.mkdir()
-    arrays = _arrays(plan)
-    with byte_progress("converting", total, progress) as written:
-        for path, array in arrays.items():
-            write_array(
-                directory / ".".join(path), array.dtype, array.shape, pieces(array), written
-            )
-    write_tree_metadata(directory, {path: array.shape for path, array in arrays.items()})
+def _fingerprint(source: Source, manifest: Manifest, *options: object) -> str:
+    """A hash of all that the result depends on: versions, options, and the files' identities."""
+    paths = {tensor.path for tensor in source.tensors.values()}
+    paths |= {source.directory / name for name in source.tokenizer_files}
+    parts = [str(CONVERTER_VERSION), repr(options), manifest.to_json()]
+    for path in sorted(paths):
+        stat = path.stat()
+        parts.append(f"{path} {stat.st_size} {stat.st_mtime_ns}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _write_modules(
+    plan: Plan, work: Path, recorded: Mapping[str, Checksums], advance: Advance
+) -> dict[str, str]:
+    """Write every array and return their checksums, the largest modules first."""
+    (work / PARAMS).mkdir(exist_ok=True)
+    stopping = threading.Event()
+
+    def count(size: int) -> None:
+        if stopping.is_set():
+            raise CancelledError
+        advance(size)
+
+    largest_first = sorted(plan.modules, key=lambda path: -_nbytes(plan.modules[path]))
+    written: dict[str, Checksums] = {}
+    with ThreadPoolExecutor(WORKERS) as pool:
+        futures = {
+            pool.submit(
+                _write_module, path, plan.modules[path], work, recorded.get(path), count
+            ): path
+            for path in largest_first
+        }
+        try:
+            for future in as_completed(futures):
+                path = futures[future]
+                written[path] = future.result()
+                journal.record(work, path, written[path])
+        except BaseException as error:
+            stopping.set()
+            pool.shutdown(cancel_futures=True)
+            if isinstance(error, KeyboardInterrupt):
+                _log.warning("interrupted: the same command continues from %s", work)
+            raise
+    return {name: sha256 for path in plan.modules for name, sha256 in written[path].items()}
+
+
+def _write_module(
+    path: str, module: Module, work: Path, recorded: Checksums | None, advance: Advance
+) -> Checksums:
+    """Write a module's arrays, unless they are there as recorded; checksums by array."""
+    arrays = {_array_path(path, leaf): array for leaf, array in module.arrays.items()}
+    if recorded and all(
+        holds(work / name, array.dtype, array.shape, recorded.get(name, ""), lambda size: None)
+        for name, array in arrays.items()
+    ):
+        advance(_nbytes(module))
+        return recorded
+    return {
+        name: write_array(work / name, array.dtype, array.shape, pieces(array), advance)
+        for name, array in arrays.items()
+    }
+
+
+def _file_checksums(work: Path) -> dict[str, str]:
+    """Of every file beside the arrays, by path."""
+    files = [path for parent in (work, work / PARAMS) for path in parent.iterdir()]
+    return {
+        path.relative_to(work).as_posix(): file_sha256(path)
+        for path in sorted(files)
+        if path.is_file() and path.name not in (MANIFEST, JOURNAL)
+    }

@@ -9,12 +9,10 @@ from typing import Literal
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from converters.pipeline import convert
+from converters.pipeline import CONVERTER_VERSION, convert
 from converters.source import TOKENIZER_FILES
 from llama_jax.checkpoint import MANIFEST, CheckpointError
 
-# Counted up when the same source would convert to something else.
-CONVERTER_VERSION = 1
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -1,7 +1,7 @@
 """A directory that appears whole or not at all, whoever else is writing the same one.
 
 The work happens in `.<name>.converting` beside the target, whose file lock says that its writer
-lives: what a killed writer left behind is unlocked, and the next one clears it away.
+lives. What a killed writer left behind is unlocked; the next one clears it away, or continues.
 """
 
 import fcntl
@@ -16,15 +16,23 @@ _log = logging.getLogger(__name__)
 
 
 @contextmanager
-def staged(target: Path, overwrite: bool) -> Iterator[Path]:
-    """An empty directory to fill, which becomes `target` when the block ends without an error.
+def staged(target: Path, overwrite: bool, journal: str | None = None) -> Iterator[Path]:
+    """A directory to fill, which becomes `target` when the block ends without an error.
 
     Waits for another process that is writing the same target. An existing target is replaced only
-    then. Raises FileExistsError if it exists and `overwrite` is false.
+    then. The directory is empty, unless there is a `journal`, the name of the file in it that says
+    what is done: then it is as a killed writer left it, is kept when this one is interrupted
+    (Ctrl-C), and loses the journal at the end.
+    Raises FileExistsError if the target exists and `overwrite` is false, and if its place or the
+    directory's is taken by a link.
     """
+    if target.is_symlink():
+        raise FileExistsError(f"{target} is a link: give the directory itself, or remove the link")
     target.parent.mkdir(parents=True, exist_ok=True)
     replaced = target.with_name(f".{target.name}.replaced")
     lock, work = _claim(target.with_name(f".{target.name}.converting"))
+    if journal is None or not (work / journal).is_file():
+        clear(work)
     try:
         if replaced.exists():  # a writer was killed between the two renames below
             if target.exists():
@@ -37,24 +45,39 @@ def staged(target: Path, overwrite: bool) -> Iterator[Path]:
             )
         yield work
         _sync(work)
+        if journal is not None:
+            (work / journal).unlink()
         if target.exists():
             target.rename(replaced)
         work.rename(target)
         _fsync(target.parent)
         if replaced.exists():
             shutil.rmtree(replaced)
-    finally:
-        if _is(work, lock):
+    except BaseException as error:
+        if _is(work, lock) and (journal is None or isinstance(error, Exception)):
             shutil.rmtree(work)
+        raise
+    finally:
         os.close(lock)
 
 
+def clear(directory: Path) -> None:
+    """Remove what is in a directory."""
+    for entry in directory.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
 def _claim(work: Path) -> tuple[int, Path]:
-    """Make `work` an empty directory that this process alone has locked."""
+    """Make `work` a directory that this process alone has locked."""
     while True:
+        if work.is_symlink():
+            raise FileExistsError(f"{work} is a link where a directory is to be made: remove it")
         work.mkdir(exist_ok=True)
         try:
-            lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY)
+            lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:  # its writer just finished
             continue
         try:
@@ -63,8 +86,6 @@ def _claim(work: Path) -> tuple[int, Path]:
             _log.warning("waiting for another process that is writing %s", work)
             fcntl.flock(lock, fcntl.LOCK_EX)
         if _is(work, lock):
-            for entry in work.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             return lock, work
         os.close(lock)
 

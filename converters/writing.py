@@ -28,13 +28,16 @@ _SPARE_BYTES = 16 * 1024 * 1024
 def check_paths(
     source: Path, target: Path, overwrite: bool, kind: str, is_kind: Callable[[Path], bool]
 ) -> None:
-    """Refuse a target that holds the source, exists (unless `overwrite`), or is not of our making.
+    """Refuse a target around or inside the source, and one that exists, unless `overwrite` is given
+    and it is of our making.
 
     source: resolved. kind: what a target to be replaced has to be, in words; is_kind: whether it
     is. Raises `CheckpointError` or FileExistsError.
     """
     if source.is_relative_to(target.resolve()):
         raise CheckpointError(f"{target} holds the source {source}: choose another target")
+    if target.resolve().is_relative_to(source):
+        raise CheckpointError(f"{target} lies inside the source {source}: choose another target")
     if not target.exists():
         return
     if not overwrite:

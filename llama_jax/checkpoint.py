@@ -7,34 +7,40 @@ A directory holds:
     tokenizer.json ... the tokenizer's files, as published
 
 `params/` is plain Orbax: `orbax.checkpoint.StandardCheckpointer().restore(directory / "params")`
-reads it without this project.
+reads it without this project. Each array is one file, laid out by `llama_jax.array_file` so that a
+device reads its part alone.
 """
 
+import hashlib
 import json
-import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 from flax.core import FrozenDict
 from jax import Array
 from jax.sharding import Mesh
 
+from llama_jax import array_file
 from llama_jax.config import ConfigError, LlamaConfig
 from llama_jax.fp8 import WeightFormat
 from llama_jax.model import Activations, ModelSpec, Params, abstract_params
 from llama_jax.sharding import param_shardings
 from pallas_kernels import e4m3
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 PARAMS = "params"
 # Host memory, in GB, that Orbax may hold while arrays are on their way to the devices.
 _RESTORE_GB = 4
+
+Damage = Literal["missing", "damaged", "extra"]
 
 
 class CheckpointError(ValueError):
@@ -51,6 +57,8 @@ class Manifest:
     generation: the contents of generation_config.json, {} without one.
     tokenizer_files: names of the tokenizer's files, which lie beside the manifest.
     total_bytes: of all parameters.
+    checksums: SHA-256 in hexadecimal by path within the directory, of each array's elements in C
+        order ("params/norm.weight") and of each file but the manifest.
     """
 
     dialect: str
@@ -62,10 +70,12 @@ class Manifest:
     tokenizer_files: tuple[str, ...]
     total_bytes: int
     llama_jax_version: str
+    checksums: Mapping[str, str] = FrozenDict()
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "formats", FrozenDict(self.formats))
+        object.__setattr__(self, "checksums", FrozenDict(self.checksums))
 
     def spec(self, dtype: str = "bfloat16", activations: Activations = "bf16") -> ModelSpec:
         """The model that these parameters belong to."""
@@ -75,6 +85,7 @@ class Manifest:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["config"] = self.config.to_dict()
         values["formats"] = {path: asdict(stored) for path, stored in self.formats.items()}
+        values["checksums"] = dict(self.checksums)
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -153,6 +164,49 @@ def load_params(
     return jax.tree.map(_as_bits, params) if bits else params
 
 
+def verify(
+    directory: str | Path, advance: array_file.Advance = lambda count: None
+) -> dict[str, Damage]:
+    """What is wrong with a converted checkpoint, by path within it; empty if it is sound.
+
+    Reads every byte and compares with the manifest's checksums, several arrays at a time. Of the
+    manifest itself only the form is known to be right.
+    advance: told, by any thread, how many bytes of arrays were read; `Manifest.total_bytes` in all.
+    Raises `CheckpointError` if the manifest cannot be read.
+    """
+    root = Path(directory).resolve()
+    manifest = read_manifest(root)
+    tree = traverse_util.flatten_dict(abstract_params(manifest.spec()), sep=".")
+    arrays = {f"{PARAMS}/{name}": leaf for name, leaf in tree.items()}
+
+    def damage(path: str) -> Damage | None:
+        if not (root / path).exists():
+            return "missing"
+        checksum = manifest.checksums.get(path, "")
+        if path in arrays:
+            dtype, shape = np.dtype(arrays[path].dtype), arrays[path].shape
+            sound = array_file.holds(root / path, dtype, shape, checksum, advance)
+        else:
+            sound = file_sha256(root / path) == checksum
+        return None if sound else "damaged"
+
+    expected = sorted(arrays.keys() | manifest.checksums.keys())
+    with ThreadPoolExecutor(array_file.WORKERS) as pool:
+        damages = dict(zip(expected, pool.map(damage, expected), strict=True))
+    files = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+    ours = {MANIFEST, *expected}.union(
+        *(array_file.file_names(path, leaf.shape) for path, leaf in arrays.items())
+    )
+    found: dict[str, Damage] = {path: kind for path, kind in damages.items() if kind}
+    return found | dict.fromkeys(sorted(files - ours), "extra")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _restore_gb(expected: Params) -> int:
     """`_RESTORE_GB`, or more for the largest array: Orbax refuses one that reaches its limit."""
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(expected))
@@ -173,34 +227,13 @@ def _check_stored(root: Path, expected: Params) -> None:
     Orbax would cast another dtype silently and read a missing chunk as zeros.
     """
     wanted = traverse_util.flatten_dict(expected, sep=".")
-    found = {path.parent.name for path in root.glob("*/.zarray")}
+    found = {path.name for path in root.glob("*") if path.is_dir()}
     for name in sorted(wanted.keys() - found):
         raise CheckpointError(f"{root} lacks {name}, which the model needs")
     for name in sorted(found - wanted.keys()):
         raise CheckpointError(f"{root} holds {name}, which the model has no place for")
     for name, leaf in wanted.items():
         try:
-            stored = json.loads((root / name / ".zarray").read_text())
+            array_file.check_layout(root / name, np.dtype(leaf.dtype), leaf.shape)
         except ValueError as error:
-            raise CheckpointError(
-                f"{root / name / '.zarray'} is damaged: {error}. Convert the checkpoint again."
-            ) from error
-        dtype = {"<f4": "float32", "<f2": "float16"}.get(stored["dtype"], stored["dtype"])
-        if tuple(stored["shape"]) != leaf.shape or dtype != leaf.dtype.name:
-            raise CheckpointError(
-                f"{name} is stored as {dtype} {stored['shape']}, the model needs {leaf.dtype.name} "
-                f"{list(leaf.shape)}"
-            )
-        if stored["compressor"] is None:
-            _check_chunks(root / name, stored["shape"], stored["chunks"], leaf.dtype.itemsize)
-
-
-def _check_chunks(directory: Path, shape: list[int], chunks: list[int], itemsize: int) -> None:
-    """Every chunk file of an uncompressed array is there, in full."""
-    sizes = {path.name: path.stat().st_size for path in directory.iterdir()}
-    for number in range(-(-shape[0] // chunks[0]) if shape else 1):
-        name = ".".join([str(number), *("0" for _ in shape[1:])])
-        if sizes.get(name) != math.prod(chunks) * itemsize:
-            raise CheckpointError(
-                f"{directory / name} is missing or truncated. Convert the checkpoint again."
-            )
+            raise CheckpointError(f"{root}: {error}. Convert the checkpoint again.") from error

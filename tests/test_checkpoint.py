@@ -85,7 +85,7 @@ def test_manifest_round_trip(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"format_version": 99}, "format_version is 99, this version of llama_jax reads 1"),
+        ({"format_version": 99}, "format_version is 99, this version of llama_jax reads 2"),
         ({"config": {}}, "is damaged"),
         ({"formats": {"lm_head": {"dtype": "float8_e4m3fn"}}}, "is damaged"),
         ({"surprise": 1}, "is damaged"),
@@ -112,17 +112,19 @@ def refused(directory: Path, match: str, spec: ModelSpec | None = None) -> None:
 
 
 def test_damage_is_found_before_loading(directory: Path) -> None:
-    chunk = directory / "params" / f"{Q}.weight" / "0.0"
-    whole = chunk.read_bytes()
-    chunk.write_bytes(whole[:-1])
+    data = directory / "params" / f"{Q}.weight" / "0.0"
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-1])
     refused(directory, rf"{Q}.weight/0.0 is missing or truncated")
-    chunk.unlink()
+    data.unlink()
     refused(directory, rf"{Q}.weight/0.0 is missing or truncated")
-    chunk.write_bytes(whole)
-    header = directory / "params" / f"{Q}.weight" / ".zarray"
+    data.write_bytes(whole[:-16] + b"\xff" * 16)  # a chunk that zarr takes for zeros
+    refused(directory, rf"{Q}.weight/0.0 has a damaged index")
+    data.write_bytes(whole)
+    header = directory / "params" / f"{Q}.weight" / "zarr.json"
     text = header.read_text()
     header.write_text(text[:20])
-    refused(directory, rf"{Q}.weight/.zarray is damaged")
+    refused(directory, rf"{Q}.weight/zarr.json is damaged")
     header.write_text(text)
     (directory / "params" / f"{Q}.input_scale").rename(directory / "params" / "astray")
     refused(directory, rf"lacks {Q}.input_scale")
@@ -135,8 +137,44 @@ def test_another_model_than_the_stored_one_is_refused_by_name(pristine: Path) ->
     manifest = read_manifest(pristine)
     refused(pristine, r"lacks|no place", ModelSpec(manifest.config))
     formats = dict(manifest.formats) | {"norm": checkpoint.WeightFormat("float32")}
-    match = re.escape("norm.weight is stored as bfloat16 [64], the model needs float32 [64]")
+    match = re.escape("norm.weight is stored as bfloat16 [64], expected is float32 [64]")
     refused(pristine, match, ModelSpec(manifest.config, formats))
+
+
+def test_a_sound_checkpoint_is_verified_byte_by_byte(pristine: Path) -> None:
+    counted: list[int] = []
+    assert checkpoint.verify(pristine, counted.append) == {}
+    assert sum(counted) == read_manifest(pristine).total_bytes
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+
+
+def test_verify_names_what_is_damaged_missing_or_extra(directory: Path) -> None:
+    params = directory / "params"
+    flip(params / f"{Q}.weight" / "0.0", 77)
+    flip(params / f"{Q}.weight_scale" / "0", -1)  # in the index
+    flip(params / "norm.weight" / "zarr.json", 5)
+    flip(params / "_METADATA", 50)
+    shutil.rmtree(params / "lm_head.weight")
+    (params / "embed_tokens.weight" / "0.0").unlink()
+    (directory / "tokenizer.json").unlink()
+    (directory / "notes.txt").touch()
+    (params / "norm.weight" / "1").touch()
+    assert checkpoint.verify(directory) == {
+        f"params/{Q}.weight": "damaged",
+        f"params/{Q}.weight_scale": "damaged",
+        "params/norm.weight": "damaged",
+        "params/_METADATA": "damaged",
+        "params/lm_head.weight": "missing",
+        "params/embed_tokens.weight": "damaged",
+        "tokenizer.json": "missing",
+        "notes.txt": "extra",
+        "params/norm.weight/1": "extra",
+    }
 
 
 def test_orbax_is_given_room_for_the_largest_array() -> None:

@@ -2,7 +2,6 @@ import errno
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -296,67 +295,23 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
     assert left_behind(tmp_path) == ["s"]
 
 
-@pytest.mark.parametrize(
-    "failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
-)
-def test_a_failure_in_the_middle_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+def test_a_full_disk_in_the_middle_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tiny.write(tmp_path / "s", tiny.dense())
     real, calls = pipeline.write_array, []
 
-    def failing(directory: Path, *args: Any) -> None:
+    def failing(directory: Path, *args: Any) -> str:
         calls.append(directory)
         if len(calls) == 9:
-            raise failure
-        real(directory, *args)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(directory, *args)
 
     monkeypatch.setattr(pipeline, "write_array", failing)
-    with pytest.raises(type(failure)) as error:
+    with pytest.raises(OSError, match="the disk is full"):
         convert(source, tmp_path / "o", progress=False)
-    if isinstance(failure, OSError):
-        assert "the disk is full" in str(error.value)
     assert calls[8].parent.parent.name == ".o.converting"
     assert left_behind(tmp_path) == ["s"]
-
-
-KILLED = """
-import os, signal, sys
-from converters import pipeline
-real, count = pipeline.write_array, 0
-def killing(*args):
-    global count
-    count += 1
-    if count == 9:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(*args)
-pipeline.write_array = killing
-pipeline.convert(sys.argv[1], sys.argv[2], overwrite=True, progress=False)
-"""
-
-
-def run(code: str, *args: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_what_a_killed_conversion_leaves_is_no_checkpoint_and_is_cleared_away(
-    tmp_path: Path,
-) -> None:
-    source = tiny.write(tmp_path / "s", tiny.dense())
-    assert run(KILLED, source, tmp_path / "o").returncode == -signal.SIGKILL
-    assert left_behind(tmp_path) == [".o.converting", "s"]
-    assert len(left_behind(tmp_path / ".o.converting" / "params")) == 8
-    with pytest.raises(CheckpointError, match="not a converted checkpoint"):
-        read_manifest(tmp_path / ".o.converting")
-    convert(source, tmp_path / "o", progress=False)
-    assert left_behind(tmp_path) == ["o", "s"]
-    assert_same_bytes(converted(tmp_path / "o")["norm.weight"], tiny.dense()["model.norm.weight"])
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
