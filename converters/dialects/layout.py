@@ -155,7 +155,7 @@ def row_scale(tensors: Tensors, name: str, rows: int) -> LazyArray:
     Raises `CheckpointError` where one is not finite or negative.
     """
     tensor = take(tensors, name, ((), (1,), (rows,), (rows, 1)), PARAM_DTYPES)
-    return _constant(np.broadcast_to(_scale_values(tensor).reshape(-1), (rows,)))
+    return constant(np.broadcast_to(_scale_values(tensor).reshape(-1), (rows,)))
 
 
 def scalar_scale(tensors: Tensors, name: str) -> LazyArray:
@@ -164,7 +164,7 @@ def scalar_scale(tensors: Tensors, name: str) -> LazyArray:
     value = _scale_values(tensor).reshape(())
     if value == 0:
         raise CheckpointError(f"{name} is 0: activations cannot be divided by it")
-    return _constant(value)
+    return constant(value)
 
 
 def _scale_values(tensor: StoredTensor) -> np.ndarray:
@@ -175,7 +175,7 @@ def _scale_values(tensor: StoredTensor) -> np.ndarray:
     return values
 
 
-def _constant(values: np.ndarray) -> LazyArray:
+def constant(values: np.ndarray) -> LazyArray:
     return LazyArray(
         values.dtype,
         values.shape,

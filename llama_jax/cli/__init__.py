@@ -16,6 +16,7 @@ import typer
 from llama_jax.cli.bench import bench
 from llama_jax.cli.chat import chat
 from llama_jax.cli.convert import convert
+from llama_jax.cli.export import export
 from llama_jax.cli.generate import generate
 from llama_jax.cli.inspect import inspect
 from llama_jax.cli.output import note, stderr
@@ -34,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, generate, score, convert, inspect, bench):
+for command in (chat, generate, score, convert, export, inspect, bench):
     app.command()(command)
 
 

@@ -1,0 +1,131 @@
+"""FP8 weights in the terms of compressed-tensors, format `float-quantized`.
+
+Source: `QuantizationConfig`, `QuantizationScheme` and `QuantizationArgs` in compressed-tensors, and
+what llm-compressor writes with them.
+"""
+
+import logging
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from converters.dialects.layout import LazyArray, Module, Plan, constant, is_linear, source_name
+from llama_jax.checkpoint import CheckpointError
+from pallas_kernels.fp8_matmul.reference import BLOCK
+
+_log = logging.getLogger(__name__)
+
+
+def compressed_tensors(plan: Plan) -> tuple[dict[str, LazyArray], dict[str, Any]]:
+    """The tensors by Hugging Face's names, and the quantization_config that goes with them.
+
+    Modules with the same kind of scales are one group. Weight scales are float32 [1] (strategy
+    "tensor") where each matrix of the group has a single one, else [out, 1] ("channel"), or one per
+    128x128 block ("block"); input_scale, k_scale and v_scale are float32 [1].
+    Raises `CheckpointError` for a plan without FP8 weights, and naming the first module that
+    compressed-tensors cannot hold.
+    """
+    groups: dict[tuple[str, bool], dict[str, Module]] = {}
+    for path, module in plan.modules.items():
+        if module.format.scale:
+            _check_expressible(path, module)
+            kind = (module.format.scale, module.format.input_scale)
+            groups.setdefault(kind, {})[path] = module
+    if not groups:
+        raise CheckpointError(
+            "this checkpoint has no FP8 weights. Export it as bf16 (--format bf16), which keeps "
+            "the dtypes it has, or quantise it first (llama-jax convert --quantize row)."
+        )
+    if any(module.format.activation_scale_ub for module in plan.modules.values()):
+        _log.warning(
+            "this checkpoint bounds activations (activation_scale_ub), which compressed-tensors "
+            "cannot say: whoever loads the export will not bound them"
+        )
+    tensors = {
+        f"{source_name(path)}.weight": module.arrays["weight"]
+        for path, module in plan.modules.items()
+    }
+    config_groups: dict[str, Any] = {}
+    for number, ((layout, is_static), modules) in enumerate(groups.items()):
+        names = [source_name(path) for path in modules]
+        strategy, scales = _weight_scales(layout, modules)
+        for name, scale in zip(names, scales, strict=True):
+            tensors[f"{name}.weight_scale"] = constant(scale)
+        if is_static:
+            for name, module in zip(names, modules.values(), strict=True):
+                scale = _whole(module.arrays["input_scale"])
+                tensors[f"{name}.input_scale"] = constant(scale.reshape(1))
+            inputs = _arguments("tensor", dynamic=False)
+        else:
+            inputs = _arguments("group" if layout == "block" else "token", dynamic=True)
+        config_groups[f"group_{number}"] = {
+            "targets": ["Linear"] if len(groups) == 1 else names,
+            "weights": _arguments(strategy, dynamic=False),
+            "input_activations": inputs,
+            "output_activations": None,
+        }
+    for layer, pair in enumerate(plan.kv_scales or ()):
+        for letter, value in zip("kv", pair, strict=True):
+            name = f"model.layers.{layer}.self_attn.{letter}_scale"
+            tensors[name] = constant(np.array([value], np.float32))
+    return tensors, {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "quantization_status": "compressed",
+        "config_groups": config_groups,
+        "ignore": _unquantized(plan),
+        "kv_cache_scheme": _arguments("tensor", dynamic=False) if plan.kv_scales else None,
+    }
+
+
+def _check_expressible(path: str, module: Module) -> None:
+    weight, scale = module.arrays["weight"], module.arrays["weight_scale"]
+    if weight.dtype != ml_dtypes.float8_e4m3fn:
+        reason = f"codes in {weight.dtype.name}"
+    elif module.format.scale == "row" and scale.shape != weight.shape[:1]:
+        reason = f"scales of shape {list(scale.shape)}, several for each row"
+    else:
+        return
+    raise CheckpointError(
+        f"{path} has {reason}, which compressed-tensors cannot hold. Export it as bf16 (--format "
+        "bf16)."
+    )
+
+
+def _weight_scales(layout: str, modules: dict[str, Module]) -> tuple[str, list[np.ndarray]]:
+    """The strategy of a group, and each matrix's scales in its shape."""
+    scales = [_whole(module.arrays["weight_scale"]) for module in modules.values()]
+    if layout == "block":
+        return "block", scales
+    if all((each == each[0]).all() for each in scales):
+        return "tensor", [each[:1] for each in scales]
+    return "channel", [each[:, None] for each in scales]
+
+
+def _unquantized(plan: Plan) -> list[str]:
+    """Names of the `Linear` modules that are not quantised; lm_head is one even if it is tied."""
+    linears = [path for path in plan.modules if is_linear(path) and path != "lm_head"]
+    formats = {path: module.format for path, module in plan.modules.items()}
+    return [
+        source_name(path)
+        for path in [*linears, "lm_head"]
+        if path not in formats or formats[path].scale is None
+    ]
+
+
+def _arguments(strategy: str, *, dynamic: bool) -> dict[str, Any]:
+    """compressed-tensors' `QuantizationArgs`."""
+    return {
+        "num_bits": 8,
+        "type": "float",
+        "symmetric": True,
+        "dynamic": dynamic,
+        "strategy": strategy,
+        "group_size": BLOCK if strategy == "group" else None,
+        "block_structure": [BLOCK, BLOCK] if strategy == "block" else None,
+    }
+
+
+def _whole(array: LazyArray) -> np.ndarray:
+    return array.rows(0, (array.shape or (1,))[0])

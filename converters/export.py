@@ -1,0 +1,129 @@
+"""Back out: any checkpoint that can be read becomes a Hugging Face directory.
+
+In bf16 a quantised matrix is written as code * scale, rounded once. In fp8 codes and scales are
+written as they are, with a `quantization_config` of compressed-tensors (format `float-quantized`),
+which transformers, vLLM and SGLang read. Scales are float32, so nothing is lost.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax import Array
+
+from converters.compressed_tensors_writer import compressed_tensors
+from converters.dialects.layout import LazyArray, Module, Plan, source_name
+from converters.opened import open_checkpoint
+from converters.safetensors_writer import write_checkpoint
+from converters.staging import staged
+from converters.writing import (
+    byte_progress,
+    check_paths,
+    check_space,
+    full_disk_explained,
+    package_version,
+)
+from llama_jax import fp8
+from pallas_kernels.fp8_matmul.reference import BLOCK
+
+ExportFormat = Literal["bf16", "fp8"]
+
+# Where an export says who wrote it, in config.json: nothing else is ever replaced.
+_MARK = "llama_jax_version"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote. total_bytes: of all tensors; shards: names of the safetensors files."""
+
+    total_bytes: int
+    shards: tuple[str, ...]
+    tokenizer_files: tuple[str, ...]
+
+
+def export(
+    source: str | Path,
+    target: str | Path,
+    format: ExportFormat,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Exported:
+    """Write a Hugging Face directory: config.json, safetensors of 5 GB, the tokenizer's files.
+
+    source: a converted checkpoint, or a published one of any dialect.
+    target: appears when it is whole; with `overwrite` an earlier export stays until then.
+    format: "bf16" writes code * scale, rounded once to bfloat16, where a matrix is quantised, and
+        drops scales of activations and of the cache. "fp8" keeps them: activations are static where
+        the checkpoint has input scales, and otherwise dynamic (per token; per 128 features where
+        weights have block scales), as engines expect. Unquantised weights keep their dtype in both.
+    Raises `CheckpointError` or `ConfigError` for a source that cannot be read or, as fp8, not be
+    expressed; FileExistsError for a target that may not be replaced; OSError when the disk is full.
+    """
+    directory, target = Path(source).resolve(), Path(target).absolute()
+    check_paths(directory, target, overwrite, "an export of llama-jax", _is_export)
+    opened = open_checkpoint(directory)
+    config = opened.config.to_hf() | {_MARK: package_version()}
+    if format == "fp8":
+        tensors, config["quantization_config"] = compressed_tensors(opened.plan)
+    else:
+        tensors = dequantized_tensors(opened.plan)
+    total = sum(array.nbytes for array in tensors.values())
+    with staged(target, overwrite) as work:
+        check_space(target, total)
+        with (
+            full_disk_explained(target, total),
+            byte_progress("exporting", total, progress) as written,
+        ):
+            shards = write_checkpoint(work, tensors, written)
+            _write_json(work / "config.json", config)
+            if opened.generation:
+                _write_json(work / "generation_config.json", opened.generation)
+            for name in opened.tokenizer_files:
+                shutil.copyfile(directory / name, work / name)
+    return Exported(total, shards, opened.tokenizer_files)
+
+
+def dequantized_tensors(plan: Plan) -> dict[str, LazyArray]:
+    """The weights under Hugging Face's names, quantised ones as code * scale in bfloat16."""
+    return {
+        f"{source_name(path)}.weight": _dequantized(module)
+        if module.format.scale
+        else module.arrays["weight"]
+        for path, module in plan.modules.items()
+    }
+
+
+def _dequantized(module: Module) -> LazyArray:
+    codes, scale = module.arrays["weight"], module.arrays["weight_scale"]
+    per = BLOCK if module.format.scale == "block" else 1
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        with jax.default_device(jax.devices("cpu")[0]):
+            scales = scale.rows(start // per, -(-stop // per))
+            return np.asarray(_to_bfloat16(codes.rows(start, stop), scales))
+
+    return LazyArray(np.dtype(ml_dtypes.bfloat16), codes.shape, rows)
+
+
+@jax.jit
+def _to_bfloat16(codes: Array, scale: Array) -> Array:
+    return fp8.dequantize(codes, scale).astype(jnp.bfloat16)
+
+
+def _is_export(directory: Path) -> bool:
+    try:
+        return _MARK in json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,56 @@
+"""`llama-jax export`: any checkpoint becomes a Hugging Face directory again."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.filesize import decimal
+
+from llama_jax.cli import options
+from llama_jax.cli.output import key_value_table, print_json, stderr, stdout
+
+
+def export(
+    source: Annotated[
+        Path, typer.Argument(help="A converted checkpoint, or a published one in any layout.")
+    ],
+    target: Annotated[Path, typer.Argument(help="The Hugging Face directory to make.")],
+    format: Annotated[
+        Literal["bf16", "fp8"],
+        typer.Option(
+            help="fp8: codes and scales as they are, as compressed-tensors writes them. bf16: code "
+            "times scale, rounded once. Weights that are not quantised keep their dtype in both."
+        ),
+    ],
+    overwrite: options.Overwrite = False,
+    as_json: options.Json = False,
+) -> None:
+    """Write a checkpoint as safetensors that transformers, vLLM and SGLang load.
+
+    TARGET appears when it is whole, and what was there stays until then. Memory use stays small
+    whatever the size. With fp8, activations are quantised with the checkpoint's input scales where
+    it has some, and otherwise per token.
+
+    **Examples**
+
+        llama-jax export ./llama-8b-fp8 ./for-vllm --format fp8
+        llama-jax export ./llama-8b-fp8 ./for-fine-tuning --format bf16
+        llama-jax export ./Meta-Llama-3.1-8B-Instruct-fp8 ./for-vllm --format fp8   # unconverted
+    """
+    with stderr.status("starting JAX"):
+        from converters.export import export as run
+    began = time.perf_counter()
+    exported = run(source, target, format, overwrite=overwrite, progress=not as_json)
+    seconds = time.perf_counter() - began
+    if as_json:
+        print_json({"target": str(target), "format": format, **vars(exported), "seconds": seconds})
+        return
+    rows = {
+        "from": source,
+        "size": f"{decimal(exported.total_bytes)} in {seconds:.1f} s, "
+        f"{decimal(int(exported.total_bytes / seconds))}/s",
+        "weights": ", ".join(exported.shards),
+        "tokenizer": ", ".join(exported.tokenizer_files) or "none",
+    }
+    stdout.print(key_value_table(f"{target} ({format})", rows))
