@@ -27,6 +27,7 @@ DTYPES: Mapping[str, np.dtype] = MappingProxyType(
         "F16": np.dtype(np.float16),
         "BF16": np.dtype(ml_dtypes.bfloat16),
         "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+        "F8_E4M3FNUZ": np.dtype(ml_dtypes.float8_e4m3fnuz),
         "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
         "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
         "I64": np.dtype(np.int64),
@@ -87,28 +88,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     Raises `CheckpointError` naming the file for a header that is cut short, is not JSON, or whose
     offsets do not fill the file exactly, and for dtypes that are not known.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length > size - 8:
-            raise CheckpointError(
-                f"{path} is truncated: its header alone needs {8 + length} bytes and the file has "
-                f"{size}. Download it again."
-            )
-        if length > _MAX_HEADER:
-            raise CheckpointError(f"{path} is not a safetensors file: a header of {length} bytes")
-        raw = file.read(length)
-    try:
-        header = json.loads(raw, object_pairs_hook=lambda pairs: _unique(pairs, path))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: bad header ({error})") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} is not a safetensors file: its header is not an object")
+    header, end = _read_json(path)
     header.pop("__metadata__", None)
-
-    tensors = {name: _entry(name, entry, path, 8 + length) for name, entry in header.items()}
-    end = 8 + length
+    tensors = {name: _entry(name, entry, path, end) for name, entry in header.items()}
     for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
         if tensor.offset != end:
             raise CheckpointError(
@@ -116,6 +98,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
                 "tensors must lie back to back, without gaps and without overlap"
             )
         end += tensor.nbytes
+    size = path.stat().st_size
     if end != size:
         state = "is truncated" if end > size else "has bytes that no tensor owns"
         raise CheckpointError(
@@ -123,6 +106,17 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             "Download it again."
         )
     return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file's header holds beside the tensors, {} without any.
+
+    Raises `CheckpointError` for a header that is damaged, or where they are not texts.
+    """
+    metadata = _read_json(path)[0].get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ in the header must map names to texts")
+    return metadata
 
 
 def read_checkpoint(directory: Path) -> dict[str, StoredTensor]:
@@ -185,6 +179,29 @@ def shard_path(directory: Path, name: str) -> Path:
     if not target.is_file():
         raise CheckpointError(f"{path} is missing. Download the rest of the checkpoint.")
     return path
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], int]:
+    """A file's header, and the byte where it ends and the first tensor starts."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > size - 8:
+            raise CheckpointError(
+                f"{path} is truncated: its header alone needs {8 + length} bytes and the file has "
+                f"{size}. Download it again."
+            )
+        if length > _MAX_HEADER:
+            raise CheckpointError(f"{path} is not a safetensors file: a header of {length} bytes")
+        raw = file.read(length)
+    try:
+        header = json.loads(raw, object_pairs_hook=lambda pairs: _unique(pairs, path))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: bad header ({error})") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} is not a safetensors file: its header is not an object")
+    return header, 8 + length
 
 
 def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:

@@ -19,6 +19,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# modelopt's, and its name for what config.json calls otherwise.
+QUANTIZATION_FILE = "hf_quant_config.json"
+_RENAMED = {"exclude_modules": "ignore"}
 # Where config.json may say how the weights are quantised; the second is compressed-tensors' oldest.
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
@@ -27,9 +30,10 @@ _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 class Source:
     """A published checkpoint.
 
-    hf_config: the contents of config.json. quantization: what it says about quantised weights, {}
-    if nothing. tensors: by the names they are stored under. generation: the contents of
-    generation_config.json, {} without one. tokenizer_files: names of files in `directory`.
+    hf_config: the contents of config.json. quantization: what it, or else hf_quant_config.json,
+    says about quantised weights, {} if nothing. tensors: by the names they are stored under.
+    generation: the contents of generation_config.json, {} without one. tokenizer_files: names of
+    files in `directory`.
     """
 
     directory: Path
@@ -47,6 +51,7 @@ def read_source(directory: Path) -> Source:
     Raises `CheckpointError` or `ConfigError` for a directory that is incomplete, damaged or holds
     something that is not supported.
     """
+    _refuse_gguf(directory)
     if not directory.is_dir():
         raise CheckpointError(
             f"{directory} is not a directory; a Hugging Face checkpoint is expected"
@@ -57,7 +62,7 @@ def read_source(directory: Path) -> Source:
         directory=directory,
         config=LlamaConfig.from_pretrained(directory),
         hf_config=hf_config,
-        quantization=_quantization(hf_config, directory / "config.json"),
+        quantization=_quantization(hf_config, directory),
         tensors=read_checkpoint(directory),
         generation=read_object(generation) if generation.is_file() else {},
         tokenizer_files=tuple(name for name in TOKENIZER_FILES if (directory / name).is_file()),
@@ -77,11 +82,40 @@ def read_object(path: Path) -> dict[str, Any]:
     return values
 
 
-def _quantization(hf_config: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    for key in _QUANTIZATION_KEYS:
-        found = hf_config.get(key)
-        if not isinstance(found, dict | None):
-            raise CheckpointError(f"{path}: {key} must be an object, got {found!r}")
-        if found:
-            return found
-    return {}
+def as_object(fields: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    """An object inside a config, {} if it is null or absent."""
+    found = fields.get(key)
+    if not isinstance(found, dict | None):
+        raise CheckpointError(f"{where}: {key} must be an object, got {found!r}")
+    return found or {}
+
+
+def _refuse_gguf(directory: Path) -> None:
+    names = [path.name for path in (directory, *directory.glob("*"))]
+    gguf = [name for name in names if name.endswith(".gguf")]
+    if gguf and not any(name.endswith(".safetensors") for name in names):
+        raise CheckpointError(
+            f"{gguf[0]}: GGUF is not supported. Take the model's safetensors: an FP8 checkpoint, "
+            "or the unquantised one, with --quantize row if it is to become FP8."
+        )
+
+
+def _quantization(hf_config: Mapping[str, Any], directory: Path) -> Mapping[str, Any]:
+    path, beside = directory / "config.json", directory / QUANTIZATION_FILE
+    found = (as_object(hf_config, key, str(path)) for key in _QUANTIZATION_KEYS)
+    inside = next(filter(None, found), {})
+    if not beside.is_file():
+        return inside
+    stated = as_object(read_object(beside), "quantization", str(beside))
+    renamed = {"quant_method": "modelopt"} | {_RENAMED.get(k, k): v for k, v in stated.items()}
+    for key in renamed.keys() & inside.keys():
+        if _unordered(renamed[key]) != _unordered(inside[key]):
+            raise CheckpointError(
+                f"{path} has {key} = {inside[key]!r}, but {beside} {renamed[key]!r}. One of the "
+                "files belongs to another checkpoint: remove it."
+            )
+    return {**renamed, **inside}
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, list) else value

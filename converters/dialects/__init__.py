@@ -5,14 +5,23 @@ from collections import Counter
 import numpy as np
 from flax import traverse_util
 
+from converters.dialects.autofp8 import AUTOFP8
+from converters.dialects.compressed_tensors import COMPRESSED_TENSORS
 from converters.dialects.dense import DENSE
+from converters.dialects.fbgemm import FBGEMM
+from converters.dialects.finegrained import FINEGRAINED
 from converters.dialects.friendli import FRIENDLI
 from converters.dialects.layout import Dialect, Plan, as_stored, pieces
+from converters.dialects.modelopt import MODELOPT
+from converters.dialects.torchao import TORCHAO
 from converters.source import Source
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.model import ModelSpec, abstract_params
 
-DIALECTS: tuple[Dialect, ...] = (DENSE, FRIENDLI)
+DIALECTS: tuple[Dialect, ...] = (
+    DENSE, FRIENDLI, AUTOFP8, COMPRESSED_TENSORS, FBGEMM, MODELOPT, FINEGRAINED, TORCHAO,
+)  # fmt: skip
+_UNSUPPORTED = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mxfp4": "MXFP4"}
 
 
 def make_plan(source: Source) -> tuple[Plan, str]:
@@ -50,9 +59,11 @@ def detect(source: Source) -> Dialect:
     if len(fitting) == 1:
         return fitting[0]
     supported = "\n".join(f"  {dialect.name}: {dialect.description}" for dialect in DIALECTS)
+    method = str(source.quantization.get("quant_method"))
     raise CheckpointError(
-        f"this checkpoint's layout is not supported. Found: {_found(source)}.\n"
-        f"Supported:\n{supported}"
+        f"{_UNSUPPORTED.get(method, 'this')} is a layout that is not supported. Take an FP8 "
+        "checkpoint of the model, or the unquantised one with --quantize row.\n"
+        f"Found: {_found(source)}.\nSupported:\n{supported}"
     )
 
 

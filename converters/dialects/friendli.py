@@ -13,27 +13,15 @@ Source: fmo-core 0.3 to 0.10; `FP8Quantizer` in friendli-client 1.4.2.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
-from converters.dialects.layout import (
-    Dialect,
-    Module,
-    Plan,
-    Shape,
-    Tensors,
-    bits_as_e4m3,
-    dense_module,
-    is_linear,
-    row_scale,
-    scalar_scale,
-    source_name,
-    take,
-)
+from converters.dialects.layout import Dialect, Plan, Shape, Tensors, source_name, take
+from converters.dialects.quantized import Scheme, quantized_plan
 from converters.safetensors_reader import read_rows
 from converters.source import Source
 from llama_jax.checkpoint import CheckpointError
-from llama_jax.fp8 import WeightFormat
 
 _CODES = ("int8", "float8_e4m3fn")
 
@@ -53,39 +41,27 @@ def applies(source: Source) -> bool:
 
 
 def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
-    tensors = source.tensors
     scheme = source.quantization.get("activation_scheme", "static")
     if scheme not in ("static", "dynamic"):
         raise CheckpointError(
             f"quantization_config.activation_scheme is {scheme!r}, expected 'static' or 'dynamic'"
         )
-    modules: dict[str, Module] = {}
-    used: set[str] = set()
-    for path, shape in weights.items():
-        name = source_name(path)
-        stored = tensors.get(f"{name}.weight")
-        used.add(f"{name}.weight")
-        if stored is None or stored.dtype.name not in _CODES or not is_linear(path):
-            modules[path] = dense_module(tensors, path, shape)
-            continue
-        codes = take(tensors, f"{name}.weight", (shape,), _CODES)
-        arrays = {
-            "weight": bits_as_e4m3(codes),
-            "weight_scale": row_scale(tensors, f"{name}.weight_scale", shape[0]),
-        }
-        used.add(f"{name}.weight_scale")
-        if scheme == "static":
-            arrays["input_scale"] = scalar_scale(tensors, f"{name}.in_scale")
-            used.add(f"{name}.in_scale")
-        if f"{name}.zeros" in tensors:
-            _check_zeros(tensors, f"{name}.zeros", shape[0])
-            used.add(f"{name}.zeros")
-        stored_as = WeightFormat("float8_e4m3fn", "row", input_scale=scheme == "static")
-        modules[path] = Module(stored_as, arrays)
-    return Plan(modules, frozenset(used))
+    fp8 = Scheme(static=scheme == "static", input_scales=("in_scale",), codes=_CODES)
+
+    def scheme_of(name: str) -> Scheme | None:
+        weight = source.tensors.get(f"{name}.weight")
+        return fp8 if weight is not None and weight.dtype.name in _CODES else None
+
+    found = quantized_plan(source, weights, scheme_of, "the dtype")
+    zeros = [f"{name}.zeros" for name in map(source_name, weights)]
+    zeros = [name for name in zeros if name in source.tensors]
+    for name in zeros:
+        _check_zeros(source.tensors, name)
+    return replace(found, used=found.used.union(zeros))
 
 
-def _check_zeros(tensors: Tensors, name: str, rows: int) -> None:
+def _check_zeros(tensors: Tensors, name: str) -> None:
+    rows = tensors[f"{name.removesuffix('.zeros')}.weight"].shape[0]
     zeros = take(tensors, name, ((rows, 1),), _CODES)
     if (read_rows(zeros, 0, rows).view(np.uint8) & 0x7F).any():
         raise CheckpointError(

@@ -1,0 +1,156 @@
+"""compressed-tensors, as llm-compressor writes it: `quant_method: "compressed-tensors"`.
+
+`config_groups` says how the modules that each group targets are quantised, `ignore` which are not.
+Read are the FP8 formats: float8_e4m3fn `weight`, `weight_scale` per tensor [1], per output row
+[out, 1] or per 128x128 block, `input_scale` [1] where activations are static, and scales of the KV
+cache (`kv_cache_scheme`): `self_attn.k_scale` and `v_scale`, `k_proj.output_scale` and
+`v_proj.output_scale` in older ones.
+
+Source: compressed-tensors 0.20, `QuantizationConfig`, `QuantizationArgs` and `match_targets`.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from converters.dialects.layout import Dialect, Plan, Shape
+from converters.dialects.quantized import (
+    Scheme,
+    check_fields,
+    name_list,
+    quantized_plan,
+)
+from converters.source import Source, as_object
+from llama_jax.checkpoint import CheckpointError
+from llama_jax.fp8 import ScaleLayout
+from pallas_kernels.fp8_matmul.reference import BLOCK
+
+_WHERE = "quantization_config"
+_GROUPS = f"{_WHERE}.config_groups"
+_FORMATS = ("float-quantized", "naive-quantized")
+_LAYOUTS: Mapping[str, ScaleLayout] = {"tensor": "row", "channel": "row", "block": "block"}
+_BLOCKS = ([BLOCK, BLOCK], f"{BLOCK}x{BLOCK}")
+# What a description of numbers means where it leaves a field out, and what no reader has to know.
+_DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
+_IRRELEVANT = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
+_CLASS, _NO_MATCH = "Linear", 3
+
+
+def applies(source: Source) -> bool:
+    quantization = source.quantization
+    return quantization.get("quant_method", "compressed-tensors") == "compressed-tensors" and (
+        "config_groups" in quantization
+    )
+
+
+def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
+    quantization = source.quantization
+    groups = as_object(quantization, "config_groups", _WHERE)
+    check_fields(
+        quantization,
+        _WHERE,
+        {
+            "quant_method": None,
+            "config_groups": None,
+            "format": (*_FORMATS, "mixed-precision", None),
+            "ignore": None,
+            "kv_cache_scheme": None,
+            "quantization_status": None,
+            "global_compression_ratio": None,
+            "sparsity_config": None,
+            "version": None,
+        },
+    )
+    sparsity = as_object(quantization, "sparsity_config", _WHERE)
+    check_fields(
+        {"format": sparsity.get("format")}, f"{_WHERE}.sparsity_config", {"format": ("dense", None)}
+    )
+    cache_scheme = as_object(quantization, "kv_cache_scheme", _WHERE)
+    if cache_scheme:
+        _check_numbers(cache_scheme, f"{_WHERE}.kv_cache_scheme", ("tensor",), (False,))
+    ignored = name_list(quantization, "ignore")
+    schemes: dict[str, Scheme] = {}
+    for group in groups:
+        fields, where = as_object(groups, group, _GROUPS), f"{_GROUPS}.{group}"
+        scheme = _scheme(fields, where)
+        for target in name_list(fields, "targets", where):
+            schemes.setdefault(target, scheme)
+
+    def scheme_of(name: str) -> Scheme | None:
+        if any(_rank(name, pattern) < _NO_MATCH for pattern in ignored):
+            return None
+        best = min(sorted(schemes), key=lambda target: _rank(name, target), default="")
+        return schemes[best] if _rank(name, best) < _NO_MATCH else None
+
+    return quantized_plan(
+        source,
+        weights,
+        scheme_of,
+        f"{_WHERE}'s config_groups and ignore",
+        cache_scales_promised_by=f"{_WHERE}.kv_cache_scheme" if cache_scheme else None,
+    )
+
+
+def _rank(name: str, pattern: str) -> int:
+    """How closely a target means a module: 0 by its name, 1 as `re:`, 2 as its class, 3 not."""
+    if pattern.startswith("re:"):
+        try:
+            return 1 if re.match(pattern.removeprefix("re:"), name) else _NO_MATCH
+        except re.error as error:
+            raise CheckpointError(
+                f"{_WHERE}: {pattern!r} is not a regular expression: {error}"
+            ) from error
+    return 0 if pattern == name else 2 if pattern == _CLASS else _NO_MATCH
+
+
+def _scheme(group: Mapping[str, Any], where: str) -> Scheme:
+    check_fields(
+        group,
+        where,
+        {
+            "targets": None,
+            "weights": None,
+            "input_activations": None,
+            "output_activations": (None,),
+            "format": (*_FORMATS, None),
+        },
+    )
+    weights = as_object(group, "weights", where)
+    strategy = _check_numbers(weights, f"{where}.weights", tuple(_LAYOUTS), (False,))
+    inputs = as_object(group, "input_activations", where)
+    is_dynamic = inputs.get("dynamic", False)
+    if inputs:
+        strategies = ("token", "tensor", "group") if is_dynamic else ("tensor",)
+        _check_numbers(inputs, f"{where}.input_activations", strategies, (True, False))
+    return Scheme(_LAYOUTS[strategy], static=bool(inputs) and not is_dynamic)
+
+
+def _check_numbers(
+    fields: Mapping[str, Any], where: str, strategies: tuple[str, ...], dynamic: tuple[bool, ...]
+) -> str:
+    """Refuse numbers that are not symmetric 8-bit floats; returns what one scale stands for."""
+    strategy = fields.get("strategy") or ("channel" if fields.get("group_size") == -1 else "tensor")
+    check_fields(
+        {**_DEFAULTS, **fields, "strategy": strategy},
+        where,
+        {
+            "num_bits": (8,),
+            "type": ("float",),
+            "symmetric": (True,),
+            "dynamic": dynamic,
+            "strategy": strategies,
+            "group_size": (BLOCK,) if strategy == "group" else (None, -1),
+            "block_structure": _BLOCKS if strategy == "block" else (None,),
+            "actorder": (None, False),
+            **dict.fromkeys(_IRRELEVANT),
+        },
+    )
+    return str(strategy)
+
+
+COMPRESSED_TENSORS = Dialect(
+    name="compressed-tensors",
+    description="compressed-tensors FP8 (llm-compressor): per tensor, channel or 128x128 block",
+    applies=applies,
+    plan=plan,
+)

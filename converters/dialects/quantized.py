@@ -1,0 +1,204 @@
+"""What the FP8 dialects share: a config says how matrices are stored, the tensors have to agree.
+
+A dialect turns its `quantization_config` into a `Scheme` for each matrix; everything else is here.
+What the tensors hold decides; a config that says otherwise is an error that names both.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from converters.dialects.fnuz import FNUZ, from_fnuz
+from converters.dialects.layout import (
+    LazyArray,
+    Module,
+    Plan,
+    Shape,
+    Tensors,
+    bits_as_e4m3,
+    constant,
+    dense_module,
+    is_linear,
+    row_scale,
+    scalar_scale,
+    scale_values,
+    source_name,
+    take,
+)
+from converters.source import Source
+from llama_jax.checkpoint import CheckpointError
+from llama_jax.config import PARAM_DTYPES
+from llama_jax.fp8 import ScaleLayout, WeightFormat, scale_shape
+
+SCALE_DTYPES = (*PARAM_DTYPES, "float8_e8m0fnu")
+# Where a layer's scales of its cached keys and values may be, older tools' names last.
+_CACHE_SCALES = {
+    x: (f"{x}_scale", f"{x}_proj.{x}_scale", f"{x}_proj.output_scale", "kv_scale") for x in "kv"
+}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a config says that a matrix is stored, and under which names beside its module's.
+
+    layout: "row" for one scale per tensor or per output row, "block" for one per 128x128 block.
+    static: a calibrated scale of the activations is stored. activation_scale_ub: see
+    `WeightFormat`. codes, scale_dtypes: the dtypes that the weight and its scales may have.
+    """
+
+    layout: ScaleLayout = "row"
+    static: bool = False
+    activation_scale_ub: float | None = None
+    weight: str = "weight"
+    weight_scale: str = "weight_scale"
+    input_scales: tuple[str, ...] = ("input_scale", "act_scale")  # the latter until June 2024
+    codes: tuple[str, ...] = ("float8_e4m3fn", FNUZ)
+    scale_dtypes: tuple[str, ...] = SCALE_DTYPES
+
+
+def quantized_plan(
+    source: Source,
+    weights: Mapping[str, Shape],
+    scheme_of: Callable[[str], Scheme | None],
+    decided_by: str,
+    *,
+    cache_scales_promised_by: str | None = None,
+) -> Plan:
+    """The plan of a checkpoint with Hugging Face's names whose matrices are partly FP8.
+
+    scheme_of: how the matrix of a module (by Hugging Face's name) is stored, None if plainly.
+    decided_by: the config's fields behind `scheme_of`, for messages.
+    Raises `CheckpointError` where tensors and config contradict each other.
+    """
+    modules: dict[str, Module] = {}
+    used: set[str] = set()
+    for path, shape in weights.items():
+        name = source_name(path)
+        scheme = scheme_of(name) if is_linear(path) else None
+        stored = source.tensors.get(f"{name}.{scheme.weight if scheme else 'weight'}")
+        is_plain = stored is not None and stored.dtype.name in PARAM_DTYPES
+        if path == "lm_head" and is_plain:
+            scheme = None  # tools leave it out without saying so
+        if stored is not None and is_linear(path) and is_plain != (scheme is None):
+            says = "is not quantised" if scheme is None else "is FP8"
+            raise CheckpointError(
+                f"{stored.name} is {stored.dtype.name}, but by {decided_by} {name} {says}"
+            )
+        if scheme is None:
+            modules[path] = dense_module(source.tensors, path, shape)
+            used.add(f"{name}.weight")
+        else:
+            modules[path], names = _fp8_module(source.tensors, name, shape, scheme)
+            used.update(names)
+    cache_scales, names = _cache_scales(source, cache_scales_promised_by)
+    return Plan(modules, frozenset(used.union(names)), cache_scales)
+
+
+def check_fields(
+    fields: Mapping[str, Any], where: str, allowed: Mapping[str, tuple[Any, ...] | None]
+) -> None:
+    """Refuse a field that has none of its allowed values (None: any will do), or is not known.
+
+    An unknown field that is empty or false asks for nothing, so it may stand.
+    """
+    for key, value in fields.items():
+        if key not in allowed and value:
+            raise CheckpointError(
+                f"{where}.{key} = {value!r} is not known; it may change what the weights mean"
+            )
+        values = allowed.get(key)
+        if values is not None and value not in values:
+            expected = " or ".join(repr(each) for each in values if each is not None)
+            raise CheckpointError(
+                f"{where}.{key} = {value!r} is not supported, only {expected or 'null'}. Take "
+                "another FP8 checkpoint of the model, or the unquantised one with --quantize row."
+            )
+
+
+def name_list(fields: Mapping[str, Any], key: str, where: str = "quantization_config") -> list[str]:
+    """A list of module names or patterns from a config, [] if it is null or absent."""
+    names = fields.get(key) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{where}.{key} must be a list of names, got {names!r}")
+    return names
+
+
+def is_named(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a list means this module: by its name, one around it, its last parts, or with `*`."""
+    return any(
+        f".{name}".endswith(f".{pattern}")
+        or name.startswith(f"{pattern}.")
+        or fnmatchcase(name, pattern)
+        for pattern in patterns
+    )
+
+
+def _fp8_module(
+    tensors: Tensors, name: str, shape: Shape, scheme: Scheme
+) -> tuple[Module, list[str]]:
+    """A quantised matrix as it is, and the names of the tensors that it consists of."""
+    weight = take(tensors, f"{name}.{scheme.weight}", (shape,), scheme.codes)
+    names = [weight.name, f"{name}.{scheme.weight_scale}"]
+    if names[1] not in tensors:
+        raise CheckpointError(
+            f"{names[1]} is missing: the {weight.dtype.name} codes of {weight.name} need it"
+        )
+    if scheme.layout == "row":
+        scale = row_scale(tensors, names[1], shape[0], scheme.scale_dtypes)
+    else:
+        blocks = scale_shape((shape[0], shape[1]), "block")
+        scale = scale_values(take(tensors, names[1], (blocks,), scheme.scale_dtypes))
+    if weight.dtype.name == FNUZ:
+        codes, scale = from_fnuz(weight, scale, scheme.layout)
+    else:
+        codes = bits_as_e4m3(weight)
+    arrays: dict[str, LazyArray] = {"weight": codes, "weight_scale": constant(scale)}
+
+    wanted = [f"{name}.{leaf}" for leaf in scheme.input_scales]
+    found = [each for each in wanted if each in tensors]
+    if found and not scheme.static:
+        raise CheckpointError(f"{found[0]} is stored, but by the config activations have no scale")
+    if scheme.static:
+        if not found:
+            raise CheckpointError(
+                f"{wanted[0]} is missing, but by the config activations have a static scale"
+            )
+        arrays["input_scale"] = constant(scalar_scale(tensors, found[0]))
+        names.append(found[0])
+    stored_as = WeightFormat(
+        codes.dtype.name, scheme.layout, scheme.static, scheme.activation_scale_ub
+    )
+    return Module(stored_as, arrays), names
+
+
+def _cache_scales(
+    source: Source, promised_by: str | None
+) -> tuple[tuple[tuple[float, float], ...] | None, list[str]]:
+    """(k, v) of each layer, None if there are none; and the names of their tensors."""
+    names: list[str] = []
+    lacking: list[str] = []
+    for layer in range(source.config.num_layers):
+        for leaves in _CACHE_SCALES.values():
+            wanted = [f"model.layers.{layer}.self_attn.{leaf}" for leaf in leaves]
+            found = next((name for name in wanted if name in source.tensors), None)
+            names.append(found or wanted[0])
+            if found is None:
+                lacking.append(wanted[0])
+    if len(lacking) == len(names) and promised_by is None:
+        return None, []
+    if lacking:
+        because = (
+            f"{promised_by} promises scales of the KV cache" if promised_by else "others are there"
+        )
+        raise CheckpointError(f"{lacking[0]} is missing, but {because}")
+    for name in names:
+        shape = source.tensors[name].shape
+        if math.prod(shape) != 1:
+            raise CheckpointError(
+                f"{name} has shape {list(shape)}: scales of the KV cache per head are not "
+                "supported. Quantise the cache with one scale per layer."
+            )
+    values = [float(scalar_scale(source.tensors, name)) for name in names]
+    return tuple(zip(values[::2], values[1::2], strict=True)), names

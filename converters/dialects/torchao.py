@@ -1,0 +1,123 @@
+"""torchao's float8 weights in safetensors: `quant_method: "torchao"`.
+
+A quantised weight is a tensor subclass that was taken apart: `_weight_qdata`, float8_e4m3fn, and
+`_weight_scale`, one per output row ([out, 1], `PerRow`) or one ([1, 1], `PerTensor`). The header's
+metadata describes it under the name of the weight; what it says decides what is quantised.
+Activations are dynamic, or not quantised at all.
+
+Source: torchao 0.18, `prototype/safetensors`; transformers' `TorchAoConfig`.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from converters.dialects.layout import Dialect, Plan, Shape, source_name
+from converters.dialects.quantized import (
+    Scheme,
+    check_fields,
+    is_named,
+    name_list,
+    quantized_plan,
+)
+from converters.safetensors_reader import read_metadata
+from converters.source import Source, as_object
+from llama_jax.checkpoint import CheckpointError
+
+_WHERE = "quantization_config"
+_CONFIGS = ("Float8DynamicActivationFloat8WeightConfig", "Float8WeightOnlyConfig")
+_PLAIN, _FLOAT8 = "Tensor", "Float8Tensor"
+# Of a Float8Tensor's attributes: what it computes with, not what it holds.
+_IRRELEVANT = ("act_quant_kwargs", "dtype", "mm_config", "kernel_preference")
+_BOUNDS = ("hp_value_lb", "hp_value_ub")  # of the activations
+_SCHEME = Scheme(weight="_weight_qdata", weight_scale="_weight_scale")
+
+
+def applies(source: Source) -> bool:
+    return source.quantization.get("quant_method") == "torchao"
+
+
+def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
+    check_fields(
+        source.quantization,
+        _WHERE,
+        {
+            "quant_method": None,
+            "quant_type": None,
+            "modules_to_not_convert": None,
+            "include_input_output_embeddings": (False, None),
+            "untie_embedding_weights": (False, None),
+        },
+    )
+    quant_type = as_object(source.quantization, "quant_type", _WHERE)
+    default = as_object(quant_type, "default", f"{_WHERE}.quant_type")
+    check_fields(
+        {"_type": None, **default},
+        f"{_WHERE}.quant_type.default",
+        {"_type": _CONFIGS, "_version": None, "_data": None},
+    )
+    shapes = {source_name(path): shape for path, shape in weights.items()}
+    metadata = _metadata(source)
+    plain = name_list(source.quantization, "modules_to_not_convert")
+
+    def scheme_of(name: str) -> Scheme | None:
+        kind, description = _description(metadata, f"{name}.weight")
+        if (kind == _FLOAT8) != (f"{name}.{_SCHEME.weight}" in source.tensors):
+            raise CheckpointError(
+                f"{name}.{_SCHEME.weight} is {'missing' if kind == _FLOAT8 else 'stored'}, but the "
+                f"safetensors metadata describes {name}.weight as {kind}"
+            )
+        if kind == _PLAIN:
+            return None
+        if is_named(name, plain):
+            raise CheckpointError(
+                f"{name}.{_SCHEME.weight} is stored, but {_WHERE}.modules_to_not_convert leaves "
+                f"{name} out"
+            )
+        _check_attributes(description, f"metadata of {name}.weight", shapes[name])
+        return _SCHEME
+
+    return quantized_plan(source, weights, scheme_of, "the safetensors metadata")
+
+
+def _metadata(source: Source) -> Mapping[str, str]:
+    """The metadata of all shards together."""
+    files = {tensor.path for tensor in source.tensors.values()}
+    return {key: text for file in sorted(files) for key, text in read_metadata(file).items()}
+
+
+def _description(metadata: Mapping[str, str], name: str) -> tuple[str, Mapping[str, Any]]:
+    """What the metadata says that a tensor is, and how it was taken apart."""
+    try:
+        description = json.loads(metadata.get(name, "{}"))
+        kind = description.get("_type", _PLAIN)
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise CheckpointError(f"the safetensors metadata of {name} is not a JSON object") from error
+    if kind not in (_PLAIN, _FLOAT8):
+        raise CheckpointError(f"{name} is a torchao {kind}; only {_FLOAT8} is supported")
+    return kind, description
+
+
+def _check_attributes(description: Mapping[str, Any], where: str, shape: Shape) -> None:
+    rows, columns = shape
+    attributes = as_object(description, "_data", where)
+    check_fields(
+        {"block_size": None, **attributes},
+        where,
+        {"block_size": ([1, columns], [rows, columns]), **dict.fromkeys(_IRRELEVANT)},
+    )
+    activations = as_object(attributes, "act_quant_kwargs", where)
+    bounds = as_object(activations, "_data", f"{where}.act_quant_kwargs")
+    check_fields(
+        {key: bounds.get(key) for key in _BOUNDS},
+        f"{where}.act_quant_kwargs",
+        dict.fromkeys(_BOUNDS, (None,)),
+    )
+
+
+TORCHAO = Dialect(
+    name="torchao",
+    description="torchao float8 weights in safetensors, per row or per tensor",
+    applies=applies,
+    plan=plan,
+)
