@@ -21,6 +21,7 @@ from llama_jax.cli.generate import generate
 from llama_jax.cli.inspect import inspect
 from llama_jax.cli.output import note, stderr
 from llama_jax.cli.score import score
+from llama_jax.cli.verify import verify
 
 _DEBUG = "LLAMA_JAX_DEBUG"
 # The caller's mistakes. Other OSErrors (a full disk) are failures, like everything unforeseen.
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, generate, score, convert, export, inspect, bench):
+for command in (chat, generate, score, convert, export, verify, inspect, bench):
     app.command()(command)
 
 
