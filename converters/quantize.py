@@ -1,23 +1,127 @@
-"""Quantising unquantised matrices to FP8 while they are converted."""
+"""Quantising unquantised matrices to FP8 while they are converted.
 
-from dataclasses import replace
+Nothing is stored on the way: codes and scales are computed from the source's rows each time they
+are read, so they can be read in any order, by any number of threads, and again after an
+interruption, and are the same.
+"""
 
-import jax
-import jax.numpy as jnp
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
 import ml_dtypes
 import numpy as np
 
-from converters.dialects.layout import LazyArray, Module, Plan, is_linear
+from converters.calibrate import Ranges, calibrate, column_absmax, smooth
+from converters.dialects.layout import LazyArray, Module, Plan, is_linear, pieces
+from converters.layerwise import read_sequences
+from converters.on_host import on_host
+from converters.opened import Opened
 from llama_jax import fp8
 from llama_jax.checkpoint import CheckpointError
+from llama_jax.tokenizer import load_tokenizer
+
+Layout = Literal["row", "tensor", "block"]
 
 
-def quantize_plan(plan: Plan, layout: fp8.ScaleLayout, lm_head: bool) -> Plan:
-    """The plan with the matrices of the decoder layers, and perhaps lm_head, quantised.
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What to quantise, and how.
 
-    Embeddings and norms stay as they are. Raises `CheckpointError` if the checkpoint has FP8
-    weights already, or no lm_head where one is to be quantised.
+    layout: a scale per output "row", per matrix ("tensor"), or per 128x128 "block".
+    lm_head: the output matrix too, besides the matrices of the decoder layers.
+    calibrate: a UTF-8 text to run the model over. It gives static scales for FP8 activations and
+        scales for an FP8 key/value cache. Names of special tokens in it become those tokens, so it
+        may hold chats.
+    smooth: the strength alpha of SmoothQuant, 0 to 1 (see `converters.calibrate`); needs
+        `calibrate`. None: weights stay as they are.
+    report: measure the errors and keep them beside the weights (`converters.quantization_report`),
+        with the perplexity of `text`, or else of `calibrate`, before and after.
+    tokens, sequence_length: how much of the texts is read, and in which pieces.
+    Raises ValueError for settings that do not go together.
     """
+
+    layout: Layout = "row"
+    lm_head: bool = False
+    calibrate: Path | None = None
+    smooth: float | None = None
+    report: bool = False
+    text: Path | None = None
+    tokens: int = 16384
+    sequence_length: int = 512
+
+    def __post_init__(self) -> None:
+        if self.layout not in ("row", "tensor", "block"):
+            raise ValueError(f"layout must be 'row', 'tensor' or 'block', got {self.layout!r}")
+        if self.smooth is not None and self.calibrate is None:
+            raise ValueError("smooth needs a text to calibrate on (calibrate)")
+        if self.smooth is not None and not 0 <= self.smooth <= 1:
+            raise ValueError(f"smooth must be in [0, 1], got {self.smooth}")
+        if self.text is not None and not self.report:
+            raise ValueError("text is scored for the report: ask for one (report)")
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Two plans of the same modules: what was quantised (smoothed, if that was asked), and FP8."""
+
+    original: Plan
+    plan: Plan
+
+
+def quantize(
+    checkpoint: Opened,
+    options: QuantizeOptions,
+    advance: Callable[[int], object] = lambda count: None,
+) -> Quantized:
+    """Quantise the matrices of the decoder layers, and perhaps lm_head.
+
+    Embeddings and norms stay as they are. advance: told the calibration's progress, as in
+    `layerwise.final_hidden`.
+    Raises `CheckpointError` if the checkpoint has FP8 weights already, or no lm_head where one is
+    to be quantised; ValueError for a text that cannot be used.
+    """
+    plan, ranges = checkpoint.plan, None
+    _check(plan, options.lm_head)
+    if options.calibrate is not None:
+        tokens = read_sequences(
+            options.calibrate,
+            load_tokenizer(checkpoint.directory),
+            options.tokens,
+            options.sequence_length,
+        )
+        ranges = calibrate(plan, checkpoint.spec(evaluation_dtype(checkpoint)), tokens, advance)
+        if options.smooth is not None:
+            plan, ranges = smooth(plan, checkpoint.config, ranges, options.smooth)
+    return Quantized(plan, quantize_plan(plan, options.layout, options.lm_head, ranges))
+
+
+def evaluation_dtype(checkpoint: Opened) -> str:
+    """Of activations, where a model is calibrated or scored: as it is served."""
+    return "float32" if checkpoint.config.dtype == "float32" else "bfloat16"
+
+
+def quantize_plan(
+    plan: Plan, layout: Layout, lm_head: bool = False, ranges: Ranges | None = None
+) -> Plan:
+    """The plan with its matrices quantised; with ranges, static input and KV scales too.
+
+    Raises `CheckpointError` as `quantize` does.
+    """
+    _check(plan, lm_head)
+    modules = {
+        path: _quantized(path, module, layout, ranges)
+        if is_linear(path) and (lm_head or path != "lm_head")
+        else module
+        for path, module in plan.modules.items()
+    }
+    kv_scales = plan.kv_scales if ranges is None else ranges.kv_scales()
+    return replace(plan, modules=modules, kv_scales=kv_scales)
+
+
+def _check(plan: Plan, lm_head: bool) -> None:
     stored = [path for path, module in plan.modules.items() if module.format.scale]
     if stored:
         raise CheckpointError(
@@ -29,36 +133,41 @@ def quantize_plan(plan: Plan, layout: fp8.ScaleLayout, lm_head: bool) -> Plan:
             "quantize_lm_head: this checkpoint has no lm_head of its own (tie_word_embeddings); "
             "leave it out"
         )
-    modules = {
-        path: _quantized(module, layout)
-        if is_linear(path) and (lm_head or path != "lm_head")
-        else module
-        for path, module in plan.modules.items()
-    }
-    return replace(plan, modules=modules)
 
 
-def _quantized(module: Module, layout: fp8.ScaleLayout) -> Module:
-    """Codes are made when the weight is read, block after block of rows; the scales that come with
-    them are handed out afterwards, so the weight must be read first, in order, and once."""
-    source = module.arrays["weight"]
-    rows, columns = source.shape
-    scales: list[np.ndarray] = []
+def _quantized(path: str, module: Module, layout: Layout, ranges: Ranges | None) -> Module:
+    weight = module.arrays["weight"]
+    stored: fp8.ScaleLayout = "block" if layout == "block" else "row"
+
+    @cache
+    def whole_scale() -> np.ndarray:
+        scale: np.ndarray = _scales(column_absmax(weight)[None], "row")
+        return scale
+
+    def scales_of(part: np.ndarray) -> np.ndarray:
+        if layout == "tensor":
+            return np.broadcast_to(whole_scale(), len(part))
+        scales: np.ndarray = _scales(part, stored)
+        return scales
 
     def codes(start: int, stop: int) -> np.ndarray:
-        with jax.default_device(jax.devices("cpu")[0]):
-            codes, scale = fp8.quantize(jnp.asarray(source.rows(start, stop)), layout)
-        scales.append(np.asarray(scale))
-        return np.asarray(codes)
+        part = weight.rows(start, stop)
+        codes: np.ndarray = _encode(part, scales_of(part))
+        return codes
 
-    return Module(
-        fp8.WeightFormat("float8_e4m3fn", layout),
-        {
-            "weight": LazyArray(np.dtype(ml_dtypes.float8_e4m3fn), source.shape, codes),
-            "weight_scale": LazyArray(
-                np.dtype(np.float32),
-                fp8.scale_shape((rows, columns), layout),
-                lambda start, stop: np.concatenate(scales)[start:stop],
-            ),
-        },
-    )
+    def scales(start: int, stop: int) -> np.ndarray:
+        return np.concatenate([scales_of(part) for part in pieces(weight)])[start:stop]
+
+    shape = (weight.shape[0], weight.shape[1])
+    arrays = {
+        "weight": LazyArray(np.dtype(ml_dtypes.float8_e4m3fn), shape, codes),
+        "weight_scale": LazyArray(np.dtype(np.float32), fp8.scale_shape(shape, stored), scales),
+    }
+    if ranges is not None:
+        input_scale = np.asarray(ranges.input_scale(path))
+        arrays["input_scale"] = LazyArray(input_scale.dtype, (), lambda start, stop: input_scale)
+    return Module(fp8.WeightFormat("float8_e4m3fn", stored, ranges is not None), arrays)
+
+
+_encode = on_host(fp8.encode)
+_scales = on_host(fp8.weight_scale, static=("layout",))

@@ -1,0 +1,174 @@
+"""Calibration on text: how large activations become, and smoothing, which moves their outliers.
+
+Smoothing is SmoothQuant's (Xiao et al. 2022, equation 4, https://arxiv.org/abs/2211.10438): channel
+j of a matrix' input is divided by
+
+    s_j = max|X_j| ** alpha / max|W_j| ** (1 - alpha)
+
+in whatever makes that input (a norm's weight, or rows of the matrix before it), and column j of the
+matrix is multiplied by it. Factors are powers of two, so folding them in rounds nothing and the
+model computes what it did before, up to the order of sums.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from converters.dialects.layout import LazyArray, Module, Plan, pieces
+from converters.layerwise import final_hidden
+from converters.on_host import on_host
+from llama_jax.config import LlamaConfig
+from llama_jax.fp8 import WeightFormat
+from llama_jax.model import LayerCache, ModelSpec, Params
+from pallas_kernels import e4m3
+
+_V_PROJ = "self_attn/v_proj"
+# What makes an input, and the matrices that take it, within a layer.
+_FOLDS = (
+    ("input_layernorm", ("self_attn/q_proj", "self_attn/k_proj", "self_attn/v_proj")),
+    (_V_PROJ, ("self_attn/o_proj",)),
+    ("post_attention_layernorm", ("mlp/gate_proj", "mlp/up_proj")),
+    ("mlp/up_proj", ("mlp/down_proj",)),
+)
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """Largest magnitudes of activations, float32.
+
+    inputs: [in], of each channel that enters a matrix, by its path ("layers_0/mlp/up_proj").
+    k, v: [kv_heads, head_dim] of each layer, what an FP8 cache has to hold (k after rotation).
+    """
+
+    inputs: Mapping[str, np.ndarray]
+    k: tuple[np.ndarray, ...]
+    v: tuple[np.ndarray, ...]
+
+    def input_scale(self, path: str) -> np.float32:
+        """The static scale of a matrix' input: absmax / 448."""
+        return _scale(self.inputs[path])
+
+    def kv_scales(self) -> tuple[tuple[float, float], ...]:
+        """(k, v) of each layer, absmax / 448."""
+        pairs = zip(self.k, self.v, strict=True)
+        return tuple((float(_scale(k)), float(_scale(v))) for k, v in pairs)
+
+
+def calibrate(
+    plan: Plan,
+    spec: ModelSpec,
+    tokens: np.ndarray,
+    advance: Callable[[int], object] = lambda count: None,
+) -> Ranges:
+    """The ranges that a model's activations take over tokens, int [sequences, length].
+
+    plan: its parameters, unquantised. advance: as in `layerwise.final_hidden`.
+    """
+    hidden, observed = final_hidden(plan, spec, tokens, observe=_absmax, advance=advance)
+    layers = [jax.tree.map(lambda *parts: np.max(parts, axis=0), *seen) for seen in observed]
+    inputs = {
+        f"layers_{i}/{name}": absmax
+        for i, layer in enumerate(layers)
+        for name, absmax in layer["inputs"].items()
+    }
+    inputs["lm_head"] = np.max([_channel_absmax(x) for x in hidden], axis=0)
+    return Ranges(
+        inputs,
+        tuple(layer["k"] for layer in layers),
+        tuple(layer["v"] for layer in layers),
+    )
+
+
+def smooth(plan: Plan, config: LlamaConfig, ranges: Ranges, alpha: float) -> tuple[Plan, Ranges]:
+    """The same function with smoother inputs: a plan with factors folded in, and its ranges.
+
+    alpha: 0 to 1; the more, the more of the outliers moves from activations into weights. Weights
+    keep their dtype, except that float16 becomes float32, since float16 has too few exponents.
+    """
+    rows: dict[str, np.ndarray] = {}
+    columns: dict[str, np.ndarray] = {}
+    for layer in range(config.num_layers):
+        for maker, takers in _FOLDS:
+            paths = [f"layers_{layer}/{name}" for name in takers]
+            weights = [column_absmax(plan.modules[path].arrays["weight"]) for path in paths]
+            # Channels of the input that share a channel of what makes it, on axis 1: each kv head
+            # makes the input of o_proj for a group of heads.
+            groups = (config.num_kv_heads, -1, config.head_dim) if maker == _V_PROJ else (-1, 1)
+            x = ranges.inputs[paths[0]].reshape(groups)
+            w = np.max(weights, axis=0).reshape(groups)
+            factor = _power_of_two(x.max(axis=1), w.max(axis=1), alpha)
+            rows[f"layers_{layer}/{maker}"] = 1 / factor.reshape(-1)
+            column = np.broadcast_to(np.expand_dims(factor, axis=1), x.shape).reshape(-1)
+            columns |= dict.fromkeys(paths, column)
+    modules = {
+        path: _folded(module, rows.get(path), columns.get(path))
+        for path, module in plan.modules.items()
+    }
+    inputs = {path: absmax / columns.get(path, 1) for path, absmax in ranges.inputs.items()}
+    v = [
+        absmax * rows[f"layers_{i}/{_V_PROJ}"].reshape(absmax.shape)
+        for i, absmax in enumerate(ranges.v)
+    ]
+    return replace(plan, modules=modules), Ranges(inputs, ranges.k, tuple(v))
+
+
+def _absmax(inputs: Mapping[str, Array], pages: LayerCache, params: Params) -> dict[str, Any]:
+    """An `Observe`."""
+    return {
+        "inputs": {name: _channel_absmax(x) for name, x in inputs.items()},
+        "k": jnp.max(jnp.abs(pages.k), axis=(0, 1)).astype(jnp.float32),
+        "v": jnp.max(jnp.abs(pages.v), axis=(0, 1)).astype(jnp.float32),
+    }
+
+
+def _channel_absmax(x: Array) -> Array:
+    return jnp.max(jnp.abs(x), axis=(0, 1)).astype(jnp.float32)
+
+
+def _scale(absmax: np.ndarray) -> np.float32:
+    return np.float32(absmax.max() / np.float32(e4m3.MAX)) or np.float32(1)
+
+
+def _power_of_two(x: np.ndarray, w: np.ndarray, alpha: float) -> np.ndarray:
+    """The factors s rounded to powers of two; 1 for a channel that is always zero."""
+    alive = (x > 0) & (w > 0)
+    x, w = np.where(alive, x, 1), np.where(alive, w, 1)
+    return np.exp2(np.round(alpha * np.log2(x) - (1 - alpha) * np.log2(w))).astype(np.float32)
+
+
+def column_absmax(weight: LazyArray) -> np.ndarray:
+    """The largest magnitude in each column of an (out, in) matrix, float32 [in]."""
+    return np.max([_columns(part) for part in pieces(weight)], axis=0)
+
+
+@on_host
+def _columns(weight: Array) -> Array:
+    return jnp.max(jnp.abs(weight), axis=0).astype(jnp.float32)
+
+
+def _folded(module: Module, row: np.ndarray | None, column: np.ndarray | None) -> Module:
+    """The module with its weight's rows and columns multiplied by these factors."""
+    if row is None and column is None:
+        return module
+    source = module.arrays["weight"]
+    dtype = np.dtype(np.float32) if source.dtype == np.float16 else source.dtype
+    row = np.ones(source.shape[0], np.float32) if row is None else row
+    column = np.ones((), np.float32) if column is None else column
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        product: np.ndarray = _multiply(source.rows(start, stop), row[start:stop], column, dtype)
+        return product
+
+    return Module(WeightFormat(dtype.name), {"weight": LazyArray(dtype, source.shape, rows)})
+
+
+@partial(on_host, static=("dtype",))
+def _multiply(weight: Array, row: Array, column: Array, dtype: np.dtype) -> Array:
+    row = row if weight.ndim == 1 else row[:, None]
+    return (weight.astype(jnp.float32) * row * column).astype(dtype)

@@ -1,0 +1,228 @@
+"""A model run over whole texts one layer at a time, straight from a checkpoint on disk.
+
+A model larger than memory can be calibrated, scored and compared this way: what is held at once is
+one layer's weights beside the hidden states of all tokens. Each layer runs as a model one layer
+deep, by the model's own code (`llama_jax.model.Llama`) with a cache, so layers that are stored
+alike share one compiled program.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+from jax import Array
+
+from converters.dialects.layout import Plan, pieces
+from llama_jax.kv_cache import KVDtype, init_cache, storage_dtype
+from llama_jax.model import LayerCache, Linear, Llama, ModelSpec, Params
+from llama_jax.tokenizer import Tokenizer
+from pallas_kernels import e4m3
+
+# Tokens that go through a layer at once, and tokens whose logits exist at once.
+_BATCH_TOKENS = 2048
+_LOGIT_TOKENS = 256
+# A token takes fewer characters than this in any text worth calibrating on.
+_CHARS_PER_TOKEN = 16
+
+# Called inside the compiled layer with the inputs of its matrices by name ("mlp/up_proj"), each
+# [b, t, in]; its part of the cache after it ran; and its parameters.
+Observe = Callable[[Mapping[str, Array], LayerCache, Params], Any]
+
+
+def read_sequences(path: Path, tokenizer: Tokenizer, tokens: int, length: int) -> np.ndarray:
+    """The first `tokens` tokens of a text as int32 [sequences, length], each begun by BOS.
+
+    Only whole sequences count; a text shorter than one is one sequence of its own length.
+    Raises ValueError for a text without two tokens, or one that is not UTF-8.
+    """
+    if length < 2 or tokens < length:
+        raise ValueError(
+            f"{tokens} tokens in sequences of {length}: a sequence needs at least 2 tokens, and "
+            "there must be at least one"
+        )
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(tokens * _CHARS_PER_TOKEN)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    ids = np.array(tokenizer.encode(text, parse_special=True), np.int32)
+    step = min(length - len(bos), len(ids))
+    if step + len(bos) < 2:
+        raise ValueError(f"{path} holds {len(ids)} tokens: too few to predict any from another")
+    count = min(len(ids) // step, tokens // length)
+    rows = ids[: count * step].reshape(count, step)
+    return np.concatenate([np.tile(np.array(bos, np.int32), (count, 1)), rows], axis=1)
+
+
+def final_hidden(
+    plan: Plan,
+    spec: ModelSpec,
+    tokens: np.ndarray,
+    *,
+    kv_dtype: KVDtype = "bf16",
+    observe: Observe | None = None,
+    advance: Callable[[int], object] = lambda count: None,
+) -> tuple[list[Array], list[list[Any]]]:
+    """Run all layers over tokens, int [sequences, length], each sequence from its beginning.
+
+    plan: the parameters, in the formats of `spec`. kv_dtype: of the cache, with the plan's scales.
+    observe: `Observe`, a function at module level. advance: told the tokens that a layer has done,
+    num_layers * tokens.size in all.
+    Returns the final hidden states, normed, as batches [b, length, d] of `spec.dtype` in order; and
+    what was observed, [layer][batch].
+    """
+    batch = _batch_size(*tokens.shape)
+    embedding = read_module(plan, "embed_tokens")
+    hidden = [
+        _embed({"embed_tokens": embedding}, tokens[i : i + batch], spec=spec)
+        for i in range(0, len(tokens), batch)
+    ]
+    del embedding
+    observed = []
+    for layer in range(spec.config.num_layers):
+        params = {"layers_0": read_layer(plan, layer)}
+        scales = np.array([plan.kv_scales[layer] if plan.kv_scales else (1.0, 1.0)], np.float32)
+        run = partial(
+            _layer, params, scales, spec=layer_spec(spec, layer), kv_dtype=kv_dtype, observe=observe
+        )
+        seen = []
+        for i, x in enumerate(hidden):
+            hidden[i], found = jax.block_until_ready(run(x))
+            seen.append(found)
+            advance(x.shape[0] * x.shape[1])
+        observed.append(seen)
+    norm = {"norm": read_module(plan, "norm")}
+    return [_norm(norm, x, spec=spec) for x in hidden], observed
+
+
+def logits(plan: Plan, spec: ModelSpec, hidden: list[Array]) -> Iterator[Array]:
+    """float32 [tokens, vocab] for the states of `final_hidden`, up to 256 tokens at a time.
+
+    The last token of each sequence is left out: nothing follows it that it could be compared with.
+    """
+    name = "embed_tokens" if spec.config.tie_word_embeddings else "lm_head"
+    params = {name: read_module(plan, name)}
+    rows = jnp.concatenate([x[:, :-1].reshape(-1, x.shape[-1]) for x in hidden])
+    for start in range(0, len(rows), _LOGIT_TOKENS):
+        part = rows[start : start + _LOGIT_TOKENS]
+        padded = jnp.pad(part, ((0, _LOGIT_TOKENS - len(part)), (0, 0)))
+        yield _unembed(params, padded, spec=spec)[: len(part)]
+
+
+def log_likelihoods(
+    plan: Plan, spec: ModelSpec, tokens: np.ndarray, hidden: list[Array]
+) -> np.ndarray:
+    """The natural log of each token's probability after those before it.
+
+    tokens: int [sequences, length], which gave `hidden`. Returns float32 [sequences, length - 1].
+    """
+    targets = tokens[:, 1:].reshape(-1)
+    found, start = [], 0
+    for part in logits(plan, spec, hidden):
+        found.append(_log_likelihood(part, targets[start : start + len(part)]))
+        start += len(part)
+    return np.concatenate(found).reshape(len(tokens), -1)
+
+
+def layer_spec(spec: ModelSpec, layer: int) -> ModelSpec:
+    """The model that consists of this layer alone, as its layer 0."""
+    prefix = f"layers_{layer}/"
+    formats = {
+        "layers_0/" + path.removeprefix(prefix): stored
+        for path, stored in spec.formats.items()
+        if path.startswith(prefix)
+    }
+    return replace(spec, config=replace(spec.config, num_layers=1), formats=formats)
+
+
+def read_layer(plan: Plan, layer: int) -> Params:
+    """The parameters of a layer, nested by module name; FP8 codes as `read_module` gives them."""
+    prefix = f"layers_{layer}/"
+    tree = {
+        path.removeprefix(prefix): read_module(plan, path)
+        for path in plan.modules
+        if path.startswith(prefix)
+    }
+    return traverse_util.unflatten_dict(tree, sep="/")
+
+
+def read_module(plan: Plan, path: str) -> dict[str, np.ndarray]:
+    """The arrays of a module; on a CPU FP8 codes come as int8 bits, as `load_params` has them."""
+    on_cpu = jax.default_backend() == "cpu"
+    arrays = {}
+    for name, lazy in plan.modules[path].arrays.items():
+        parts = list(pieces(lazy))
+        array = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        arrays[name] = array.view(np.int8) if on_cpu and array.dtype == e4m3.DTYPE else array
+    return arrays
+
+
+def _batch_size(sequences: int, length: int) -> int:
+    """Sequences at a time: the most within `_BATCH_TOKENS` that divide them evenly."""
+    limit = max(1, _BATCH_TOKENS // length)
+    return max(size for size in range(1, limit + 1) if sequences % size == 0)
+
+
+@partial(jax.jit, static_argnames="spec")
+def _embed(params: Params, tokens: Array, *, spec: ModelSpec) -> Any:
+    return Llama(spec).apply(
+        {"params": params}, tokens, method=lambda model, x: model.embed_tokens(x)
+    )
+
+
+@partial(jax.jit, static_argnames=("spec", "kv_dtype", "observe"))
+def _layer(
+    params: Params,
+    kv_scales: Array,
+    x: Array,
+    *,
+    spec: ModelSpec,
+    kv_dtype: KVDtype,
+    observe: Observe | None,
+) -> tuple[Array, Any]:
+    batch, length = x.shape[:2]
+    stored = storage_dtype(kv_dtype, spec.dtype)
+    cache = init_cache(spec.config, batch, length, stored, kv_scales)
+    starts, lengths = cache.lengths, jnp.full(batch, length)
+    pages = LayerCache(
+        cache.k[0], cache.v[0], cache.k_scale[0], cache.v_scale[0],
+        cache.page_table, starts, lengths,
+    )  # fmt: skip
+    positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+    inputs: dict[str, Array] = {}
+
+    def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        if isinstance(context.module, Linear):
+            inputs["/".join(context.module.path[1:])] = args[0]
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(watch):
+        result: Any = Llama(spec).apply(
+            {"params": params}, x, positions, pages, method=lambda model, *a: model.layers[0](*a)
+        )
+    y, pages = result
+    return y, observe(inputs, pages, params["layers_0"]) if observe else None
+
+
+@partial(jax.jit, static_argnames="spec")
+def _norm(params: Params, x: Array, *, spec: ModelSpec) -> Any:
+    return Llama(spec).apply({"params": params}, x, method=lambda model, x: model.norm(x))
+
+
+@partial(jax.jit, static_argnames="spec")
+def _unembed(params: Params, hidden: Array, *, spec: ModelSpec) -> Any:
+    return Llama(spec).apply({"params": params}, hidden, method="unembed")
+
+
+@jax.jit
+def _log_likelihood(logits: Array, targets: Array) -> Array:
+    chosen = jnp.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+    return chosen - jax.nn.logsumexp(logits, axis=1)

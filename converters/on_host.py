@@ -1,0 +1,18 @@
+"""Arithmetic on pieces of weights: compiled, but on the host's CPU whatever else is there."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def on_host(function: Callable[..., Any], static: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """`function` compiled for the CPU, NumPy arrays in and out; static: names of arguments."""
+    compiled = jax.jit(function, static_argnames=static)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with jax.default_device(jax.devices("cpu")[0]):
+            return jax.tree.map(np.asarray, compiled(*args, **kwargs))
+
+    return call

@@ -1,0 +1,156 @@
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from converters import layerwise
+from converters.dialects.layout import LazyArray, Module, Plan
+from converters.layerwise import final_hidden, log_likelihoods, logits, read_sequences
+from llama_jax.abacus import vocabulary
+from llama_jax.kv_cache import init_cache
+from llama_jax.model import Llama, ModelSpec, init_params, prefill
+from llama_jax.tokenizer import load_tokenizer
+from tests.tiny import config, fp8_spec, tokens
+
+ABACUS = Path(vocabulary.__file__).parent / "checkpoint"
+
+
+def lively_params(spec: ModelSpec) -> dict:
+    """Random parameters that give logits of order 1: eight times the usual initialisation."""
+
+    def enlarge(path: Any, leaf: Any) -> Any:
+        grows = path[-1].key == "weight_scale" or (
+            path[-1].key == "weight" and leaf.ndim == 2 and leaf.dtype == spec.config.dtype
+        )
+        return leaf * 8 if grows else leaf
+
+    return jax.tree_util.tree_map_with_path(enlarge, init_params(spec))
+
+
+def plan_of(params: Any, spec: ModelSpec, kv_scales: Any = None, read: Any = None) -> Plan:
+    """A plan of arrays in memory; `read` is told the path of each module when it is read."""
+
+    def lazy(path: str, array: np.ndarray) -> LazyArray:
+        def rows(start: int, stop: int) -> np.ndarray:
+            if read and array.ndim == 2:
+                read(path)
+            return array[start:stop] if array.ndim else array
+
+        return LazyArray(array.dtype, array.shape, rows)
+
+    modules: dict[str, dict[str, LazyArray]] = {}
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        name = "/".join(path[:-1])
+        modules.setdefault(name, {})[path[-1]] = lazy(name, np.asarray(leaf))
+    return Plan(
+        {name: Module(spec.format_of(tuple(name.split("/"))), m) for name, m in modules.items()},
+        frozenset(),
+        kv_scales,
+    )
+
+
+def run(plan: Plan, spec: ModelSpec, ids: np.ndarray, **settings: Any) -> np.ndarray:
+    """Logits [sequences, length - 1, vocab]."""
+    hidden, _ = final_hidden(plan, spec, ids, **settings)
+    parts = [np.asarray(part) for part in logits(plan, spec, hidden)]
+    return np.concatenate(parts).reshape(len(ids), ids.shape[1] - 1, -1)
+
+
+SPECS = {
+    "dense": ModelSpec(config(), dtype="float32"),
+    "tied": ModelSpec(config(tie_word_embeddings=True), dtype="float32"),
+    "row": fp8_spec("row"),
+    "block": fp8_spec("block", config(hidden_size=136)),
+    "static": fp8_spec("row", activations="static"),
+}
+
+
+@pytest.mark.parametrize("case", SPECS)
+def test_agrees_with_the_whole_model(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sum in float32, in different orders: 1e-5 of logits of order 1."""
+    monkeypatch.setattr(layerwise, "_BATCH_TOKENS", 48)
+    monkeypatch.setattr(layerwise, "_LOGIT_TOKENS", 10)  # 4 sequences of 23 do not divide by it
+    spec = SPECS[case]
+    params, ids = lively_params(spec), tokens(4, 24)
+    expected = jax.jit(Llama(spec).apply)({"params": params}, ids)[:, :-1]
+    assert 0.3 < np.abs(expected).mean() < 10
+    found = run(plan_of(params, spec), spec, ids)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_matrix_is_read_once_and_layer_after_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layerwise, "_BATCH_TOKENS", 8)
+    spec = SPECS["dense"]
+    read: list[str] = []
+    plan = plan_of(lively_params(spec), spec, read=read.append)
+    done: list[int] = []
+    run(plan, spec, tokens(6, 8), advance=done.append)
+    assert sorted(read) == sorted(path for path in plan.modules if "norm" not in path)
+    assert [path[:8] for path in read[1:-1]] == ["layers_0"] * 7 + ["layers_1"] * 7
+    assert done == [8] * 6 * 2
+
+
+def test_layers_in_different_formats() -> None:
+    spec = fp8_spec("row")
+    mixed = ModelSpec(
+        spec.config, {p: f for p, f in spec.formats.items() if p.startswith("layers_1")}, "float32"
+    )
+    params, ids = lively_params(mixed), tokens(2, 9)
+    expected = Llama(mixed).apply({"params": params}, ids)[:, :-1]
+    np.testing.assert_allclose(run(plan_of(params, mixed), mixed, ids), expected, atol=1e-5)
+
+
+def test_an_fp8_cache_rounds_as_in_prefill() -> None:
+    spec, scales = SPECS["dense"], ((0.01, 0.02), (0.005, 0.01))
+    params, ids = lively_params(spec), tokens(3, 10)
+    plan = plan_of(params, spec, scales)
+    cache = init_cache(spec.config, 3, 9, jnp.int8, jnp.array(scales))
+    expected, _ = prefill(params, cache, ids[:, :-1], jnp.full(3, 9), spec=spec)
+    found = run(plan, spec, ids, kv_dtype="fp8")[:, -1]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(found - run(plan, spec, ids)[:, -1]).max() > 1e-3
+
+
+def test_log_likelihoods() -> None:
+    spec = SPECS["dense"]
+    params, ids = lively_params(spec), tokens(3, 7)
+    plan = plan_of(params, spec)
+    hidden, _ = final_hidden(plan, spec, ids)
+    log_probs = jax.nn.log_softmax(Llama(spec).apply({"params": params}, ids))
+    expected = np.take_along_axis(np.asarray(log_probs)[:, :-1], ids[:, 1:, None], axis=2)[..., 0]
+    np.testing.assert_allclose(log_likelihoods(plan, spec, ids, hidden), expected, atol=1e-5)
+
+
+def test_texts_are_cut_into_whole_sequences(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(ABACUS)
+    path = tmp_path / "text"
+    path.write_text("7" * 50)  # digits are single tokens
+    bos = tokenizer.bos_id
+    ids = read_sequences(path, tokenizer, tokens=30, length=10)
+    assert ids.shape == (3, 10) and ids.dtype == np.int32
+    assert (ids[:, 0] == bos).all() and (ids[:, 1:] == tokenizer.encode("7")[0]).all()
+    assert read_sequences(path, tokenizer, 1000, 10).shape == (5, 10)  # 50 // 9: the rest is left
+    assert read_sequences(path, tokenizer, 1000, 500).shape == (1, 51)
+    path.write_text("<|eot_id|>" * 3)
+    eot = tokenizer.special_tokens["<|eot_id|>"]
+    assert read_sequences(path, tokenizer, 16, 16).tolist() == [[bos, eot, eot, eot]]
+
+
+def test_texts_that_cannot_be_used(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(ABACUS)
+    path = tmp_path / "text"
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"text holds 0 tokens: too few"):
+        read_sequences(path, tokenizer, 100, 10)
+    path.write_bytes(b"\xff\xfe1")
+    with pytest.raises(ValueError, match="is not a UTF-8 text file"):
+        read_sequences(path, tokenizer, 100, 10)
+    with pytest.raises(FileNotFoundError):
+        read_sequences(tmp_path / "nowhere", tokenizer, 100, 10)
+    for size in ((100, 1), (9, 10)):
+        with pytest.raises(ValueError, match="a sequence needs at least 2 tokens"):
+            read_sequences(path, tokenizer, *size)
