@@ -14,7 +14,7 @@ from llama_jax.checkpoint import CheckpointError
 from llama_jax.config import PARAM_DTYPES
 from llama_jax.fp8 import WeightFormat
 
-PIECE_BYTES = 32 * 1024 * 1024
+PIECE_BYTES = 8 * 1024 * 1024
 # A boundary between pieces never cuts a block of scales in two.
 _ROW_MULTIPLE = 128
 
