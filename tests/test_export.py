@@ -5,6 +5,7 @@ transformers and compressed-tensors themselves read exports in test_export_parit
 
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from converters.pipeline import convert
 from converters.safetensors_reader import read_checkpoint, read_rows
 from converters.safetensors_writer import write_checkpoint
 from llama_jax import cli
-from llama_jax.checkpoint import CheckpointError
+from llama_jax.checkpoint import MANIFEST, CheckpointError, read_manifest
 from llama_jax.config import PRESETS, LlamaConfig
 from llama_jax.fp8 import WeightFormat
 from tests import tiny_checkpoints as tiny
@@ -293,6 +294,28 @@ def test_an_unconverted_checkpoint_can_be_exported(tmp_path: Path) -> None:
     converted = exported(tmp_path, source, "fp8")
     export(source, tmp_path / "direct", "fp8", progress=False)
     assert_same(tensors(tmp_path / "direct"), tensors(converted))
+
+
+@pytest.mark.parametrize("kind", ["tensor", "channel", "block", "lm_head"])
+def test_fp8_goes_round_without_a_bit_lost(tmp_path: Path, kind: str) -> None:
+    """Orbax to compressed-tensors and back: codes, scales, the cache's scales, the config."""
+    if kind == "tensor":
+        source = tiny.write(tmp_path / "source", tiny.friendli(), tiny.FRIENDLI_05)
+        quantize: dict[str, Any] = {}
+    else:
+        source = tiny.write(tmp_path / "source", tiny.dense())
+        quantize = {"quantize": "block" if kind == "block" else "row"}
+        quantize["quantize_lm_head"] = kind == "lm_head"
+    convert(source, tmp_path / "orbax", progress=False, **quantize)
+    manifest = tmp_path / "orbax" / MANIFEST
+    kv_scales = [[0.1, 0.3], [1.5, 2e-3]]  # as float32, which is what scales are
+    kv_scales = [[float(np.float32(each)) for each in pair] for pair in kv_scales]
+    manifest.write_text(json.dumps(read_json(manifest) | {"kv_scales": kv_scales}))
+    export(tmp_path / "orbax", tmp_path / "hf", "fp8", progress=False)
+    convert(tmp_path / "hf", tmp_path / "again", progress=False)
+    assert_same(canonical(tmp_path / "again"), canonical(tmp_path / "orbax"))
+    before, after = (read_manifest(tmp_path / name) for name in ("orbax", "again"))
+    assert after == replace(before, dialect=after.dialect, source="hf", checksums=after.checksums)
 
 
 def test_only_exports_are_overwritten(tmp_path: Path) -> None:
