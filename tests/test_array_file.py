@@ -1,4 +1,5 @@
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -92,3 +93,24 @@ def test_a_layout_of_somebody_else_is_refused(tmp_path: Path) -> None:
     ts.open(spec, create=True).result().write(array).result()
     with pytest.raises(ValueError, match=r"a is stored as float32 \[256, 256\], expected is"):
         array_file.check_layout(tmp_path / "a", array.dtype, array.shape)
+
+
+def bytes_read(action: Callable[[], object]) -> int:
+    """What this process asks the system to read meanwhile."""
+
+    def so_far() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    before = so_far()
+    action()
+    return so_far() - before
+
+
+def test_a_part_of_the_rows_or_of_the_columns_is_read_by_itself(tmp_path: Path) -> None:
+    array = values("bfloat16", (2048, 4096))
+    write(tmp_path / "a", array, 2048)
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{tmp_path / 'a'}/"}}
+    stored = ts.open(spec).result()  # as Orbax reads what a device owns
+    for part in (np.s_[:128], np.s_[1024:1280], np.s_[:, 256:512], np.s_[:, 3840:]):
+        read = bytes_read(lambda part=part: stored[part].read().result())
+        assert read < array[part].nbytes + 20_000  # the index and zarr.json
