@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -20,6 +19,7 @@ from jax import Array
 
 from converters.compressed_tensors_writer import compressed_tensors
 from converters.dialects.layout import LazyArray, Module, Plan, source_name
+from converters.on_host import on_host
 from converters.opened import open_checkpoint
 from converters.safetensors_writer import write_checkpoint
 from converters.staging import staged
@@ -106,14 +106,14 @@ def _dequantized(module: Module) -> LazyArray:
     per = BLOCK if module.format.scale == "block" else 1
 
     def rows(start: int, stop: int) -> np.ndarray:
-        with jax.default_device(jax.devices("cpu")[0]):
-            scales = scale.rows(start // per, -(-stop // per))
-            return np.asarray(_to_bfloat16(codes.rows(start, stop), scales))
+        scales = scale.rows(start // per, -(-stop // per))
+        values: np.ndarray = _to_bfloat16(codes.rows(start, stop), scales)
+        return values
 
     return LazyArray(np.dtype(ml_dtypes.bfloat16), codes.shape, rows)
 
 
-@jax.jit
+@on_host
 def _to_bfloat16(codes: Array, scale: Array) -> Array:
     return fp8.dequantize(codes, scale).astype(jnp.bfloat16)
 

@@ -152,7 +152,7 @@ def load_params(
     """
     root = Path(directory).resolve() / PARAMS
     expected = abstract_params(spec)
-    _check_stored(root, expected)
+    check_stored(root, expected)
     target = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         expected,
@@ -162,6 +162,26 @@ def load_params(
     with ocp.Checkpointer(handler) as checkpointer:
         params: Params = checkpointer.restore(root, args=ocp.args.StandardRestore(target))
     return jax.tree.map(_as_bits, params) if bits else params
+
+
+def check_stored(root: Path, expected: Params) -> None:
+    """Compare the arrays in `root` with the tree that is wanted, before any of them is read.
+
+    Orbax would cast another dtype silently and read a missing chunk as zeros.
+    Raises `CheckpointError` naming the parameter that is missing, left over, damaged, or of another
+    shape or dtype.
+    """
+    wanted = traverse_util.flatten_dict(expected, sep=".")
+    found = {path.name for path in root.glob("*") if path.is_dir()}
+    for name in sorted(wanted.keys() - found):
+        raise CheckpointError(f"{root} lacks {name}, which the model needs")
+    for name in sorted(found - wanted.keys()):
+        raise CheckpointError(f"{root} holds {name}, which the model has no place for")
+    for name, leaf in wanted.items():
+        try:
+            array_file.check_layout(root / name, np.dtype(leaf.dtype), leaf.shape)
+        except ValueError as error:
+            raise CheckpointError(f"{root}: {error}. Convert the checkpoint again.") from error
 
 
 def verify(
@@ -219,21 +239,3 @@ def _as_bits(array: Array) -> Array:
         return array
     shards = [e4m3.as_bits(shard.data) for shard in array.addressable_shards]
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, shards)
-
-
-def _check_stored(root: Path, expected: Params) -> None:
-    """Compare what lies in `root` with the tree that is wanted, before anything is read.
-
-    Orbax would cast another dtype silently and read a missing chunk as zeros.
-    """
-    wanted = traverse_util.flatten_dict(expected, sep=".")
-    found = {path.name for path in root.glob("*") if path.is_dir()}
-    for name in sorted(wanted.keys() - found):
-        raise CheckpointError(f"{root} lacks {name}, which the model needs")
-    for name in sorted(found - wanted.keys()):
-        raise CheckpointError(f"{root} holds {name}, which the model has no place for")
-    for name, leaf in wanted.items():
-        try:
-            array_file.check_layout(root / name, np.dtype(leaf.dtype), leaf.shape)
-        except ValueError as error:
-            raise CheckpointError(f"{root}: {error}. Convert the checkpoint again.") from error
