@@ -10,10 +10,16 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from converters.pipeline import CONVERTER_VERSION, convert
-from converters.source import TOKENIZER_FILES
+from converters.source import QUANTIZATION_FILE, TOKENIZER_FILES
 from llama_jax.checkpoint import MANIFEST, CheckpointError
 
-_WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"]
+_WANTED = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    QUANTIZATION_FILE,
+]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -42,7 +48,7 @@ def resolve(
             )
         return path
     name = path.resolve().name
-    if not path.is_dir():
+    if not path.exists():
         path, name = _download(str(path_or_id)), str(path_or_id).partition("/")[2]
     target = _cache(cache_dir) / f"{name}-{_fingerprint(path, quantize)}"
     if not target.exists():

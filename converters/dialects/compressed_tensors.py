@@ -116,6 +116,8 @@ def _scheme(group: Mapping[str, Any], where: str) -> Scheme:
         },
     )
     weights = as_object(group, "weights", where)
+    if not weights:
+        raise CheckpointError(f"{where}.weights is empty; only quantised weights are supported")
     strategy = _check_numbers(weights, f"{where}.weights", tuple(_LAYOUTS), (False,))
     inputs = as_object(group, "input_activations", where)
     is_dynamic = inputs.get("dynamic", False)
