@@ -9,7 +9,9 @@ import json
 import math
 import mmap
 import re
-from collections.abc import Iterable, Mapping
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -38,9 +40,11 @@ DTYPES: Mapping[str, np.dtype] = MappingProxyType(
         "BOOL": np.dtype(np.bool_),
     }
 )
-_MAX_HEADER = 100_000_000
-_INDEX = "model.safetensors.index.json"
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+# Ten times the header of the largest Llama in one file. JSON in memory is ten times its text.
+_MAX_JSON = 16 * 1024 * 1024
+_MAX_AXES = 32
+_MAX_ELEMENTS = 2**60
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 
 
 @dataclass(frozen=True)
@@ -126,20 +130,31 @@ def read_checkpoint(directory: Path) -> dict[str, StoredTensor]:
     neither, whatever complete set of `*.safetensors` is there. Raises `CheckpointError` for a
     missing or escaping shard, a tensor found twice, and an index that differs from the shards.
     """
+    return read_shards(directory, "model.safetensors", "*.safetensors", read_header)
+
+
+def read_shards(
+    directory: Path, whole: str, shards: str, read: Callable[[Path], Mapping[str, StoredTensor]]
+) -> dict[str, StoredTensor]:
+    """What `read_checkpoint` does, for files of any format.
+
+    whole: the name of the file that holds everything, where there is one; it also gives the index
+    its name. shards: a pattern of the others' names. read: reads one file.
+    """
     directory = directory.resolve()
-    index = directory / _INDEX
-    if (directory / "model.safetensors").is_file():
-        return read_header(shard_path(directory, "model.safetensors"))
+    index = directory / f"{whole}.index.json"
+    if (directory / whole).is_file():
+        return dict(read(shard_path(directory, whole)))
     if index.is_file():
         weight_map = _read_index(index)
         names: Iterable[str] = sorted(set(weight_map.values()))
     else:
         weight_map = None
-        names = _unindexed_shards(directory)
+        names = _unindexed_shards(directory, shards)
 
     tensors: dict[str, StoredTensor] = {}
     for name in names:
-        for tensor in read_header(shard_path(directory, name)).values():
+        for tensor in read(shard_path(directory, name)).values():
             if tensor.name in tensors:
                 other = tensors[tensor.name].path.name
                 raise CheckpointError(f"{tensor.name} is in both {other} and {name} of {directory}")
@@ -162,21 +177,25 @@ def shard_path(directory: Path, name: str) -> Path:
     directory: resolved. A link may stay inside it, or go to the `blobs` of the Hugging Face hub
     cache (`models--org--name/snapshots/<revision>/<file> -> ../../blobs/<hash>`).
     """
-    if name != Path(name).name or name in ("", ".", ".."):
+    if name != Path(name).name or name in ("", ".", "..") or not name.isprintable():
         raise CheckpointError(
-            f"{directory / _INDEX} names the shard {name!r}; a plain file name is expected"
+            f"the index of {directory} names the shard {name!r}; a plain file name is expected"
         )
     path = directory / name
     allowed = [directory]
     if directory.parent.name == "snapshots":
         allowed.append(directory.parent.parent / "blobs")
-    target = path.resolve()
+    try:
+        target = path.resolve()
+        found = target.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
+        raise CheckpointError(f"{path} cannot be opened: {error}") from error
     if not any(target.is_relative_to(root) for root in allowed):
         raise CheckpointError(
             f"{path} is a link to {target}, outside the checkpoint. Copy the file, or link the "
             "whole directory."
         )
-    if not target.is_file():
+    if not found:
         raise CheckpointError(f"{path} is missing. Download the rest of the checkpoint.")
     return path
 
@@ -192,63 +211,82 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int]:
                 f"{path} is truncated: its header alone needs {8 + length} bytes and the file has "
                 f"{size}. Download it again."
             )
-        if length > _MAX_HEADER:
+        if length > _MAX_JSON:
             raise CheckpointError(f"{path} is not a safetensors file: a header of {length} bytes")
         raw = file.read(length)
+    return _parse(raw, path, "a safetensors file"), 8 + length
+
+
+def _parse(raw: bytes, path: Path, expected: str) -> dict[str, Any]:
+    """A JSON object in which no key appears twice. expected: what the file should be, in words."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise CheckpointError(f"{path}: {twice!r:.100} appears twice in the JSON")
+        return found
+
     try:
-        header = json.loads(raw, object_pairs_hook=lambda pairs: _unique(pairs, path))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: bad header ({error})") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} is not a safetensors file: its header is not an object")
-    return header, 8 + length
-
-
-def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise CheckpointError(f"{path}: {twice!r} appears twice in the header")
-    return found
+        parsed = json.loads(raw, object_pairs_hook=unique)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not {expected}: bad JSON ({error})") from error
+    if not isinstance(parsed, dict):
+        raise CheckpointError(f"{path} is not {expected}: its JSON is not an object")
+    return parsed
 
 
 def _entry(name: str, entry: Any, path: Path, data_start: int) -> StoredTensor:
-    where = f"{path}: {name}"
+    where = f"{path}: {name:.200}"
+    if not name.isprintable():
+        raise CheckpointError(f"{path}: {name!r:.200} cannot be the name of a tensor")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where}: expected dtype, shape and data_offsets, got {entry!r}")
-    shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{where}: shape {shape!r}, data_offsets {offsets!r} are malformed")
-    if entry["dtype"] not in DTYPES:
         raise CheckpointError(
-            f"{where}: dtype {entry['dtype']!r} is not known ({', '.join(DTYPES)})"
+            f"{where}: expected dtype, shape and data_offsets, got {entry!r:.200}"
         )
-    tensor = StoredTensor(name, DTYPES[entry["dtype"]], tuple(shape), path, data_start + offsets[0])
+    shape, offsets, tag = entry["shape"], entry["data_offsets"], entry["dtype"]
+    if not _is_shape(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise CheckpointError(
+            f"{where}: shape {shape!r:.200}, data_offsets {offsets!r:.200} are malformed"
+        )
+    if not isinstance(tag, str) or tag not in DTYPES:
+        raise CheckpointError(f"{where}: dtype {tag!r:.200} is not known ({', '.join(DTYPES)})")
+    tensor = StoredTensor(name, DTYPES[tag], tuple(shape), path, data_start + offsets[0])
     if offsets[1] - offsets[0] != tensor.nbytes:
         raise CheckpointError(
-            f"{where}: {entry['dtype']} {shape} takes {tensor.nbytes} bytes, data_offsets "
+            f"{where}: {tag} {shape} takes {tensor.nbytes} bytes, data_offsets "
             f"{offsets} hold {offsets[1] - offsets[0]}"
         )
     return tensor
 
 
+def _is_shape(value: Any) -> bool:
+    return (
+        _naturals(value)
+        and len(value) <= _MAX_AXES
+        and math.prod(length or 1 for length in value) <= _MAX_ELEMENTS
+    )
+
+
 def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item <= sys.maxsize for item in value
+    )
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is not an index with a weight_map: {error!r}") from error
+    if path.stat().st_size > _MAX_JSON:
+        raise CheckpointError(f"{path} is too large for an index: {path.stat().st_size} bytes")
+    weight_map = _parse(path.read_bytes(), path, "an index").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
     return weight_map
 
 
-def _unindexed_shards(directory: Path) -> list[str]:
-    names = sorted(path.name for path in directory.glob("*.safetensors"))
+def _unindexed_shards(directory: Path, shards: str) -> list[str]:
+    names = sorted(path.name for path in directory.glob(shards))
     if not names:
         others = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
         raise CheckpointError(
@@ -257,7 +295,7 @@ def _unindexed_shards(directory: Path) -> list[str]:
     for match in filter(None, map(_SHARD.fullmatch, names)):
         stem, count = match[1], int(match[3])
         for number in range(1, count + 1):
-            expected = f"{stem}-{number:05d}-of-{match[3]}.safetensors"
+            expected = f"{stem}-{number:05d}-of-{match[3]}{match[4]}"
             if expected not in names:
                 raise CheckpointError(
                     f"{directory / expected} is missing. Download the rest of the checkpoint."

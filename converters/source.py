@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converters.pth_reader import read_bin_checkpoint, read_consolidated
 from converters.safetensors_reader import StoredTensor, read_checkpoint
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.config import LlamaConfig
@@ -19,6 +20,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+META_FILES = "consolidated.*.pth"
+BIN_FILES = "pytorch_model*.bin*"  # with their index
 # modelopt's, and its name for what config.json calls otherwise.
 QUANTIZATION_FILE = "hf_quant_config.json"
 _RENAMED = {"exclude_modules": "ignore"}
@@ -30,10 +33,10 @@ _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 class Source:
     """A published checkpoint.
 
-    hf_config: the contents of config.json. quantization: what it, or else hf_quant_config.json,
-    says about quantised weights, {} if nothing. tensors: by the names they are stored under.
-    generation: the contents of generation_config.json, {} without one. tokenizer_files: names of
-    files in `directory`.
+    hf_config: the contents of config.json, {} for Meta's files. quantization: what it, or else
+    hf_quant_config.json, says about quantised weights, {} if nothing. tensors: by the names they
+    are stored under (Meta's: see `pth_reader.read_consolidated`). generation: the contents of
+    generation_config.json, {} without one. tokenizer_files: names of files in `directory`.
     """
 
     directory: Path
@@ -54,16 +57,17 @@ def read_source(directory: Path) -> Source:
     _refuse_gguf(directory)
     if not directory.is_dir():
         raise CheckpointError(
-            f"{directory} is not a directory; a Hugging Face checkpoint is expected"
+            f"{directory} is not a directory; a Hugging Face checkpoint, or Meta's, is expected"
         )
-    hf_config = read_object(directory / "config.json")
+    is_meta = any(directory.glob(META_FILES)) and not (directory / "config.json").is_file()
+    hf_config = {} if is_meta else read_object(directory / "config.json")
     generation = directory / "generation_config.json"
     return Source(
         directory=directory,
         config=LlamaConfig.from_pretrained(directory),
         hf_config=hf_config,
         quantization=_quantization(hf_config, directory),
-        tensors=read_checkpoint(directory),
+        tensors=read_consolidated(directory) if is_meta else _read_tensors(directory),
         generation=read_object(generation) if generation.is_file() else {},
         tokenizer_files=tuple(name for name in TOKENIZER_FILES if (directory / name).is_file()),
     )
@@ -90,6 +94,13 @@ def as_object(fields: Mapping[str, Any], key: str, where: str) -> Mapping[str, A
     return found or {}
 
 
+def _read_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Of safetensors, or else of the pickles that transformers wrote before."""
+    if any(directory.glob(BIN_FILES)) and not any(directory.glob("*.safetensors*")):
+        return read_bin_checkpoint(directory)
+    return read_checkpoint(directory)
+
+
 def _refuse_gguf(directory: Path) -> None:
     names = [path.name for path in (directory, *directory.glob("*"))]
     gguf = [name for name in names if name.endswith(".gguf")]
@@ -108,8 +119,8 @@ def _quantization(hf_config: Mapping[str, Any], directory: Path) -> Mapping[str,
         return inside
     stated = as_object(read_object(beside), "quantization", str(beside))
     renamed = {"quant_method": "modelopt"} | {_RENAMED.get(k, k): v for k, v in stated.items()}
-    for key in renamed.keys() & inside.keys():
-        if _unordered(renamed[key]) != _unordered(inside[key]):
+    for key in renamed:
+        if key in inside and _unordered(renamed[key]) != _unordered(inside[key]):
             raise CheckpointError(
                 f"{path} has {key} = {inside[key]!r}, but {beside} {renamed[key]!r}. One of the "
                 "files belongs to another checkpoint: remove it."
