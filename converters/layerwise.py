@@ -7,6 +7,7 @@ alike share one compiled program.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,20 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 from jax import Array
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from converters.dialects.layout import Plan, pieces
+from llama_jax.config import LlamaConfig
 from llama_jax.kv_cache import KVDtype, init_cache, storage_dtype
 from llama_jax.model import LayerCache, Linear, Llama, ModelSpec, Params
 from llama_jax.tokenizer import Tokenizer
@@ -130,6 +143,29 @@ def log_likelihoods(
         found.append(_log_likelihood(part, targets[start : start + len(part)]))
         start += len(part)
     return np.concatenate(found).reshape(len(tokens), -1)
+
+
+class _TokenRate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        rate = task.finished_speed or task.speed or 0.0
+        return Text(f"{rate:,.0f} tokens/s", style="progress.data.speed")
+
+
+@contextmanager
+def token_progress(
+    description: str, tokens: int, config: LlamaConfig, shown: bool
+) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr with rate and time left; the function it gives is an `advance` of these.
+
+    tokens: how many go through all layers of such a model.
+    """
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _TokenRate(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task(description, total=tokens)
+        yield lambda count: bar.advance(task, count / config.num_layers)
 
 
 def layer_spec(spec: ModelSpec, layer: int) -> ModelSpec:

@@ -9,7 +9,7 @@ from converters.dialects import make_plan
 from converters.dialects.layout import Plan
 from converters.orbax_reader import converted_plan
 from converters.source import read_source
-from llama_jax.checkpoint import MANIFEST, read_manifest
+from llama_jax.checkpoint import MANIFEST, PARAMS, read_manifest
 from llama_jax.config import LlamaConfig
 from llama_jax.model import Activations, ModelSpec
 
@@ -19,7 +19,7 @@ class Opened:
     """A checkpoint of which no weight has been read yet.
 
     dialect: the layout it was published in. generation: the contents of generation_config.json, {}
-    without one. tokenizer_files: names of files in `directory`.
+    without one. tokenizer_files: names of files in `directory`. weight_files: where `plan` reads.
     """
 
     directory: Path
@@ -28,6 +28,7 @@ class Opened:
     plan: Plan
     generation: Mapping[str, Any]
     tokenizer_files: tuple[str, ...]
+    weight_files: frozenset[Path]
 
     def spec(self, dtype: str = "bfloat16", activations: Activations = "bf16") -> ModelSpec:
         """The model that these parameters belong to."""
@@ -45,9 +46,11 @@ def open_checkpoint(directory: Path) -> Opened:
         return Opened(
             directory, manifest.config, manifest.dialect, converted_plan(directory, manifest),
             manifest.generation, manifest.tokenizer_files,
+            frozenset(path for path in (directory / PARAMS).rglob("*") if path.is_file()),
         )  # fmt: skip
     source = read_source(directory)
     plan, dialect = make_plan(source)
     return Opened(
-        directory, source.config, dialect, plan, source.generation, source.tokenizer_files
-    )
+        directory, source.config, dialect, plan, source.generation, source.tokenizer_files,
+        frozenset(tensor.path for tensor in source.tensors.values()),
+    )  # fmt: skip

@@ -12,18 +12,19 @@ from collections.abc import Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from rich.filesize import decimal
 
 from converters import journal
-from converters.dialects import make_plan
 from converters.dialects.layout import Module, Plan, pieces
 from converters.journal import JOURNAL, Checksums
+from converters.opened import Opened, open_checkpoint
+from converters.orbax_reader import converted_plan
 from converters.orbax_writer import tree_metadata
-from converters.quantize import quantize_plan
+from converters.quantization_report import REPORT
+from converters.quantize import Layout, QuantizeOptions, report
+from converters.quantize import quantize as quantize_checkpoint
 from converters.safetensors_reader import shard_path
-from converters.source import Source, read_source
 from converters.staging import staged
 from converters.writing import (
     byte_progress,
@@ -44,61 +45,74 @@ def convert(
     source: str | Path,
     target: str | Path,
     *,
-    quantize: Literal["row", "block"] | None = None,
+    quantize: Layout | QuantizeOptions | None = None,
     quantize_lm_head: bool = False,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Manifest:
     """Convert a published checkpoint into a directory that `llama_jax.checkpoint` loads.
 
-    source: config.json, safetensors (one file, or shards with an index) and tokenizer files.
+    source: config.json, safetensors (one file, or shards with an index) and tokenizer files; or a
+        converted checkpoint, to quantise it.
     target: appears when it is whole; until then nothing is there, and with `overwrite` a converted
         checkpoint that was there stays. What a killed or interrupted call had finished is kept
         beside it, and the same call continues from there to the same bytes.
-    quantize: None keeps weights as they are; "row" or "block" quantises the matrices of the decoder
-        layers to float8_e4m3fn with a scale per output row or per 128x128 block, and lm_head too
-        with `quantize_lm_head`.
+    quantize: None keeps weights as they are; "row", "tensor" or "block" quantises the matrices of
+        the decoder layers to float8_e4m3fn with a scale per output row, per matrix or per 128x128
+        block, and lm_head too with `quantize_lm_head`. `QuantizeOptions` calibrate, smooth and
+        report as well; the report lies beside the manifest (`quantization_report.read_report`).
     Raises `CheckpointError` or `ConfigError` for a source that is damaged, incomplete or not
     supported, FileExistsError for a target that may not be replaced, OSError when the disk is full.
     """
     directory, target = Path(source).resolve(), Path(target).absolute()
     check_paths(directory, target, overwrite, "a converted checkpoint", _is_converted)
-    if quantize_lm_head and quantize is None:
-        raise ValueError("quantize_lm_head needs quantize='row' or 'block'")
-    published = read_source(directory)
-    tokenizer_files = [shard_path(directory, name) for name in published.tokenizer_files]
-    plan, dialect = make_plan(published)
-    if quantize is not None:
-        plan = quantize_plan(plan, quantize, quantize_lm_head)
+    options = _options(quantize, quantize_lm_head)
+    opened = open_checkpoint(directory)
+    tokenizer_files = [shard_path(directory, name) for name in opened.tokenizer_files]
+    original = plan = opened.plan
+    if options:
+        original, plan = quantize_checkpoint(opened, options, progress)
     manifest = Manifest(
-        dialect=dialect,
+        dialect=opened.dialect,
         source=directory.name,
-        config=published.config,
+        config=opened.config,
         formats={path: module.format for path, module in plan.modules.items()},
         kv_scales=plan.kv_scales,
-        generation=published.generation,
-        tokenizer_files=published.tokenizer_files,
+        generation=opened.generation,
+        tokenizer_files=opened.tokenizer_files,
         total_bytes=sum(map(_nbytes, plan.modules.values())),
         llama_jax_version=package_version(),
     )
-    fingerprint = _fingerprint(published, manifest, quantize, quantize_lm_head)
+    fingerprint = _fingerprint(opened, manifest, options)
     with staged(target, overwrite, JOURNAL) as work:
         recorded = journal.resume(work, fingerprint)
         done = sum(_nbytes(plan.modules[path]) for path in recorded)
         check_space(target, manifest.total_bytes - done)
         description = f"continuing after {decimal(done)}" if done else "converting"
-        with (
-            full_disk_explained(target, manifest.total_bytes),
-            byte_progress(description, manifest.total_bytes, progress) as advance,
-        ):
-            checksums = _write_modules(plan, work, recorded, advance)
+        with full_disk_explained(target, manifest.total_bytes):
+            with byte_progress(description, manifest.total_bytes, progress) as advance:
+                checksums = _write_modules(plan, work, recorded, advance)
             for path in tokenizer_files:
                 shutil.copyfile(path, work / path.name)
             for name, text in tree_metadata(_shapes(plan)).items():
                 (work / PARAMS / name).write_text(text)
+            if options and options.report:
+                found = report(opened, options, original, converted_plan(work, manifest), progress)
+                (work / REPORT).write_text(found.to_json(), encoding="utf-8")
             manifest = replace(manifest, checksums=checksums | _file_checksums(work))
             (work / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
+
+
+def _options(quantize: Layout | QuantizeOptions | None, lm_head: bool) -> QuantizeOptions | None:
+    if isinstance(quantize, str):
+        return QuantizeOptions(quantize, lm_head)
+    if lm_head:
+        raise ValueError(
+            "quantize_lm_head needs quantize='row', 'tensor' or 'block'; QuantizeOptions have "
+            "lm_head"
+        )
+    return quantize
 
 
 def _is_converted(directory: Path) -> bool:
@@ -122,10 +136,9 @@ def _shapes(plan: Plan) -> dict[tuple[str, ...], tuple[int, ...]]:
     }
 
 
-def _fingerprint(source: Source, manifest: Manifest, *options: object) -> str:
+def _fingerprint(source: Opened, manifest: Manifest, *options: object) -> str:
     """A hash of all that the result depends on: versions, options, and the files' identities."""
-    paths = {tensor.path for tensor in source.tensors.values()}
-    paths |= {source.directory / name for name in source.tokenizer_files}
+    paths = source.weight_files | {source.directory / name for name in source.tokenizer_files}
     parts = [str(CONVERTER_VERSION), repr(options), manifest.to_json()]
     for path in sorted(paths):
         stat = path.stat()

@@ -5,7 +5,6 @@ are read, so they can be read in any order, by any number of threads, and again 
 interruption, and are the same.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -16,9 +15,15 @@ import numpy as np
 
 from converters.calibrate import Ranges, calibrate, column_absmax, smooth
 from converters.dialects.layout import LazyArray, Module, Plan, is_linear, pieces
-from converters.layerwise import read_sequences
+from converters.layerwise import read_sequences, token_progress
 from converters.on_host import on_host
 from converters.opened import Opened
+from converters.quantization_report import (
+    QuantizationReport,
+    activations_of,
+    measure,
+    with_perplexity,
+)
 from llama_jax import fp8
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.tokenizer import load_tokenizer
@@ -63,43 +68,57 @@ class QuantizeOptions:
             raise ValueError("text is scored for the report: ask for one (report)")
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """Two plans of the same modules: what was quantised (smoothed, if that was asked), and FP8."""
-
-    original: Plan
-    plan: Plan
-
-
 def quantize(
-    checkpoint: Opened,
-    options: QuantizeOptions,
-    advance: Callable[[int], object] = lambda count: None,
-) -> Quantized:
+    checkpoint: Opened, options: QuantizeOptions, progress: bool = True
+) -> tuple[Plan, Plan]:
     """Quantise the matrices of the decoder layers, and perhaps lm_head.
 
-    Embeddings and norms stay as they are. advance: told the calibration's progress, as in
-    `layerwise.final_hidden`.
+    Embeddings and norms stay as they are. progress: show the calibration's on stderr.
+    Returns what is quantised (smoothed, if that is asked) and the quantised plan.
     Raises `CheckpointError` if the checkpoint has FP8 weights already, or no lm_head where one is
     to be quantised; ValueError for a text that cannot be used.
     """
     plan, ranges = checkpoint.plan, None
     _check(plan, options.lm_head)
     if options.calibrate is not None:
-        tokens = read_sequences(
-            options.calibrate,
-            load_tokenizer(checkpoint.directory),
-            options.tokens,
-            options.sequence_length,
-        )
-        ranges = calibrate(plan, checkpoint.spec(evaluation_dtype(checkpoint)), tokens, advance)
+        tokens = _read(checkpoint, options, options.calibrate)
+        with token_progress("calibrating", tokens.size, checkpoint.config, progress) as advance:
+            ranges = calibrate(plan, checkpoint.spec(_dtype(checkpoint)), tokens, advance)
         if options.smooth is not None:
             plan, ranges = smooth(plan, checkpoint.config, ranges, options.smooth)
-    return Quantized(plan, quantize_plan(plan, options.layout, options.lm_head, ranges))
+    return plan, quantize_plan(plan, options.layout, options.lm_head, ranges)
 
 
-def evaluation_dtype(checkpoint: Opened) -> str:
-    """Of activations, where a model is calibrated or scored: as it is served."""
+def report(
+    checkpoint: Opened,
+    options: QuantizeOptions,
+    original: Plan,
+    quantized: Plan,
+    progress: bool = True,
+) -> QuantizationReport:
+    """What `quantize` did: errors and, where there is a text, perplexities.
+
+    original, quantized: its plans, or the same modules read from elsewhere.
+    """
+    errors = measure(original, quantized)
+    text = options.text or options.calibrate
+    if text is None:
+        return errors
+    tokens, config = _read(checkpoint, options, text), checkpoint.config
+    runs = 1 + len(activations_of(quantized))
+    with token_progress("scoring", runs * tokens.size, config, progress) as advance:
+        return with_perplexity(
+            errors, original, quantized, config, _dtype(checkpoint), tokens, advance
+        )
+
+
+def _read(checkpoint: Opened, options: QuantizeOptions, text: Path) -> np.ndarray:
+    tokenizer = load_tokenizer(checkpoint.directory)
+    return read_sequences(text, tokenizer, options.tokens, options.sequence_length)
+
+
+def _dtype(checkpoint: Opened) -> str:
+    """Of activations, where the model is calibrated or scored: as it is served."""
     return "float32" if checkpoint.config.dtype == "float32" else "bfloat16"
 
 

@@ -4,12 +4,12 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from converters.pipeline import CONVERTER_VERSION, convert
+from converters.quantize import Layout
 from converters.source import QUANTIZATION_FILE, TOKENIZER_FILES
 from llama_jax.checkpoint import MANIFEST, CheckpointError
 
@@ -27,7 +27,7 @@ def resolve(
     path_or_id: str | Path,
     cache_dir: str | Path | None = None,
     *,
-    quantize: Literal["row", "block"] | None = None,
+    quantize: Layout | None = None,
     progress: bool = True,
 ) -> Path:
     """The converted directory for a converted directory, a Hugging Face directory or a hub id.

@@ -9,48 +9,116 @@ import typer
 from rich.filesize import decimal
 
 from llama_jax.cli import options
-from llama_jax.cli.output import key_value_table, print_json, stderr, stdout
+from llama_jax.cli.output import check_output, key_value_table, print_json, stderr, stdout
+
+_QUANTISING, _REPORTING = "Quantising", "Report"
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A Hugging Face directory.")],
+    source: Annotated[
+        Path, typer.Argument(help="A Hugging Face or Meta directory, or a converted checkpoint.")
+    ],
     target: Annotated[Path, typer.Argument(help="The directory to make.")],
     quantize: Annotated[
-        Literal["row", "block"] | None,
+        Literal["row", "tensor", "block"] | None,
         typer.Option(
-            help="Quantise bf16/fp16 matrices to FP8, a scale per row or per 128x128 block.",
+            help="Quantise bf16/fp16 matrices to FP8: a scale per row, matrix or 128x128 block.",
             show_default="keep weights as they are",
+            rich_help_panel=_QUANTISING,
         ),
     ] = None,
     quantize_lm_head: Annotated[
-        bool, typer.Option("--quantize-lm-head", help="Quantise the output matrix too.")
+        bool,
+        typer.Option(
+            "--quantize-lm-head", help="The output matrix too.", rich_help_panel=_QUANTISING
+        ),
     ] = False,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="A text to run the model over, for static scales of activations and of an FP8 "
+            "cache. It may hold chats: names of special tokens become those tokens.",
+            rich_help_panel=_QUANTISING,
+        ),
+    ] = None,
+    smooth: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Move outliers of activations into weights (SmoothQuant's alpha; 0.5 is usual).",
+            show_default="do not",
+            rich_help_panel=_QUANTISING,
+        ),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure errors, print tables, and write a .json file or a plot (.png, .pdf).",
+            rich_help_panel=_REPORTING,
+        ),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="A text for perplexity before and after.",
+            show_default="the one to calibrate on",
+            rich_help_panel=_REPORTING,
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="How much of each text is read.")] = 16384,
+    sequence_length: Annotated[
+        int, typer.Option(min=2, help="Tokens of a sequence; each begins anew.")
+    ] = 512,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
     """Convert a checkpoint once, so that it loads fast and onto any number of devices.
 
     SOURCE needs config.json, safetensors and the tokenizer's files. TARGET appears when it is
-    whole, and what was there stays until then. Memory use stays small whatever the size.
+    whole, and what was there stays until then. Memory use stays small whatever the size; a model
+    is calibrated and scored one layer at a time.
 
     **Examples**
 
         llama-jax convert ./Meta-Llama-3.1-8B-Instruct-fp8 ./llama-8b
         llama-jax convert ./Llama-3.1-8B-Instruct ./llama-8b --quantize row
+        llama-jax convert ./Llama-3.1-8B-Instruct ./llama-8b --quantize row \\
+            --calibrate chats.txt --smooth 0.5 --report report.png --text book.txt
         llama-jax inspect ./llama-8b && llama-jax chat ./llama-8b
     """
     with stderr.status("starting JAX"):
         from converters.pipeline import convert as run
+        from converters.quantization_report import (
+            check_report_path,
+            read_report,
+            tables,
+            write_report,
+        )
+        from converters.quantize import QuantizeOptions
+        from llama_jax import compile_cache
+    if report is not None:
+        check_report_path(report)
+        check_output(str(report), overwrite)
+    quantization = None
+    if quantize is not None:
+        quantization = QuantizeOptions(
+            quantize, quantize_lm_head, calibrate, smooth, report is not None, text, tokens,
+            sequence_length,
+        )  # fmt: skip
+    elif quantize_lm_head or calibrate or smooth is not None or report or text:
+        raise typer.BadParameter("these options go with --quantize row, tensor or block")
+    compile_cache.enable()
     began = time.perf_counter()
-    manifest = run(
-        source, target, quantize=quantize, quantize_lm_head=quantize_lm_head, overwrite=overwrite,
-        progress=not as_json,
-    )  # fmt: skip
+    manifest = run(source, target, quantize=quantization, overwrite=overwrite, progress=not as_json)
     seconds = time.perf_counter() - began
     stored = Counter(
         f"{form.dtype}, a scale per {form.scale}" if form.scale else form.dtype
         for form in manifest.formats.values()
     )
+    measured = read_report(target) if report else None
+    if measured and report:
+        write_report(measured, report)
     if as_json:
         print_json(
             {
@@ -60,6 +128,7 @@ def convert(
                 "total_bytes": manifest.total_bytes,
                 "modules": dict(stored),
                 "tokenizer_files": manifest.tokenizer_files,
+                "perplexity": measured and dict(measured.perplexity),
                 "seconds": seconds,
             }
         )
@@ -72,3 +141,5 @@ def convert(
         "tokenizer": ", ".join(manifest.tokenizer_files) or "none",
     }
     stdout.print(key_value_table(str(target), rows))
+    if measured:
+        stdout.print(*tables(measured))

@@ -1,0 +1,279 @@
+"""What quantising did to a checkpoint: the error of each matrix, and the perplexity before and
+after."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from rich.table import Table
+
+from converters.dialects.layout import LazyArray, Module, Plan, piece_rows
+from converters.layerwise import final_hidden, log_likelihoods
+from converters.on_host import on_host
+from llama_jax import fp8
+from llama_jax.checkpoint import CheckpointError
+from llama_jax.config import LlamaConfig
+from llama_jax.model import Activations, LayerCache, ModelSpec, Params
+from pallas_kernels.fp8_matmul.reference import BLOCK, expand_scale
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+REPORT = "quantization_report.json"
+# Up to here a value rounds to the largest code, 448; beyond, it is clipped.
+_LARGEST_ROUNDED = 464.0
+_WORST_ROWS = 3
+_PLOTS = (".png", ".pdf", ".svg")
+
+
+@dataclass(frozen=True)
+class MatrixError:
+    """How far a quantised matrix is from the original.
+
+    path: "layers_0/mlp/up_proj". relative_error: of Frobenius norms, |quantised - original| /
+    |original|. clipped: share of the weights that are beyond the largest code. worst_rows: the rows
+    with the largest relative errors, as (row, error). inputs_clipped: the same share of the
+    activations that enter it, under its static scale; None without one, or without a text.
+    """
+
+    path: str
+    relative_error: float
+    clipped: float
+    worst_rows: tuple[tuple[int, float], ...]
+    inputs_clipped: float | None = None
+
+    @property
+    def kind(self) -> str:
+        """The matrix' name without its layer: "up_proj"."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def snr(self) -> float:
+        """Signal to noise ratio in dB."""
+        return -20 * math.log10(self.relative_error) if self.relative_error else math.inf
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """matrices: in the order of the model. perplexity: of `scored_tokens` tokens of a text, by what
+    was run: "original", and FP8 weights with activations "bf16", "dynamic" and, where there are
+    scales, "static"; empty without a text.
+    """
+
+    matrices: tuple[MatrixError, ...]
+    perplexity: Mapping[str, float]
+    scored_tokens: int
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+def measure(original: Plan, quantized: Plan) -> QuantizationReport:
+    """The errors of all matrices that are FP8 in `quantized` and are not in `original`.
+
+    Weights are read a piece at a time. With smoothing the original has to be the smoothed one.
+    """
+    matrices = tuple(
+        _matrix_error(path, original.modules[path].arrays["weight"], module)
+        for path, module in quantized.modules.items()
+        if module.format.scale and not original.modules[path].format.scale
+    )
+    return QuantizationReport(matrices, {}, 0)
+
+
+def with_perplexity(
+    report: QuantizationReport,
+    original: Plan,
+    quantized: Plan,
+    config: LlamaConfig,
+    dtype: str,
+    tokens: np.ndarray,
+    advance: Callable[[int], object] = lambda count: None,
+) -> QuantizationReport:
+    """The report with what takes running the model: perplexities, and shares of clipped inputs.
+
+    tokens: int [sequences, length], from `layerwise.read_sequences`.
+    dtype: of activations that are not FP8. advance: as in `layerwise.final_hidden`, for each run.
+    """
+    formats = {path: module.format for path, module in quantized.modules.items()}
+    before = {path: module.format for path, module in original.modules.items()}
+    perplexity = {
+        "original": _perplexity(original, ModelSpec(config, before, dtype), tokens, advance)[0]
+    }
+    clipped: Mapping[str, float] = {}
+    for activations in activations_of(quantized):
+        spec = ModelSpec(config, formats, dtype, activations)
+        perplexity[activations], found = _perplexity(quantized, spec, tokens, advance)
+        clipped = found if activations == "static" else clipped
+    matrices = tuple(replace(m, inputs_clipped=clipped.get(m.path)) for m in report.matrices)
+    return QuantizationReport(matrices, perplexity, tokens[:, 1:].size)
+
+
+def activations_of(plan: Plan) -> tuple[Activations, ...]:
+    """The settings that an FP8 checkpoint can be run with."""
+    stored = [module.format for module in plan.modules.values() if module.format.scale]
+    static = all(form.input_scale for form in stored)
+    return ("bf16", "dynamic", "static") if static else ("bf16", "dynamic")
+
+
+def read_report(directory: Path) -> QuantizationReport:
+    """The report that lies beside a checkpoint's weights; raises `CheckpointError` without one."""
+    path = directory / REPORT
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        matrices = tuple(
+            MatrixError(**{**each, "worst_rows": tuple(map(tuple, each["worst_rows"]))})
+            for each in values["matrices"]
+        )
+        return QuantizationReport(matrices, values["perplexity"], values["scored_tokens"])
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{directory} has no {REPORT}: convert with a report (--report)"
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+
+
+def tables(report: QuantizationReport, worst: int = 8) -> list[Table]:
+    """For a terminal: a line per kind of matrix, the `worst` matrices, and perplexities."""
+    kinds = Table(title="Error of the weights, by kind", title_justify="left")
+    for column in ("kind", "matrices", "mean error", "largest", "SNR", "clipped", "inputs clipped"):
+        kinds.add_column(column, justify="left" if column == "kind" else "right")
+    for kind in dict.fromkeys(m.kind for m in report.matrices):
+        found = [m for m in report.matrices if m.kind == kind]
+        errors = [m.relative_error for m in found]
+        inputs = [m.inputs_clipped for m in found if m.inputs_clipped is not None]
+        kinds.add_row(
+            kind, str(len(found)), f"{np.mean(errors):.4f}", f"{max(errors):.4f}",
+            f"{np.mean([m.snr for m in found]):.1f} dB",
+            f"{np.mean([m.clipped for m in found]):.2%}",
+            f"{np.mean(inputs):.4%}" if inputs else "-",
+        )  # fmt: skip
+    ranked = Table(title="Largest errors", title_justify="left")
+    for column in ("matrix", "error", "SNR", "worst rows (error)"):
+        ranked.add_column(column, justify="right" if column in ("error", "SNR") else "left")
+    for m in sorted(report.matrices, key=lambda m: -m.relative_error)[:worst]:
+        rows = ", ".join(f"{row} ({error:.3f})" for row, error in m.worst_rows)
+        ranked.add_row(m.path, f"{m.relative_error:.4f}", f"{m.snr:.1f} dB", rows)
+    if not report.perplexity:
+        return [kinds, ranked]
+    scored = Table(title=f"Perplexity of {report.scored_tokens} tokens", title_justify="left")
+    for column in ("weights", "activations", "perplexity", "against the original"):
+        scored.add_column(column, justify="right" if "p" in column[:1] else "left")
+    original = report.perplexity["original"]
+    for name, value in report.perplexity.items():
+        weights, activations = ("original", "") if name == "original" else ("FP8", name)
+        scored.add_row(weights, activations, f"{value:.4f}", f"{value / original - 1:+.2%}")
+    return [kinds, ranked, scored]
+
+
+def check_report_path(path: Path) -> None:
+    """Raise ValueError unless `write_report` can write such a file."""
+    if path.suffix not in (".json", *_PLOTS):
+        raise ValueError(f"{path}: a report is a .json file, or a plot ({', '.join(_PLOTS)})")
+    if path.suffix in _PLOTS:
+        try:
+            import matplotlib  # noqa: F401
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"{path}: plots need matplotlib. Install it (pip install 'llama-jax[notebooks]'), "
+                "or write a .json file."
+            ) from error
+
+
+def write_report(report: QuantizationReport, path: Path) -> None:
+    """Write a .json file, or a plot of the errors (.png, .pdf or .svg)."""
+    check_report_path(path)
+    if path.suffix == ".json":
+        path.write_text(report.to_json(), encoding="utf-8")
+    else:
+        plot(report).savefig(path, dpi=150)
+
+
+def plot(report: QuantizationReport) -> "Figure":
+    """Relative error over layers, a line for each kind of matrix."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for kind in dict.fromkeys(m.kind for m in report.matrices):
+        found = [m for m in report.matrices if m.kind == kind]
+        errors = [m.relative_error for m in found]
+        if kind == "lm_head":
+            axes.axhline(errors[0], label=kind, linestyle="--", color="gray")
+        else:
+            layers = [int(m.path.partition("/")[0].removeprefix("layers_")) for m in found]
+            axes.plot(layers, errors, marker="o", label=kind)
+    axes.set(xlabel="layer", ylabel="relative error of the weights")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(ncols=2, fontsize="small")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def _matrix_error(path: str, original: LazyArray, module: Module) -> MatrixError:
+    codes, scales = module.arrays["weight"], module.arrays["weight_scale"]
+    scale = scales.rows(0, scales.shape[0])
+    height = BLOCK if module.format.scale == "block" else 1  # of rows that share scales
+    step = piece_rows(original.shape, original.dtype.itemsize)
+    parts = []
+    for start in range(0, original.shape[0], step):
+        stop = min(start + step, original.shape[0])
+        part = scale[start // height : -(-stop // height)]
+        parts.append(_errors(original.rows(start, stop), codes.rows(start, stop), part))
+    noise, signal, clipped = np.concatenate(parts, axis=1, dtype=np.float64)
+    relative = np.sqrt(noise / np.where(signal > 0, signal, 1))
+    worst = np.argsort(-relative, kind="stable")[:_WORST_ROWS]
+    return MatrixError(
+        path,
+        float(np.sqrt(noise.sum() / signal.sum())) if signal.any() else 0.0,
+        float(clipped.sum() / math.prod(original.shape)),
+        tuple((int(row), float(relative[row])) for row in worst),
+    )
+
+
+@on_host
+def _errors(original: Array, codes: Array, scale: Array) -> Array:
+    """Of each row: the squared error, the squared norm, and how many values were clipped."""
+    wide = original.astype(jnp.float32)
+    limit = expand_scale(scale, (codes.shape[0], codes.shape[1])) * _LARGEST_ROUNDED
+    return jnp.stack(
+        [
+            jnp.sum(jnp.square(fp8.dequantize(codes, scale) - wide), axis=1),
+            jnp.sum(jnp.square(wide), axis=1),
+            jnp.sum(jnp.abs(wide) > limit, axis=1, dtype=jnp.float32),
+        ]
+    )
+
+
+def _perplexity(
+    plan: Plan, spec: ModelSpec, tokens: np.ndarray, advance: Callable[[int], object]
+) -> tuple[float, Mapping[str, float]]:
+    """The perplexity, and the share of clipped inputs of each matrix that has an input scale."""
+    hidden, observed = final_hidden(plan, spec, tokens, observe=_clipped, advance=advance)
+    perplexity = float(np.exp(-log_likelihoods(plan, spec, tokens, hidden).mean(dtype=np.float64)))
+    shares: dict[str, float] = {}
+    for layer, seen in enumerate(observed):
+        means = jax.tree.map(lambda *parts: float(np.mean(parts)), *seen)
+        shares |= {f"layers_{layer}/{name}": share for name, share in means.items()}
+    return perplexity, shares
+
+
+def _clipped(inputs: Mapping[str, Array], pages: LayerCache, params: Params) -> dict[str, Array]:
+    """An `Observe`."""
+    shares = {}
+    for name, x in inputs.items():
+        block, matrix = name.split("/")
+        scale = params[block][matrix].get("input_scale")
+        if scale is not None:
+            limit = scale * _LARGEST_ROUNDED
+            shares[name] = jnp.mean(jnp.abs(x.astype(jnp.float32)) > limit, dtype=jnp.float32)
+    return shares
