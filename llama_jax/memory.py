@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from llama_jax.kv_cache import init_cache
+from llama_jax.kv_cache import PAGE_SIZE, init_cache
 from llama_jax.model import ModelSpec, abstract_params
 from llama_jax.sharding import cache_shardings, param_shardings
 from pallas_kernels.fp8_matmul.xla import BLOCK_ROWS
@@ -96,6 +97,19 @@ class MemoryPlan:
         Console(stderr=True).print(self)
 
 
+@dataclass(frozen=True)
+class Capacity:
+    """How far the memory goes with one kind of cache; 0 where it does not go at all.
+
+    longest_alone, longest: tokens of context for one sequence, and for as many at the same time as
+    were asked about. most: sequences of the length that was asked about.
+    """
+
+    longest_alone: int
+    longest: int
+    most: int
+
+
 def plan_memory(
     spec: ModelSpec,
     max_batch_size: int,
@@ -103,12 +117,16 @@ def plan_memory(
     kv_dtype: jnp.dtype,
     prefill_chunk: int,
     mesh: Mesh | None = None,
+    limit: int | None = None,
 ) -> MemoryPlan:
     """What `spec` takes with a cache of max_batch_size rows of max_seq_len tokens.
 
     kv_dtype: of the cache, as `kv_cache.init_cache` takes it. prefill_chunk: tokens of a row that
-    go through the model at once, all rows together.
+    go through the model at once, all rows together. limit: bytes on each device, in place of what
+    the devices that are here report.
     """
+    if limit is None:
+        limit = device_memory_bytes(mesh.devices.flat[0] if mesh else None)
     cache = jax.eval_shape(
         lambda: init_cache(spec.config, max_batch_size, max_seq_len, jnp.dtype(kv_dtype))
     )
@@ -116,7 +134,7 @@ def plan_memory(
         weights=_bytes_per_device(abstract_params(spec), param_shardings(spec, mesh)),
         kv_cache=_bytes_per_device(cache, cache_shardings(spec.config, mesh)),
         workspace=_workspace(spec, max_batch_size, min(prefill_chunk, max_seq_len), mesh),
-        limit=device_memory_bytes(mesh.devices.flat[0] if mesh else None),
+        limit=limit,
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
         prefill_chunk=prefill_chunk,
@@ -124,11 +142,43 @@ def plan_memory(
     )
 
 
+def capacity(
+    spec: ModelSpec,
+    max_batch_size: int,
+    max_seq_len: int,
+    kv_dtype: jnp.dtype,
+    prefill_chunk: int,
+    limit: int,
+) -> Capacity:
+    """What fits into `limit` bytes on one device; the arguments are those of `plan_memory`.
+
+    Contexts are whole pages, of at least `prefill_chunk` tokens and at most the model's own.
+    """
+    context = spec.config.max_position_embeddings
+    shortest = min(-(-prefill_chunk // PAGE_SIZE) * PAGE_SIZE, context)
+
+    def total(rows: int, tokens: int) -> int:
+        return plan_memory(spec, rows, tokens, kv_dtype, prefill_chunk, limit=limit).total
+
+    def longest(rows: int) -> int:
+        pages = _steps(lambda n: total(rows, shortest + n * PAGE_SIZE), limit)
+        return 0 if pages < 0 else min(shortest + pages * PAGE_SIZE, context)
+
+    most = _steps(lambda n: total(1 + n, max_seq_len), limit) + 1
+    return Capacity(longest(1), longest(max_batch_size), most)
+
+
+def _steps(size: Callable[[int], int], limit: int) -> int:
+    """The largest n with size(n) <= limit, or -1; each step must add the same."""
+    first = size(0)
+    return (limit - first) // (size(1) - first) if first <= limit else -1
+
+
 def device_memory_bytes(device: jax.Device | None = None) -> int:
     """Bytes that this process may use on a device, the default one when None.
 
-    An accelerator reports the limit of its allocator. CPU devices share what the machine has
-    available now.
+    An accelerator reports the limit of its allocator. CPU devices share what the machine, or the
+    container, has available now.
     """
     device = device or jax.devices()[0]
     stats = device.memory_stats()
@@ -138,12 +188,53 @@ def device_memory_bytes(device: jax.Device | None = None) -> int:
 
 
 def _available_ram() -> int:
+    """What the machine has available, or the container that this process runs in, if less."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         kibibytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
-        return int(kibibytes) * 1024
+        available = int(kibibytes) * 1024
     except (OSError, StopIteration):  # not Linux: all of it, for want of a better figure
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([available, *_room_in_cgroups()])
+
+
+def _room_in_cgroups(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> list[int]:
+    """Bytes left in each control group, version 2 or 1, that this process is in.
+
+    A group's limit holds for those inside it, so that its parents count too. Cached files can be
+    given back, unless they are in use.
+    Source: admin-guide/cgroup-v2 and cgroup-v1/memory in the Linux kernel's documentation.
+    """
+    room = []
+    for line in membership.read_text().splitlines() if membership.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top = root / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for directory in (group, *group.parents):
+            if directory.is_relative_to(top):
+                left = _room_in_cgroup(directory, *names)
+                room += [] if left is None else [left]
+    return room
+
+
+def _room_in_cgroup(directory: Path, limit: str, usage: str, cached: str) -> int | None:
+    """Bytes left in one group, None without a limit; the names are those of its files' figures."""
+    try:
+        most, used = (directory / limit).read_text().strip(), (directory / usage).read_text()
+        stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
+    except OSError:  # the top has no limit, and a container does not see what lies above it
+        return None
+    if most == "max":
+        return None
+    return max(0, int(most) - int(used) + int(stat.get(cached, 0)))
 
 
 def _bytes_per_device(arrays: object, shardings: object) -> int:

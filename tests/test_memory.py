@@ -1,16 +1,26 @@
 import io
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
+from llama_jax import memory
 from llama_jax.config import PRESETS
 from llama_jax.fp8 import WeightFormat
-from llama_jax.kv_cache import bytes_per_token, init_cache
-from llama_jax.memory import DoesNotFitError, MemoryPlan, device_memory_bytes, plan_memory
+from llama_jax.kv_cache import PAGE_SIZE, bytes_per_token, init_cache
+from llama_jax.memory import (
+    Capacity,
+    DoesNotFitError,
+    MemoryPlan,
+    _room_in_cgroups,
+    capacity,
+    device_memory_bytes,
+    plan_memory,
+)
 from llama_jax.model import ModelSpec, Params, abstract_params, prefill
 from llama_jax.sampling import init_sampling
 from llama_jax.steps import DecodeState, decode_step, prefill_step, score_step
@@ -78,6 +88,81 @@ def test_the_table_shows_every_part() -> None:
 def test_a_cpu_device_has_a_part_of_the_memory_that_is_available() -> None:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < device_memory_bytes() <= total
+
+
+def test_the_memory_of_a_device_that_is_not_here_can_be_planned_for() -> None:
+    spec = ModelSpec(CONFIG_8B)
+    assert plan_memory(spec, 8, 4096, BF16, 512, limit=80 * 2**30).limit == 80 * 2**30
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("length", [300, 4096])
+@pytest.mark.parametrize("gigabytes", [17.5, 20, 24])
+def test_capacity_is_where_the_plan_stops_fitting(
+    batch: int, length: int, gigabytes: float
+) -> None:
+    spec, limit = ModelSpec(CONFIG_8B), int(gigabytes * 10**9)
+
+    def fits(rows: int, tokens: int) -> bool:
+        plan = plan_memory(spec, rows, tokens, BF16, 512, limit=limit)
+        return plan.total <= limit
+
+    found = capacity(spec, batch, length, BF16, 512, limit)
+    for rows, longest in ((1, found.longest_alone), (batch, found.longest)):
+        assert longest % PAGE_SIZE == 0
+        assert not fits(rows, max(longest, 512) + (PAGE_SIZE if longest else 0))
+        assert longest == 0 or (longest >= 512 and fits(rows, longest))
+    assert not fits(found.most + 1, length)
+    assert found.most == 0 or fits(found.most, length)
+
+
+def test_capacity_ends_at_the_models_context_and_at_nothing() -> None:
+    config = replace(CONFIG_8B, num_layers=1, max_position_embeddings=1000)
+    spec = ModelSpec(config)
+    rich = capacity(spec, 2, 1000, BF16, 512, 10**12)
+    assert (rich.longest_alone, rich.longest) == (1000, 1000) and rich.most > 1000
+    assert capacity(spec, 2, 1000, BF16, 512, 10**6) == Capacity(0, 0, 0)
+    short = ModelSpec(replace(config, max_position_embeddings=100))
+    assert capacity(short, 1, 100, BF16, 512, 10**12).longest_alone == 100
+
+
+def group(directory: Path, version: int, limit: str, usage: int, cached: int) -> None:
+    """The files of a control group."""
+    directory.mkdir(parents=True, exist_ok=True)
+    names = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("memory.max", "memory.current", "inactive_file"),
+    }[version]
+    (directory / names[0]).write_text(f"{limit}\n")
+    (directory / names[1]).write_text(f"{usage}\n")
+    (directory / "memory.stat").write_text(f"anon 1\n{names[2]} {cached}\n")
+
+
+@pytest.mark.parametrize(
+    ("version", "membership", "top"),
+    [(2, "0::/a/b\n", "."), (1, "9:cpu,cpuacct:/c\n4:hugetlb,memory:/a/b\n0::/\n", "memory")],
+)
+def test_a_container_has_what_its_groups_leave(
+    tmp_path: Path, version: int, membership: str, top: str
+) -> None:
+    root, process = tmp_path / "cgroup", tmp_path / "process"
+    process.write_text(membership)
+    assert _room_in_cgroups(root, process) == []  # as in a container that sees none of its groups
+    group(root / top / "a" / "b", version, "5000", usage=1000, cached=300)
+    group(root / top / "a", version, "3000", usage=3500, cached=100)
+    assert _room_in_cgroups(root, process) == [4300, 0]
+
+
+def test_a_group_without_a_limit_leaves_everything(tmp_path: Path) -> None:
+    (tmp_path / "process").write_text("0::/\n")
+    group(tmp_path / "cgroup", 2, "max", 1000, 0)
+    assert _room_in_cgroups(tmp_path / "cgroup", tmp_path / "process") == []
+    assert _room_in_cgroups(tmp_path / "cgroup", tmp_path / "absent") == []
+
+
+def test_the_device_of_a_container_is_no_larger_than_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_room_in_cgroups", lambda: [10**6, 5 * 10**6])
+    assert device_memory_bytes() == 10**6 // len(jax.local_devices())
 
 
 def small_8b(is_fp8: bool) -> ModelSpec:
