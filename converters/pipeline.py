@@ -136,9 +136,11 @@ def _shapes(plan: Plan) -> dict[tuple[str, ...], tuple[int, ...]]:
     }
 
 
-def _fingerprint(source: Opened, manifest: Manifest, *options: object) -> str:
+def _fingerprint(source: Opened, manifest: Manifest, options: QuantizeOptions | None) -> str:
     """A hash of all that the result depends on: versions, options, and the files' identities."""
     paths = source.weight_files | {source.directory / name for name in source.tokenizer_files}
+    if options:
+        paths |= {path for path in (options.calibrate, options.text) if path}
     parts = [str(CONVERTER_VERSION), repr(options), manifest.to_json()]
     for path in sorted(paths):
         stat = path.stat()

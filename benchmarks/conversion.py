@@ -1,0 +1,183 @@
+"""Conversion against `cp`: python benchmarks/conversion.py [--layers N] [--directory DIR] [--json]
+
+Writes checkpoints of Llama 3.1 8B's shapes with random numbers (bfloat16, 16 GB, and FriendliAI's
+FP8, 9 GB; fewer layers make them smaller), then copies and converts each in turn, and deletes
+everything. `cp` is followed by a sync, as the conversion is. Before each, the source is put out of
+the page cache. Times are medians; the peak is memory above that of the interpreter with JAX
+imported, mapped files included.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from flax import traverse_util
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from converters.dialects.layout import LazyArray, constant, is_linear, source_name
+from converters.pipeline import convert
+from converters.safetensors_writer import write_checkpoint
+from converters.writing import byte_progress, check_space
+from llama_jax.config import PRESETS, LlamaConfig
+from llama_jax.model import ModelSpec, abstract_params
+
+FRIENDLI = {"fmo_version": "0.3", "use_fp8_e4m3": True}
+# name: (codes in the decoder's matrices, `quantize`)
+CASES: Mapping[str, tuple[bool, str | None]] = {
+    "bfloat16": (False, None),
+    "FP8": (True, None),
+    "bfloat16 to FP8, rows": (False, "row"),
+}
+
+
+def tensors(config: LlamaConfig, fp8: bool) -> dict[str, LazyArray]:
+    """Random finite numbers under the names of Hugging Face, matrices of layers as FP8 codes."""
+    pool = np.random.default_rng(0).integers(0, 256, 64 << 20, np.uint8)
+    pool[1::2] &= 0xBF  # a bit of the exponent, of bfloat16's upper byte and of every second code
+    codes = pool & 0xBF
+    found = {}
+    shapes = traverse_util.flatten_dict(abstract_params(ModelSpec(config)), sep="/")
+    for path, leaf in shapes.items():
+        module = path.removesuffix("/weight")
+        name = source_name(module)
+        if fp8 and is_linear(module) and module != "lm_head":
+            found[f"{name}.weight"] = _slices(codes, np.dtype(np.int8), leaf.shape)
+            for scale in ("weight_scale", "in_scale"):
+                found[f"{name}.{scale}"] = constant(np.array(0.01, np.float32))
+        else:
+            found[f"{name}.weight"] = _slices(pool, np.dtype(ml_dtypes.bfloat16), leaf.shape)
+    return found
+
+
+def _slices(pool: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> LazyArray:
+    row_bytes = int(np.prod(shape[1:], dtype=int)) * dtype.itemsize
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        length = (stop - start) * row_bytes
+        first = start * row_bytes % (pool.size - length) // 4 * 4
+        return pool[first : first + length].view(dtype).reshape(stop - start, *shape[1:])
+
+    return LazyArray(dtype, shape, rows)
+
+
+@contextmanager
+def generated(parent: Path, config: LlamaConfig, fp8: bool) -> Iterator[Path]:
+    """A checkpoint directory, which is deleted afterwards. Needs three times its size."""
+    arrays = tensors(config, fp8)
+    total = sum(array.nbytes for array in arrays.values())
+    check_space(parent / "source", 3 * total)
+    with tempfile.TemporaryDirectory(prefix="conversion-", dir=parent) as directory:
+        source = Path(directory) / "source"
+        source.mkdir()
+        settings = config.to_hf() | (FRIENDLI if fp8 else {})
+        (source / "config.json").write_text(json.dumps(settings))
+        with byte_progress("generating", total, shown=True) as written:
+            write_checkpoint(source, arrays, written)
+        os.sync()
+        yield source
+
+
+def copy(source: Path, target: Path) -> float:
+    """Seconds of `cp`, until the disk has it."""
+    began = time.perf_counter()
+    subprocess.run(["cp", "-r", "--reflink=never", source, target], check=True)
+    subprocess.run(["sync", "-f", target], check=True)
+    return time.perf_counter() - began
+
+
+def converted(source: Path, target: Path, quantize: Any) -> tuple[float, int]:
+    """Seconds of a conversion, and the bytes by which this process grew meanwhile."""
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    began = time.perf_counter()
+    convert(source, target, quantize=quantize, progress=False)
+    return time.perf_counter() - began, _resident("VmHWM") - before
+
+
+def _resident(what: str) -> int:
+    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def evict(directory: Path) -> None:
+    """Put the files of a directory out of the page cache."""
+    for path in directory.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(source: Path, quantize: str | None, repeats: int) -> dict[str, float]:
+    """Medians of interleaved runs; each conversion in a process of its own."""
+    target = source.with_name("target")
+    copies, conversions, peaks = [], [], []
+    for _ in range(repeats):
+        evict(source)
+        copies.append(copy(source, target))
+        shutil.rmtree(target)
+        evict(source)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            seconds, peak = pool.apply(converted, (source, target, quantize))
+        conversions.append(seconds)
+        peaks.append(peak)
+        shutil.rmtree(target)
+    return {
+        "source_bytes": sum(path.stat().st_size for path in source.iterdir()),
+        "cp_seconds": statistics.median(copies),
+        "convert_seconds": statistics.median(conversions),
+        "peak_bytes": max(peaks),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", type=int, default=32, help="of the decoder (default: 32)")
+    parser.add_argument("--directory", type=Path, default=Path("."), help="the disk to measure")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only", choices=CASES, action="append", help="may be repeated")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args()
+    config = replace(PRESETS["llama-3.1-8b"], num_layers=options.layers)
+    results = {}
+    for name in options.only or CASES:
+        fp8, quantize = CASES[name]
+        with generated(options.directory.resolve(), config, fp8) as source:
+            results[name] = measure(source, quantize, options.repeats)
+    if options.json:
+        print(json.dumps({"layers": options.layers, "results": results}))
+        return
+    table = Table("source", "size", "cp", "convert", "rate", "ratio", "peak memory")
+    for name, row in results.items():
+        seconds = row["convert_seconds"]
+        table.add_row(
+            name,
+            decimal(int(row["source_bytes"])),
+            f"{row['cp_seconds']:.1f} s",
+            f"{seconds:.1f} s",
+            f"{decimal(int(row['source_bytes'] / seconds))}/s",
+            f"{seconds / row['cp_seconds']:.2f}",
+            decimal(int(row["peak_bytes"])),
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
