@@ -2,7 +2,8 @@
 
 A quantised matrix is stored as Hugging Face stores matrices, (out, in), with a float32 scale per
 output row, or per 128x128 block of the matrix (edge blocks may be smaller). A checkpoint's single
-per-tensor scale becomes the same number in every row, which is exact.
+per-tensor scale becomes the same number in every row, which is exact. Where a checkpoint's parts
+hold some columns each, with row scales of their own, a row has a scale per group of columns.
 """
 
 from dataclasses import dataclass
@@ -25,12 +26,14 @@ class WeightFormat:
         where they come from an 8-bit format whose numbers e4m3fn does not all have.
     input_scale: a calibrated scale of the activations is there.
     activation_scale_ub: activations beyond it are clipped when they are quantised per token.
+    column_groups: into so many equal groups of columns, each with a scale per row.
     """
 
     dtype: str
     scale: ScaleLayout | None = None
     input_scale: bool = False
     activation_scale_ub: float | None = None
+    column_groups: int = 1
 
     def __post_init__(self) -> None:
         if self.scale is None:
@@ -38,14 +41,19 @@ class WeightFormat:
             valid = valid and self.activation_scale_ub is None
         else:
             valid = self.dtype in ("float8_e4m3fn", "bfloat16")
+        valid = valid and (self.column_groups == 1 or self.scale == "row")
         if not valid:
             raise ValueError(f"scales go with codes (float8_e4m3fn, bfloat16) alone, got {self}")
 
 
-def scale_shape(shape: tuple[int, int], layout: ScaleLayout) -> tuple[int, ...]:
-    """Shape of the scales of an (out, in) matrix: (out,), or one per 128x128 block."""
+def scale_shape(
+    shape: tuple[int, int], layout: ScaleLayout, column_groups: int = 1
+) -> tuple[int, ...]:
+    """Of the scales of an (out, in) matrix: (out,), (out, groups), or one per 128x128 block."""
     rows, columns = shape
-    return (rows,) if layout == "row" else (-(-rows // BLOCK), -(-columns // BLOCK))
+    if layout == "block":
+        return -(-rows // BLOCK), -(-columns // BLOCK)
+    return (rows,) if column_groups == 1 else (rows, column_groups)
 
 
 def quantize(weight: Array, layout: ScaleLayout) -> tuple[Array, Array]:

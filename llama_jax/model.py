@@ -176,7 +176,7 @@ class Linear(nn.Module):
         if stored.scale is None:
             y = dense(rows, weight)
         else:
-            scales = scale_shape(shape, stored.scale)
+            scales = scale_shape(shape, stored.scale, stored.column_groups)
             axes = self.axes[: len(scales)]
             scale = _parameter(self, "weight_scale", scales, axes, "float32")
             x_scale = None

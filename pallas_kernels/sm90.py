@@ -25,9 +25,6 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
-SHARED_MEMORY_BYTES = 232_448
-REGISTERS_PER_THREAD = 255
-
 # What XLA asks of a device when it compiles for it: the published limits of compute capability 9.0
 # (CUDA C++ programming guide, "Technical specifications per compute capability") and of the H200.
 _H200 = """
@@ -78,6 +75,7 @@ class Kernel:
         (a loop's body counts once). QGMMA is a warpgroup's FP8 matrix instruction, HGMMA the 16-bit
         one; UTMALDG and UTMASTG are TMA loads and stores; HMMA or FFMA in a matrix kernel mean a
         slow path, LDL and STL spills.
+    losses: ptxas' remarks on performance, such as matrix instructions that it had to serialise.
     ptx, sass: the listings; sass has the scheduler's control codes in front.
     """
 
@@ -86,6 +84,7 @@ class Kernel:
     spill_bytes: int
     shared_bytes: int
     instructions: Mapping[str, int]
+    losses: tuple[str, ...]
     ptx: str
     sass: str
 
@@ -180,6 +179,7 @@ def _read(ptx: Path) -> Kernel:
         instructions=collections.Counter(
             re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", sass)
         ),
+        losses=tuple(line for line in log.splitlines() if "Performance Loss" in line),
         ptx=ptx.read_text(),
         sass=sass,
     )

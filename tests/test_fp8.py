@@ -84,6 +84,8 @@ def test_formats_that_contradict_themselves():
         ("float8_e4m3fn",),
         ("float32", None, True),
         ("bfloat16", None, False, 1200.0),
+        ("bfloat16", None, False, None, 2),
+        ("float8_e4m3fn", "block", False, None, 2),
     ):
         with pytest.raises(ValueError, match="scales go with"):
             WeightFormat(*arguments)

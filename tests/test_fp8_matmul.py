@@ -48,6 +48,25 @@ def test_bfloat16_codes(implementation, layout):
     np.testing.assert_allclose(y, exact(x, codes, scale), atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, e4m3.DTYPE], ids=str)
+@pytest.mark.parametrize("n", [1, 80, 2 * BLOCK_ROWS + 136])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_groups_of_columns_with_row_scales_of_their_own(implementation, n, dtype):
+    """Each group is a product of its own; nothing is rounded on the way."""
+    x, codes, _ = operands(17, n, 320)
+    x = e4m3.cast(x) if dtype == e4m3.DTYPE else x.astype(dtype)
+    x_scale = jnp.float32(0.5) if dtype == e4m3.DTYPE else None
+    scale = jax.random.uniform(jax.random.key(7), (n, 4), minval=1e-3, maxval=1e-2)
+    groups = zip(np.split(x, 4, axis=1), np.split(codes, 4, axis=1), scale.T, strict=True)
+    expected = sum(exact(*group) for group in groups) * (1 if x_scale is None else 0.5)
+    np.testing.assert_allclose(
+        dequantize(codes, scale), codes.astype(np.float32) * np.repeat(scale, 80, axis=1), rtol=1e-7
+    )
+    for weight in (codes, e4m3.as_bits(codes)):
+        y = fp8_matmul(x, weight, scale, x_scale=x_scale, implementation=implementation)
+        np.testing.assert_allclose(y, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("m", [1, 16])
 def test_bfloat16_activations_lose_nothing_with_row_scales(m):
     x, codes, scale = operands(m, 600, 256)

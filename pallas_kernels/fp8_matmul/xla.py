@@ -8,11 +8,22 @@ Two formulations:
   that no more than a block ever exists in a wider type.
 """
 
+import operator
+from functools import reduce
+
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels import e4m3
-from pallas_kernels.fp8_matmul.reference import BLOCK, expand_scale
+from pallas_kernels.fp8_matmul.reference import (
+    BLOCK,
+    dequantize_activations,
+    expand_scale,
+    is_grouped,
+    is_per_block,
+    quantize_groups,
+)
 
 BLOCK_ROWS = 512
 # From this many activation rows on, a bf16 matrix multiplication beats float32 on a CPU that has
@@ -23,8 +34,15 @@ MIN_ROWS_FOR_FP8_DOT = 16
 
 
 def fp8_matmul(
-    x: Array, weight: Array, weight_scale: Array, x_scale: Array | None, out_dtype: jnp.dtype
+    x: Array,
+    weight: Array,
+    weight_scale: Array,
+    x_scale: Array | None,
+    out_dtype: jnp.dtype,
+    residual: Array | None = None,
 ) -> Array:
+    if x_scale is not None and is_grouped(x_scale, x.shape[1]):
+        x, x_scale = dequantize_activations(x, x_scale).astype(jnp.bfloat16), None
     is_fp8_dot = weight.dtype == e4m3.DTYPE and x.dtype == e4m3.DTYPE and weight_scale.ndim == 1
     if is_fp8_dot and x.shape[0] >= MIN_ROWS_FOR_FP8_DOT:
         y = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
@@ -33,7 +51,17 @@ def fp8_matmul(
         y = by_row_blocks(x, weight, weight_scale)
     if x_scale is not None:
         y = y * x_scale
+    if residual is not None:
+        y = y + residual.astype(jnp.float32)
     return y.astype(out_dtype)
+
+
+def swiglu(
+    x: Array, gate: Array, gate_scale: Array, up: Array, up_scale: Array, x_scale: Array | None
+) -> tuple[Array, Array]:
+    float32 = jnp.dtype(jnp.float32)
+    g = fp8_matmul(x, gate, gate_scale, x_scale, float32)
+    return quantize_groups(jax.nn.silu(g) * fp8_matmul(x, up, up_scale, x_scale, float32))
 
 
 def by_row_blocks(x: Array, weight: Array, weight_scale: Array | None) -> Array:
@@ -44,7 +72,7 @@ def by_row_blocks(x: Array, weight: Array, weight_scale: Array | None) -> Array:
     are, or fit, bfloat16 and there are enough rows; in float32 otherwise. Returns float32 [m, out].
     """
     rows = weight.shape[0]
-    per_block = weight_scale is not None and weight_scale.ndim == 2
+    per_block = weight_scale is not None and is_per_block(weight_scale, (rows, weight.shape[1]))
     is_exact = x.dtype == jnp.bfloat16 or (x.dtype == e4m3.DTYPE and not per_block)
     in_bf16 = x.shape[0] >= MIN_ROWS_FOR_BF16 and is_exact
     x = x.astype(jnp.bfloat16 if in_bf16 else jnp.float32)
@@ -55,10 +83,12 @@ def by_row_blocks(x: Array, weight: Array, weight_scale: Array | None) -> Array:
         w = e4m3.from_bits(w) if w.dtype == jnp.int8 else w.astype(jnp.float32)
         if weight_scale is None:
             return _dot(x, w)
-        if weight_scale.ndim == 1:
-            return _dot(x, w) * (lax.dynamic_slice_in_dim(weight_scale, start, count) * unit)
-        scale = lax.dynamic_slice_in_dim(weight_scale, start // BLOCK, -(-count // BLOCK))
-        return _dot(x, w * expand_scale(scale * unit, (count, weight.shape[1])))
+        if per_block:
+            scale = lax.dynamic_slice_in_dim(weight_scale, start // BLOCK, -(-count // BLOCK))
+            return _dot(x, w * expand_scale(scale * unit, (count, weight.shape[1])))
+        scale = lax.dynamic_slice_in_dim(weight_scale, start, count).reshape(count, -1) * unit
+        groups = (jnp.split(each, scale.shape[1], axis=1) for each in (x, w))
+        return reduce(operator.add, map(_scaled_dot, *groups, scale.T))
 
     # What does not depend on x, XLA would do for all layers of a model at its beginning, and keep
     # until it is needed; behind the barrier it does.
@@ -76,6 +106,10 @@ def by_row_blocks(x: Array, weight: Array, weight_scale: Array | None) -> Array:
     if tail:
         y = lax.dynamic_update_slice_in_dim(y, product(rows - tail, tail), rows - tail, axis=1)
     return y
+
+
+def _scaled_dot(x: Array, w: Array, scale: Array) -> Array:
+    return _dot(x, w) * scale
 
 
 def _dot(x: Array, w: Array) -> Array:

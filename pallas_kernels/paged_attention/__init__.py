@@ -1,13 +1,14 @@
 """Grouped-query attention of new tokens against a paged key/value cache."""
 
+from functools import partial
 from typing import Literal
 
-from jax import Array
+from jax import Array, lax
 
-from pallas_kernels.paged_attention import reference, xla
+from pallas_kernels import device
+from pallas_kernels.paged_attention import hopper, reference, xla
 
-Implementation = Literal["reference", "xla"]
-_IMPLEMENTATIONS = {"reference": reference.paged_attention, "xla": xla.paged_attention}
+Implementation = Literal["reference", "xla", "hopper"]
 
 
 def paged_attention(
@@ -20,7 +21,8 @@ def paged_attention(
     *,
     k_scale: Array | float = 1.0,
     v_scale: Array | float = 1.0,
-    implementation: Implementation = "xla",
+    is_batch_invariant: bool = False,
+    implementation: Implementation | None = None,
 ) -> Array:
     """softmax(q k^T / sqrt(head_dim)) v, causal, in float32 sums.
 
@@ -31,10 +33,14 @@ def paged_attention(
     page_table: int32 [batch, pages_per_row]; position p of row b lives in page
         page_table[b, p // page_size] at offset p % page_size.
     starts, lengths: int32 [batch]; a query sees positions <= its own and < lengths[b].
-    k_scale, v_scale: float32 scalars that FP8 codes are multiplied by.
+    k_scale, v_scale: float32 scalars that FP8 codes are multiplied by, positive.
+    is_batch_invariant: a row's result is bit-equal alone and in any batch, at some cost on a GPU.
+    implementation: None for the best that takes these arrays on the platform lowered for;
+        `chosen` names it.
     Returns [batch, tokens, num_heads, head_dim] in q's dtype. The rows of a sequence of length 0,
     and tokens past its end, hold finite numbers without meaning.
     The work grows with max(lengths), not with the size of the pool.
+    Raises ValueError for shapes that do not fit, and for a named implementation that cannot run.
     """
     batch, _, num_heads, head_dim = q.shape
     num_kv_heads = k_pages.shape[2]
@@ -42,6 +48,26 @@ def paged_attention(
         raise ValueError(f"q {q.shape} does not fit pages {k_pages.shape} and {v_pages.shape}")
     if page_table.shape[0] != batch or starts.shape != (batch,) or lengths.shape != (batch,):
         raise ValueError(f"page_table, starts and lengths must have {batch} rows")
-    return _IMPLEMENTATIONS[implementation](
-        q, k_pages, v_pages, page_table, starts, lengths, k_scale, v_scale
-    )
+    arrays = (q, k_pages, v_pages, page_table, starts, lengths, k_scale, v_scale)
+    on_hopper = partial(hopper.paged_attention, is_batch_invariant=is_batch_invariant)
+    match implementation or chosen(q, k_pages):
+        case "reference":
+            return reference.paged_attention(*arrays)
+        case "xla":
+            return xla.paged_attention(*arrays)
+        case "hopper" if implementation is None:
+            # Beside a GPU, a program may still be lowered for the CPU.
+            return lax.platform_dependent(*arrays, cuda=on_hopper, default=xla.paged_attention)
+        case "hopper":
+            if reason := device.not_hopper() or hopper.refusal(q, k_pages):
+                raise ValueError(f"paged_attention cannot run as 'hopper': {reason}")
+            return on_hopper(*arrays)
+        case unknown:
+            raise ValueError(f"paged_attention has no implementation {unknown!r}")
+
+
+def chosen(q: Array, k_pages: Array) -> Implementation:
+    """What `implementation=None` stands for where a program is lowered for JAX's default device;
+    given arrays or anything with their shape and dtype."""
+    refusal = device.not_hopper() or hopper.refusal(q, k_pages)
+    return "xla" if refusal or not device.is_local() else "hopper"
