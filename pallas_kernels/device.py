@@ -1,0 +1,41 @@
+"""What a program is being lowered for, as far as it is known while it is traced."""
+
+import jax
+
+HOPPER = "9.0"
+H200_MULTIPROCESSORS = 132
+
+
+def not_hopper() -> str | None:
+    """Why kernels for Hopper cannot run on what is lowered for; None if they can.
+
+    That is the abstract device of the mesh in use (`pallas_kernels.sm90` sets one), or else JAX's
+    default device.
+    """
+    if (abstract := jax.sharding.get_abstract_mesh().abstract_device) is not None:
+        kind = abstract.device_kind
+        return None if kind.startswith(("NVIDIA H100", "NVIDIA H200")) else f"{kind} is no Hopper"
+    if jax.default_backend() != "gpu":
+        return f"JAX runs on {jax.default_backend()}, not on a GPU"
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", "unknown")
+    if capability != HOPPER:
+        return f"{device.device_kind} has compute capability {capability}, not {HOPPER}"
+    return None
+
+
+def is_local() -> bool:
+    """Whether arrays are whole where they are used: one device, or inside of shard_map.
+
+    XLA cannot divide a Pallas kernel over devices; it would gather its operands first.
+    """
+    return jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def multiprocessors() -> int:
+    """How many the GPU has that is lowered for; an H200's number where no GPU is known."""
+    if (abstract := jax.sharding.get_abstract_mesh().abstract_device) is not None:
+        return int(abstract.num_cores)
+    if jax.default_backend() == "gpu":
+        return int(jax.devices()[0].core_count)
+    return H200_MULTIPROCESSORS

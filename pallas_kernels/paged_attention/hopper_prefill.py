@@ -1,0 +1,170 @@
+"""Prefill attention on Hopper: many new tokens per sequence against the paged cache.
+
+A thread block takes 128 rows of queries: a span of tokens times as many heads of one key/value head
+as fit. Heads that share keys share their loads, and all rows of a tile end at nearly the same key.
+Blocks of keys above the diagonal or past the sequence's end are not loaded, and those that every
+row sees are not masked. The two compute warpgroups take turns at the tensor cores: one multiplies
+while the other is in its softmax.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.paged_attention.hopper_loop import (
+    COMPUTE_WARPGROUPS,
+    LOADER,
+    PAGE_SIZE,
+    PER_ROW,
+    ROWS,
+    Carry,
+    Ref,
+    Side,
+    attend,
+    registers,
+    side,
+    start,
+    stream,
+    tile,
+)
+
+TILE_ROWS = COMPUTE_WARPGROUPS * ROWS
+MAX_PACKED_HEADS = 16  # leaves a span of 8 tokens, the height of a tile of shared memory
+
+
+@dataclass(frozen=True)
+class Config:
+    """keys: per block, a multiple of the page size; stages: blocks in flight."""
+
+    keys: int
+    stages: int
+
+
+def heuristic(head_dim: int) -> Config:
+    """Untuned: FlashAttention-3's tile, and as many stages as shared memory has room for."""
+    return Config(keys=128, stages=2 * 128 // head_dim)
+
+
+def paged_attention(
+    q: Array,
+    k_pages: Array,
+    v_pages: Array,
+    page_table: Array,
+    starts: Array,
+    lengths: Array,
+    k_scale: Array | float,
+    v_scale: Array | float,
+    *,
+    config: Config | None = None,
+    interpret: Any = None,
+) -> Array:
+    """As the package's; see `hopper` for what is taken. A sequence's result does not depend on the
+    batch around it. interpret: a plgpu.InterpretGPUParams to run in the simulator."""
+    batch, tokens, num_heads, head_dim = q.shape
+    group = num_heads // k_pages.shape[2]
+    config = config or heuristic(head_dim)
+    packed = math.gcd(group, MAX_PACKED_HEADS)
+    span = TILE_ROWS // packed
+    tiles = pl.cdiv(tokens, span)
+    box = min(span, ROWS)  # tokens of one head within one warpgroup's rows
+    boxes = ROWS // box
+    split = registers(k_pages.dtype)
+
+    def body(
+        q_ref: Ref, k_ref: Ref, v_ref: Ref, table: Ref, starts_ref: Ref,
+        lengths_ref: Ref, k_scale_ref: Ref, v_scale_ref: Ref, out_ref: Ref,
+        q_tile: Ref, weights: Ref | None, keys: Side, values: Side,
+        q_filled: Ref, turns: Ref,
+    ) -> None:  # fmt: skip
+        warpgroup, row = lax.axis_index("warpgroup"), lax.axis_index("row")
+        head = lax.axis_index("heads") * packed
+        first = (tiles - 1 - lax.axis_index("tile")) * span  # the longest tiles start first
+        position, length = starts_ref[row] + first, lengths_ref[row]
+        end = jnp.where(position < length, lax.min(position + span, length), 0)
+        blocks = pl.cdiv(end, config.keys)
+
+        @pl.when(warpgroup < LOADER)
+        def _() -> None:
+            plgpu.set_max_registers(split.compute, action="increase")
+            rows = q_tile.at[warpgroup]
+            places = []  # of this warpgroup's rows in q and in the result
+            for i in range(boxes):
+                r = warpgroup * ROWS + i * box
+                token = pl.ds(first + lax.rem(r, span), box)
+                places.append((pl.ds(i * box, box), (row, token, head + lax.div(r, span))))
+            for part, place in places:
+                plgpu.copy_gmem_to_smem(q_ref.at[place], rows.at[part], q_filled.at[warpgroup])
+            plgpu.barrier_wait(q_filled.at[warpgroup])
+
+            scale = k_scale_ref[0] * (math.log2(math.e) / math.sqrt(head_dim))
+            r = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW)
+            limit = lax.min(position + lax.rem(warpgroup * ROWS + r, span), length - 1)
+
+            def turn() -> None:
+                plgpu.barrier_arrive(turns)
+                plgpu.barrier_wait(turns)
+
+            def step(block: Array, carry: Carry, is_masked: bool) -> Carry:
+                return attend(
+                    carry, rows, keys, values, lax.rem(block, keys.slots.shape[0]), scale,
+                    limit=limit - block * config.keys if is_masked else None,
+                    weights=None if weights is None else weights.at[warpgroup],
+                    turn=turn,
+                )  # fmt: skip
+
+            whole = lax.min(lax.div(lax.min(position + 1, length), config.keys), blocks)
+            pl.when(warpgroup == 1)(turn)
+            carry = start(head_dim)
+            carry = lax.fori_loop(0, whole, lambda i, c: step(i, c, False), carry)
+            carry = lax.fori_loop(whole, blocks, lambda i, c: step(i, c, True), carry)
+            pl.when(warpgroup == 0)(turn)
+
+            factor = v_scale_ref[0] / lax.max(carry.total, jnp.finfo(jnp.float32).tiny)
+            out = carry.out * lax.broadcast_in_dim(factor, carry.out.shape, (0,))
+            rows[...] = out.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            for part, place in places:
+                plgpu.copy_smem_to_gmem(rows.at[part], out_ref.at[place])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup == LOADER)
+        def _() -> None:
+            plgpu.set_max_registers(split.loader, action="decrease")
+            kv_head = lax.div(head, group)
+            last = lax.max(pl.cdiv(end, PAGE_SIZE) - 1, 0)
+            stream(
+                keys, values, k_ref.at[:, :, kv_head], v_ref.at[:, :, kv_head],
+                lambda i: table[row, lax.min(i, last)], blocks,
+            )  # fmt: skip
+
+    ring = side(k_pages.dtype, config.stages, config.keys, head_dim, readers=COMPUTE_WARPGROUPS)
+    weights = tile((COMPUTE_WARPGROUPS, ROWS, config.keys), q.dtype) if interpret else None
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        grid=(num_heads // packed, tiles, batch),
+        grid_names=("heads", "tile", "row"),
+        num_threads=COMPUTE_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        kernel_name="paged_attention_prefill",
+        scratch_types=[
+            tile((COMPUTE_WARPGROUPS, ROWS, head_dim), q.dtype),
+            weights,
+            ring,
+            ring,
+            plgpu.Barrier(num_arrivals=boxes, num_barriers=COMPUTE_WARPGROUPS),
+            plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+        ],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(q, k_pages, v_pages, page_table, starts, lengths, *_as_arrays(k_scale, v_scale))
+
+
+def _as_arrays(*scalars: Array | float) -> list[Array]:
+    return [jnp.asarray(scalar, jnp.float32).reshape(1) for scalar in scalars]

@@ -1,0 +1,198 @@
+"""The Hopper attention kernels in JAX's GPU simulator, against float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import e4m3
+from pallas_kernels.paged_attention import (
+    chosen,
+    hopper,
+    hopper_decode,
+    hopper_prefill,
+    paged_attention,
+)
+from tests.test_paged_attention import exact
+
+PAGE = 64
+SIMULATOR = plgpu.InterpretGPUParams(detect_races=True)
+SMALL_PREFILL = hopper_prefill.Config(keys=64, stages=2)
+BF16, FP8 = jnp.bfloat16, e4m3.DTYPE
+HEAD_SHAPES = pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "dtype"),
+    [(1, 1, 128, BF16), (4, 1, 64, FP8), (6, 2, 64, BF16), (8, 1, 128, FP8), (16, 1, 64, BF16)],
+    ids=["1-1-128-bf16", "4-1-64-fp8", "6-2-64-bf16", "8-1-128-fp8", "16-1-64-bf16"],
+)
+
+
+def case(heads, kv_heads, tokens, starts, lengths, *, dtype=BF16, head_dim=64, magnitude=1.0):
+    """Random queries, and a pool whose pages are dealt out in no order.
+
+    Pages that hold no key of a sequence are NaN.
+    """
+    rng = np.random.default_rng(heads + tokens)
+    batch, pages = len(lengths), -(-max(lengths) // PAGE) + 1
+    num_pages = batch * pages + 2
+    table = rng.permutation(num_pages)[: batch * pages].reshape(batch, pages)
+    k, v = np.full((2, num_pages, PAGE, kv_heads, head_dim), np.nan, np.float32)
+    for row, length in zip(table, lengths, strict=True):
+        used = row[: -(-length // PAGE)]
+        k[used], v[used] = rng.standard_normal((2, len(used), *k.shape[1:]))
+    q = rng.standard_normal((batch, tokens, heads, head_dim)) * magnitude
+    arrays = q.astype(BF16), k.astype(dtype), v.astype(dtype)
+    return *map(jnp.asarray, arrays), *(jnp.array(a, jnp.int32) for a in (table, starts, lengths))
+
+
+def check(y, arrays, k_scale=1.0, v_scale=1.0):
+    """Against float64, where a query is a token of its sequence.
+
+    Weights are rounded to bfloat16 before they meet the values, and so is the mean of the values:
+    2^-9 of the largest value, twice.
+    """
+    q, k, v, table, starts, lengths = map(np.asarray, arrays)
+    y = np.asarray(y, np.float32)
+    assert np.isfinite(y).all()
+    rows = lengths > 0
+    expected = exact(q[rows], k, v, table[rows], starts[rows], lengths[rows], k_scale, v_scale)
+    is_token = (starts[:, None] + np.arange(q.shape[1]) < lengths[:, None])[rows]
+    bound = 2**-8 * np.nanmax(np.abs(v.astype(np.float32))) * v_scale
+    np.testing.assert_allclose(y[rows][is_token], expected[is_token], atol=bound, rtol=0)
+    assert not gpu_callbacks.get_races().races_found
+
+
+def prefill(arrays, k_scale=1.0, v_scale=1.0, config=SMALL_PREFILL):
+    return hopper_prefill.paged_attention(
+        *arrays, k_scale, v_scale, config=config, interpret=SIMULATOR
+    )
+
+
+def decode(arrays, k_scale=1.0, v_scale=1.0, splits=2, keys_per_split=None):
+    config = hopper_decode.Config(splits, keys_per_split, stages=2)
+    return hopper_decode.paged_attention(
+        *arrays, k_scale, v_scale, config=config, interpret=SIMULATOR
+    )
+
+
+@HEAD_SHAPES
+def test_prefill_of_every_head_shape(heads, kv_heads, head_dim, dtype):
+    arrays = case(heads, kv_heads, 20, [50], [70], dtype=dtype, head_dim=head_dim)
+    check(prefill(arrays, 0.5, 2.0), arrays, 0.5, 2.0)
+
+
+def test_prefill_in_tiles_of_several_blocks():
+    arrays = case(4, 1, 70, [130, 0], [200, 70])
+    check(prefill(arrays, config=hopper_prefill.Config(keys=128, stages=2)), arrays)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
+def test_prefill_at_the_edges_of_pages(dtype):
+    lengths = [0, 1, 63, 64, 65, 200]
+    starts = [0, 0, 54, 0, 60, 190]
+    arrays = case(8, 1, 10, starts, lengths, dtype=dtype)
+    check(prefill(arrays), arrays)
+
+
+@HEAD_SHAPES
+def test_decode_of_every_head_shape(heads, kv_heads, head_dim, dtype):
+    arrays = case(heads, kv_heads, 1, [299], [300], dtype=dtype, head_dim=head_dim)
+    check(decode(arrays, 0.5, 2.0), arrays, 0.5, 2.0)
+
+
+@pytest.mark.parametrize("tokens", [2, 8])
+def test_decode_of_several_tokens(tokens):
+    """16 heads times 8 tokens are two tiles of rows."""
+    lengths = [200, 129, tokens]
+    arrays = case(16, 1, tokens, [n - tokens for n in lengths], lengths)
+    check(decode(arrays), arrays)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "keys_per_split"), [(BF16, None), (FP8, 128)], ids=["bf16-even", "fp8-fixed"]
+)
+def test_decode_at_the_edges_of_pages_and_splits(dtype, keys_per_split):
+    lengths = [0, 1, 63, 64, 65, 128, 129, 257]
+    arrays = case(4, 1, 1, [max(n - 1, 0) for n in lengths], lengths, dtype=dtype)
+    check(decode(arrays, splits=3, keys_per_split=keys_per_split), arrays)
+
+
+@pytest.mark.parametrize("run", [prefill, decode])
+def test_extreme_scores_do_not_overflow(run):
+    arrays = case(4, 1, 2, [126, 0], [128, 2], magnitude=1e6)
+    check(run(arrays), arrays)
+
+
+@pytest.mark.parametrize("run", [prefill, decode])
+def test_equal_scores_make_an_exact_mean(run):
+    _, k, v, *where = case(4, 1, 1, [63], [64])
+    v = jnp.round(jnp.nan_to_num(v) * 4)
+    mean = jnp.mean(v[where[0][0, 0], :, 0].astype(jnp.float32), axis=0)
+    y = run((jnp.zeros((1, 1, 4, 64), BF16), k, v, *where))
+    np.testing.assert_array_equal(y[0, 0], jnp.tile(mean.astype(BF16), (4, 1)))
+
+
+def test_batch_invariant_rows_are_bit_equal_alone():
+    arrays = case(4, 1, 1, [299, 10, 120], [300, 11, 121])
+    q, k, v, *where = arrays
+
+    def run(rows):
+        return hopper.paged_attention(
+            q[rows], k, v, *(a[rows] for a in where), 1.0, 1.0,
+            is_batch_invariant=True, interpret=SIMULATOR,
+        )  # fmt: skip
+
+    np.testing.assert_array_equal(run(slice(0, 1))[0], run(slice(0, 3))[0])
+
+
+@pytest.mark.parametrize(("tokens", "kernel"), [(8, "decode"), (9, "prefill")])
+def test_the_number_of_tokens_picks_the_kernel(tokens, kernel):
+    arrays = case(4, 1, tokens, [0], [tokens])
+    run = jax.make_jaxpr(lambda *a: hopper.paged_attention(*a, 1.0, 1.0))
+    assert f"paged_attention_{kernel}" in str(run(*arrays))
+
+
+def test_heuristic_keeps_every_multiprocessor_busy():
+    """Thread blocks in whole waves of 132, or nearly: an eighth of a wave idle at most."""
+    for batch in range(1, 65):
+        config = hopper_decode.heuristic(batch, 8, 128, 32_768, False)
+        blocks = batch * 8 * config.splits
+        assert blocks / (132 * -(-blocks // 132)) > 0.8, batch
+        assert config.splits <= hopper_decode.MAX_SPLITS
+
+
+def test_what_has_no_kernel_is_named():
+    q, k, *_ = case(4, 1, 1, [3], [4])
+    refused = {
+        "q must be bfloat16, got float32": (q.astype(jnp.float32), k),
+        "pages must be bfloat16 or float8_e4m3fn, got int8": (q, k.astype(jnp.int8)),
+        "head_dim must be 64 or 128, got 32": (q[..., :32], k[..., :32]),
+        "pages must hold 64 tokens, got 32": (q, k[:, :32]),
+    }
+    for reason, arrays in refused.items():
+        assert hopper.refusal(*arrays) == reason
+
+
+def test_without_a_hopper_gpu_xla_runs_and_hopper_says_why():
+    q, k, v, *where = case(4, 1, 1, [3], [4])
+    assert chosen(q, k) == "xla"
+    with pytest.raises(ValueError, match="JAX runs on cpu, not on a GPU"):
+        paged_attention(q, k, v, *where, implementation="hopper")
+    with pytest.raises(ValueError, match="no implementation 'triton'"):
+        paged_attention(q, k, v, *where, implementation="triton")
+
+
+@pytest.mark.parametrize(
+    ("version", "is_refused"),
+    [((12, 6, 85), False), ((12, 8, 61), True), ((12, 9, 41), True), ((12, 9, 86), False)],
+)
+def test_a_ptxas_that_miscompiles_is_refused(monkeypatch, version, is_refused):
+    monkeypatch.setattr(hopper, "_ptxas_version", lambda: version)
+    q, k, v, *where = case(4, 1, 1, [3], [4])
+    h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=h200)):
+        assert chosen(q, k) == ("xla" if is_refused else "hopper")
+        if is_refused:
+            with pytest.raises(ValueError, match="miscompiles it: update CUDA"):
+                paged_attention(q, k, v, *where, implementation="hopper")

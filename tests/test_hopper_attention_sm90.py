@@ -1,0 +1,85 @@
+"""The Hopper attention kernels as the compiler makes them, for the heads of Llama 3.1 models."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import e4m3, sm90
+from pallas_kernels.hopper import SHARED_MEMORY_BYTES
+from pallas_kernels.paged_attention import hopper, paged_attention
+from pallas_kernels.shapes import HEAD_DIM, MODELS
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sm90.unavailable() is not None, reason=str(sm90.unavailable())),
+]
+
+HEADS = {
+    f"{name}-tp{parts}": (model.heads // parts, model.kv_heads // parts, HEAD_DIM)
+    for name, model in MODELS.items()
+    for parts in model.tensor_parallel
+} | {"1B": (32, 8, 64)}
+KV_DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, e4m3.DTYPE], ids=["bf16", "fp8"])
+
+
+def arguments(heads, kv_heads, head_dim, dtype, *, batch=1, tokens=1, capacity=8192):
+    struct = jax.ShapeDtypeStruct
+    pages = capacity // 64
+    pool = struct((batch * pages, 64, kv_heads, head_dim), dtype)
+    q = struct((batch, tokens, heads, head_dim), jnp.bfloat16)
+    row, scale = struct((batch,), jnp.int32), struct((), jnp.float32)
+    return q, pool, pool, struct((batch, pages), jnp.int32), row, row, scale, scale
+
+
+def check(kernel):
+    assert kernel.count("HGMMA") and kernel.count("UTMALDG")
+    assert not kernel.count("HMMA")
+    assert kernel.spill_bytes == kernel.count("LDL") == kernel.count("STL") == 0
+    assert kernel.shared_bytes <= SHARED_MEMORY_BYTES
+    assert not kernel.losses
+
+
+@KV_DTYPES
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.parametrize(("kernel", "tokens"), [("decode", 1), ("prefill", 2048)])
+def test_on_tensor_cores_without_spills(kernel, tokens, heads, dtype):
+    (compiled,) = sm90.kernels(hopper.paged_attention, *arguments(*heads, dtype, tokens=tokens))
+    assert f"paged_attention_{kernel}" in compiled.name
+    check(compiled)
+
+
+@pytest.mark.parametrize("tokens", [2, 5, 8])
+def test_several_tokens_for_each_sequence(tokens):
+    heads = HEADS["405B-tp8"]
+    (compiled,) = sm90.kernels(
+        hopper.paged_attention, *arguments(*heads, jnp.bfloat16, batch=32, tokens=tokens)
+    )
+    check(compiled)
+
+
+@KV_DTYPES
+def test_the_best_implementation_is_the_kernel_and_reads_the_pool_in_place(dtype):
+    arrays = arguments(*HEADS["8B-tp1"], dtype, batch=16)
+
+    def attend(q, k, v, table, starts, lengths, k_scale, v_scale):
+        return paged_attention(
+            q, k, v, table, starts, lengths, k_scale=k_scale, v_scale=v_scale
+        )  # fmt: skip
+
+    compiled = sm90.compile(attend, *arrays)
+    assert "mosaic_gpu" in compiled.as_text()
+    pool = arrays[1].size * arrays[1].dtype.itemsize
+    assert compiled.memory_analysis().temp_size_in_bytes < pool / 100
+
+
+@pytest.mark.parametrize("is_batch_invariant", [False, True])
+def test_parts_are_added_up_in_few_launches(is_batch_invariant):
+    """The kernel, the weights of the parts, their sum, and what lengths alone decide."""
+    arrays = arguments(*HEADS["8B-tp1"], jnp.bfloat16, capacity=32_768)
+    run = partial(hopper.paged_attention, is_batch_invariant=is_batch_invariant)
+    text = sm90.compile(run, *arrays).as_text()
+    launches = re.findall(r"= \S+ (?:fusion|custom-call|copy)\(", text[text.index("ENTRY") :])
+    assert 1 < len(launches) <= 5
