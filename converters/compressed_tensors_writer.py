@@ -7,7 +7,6 @@ what llm-compressor writes with them.
 import logging
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from converters.dialects.layout import LazyArray, Module, Plan, constant, is_linear, source_name
@@ -54,7 +53,7 @@ def compressed_tensors(plan: Plan) -> tuple[dict[str, LazyArray], dict[str, Any]
             tensors[f"{name}.weight_scale"] = constant(scale)
         if is_static:
             for name, module in zip(names, modules.values(), strict=True):
-                scale = _whole(module.arrays["input_scale"])
+                scale = module.arrays["input_scale"].whole()
                 tensors[f"{name}.input_scale"] = constant(scale.reshape(1))
             inputs = _arguments("tensor", dynamic=False)
         else:
@@ -80,11 +79,10 @@ def compressed_tensors(plan: Plan) -> tuple[dict[str, LazyArray], dict[str, Any]
 
 
 def _check_expressible(path: str, module: Module) -> None:
-    weight, scale = module.arrays["weight"], module.arrays["weight_scale"]
-    if weight.dtype != ml_dtypes.float8_e4m3fn:
-        reason = f"codes in {weight.dtype.name}"
-    elif module.format.scale == "row" and scale.shape != weight.shape[:1]:
-        reason = f"scales of shape {list(scale.shape)}, several for each row"
+    if module.format.dtype != "float8_e4m3fn":
+        reason = f"codes in {module.format.dtype}"
+    elif module.format.column_groups > 1:
+        reason = f"scales for each of {module.format.column_groups} groups of columns"
     else:
         return
     raise CheckpointError(
@@ -95,7 +93,7 @@ def _check_expressible(path: str, module: Module) -> None:
 
 def _weight_scales(layout: str, modules: dict[str, Module]) -> tuple[str, list[np.ndarray]]:
     """The strategy of a group, and each matrix's scales in its shape."""
-    scales = [_whole(module.arrays["weight_scale"]) for module in modules.values()]
+    scales = [module.arrays["weight_scale"].whole() for module in modules.values()]
     if layout == "block":
         return "block", scales
     if all((each == each[0]).all() for each in scales):
@@ -125,7 +123,3 @@ def _arguments(strategy: str, *, dynamic: bool) -> dict[str, Any]:
         "group_size": BLOCK if strategy == "group" else None,
         "block_structure": [BLOCK, BLOCK] if strategy == "block" else None,
     }
-
-
-def _whole(array: LazyArray) -> np.ndarray:
-    return array.rows(0, (array.shape or (1,))[0])

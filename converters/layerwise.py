@@ -22,7 +22,6 @@ from jax import Array
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     ProgressColumn,
     Task,
@@ -32,7 +31,6 @@ from rich.progress import (
 from rich.text import Text
 
 from converters.dialects.layout import Plan, pieces
-from llama_jax.config import LlamaConfig
 from llama_jax.kv_cache import KVDtype, init_cache, storage_dtype
 from llama_jax.model import LayerCache, Linear, Llama, ModelSpec, Params
 from llama_jax.tokenizer import Tokenizer
@@ -145,27 +143,27 @@ def log_likelihoods(
     return np.concatenate(found).reshape(len(tokens), -1)
 
 
-class _TokenRate(ProgressColumn):
+class _Tokens(ProgressColumn):
+    """Tokens done and their rate; a task counts each once for every one of its `layers`."""
+
     def render(self, task: Task) -> Text:
-        rate = task.finished_speed or task.speed or 0.0
-        return Text(f"{rate:,.0f} tokens/s", style="progress.data.speed")
+        layers = task.fields["layers"]
+        done, total = task.completed // layers, (task.total or 0) // layers
+        rate = (task.finished_speed or task.speed or 0) / layers
+        return Text(f"{done:,.0f}/{total:,.0f} tokens {rate:,.0f}/s", style="progress.data.speed")
 
 
 @contextmanager
 def token_progress(
-    description: str, tokens: int, config: LlamaConfig, shown: bool
+    description: str, tokens: int, layers: int, shown: bool
 ) -> Iterator[Callable[[int], None]]:
     """A bar on stderr with rate and time left; the function it gives is an `advance` of these.
 
-    tokens: how many go through all layers of such a model.
+    tokens: how many go through how many layers.
     """
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _TokenRate(),
-        TimeRemainingColumn(),
-    )  # fmt: skip
+    columns = (TextColumn("{task.description}"), BarColumn(), _Tokens(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task(description, total=tokens)
-        yield lambda count: bar.advance(task, count / config.num_layers)
+        yield partial(bar.advance, bar.add_task(description, total=tokens * layers, layers=layers))
 
 
 def layer_spec(spec: ModelSpec, layer: int) -> ModelSpec:

@@ -157,11 +157,13 @@ def tables(report: QuantizationReport, worst: int = 8) -> list[Table]:
             f"{np.mean(inputs):.4%}" if inputs else "-",
         )  # fmt: skip
     ranked = Table(title="Largest errors", title_justify="left")
-    for column in ("matrix", "error", "SNR", "worst rows (error)"):
-        ranked.add_column(column, justify="right" if column in ("error", "SNR") else "left")
+    for column in ("matrix", "error", "SNR", "worst row", "its error"):
+        ranked.add_column(column, justify="left" if column == "matrix" else "right")
     for m in sorted(report.matrices, key=lambda m: -m.relative_error)[:worst]:
-        rows = ", ".join(f"{row} ({error:.3f})" for row, error in m.worst_rows)
-        ranked.add_row(m.path, f"{m.relative_error:.4f}", f"{m.snr:.1f} dB", rows)
+        row, error = m.worst_rows[0]
+        ranked.add_row(
+            m.path, f"{m.relative_error:.4f}", f"{m.snr:.1f} dB", str(row), f"{error:.4f}"
+        )
     if not report.perplexity:
         return [kinds, ranked]
     scored = Table(title=f"Perplexity of {report.scored_tokens} tokens", title_justify="left")

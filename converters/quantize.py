@@ -82,7 +82,8 @@ def quantize(
     _check(plan, options.lm_head)
     if options.calibrate is not None:
         tokens = _read(checkpoint, options, options.calibrate)
-        with token_progress("calibrating", tokens.size, checkpoint.config, progress) as advance:
+        layers = checkpoint.config.num_layers
+        with token_progress("calibrating", tokens.size, layers, progress) as advance:
             ranges = calibrate(plan, checkpoint.spec(_dtype(checkpoint)), tokens, advance)
         if options.smooth is not None:
             plan, ranges = smooth(plan, checkpoint.config, ranges, options.smooth)
@@ -106,7 +107,7 @@ def report(
         return errors
     tokens, config = _read(checkpoint, options, text), checkpoint.config
     runs = 1 + len(activations_of(quantized))
-    with token_progress("scoring", runs * tokens.size, config, progress) as advance:
+    with token_progress("scoring", runs * tokens.size, config.num_layers, progress) as advance:
         return with_perplexity(
             errors, original, quantized, config, _dtype(checkpoint), tokens, advance
         )

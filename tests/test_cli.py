@@ -383,7 +383,7 @@ def test_convert_reports_and_refuses_to_overwrite(run, source, tmp_path):
     assert code == 0
     assert facts["dialect"] == "dense" and facts["modules"] == {"float32": 12}
     assert facts["total_bytes"] == sum(
-        path.stat().st_size for path in (tmp_path / "new" / "params").glob("*/0*")
+        path.stat().st_size for path in (tmp_path / "new" / "params").glob("*/[0-9]*")
     )
     assert facts["tokenizer_files"] == ["tokenizer.model"]
     code, _, err = run("convert", source, tmp_path / "new")
@@ -391,44 +391,6 @@ def test_convert_reports_and_refuses_to_overwrite(run, source, tmp_path):
     code, out, _ = run("convert", source, tmp_path / "new", "--overwrite", "--quantize", "block")
     assert code == 0
     assert "7 x float8_e4m3fn, a scale per block" in out
-
-
-def test_inspect_of_a_source_and_of_its_conversion(run, source, model):
-    facts = [json.loads(run("inspect", path, "--json")[1]) for path in (source, model)]
-    assert [f["dialect"] for f in facts] == ["dense", "dense"]
-    assert facts[0]["container"] == "Hugging Face checkpoint"
-    assert facts[1]["container"] == "converted checkpoint (Orbax)"
-    assert facts[0]["config"] == facts[1]["config"] == json.loads(json.dumps(CONFIG.to_dict()))
-    formats = {module["name"]: module["format"] for module in facts[1]["modules"]}
-    assert formats["q_proj"] == "float8_e4m3fn, scale per row"
-    assert formats["lm_head"] == "float32"
-    assert facts[0]["total_bytes"] > facts[1]["total_bytes"]
-    assert facts[1]["tokenizer"] == {
-        "kind": "tiktoken", "vocab_size": 512, "special_tokens": 256, "chat_template": False,
-    }  # fmt: skip
-    memory = facts[1]["memory"]
-    assert memory["fits"] is True
-    assert memory["weights"] == facts[1]["total_bytes"]
-    assert memory["total"] == memory["weights"] + memory["kv_cache"] + memory["workspace"]
-
-
-def test_inspect_names_exceptions_and_says_whether_it_fits(run, model, tmp_path, monkeypatch):
-    manifest = json.loads((model / "manifest.json").read_text())
-    manifest["config"]["num_layers"] = 3
-    formats = manifest["formats"]
-    for layer in (1, 2):
-        formats |= {k.replace("layers_0", f"layers_{layer}"): v for k, v in formats.items()}
-    formats["layers_2/mlp/down_proj"] = {"dtype": "bfloat16", "scale": None, "input_scale": False}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    (tmp_path / "tokenizer.model").write_bytes((model / "tokenizer.model").read_bytes())
-    facts = json.loads(run("inspect", tmp_path, "--json")[1])
-    (down,) = (m for m in facts["modules"] if m["name"] == "down_proj")
-    assert down["count"] == 3 and down["exceptions"] == {"bfloat16": ["layers_2/mlp/down_proj"]}
-    code, out, _ = run("inspect", tmp_path, "--max-batch-size", 10**9)
-    assert code == 0
-    assert "bfloat16: layers_2/mlp/down_proj" in out
-    assert "It does not fit." in out
-    assert "It fits." in run("inspect", tmp_path, "--max-batch-size", 1)[1]
 
 
 def test_bench_json_is_complete(run, model, monkeypatch):
@@ -470,7 +432,7 @@ BAD_CALLS = [
     (["generate", "MODEL", "--input", "missing.txt"], 2, "missing.txt"),
     (["generate", "MODEL", "--prompt", "a", "--output", "missing/out"], 2, "directory does not"),
     (["score", "missing.jsonl", "-", "--model", "MODEL"], 2, "missing.jsonl"),
-    (["inspect", "missing"], 2, "neither manifest.json"),
+    (["inspect", "missing"], 2, "missing is not a directory"),
     (["inspect", "MODEL", "--max-seq-len", "100000"], 2, "512 tokens"),
     (["convert", "missing", "target"], 2, "missing is not a directory"),
     (["bench", "MODEL", "--preset", "llama-3.1-8b"], 2, "not both"),

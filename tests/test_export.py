@@ -196,9 +196,8 @@ def test_formats_that_differ_are_groups_with_their_targets() -> None:
 
 def several_scales_a_row() -> Module:
     scale = constant(np.ones((8, 2), np.float32))
-    return Module(
-        WeightFormat("float8_e4m3fn", "row"), {**fp8_module().arrays, "weight_scale": scale}
-    )
+    stored = WeightFormat("float8_e4m3fn", "row", column_groups=2)
+    return Module(stored, {**fp8_module().arrays, "weight_scale": scale})
 
 
 def codes_in_bfloat16() -> Module:
@@ -209,7 +208,10 @@ def codes_in_bfloat16() -> Module:
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (several_scales_a_row, r"layers_0/mlp/up_proj has scales of shape \[8, 2\].*--format bf16"),
+        (
+            several_scales_a_row,
+            r"layers_0/mlp/up_proj has scales for each of 2 groups.*--format bf16",
+        ),
         (codes_in_bfloat16, r"layers_0/mlp/up_proj has codes in bfloat16.*--format bf16"),
         (dense_module, "no FP8 weights.*--format bf16.*convert --quantize row"),
     ],
@@ -226,7 +228,7 @@ def test_a_lost_bound_on_activations_is_said(caplog: pytest.LogCaptureFixture) -
     assert "activation_scale_ub" in caplog.text
 
 
-@pytest.mark.parametrize("scales", ["row", "block"])
+@pytest.mark.parametrize("scales", ["row", "row of two column groups", "block"])
 def test_bf16_is_code_times_scale_rounded_once(
     scales: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,14 +238,19 @@ def test_bf16_is_code_times_scale_rounded_once(
     shape = (300, 200)
     finite = np.setdiff1d(np.arange(256), [0x7F, 0xFF]).astype(np.uint8)
     codes = rng.choice(finite, shape).view(E4M3)
-    scale = rng.uniform(1e-3, 1, 300 if scales == "row" else (3, 2)).astype(np.float32)
-    arrays = {"weight": constant(codes), "weight_scale": constant(scale)}
-    module = Module(WeightFormat("float8_e4m3fn", scales), arrays)
+    scale = rng.uniform(1e-3, 1, {"row": 300, "block": (3, 2)}.get(scales, (300, 2)))
+    scale = scale.astype(np.float32)
+    if scales == "row":
+        stored, wide = WeightFormat("float8_e4m3fn", "row"), scale[:, None]
+    elif scales == "block":
+        stored = WeightFormat("float8_e4m3fn", "block")
+        wide = scale.repeat(128, axis=0)[:300].repeat(128, axis=1)[:, :200]
+    else:
+        stored = WeightFormat("float8_e4m3fn", "row", column_groups=2)
+        wide = scale.repeat(100, axis=1)
+    module = Module(stored, {"weight": constant(codes), "weight_scale": constant(scale)})
     found = dequantized_tensors(Plan({"lm_head": module}, frozenset()))["lm_head.weight"]
     parts = list(layout.pieces(found))
-    wide = scale[:, None]
-    if scales == "block":
-        wide = scale.repeat(128, axis=0)[:300].repeat(128, axis=1)[:, :200]
     assert [len(part) for part in parts] == [128, 128, 44]
     expected = (codes.astype(np.float32) * wide).astype(BF16)
     assert np.concatenate(parts).tobytes() == expected.tobytes()

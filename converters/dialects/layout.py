@@ -34,6 +34,9 @@ class LazyArray:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def whole(self) -> np.ndarray:
+        return self.rows(0, (self.shape or (1,))[0])
+
 
 def piece_rows(shape: Shape, itemsize: int) -> int:
     """Rows read at a time: about `PIECE_BYTES`, all of a small array, else a multiple of 128."""

@@ -1,9 +1,9 @@
 """`llama-jax inspect`: what a checkpoint is, and whether it will fit, without loading it."""
 
-import math
+import re
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,21 +15,13 @@ from llama_jax.cli import options
 from llama_jax.cli.output import key_value_table, print_json, stderr, stdout
 
 if TYPE_CHECKING:
-    from llama_jax.config import LlamaConfig
-    from llama_jax.fp8 import WeightFormat
-    from llama_jax.memory import MemoryPlan
+    from converters.dialects.layout import Module, Plan
+    from converters.opened import Opened
+    from llama_jax.memory import Capacity, MemoryPlan
 
-
-@dataclass(frozen=True)
-class _Checkpoint:
-    """What there is to know of a checkpoint without its weights. kv_scales as in `Manifest`."""
-
-    path: Path
-    container: str
-    dialect: str
-    config: "LlamaConfig"
-    formats: Mapping[str, "WeightFormat"]
-    kv_scales: tuple[tuple[float, float], ...] | None
+Range = tuple[float, float]
+_PREFILL_CHUNK = 512
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -37,6 +29,7 @@ class _Kind:
     """The modules of one name, such as all q_proj: how most are stored, and which are not so.
 
     shape: of the weight. bytes: of all of them, scales included. exceptions: format to paths.
+    weight_scale, input_scale: the smallest and the largest, None without any.
     """
 
     name: str
@@ -45,13 +38,16 @@ class _Kind:
     format: str
     bytes: int
     exceptions: Mapping[str, list[str]]
+    weight_scale: Range | None
+    input_scale: Range | None
 
 
 def inspect(
     path: Annotated[
         Path | None,
         typer.Argument(
-            help="A converted checkpoint or a Hugging Face directory.", show_default=options.SHIPPED
+            help="A converted checkpoint, or a published one in any layout.",
+            show_default=options.SHIPPED,
         ),
     ] = None,
     as_json: options.Json = False,
@@ -59,123 +55,176 @@ def inspect(
     kv_dtype: options.KVDtype = "bf16",
     max_seq_len: options.MaxSeqLen = None,
     max_batch_size: options.MaxBatchSize = 8,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Plan for a device with so much memory, such as 80GiB. JAX takes three quarters "
+            "of a GPU's, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.",
+            show_default="what this device has",
+            rich_help_panel="Loading",
+        ),
+    ] = None,
 ) -> None:
-    """Show what a checkpoint is: layout, config, formats of the weights, tokenizer, and the memory
-    it would take. Nothing is converted or loaded.
+    """Show what a checkpoint is: layout, config, formats and scales of the weights, tokenizer; and
+    the memory it would take, here or on another device. Nothing is converted or loaded.
 
     **Examples**
 
         llama-jax inspect
         llama-jax inspect ./Meta-Llama-3.1-8B-Instruct-fp8
         llama-jax inspect ./llama-8b --max-batch-size 32 --max-seq-len 4096 --kv-dtype fp8
+        llama-jax inspect ./llama-70b --memory 105GB       # an H200, from a laptop
         llama-jax inspect ./llama-8b --json | jq .memory
     """
+    limit = None if memory is None else _parse_size(memory)
     with stderr.status("starting JAX"):
+        from converters.opened import open_checkpoint
         from llama_jax.kv_cache import storage_dtype
         from llama_jax.llm import DEFAULT_MAX_SEQ_LEN, SHIPPED_MODEL
-        from llama_jax.memory import plan_memory
-        from llama_jax.model import ModelSpec
-        from llama_jax.tokenizer import load_tokenizer
-    checkpoint = _read(SHIPPED_MODEL if path is None else path)
-    limit = checkpoint.config.max_position_embeddings
-    max_seq_len = min(limit, DEFAULT_MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
-    if max_seq_len > limit:
-        raise ValueError(f"--max-seq-len {max_seq_len}: the model's context is {limit} tokens")
-    spec = ModelSpec(checkpoint.config, checkpoint.formats, dtype)
-    plan = plan_memory(spec, max_batch_size, max_seq_len, storage_dtype(kv_dtype, dtype), 512)
-    kinds = _kinds(spec)
-    tokenizer = load_tokenizer(checkpoint.path)
-    tokenizer_facts = {
+        from llama_jax.memory import capacity, plan_memory
+    checkpoint = open_checkpoint(SHIPPED_MODEL if path is None else path)
+    context = checkpoint.config.max_position_embeddings
+    length = min(context, DEFAULT_MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
+    if length > context:
+        raise ValueError(f"--max-seq-len {length}: the model's context is {context} tokens")
+    with stderr.status("planning"):
+        spec = checkpoint.spec(dtype)
+        plan = plan_memory(
+            spec, max_batch_size, length, storage_dtype(kv_dtype, dtype), _PREFILL_CHUNK,
+            limit=limit,
+        )  # fmt: skip
+        capacities = {
+            cache: capacity(
+                spec, max_batch_size, length, storage_dtype(cache, dtype), _PREFILL_CHUNK,
+                plan.limit,
+            )
+            for cache in ("bf16", "fp8")
+        }  # fmt: skip
+        facts = _facts(checkpoint, plan, capacities)
+    if as_json:
+        print_json(facts)
+    else:
+        _render(checkpoint, facts, plan)
+
+
+def _parse_size(text: str) -> int:
+    """Bytes from "80GiB", "141 GB", "24g" or a plain number."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise typer.BadParameter(f"--memory {text}: expected a size such as 80GiB or 141GB")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
+
+
+def _facts(
+    checkpoint: "Opened", plan: "MemoryPlan", capacities: Mapping[str, "Capacity"]
+) -> dict[str, Any]:
+    from llama_jax.checkpoint import MANIFEST
+
+    kinds = _kinds(checkpoint.plan)
+    files = (path for path in checkpoint.directory.rglob("*") if path.is_file())
+    is_converted = (checkpoint.directory / MANIFEST).is_file()
+    return {
+        "path": str(checkpoint.directory),
+        "container": f"{'converted' if is_converted else 'published'} checkpoint",
+        "dialect": checkpoint.dialect,
+        "config": checkpoint.config.to_dict(),
+        "total_bytes": sum(kind.bytes for kind in kinds),
+        "disk_bytes": sum(path.stat().st_size for path in files),
+        "modules": [asdict(kind) for kind in kinds],
+        "quantized": _quantized(checkpoint.plan),
+        "kv_scales": checkpoint.plan.kv_scales,
+        "tokenizer": _tokenizer(checkpoint.directory),
+        "memory": {
+            **vars(plan),
+            "total": plan.total,
+            "fits": plan.total <= plan.limit,
+            "capacity": {cache: asdict(found) for cache, found in capacities.items()},
+        },
+    }
+
+
+def _kinds(plan: "Plan") -> list[_Kind]:
+    groups: dict[str, list[str]] = {}
+    for path in plan.modules:
+        groups.setdefault(path.rpartition("/")[2], []).append(path)
+    kinds = []
+    for name, paths in groups.items():
+        modules = [plan.modules[path] for path in paths]
+        formats = [_words(module) for module in modules]
+        usual, _ = Counter(formats).most_common(1)[0]
+        exceptions: dict[str, list[str]] = {}
+        for path, stored in zip(paths, formats, strict=True):
+            if stored != usual:
+                exceptions.setdefault(stored, []).append(path)
+        kinds.append(
+            _Kind(
+                name,
+                len(paths),
+                modules[0].arrays["weight"].shape,
+                usual,
+                sum(array.nbytes for module in modules for array in module.arrays.values()),
+                exceptions,
+                _scale_range(modules, "weight_scale"),
+                _scale_range(modules, "input_scale"),
+            )
+        )
+    return sorted(kinds, key=lambda kind: -kind.bytes)
+
+
+def _words(module: "Module") -> str:
+    """How a weight is stored. A single scale of a matrix lies there as the same for each row."""
+    stored = module.format
+    if stored.scale is None:
+        return stored.dtype
+    scale = module.arrays["weight_scale"].whole()
+    if stored.scale == "block":
+        each = "128x128 block"
+    elif stored.column_groups > 1:
+        each = f"row of {stored.column_groups} column groups"
+    else:
+        each = "tensor" if (scale == scale[0]).all() else "row"
+    words = f"{stored.dtype}, scale per {each}" + (", input scale" if stored.input_scale else "")
+    if stored.activation_scale_ub is not None:
+        words += f", activations up to {stored.activation_scale_ub:g}"
+    return words
+
+
+def _scale_range(modules: Iterable["Module"], leaf: str) -> Range | None:
+    scales = [module.arrays[leaf].whole() for module in modules if leaf in module.arrays]
+    if not scales:
+        return None
+    return float(min(each.min() for each in scales)), float(max(each.max() for each in scales))
+
+
+def _quantized(plan: "Plan") -> dict[str, list[str]]:
+    """Paths of the matrices that are quantised, of those with input scales, and of the others."""
+    from converters.dialects.layout import is_linear
+
+    formats = {path: module.format for path, module in plan.modules.items() if is_linear(path)}
+    return {
+        "matrices": [path for path, stored in formats.items() if stored.scale],
+        "with_input_scale": [path for path, stored in formats.items() if stored.input_scale],
+        "not_quantized": [path for path, stored in formats.items() if not stored.scale],
+    }
+
+
+def _tokenizer(directory: Path) -> dict[str, Any]:
+    from llama_jax.tokenizer import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(directory)
+    except (OSError, ValueError) as error:
+        return {"error": str(error)}
+    return {
         "kind": tokenizer.kind,
         "vocab_size": tokenizer.vocab_size,
         "special_tokens": len(tokenizer.special_tokens),
         "chat_template": tokenizer.chat_template is not None,
     }
-    if as_json:
-        print_json(_to_dict(checkpoint, kinds, tokenizer_facts, plan))
-    else:
-        _render(checkpoint, kinds, tokenizer_facts, plan)
 
 
-def _read(path: Path) -> _Checkpoint:
-    from converters.dialects import make_plan
-    from converters.source import read_source
-    from llama_jax.checkpoint import MANIFEST, CheckpointError, read_manifest
-
-    if (path / MANIFEST).is_file():
-        manifest = read_manifest(path)
-        return _Checkpoint(
-            path, "converted checkpoint (Orbax)", manifest.dialect, manifest.config,
-            manifest.formats, manifest.kv_scales,
-        )  # fmt: skip
-    if not (path / "config.json").is_file():
-        raise CheckpointError(
-            f"{path} is not a checkpoint: neither {MANIFEST} (converted) nor config.json (Hugging "
-            "Face) is there"
-        )
-    source = read_source(path)
-    plan, dialect = make_plan(source)
-    formats = {name: module.format for name, module in plan.modules.items()}
-    return _Checkpoint(
-        path, "Hugging Face checkpoint", dialect, source.config, formats, plan.kv_scales
-    )
-
-
-def _kinds(spec: Any) -> list[_Kind]:
-    from flax import traverse_util
-
-    from llama_jax.model import abstract_params
-
-    modules: dict[str, dict[str, Any]] = {}
-    for path, leaf in traverse_util.flatten_dict(abstract_params(spec)).items():
-        modules.setdefault("/".join(path[:-1]), {})[path[-1]] = leaf
-    groups: dict[str, list[str]] = {}
-    for path in modules:
-        groups.setdefault(path.rpartition("/")[2], []).append(path)
-    kinds = []
-    for name, paths in groups.items():
-        formats = {path: _words(spec.format_of(tuple(path.split("/")))) for path in paths}
-        usual, _ = Counter(formats.values()).most_common(1)[0]
-        exceptions: dict[str, list[str]] = {}
-        for path, stored in formats.items():
-            if stored != usual:
-                exceptions.setdefault(stored, []).append(path)
-        size = sum(
-            math.prod(leaf.shape) * leaf.dtype.itemsize
-            for path in paths
-            for leaf in modules[path].values()
-        )
-        shape = modules[paths[0]]["weight"].shape
-        kinds.append(_Kind(name, len(paths), shape, usual, size, exceptions))
-    return sorted(kinds, key=lambda kind: -kind.bytes)
-
-
-def _words(stored: "WeightFormat") -> str:
-    if stored.scale is None:
-        return stored.dtype
-    scales = f"scale per {'128x128 block' if stored.scale == 'block' else 'row'}"
-    return f"{stored.dtype}, {scales}" + (", input scale" if stored.input_scale else "")
-
-
-def _to_dict(
-    checkpoint: _Checkpoint, kinds: list[_Kind], tokenizer: dict[str, Any], plan: "MemoryPlan"
-) -> dict[str, Any]:
-    return {
-        "path": str(checkpoint.path),
-        "container": checkpoint.container,
-        "dialect": checkpoint.dialect,
-        "config": checkpoint.config.to_dict(),
-        "total_bytes": sum(kind.bytes for kind in kinds),
-        "modules": [vars(kind) for kind in kinds],
-        "kv_scales": checkpoint.kv_scales,
-        "tokenizer": tokenizer,
-        "memory": {**vars(plan), "total": plan.total, "fits": plan.total <= plan.limit},
-    }
-
-
-def _render(
-    checkpoint: _Checkpoint, kinds: list[_Kind], tokenizer: dict[str, Any], plan: "MemoryPlan"
-) -> None:
+def _render(checkpoint: "Opened", facts: Mapping[str, Any], plan: "MemoryPlan") -> None:
     c = checkpoint.config
     rope = f"theta {c.rope_theta:g}"
     if c.rope_scaling is not None:
@@ -183,35 +232,132 @@ def _render(
             f", stretched {c.rope_scaling.factor:g} times as in Llama 3.1 beyond "
             f"{c.rope_scaling.original_max_position_embeddings} positions"
         )
-    scales = checkpoint.kv_scales
-    template = "with" if tokenizer["chat_template"] else "without"
     rows = {
-        "what": f"{checkpoint.container}, {checkpoint.dialect} layout",
-        "size": decimal(sum(kind.bytes for kind in kinds)),
+        "what": f"{facts['container']}, {checkpoint.dialect} layout",
+        "size": f"{decimal(facts['total_bytes'])} in memory, "
+        f"{decimal(facts['disk_bytes'])} on disk",
         "layers": f"{c.num_layers}, hidden size {c.hidden_size}, MLP {c.intermediate_size}",
         "attention": f"{c.num_heads} heads, {c.num_kv_heads} kv heads, head_dim {c.head_dim}",
         "context": f"{c.max_position_embeddings} tokens",
         "rope": rope,
-        "tokenizer": f"{tokenizer['kind']}, {tokenizer['vocab_size']} tokens, "
-        f"{tokenizer['special_tokens']} of them special, {template} chat template",
-        "KV scales": "none" if scales is None else f"k and v of {len(scales)} layers",
+        **_quantization_rows(facts["quantized"]),
+        "KV scales": _kv_words(checkpoint.plan.kv_scales),
+        "tokenizer": _tokenizer_words(facts["tokenizer"]),
     }
-    stdout.print(key_value_table(str(checkpoint.path), rows))
+    stdout.print(key_value_table(facts["path"], rows))
+    stdout.print(_weights_table(facts["modules"]))
+    stdout.print(plan)
+    stdout.print(_capacity_table(facts["memory"]["capacity"], plan))
+    verdict = (
+        "[green]It fits.[/green]" if facts["memory"]["fits"] else "[red]It does not fit.[/red]"
+    )
+    stdout.print(verdict)
+
+
+def _quantization_rows(quantized: Mapping[str, list[str]]) -> dict[str, str]:
+    matrices, static = quantized["matrices"], quantized["with_input_scale"]
+    if not matrices:
+        return {"quantised": "nothing"}
+    rest = quantized["not_quantized"]
+    share = f"{len(matrices)} of {len(matrices) + len(rest)} matrices"
+    if static == matrices:
+        activations = "static: an input scale for each quantised matrix"
+    elif static:
+        activations = f"static for {len(static)} matrices, dynamic for the others"
+    else:
+        activations = "dynamic: no input scales"
+    return {
+        "quantised": f"{share}; not {_where(rest)}" if rest else share,
+        "activations": activations,
+    }
+
+
+def _where(paths: Sequence[str]) -> str:
+    """Module paths in few words: "q_proj in layers 0, 31; lm_head"."""
+    layers: dict[str, list[int]] = {}
+    for path in paths:
+        layer, _, rest = path.partition("/")
+        found = layers.setdefault(rest.rpartition("/")[2] or path, [])
+        if rest:
+            found.append(int(layer.removeprefix("layers_")))
+    by_layers: dict[str, list[str]] = {}
+    for name, numbers in layers.items():
+        by_layers.setdefault(_runs(numbers), []).append(name)
+    return "; ".join(
+        ", ".join(names)
+        + (f" in layer{'s' if set(runs) & set(',-') else ''} {runs}" if runs else "")
+        for runs, names in by_layers.items()
+    )
+
+
+def _runs(numbers: Sequence[int]) -> str:
+    """Ascending numbers, neighbours joined: "0, 2-30"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _kv_words(scales: tuple[tuple[float, float], ...] | None) -> str:
+    if scales is None:
+        return "none"
+    k, v = zip(*scales, strict=True)
+    return f"k {_span((min(k), max(k)))}, v {_span((min(v), max(v)))} in {len(scales)} layers"
+
+
+def _span(found: Range | None) -> str:
+    if found is None:
+        return ""
+    low, high = (f"{each:.3g}" for each in found)
+    return low if low == high else f"{low} to {high}"
+
+
+def _tokenizer_words(facts: Mapping[str, Any]) -> str:
+    if "error" in facts:
+        return f"not readable: {facts['error']}"
+    template = "with" if facts["chat_template"] else "without"
+    return (
+        f"{facts['kind']}, {facts['vocab_size']} tokens, "
+        f"{facts['special_tokens']} of them special, {template} chat template"
+    )
+
+
+def _weights_table(kinds: Iterable[Mapping[str, Any]]) -> Table:
     table = Table(title="Weights", title_justify="left")
     table.add_column("module", no_wrap=True)
     for column in ("count", "shape"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("stored as")
+    for column in ("stored as", "scales", "input scales"):
+        table.add_column(column)
     table.add_column("size", justify="right", no_wrap=True)
     for kind in kinds:
-        shape = " x ".join(map(str, kind.shape))
-        table.add_row(kind.name, str(kind.count), shape, kind.format, decimal(kind.bytes))
-        for stored, paths in kind.exceptions.items():
-            more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-            table.add_row("", f"of them {len(paths)}", "", f"{stored}: {paths[0]}{more}", "")
-    stdout.print(table)
-    stdout.print(plan)
-    verdict = (
-        "[green]It fits.[/green]" if plan.total <= plan.limit else "[red]It does not fit.[/red]"
-    )
-    stdout.print(verdict)
+        table.add_row(
+            kind["name"],
+            str(kind["count"]),
+            " x ".join(map(str, kind["shape"])),
+            kind["format"],
+            _span(kind["weight_scale"]),
+            _span(kind["input_scale"]),
+            decimal(kind["bytes"]),
+        )
+        for stored, paths in kind["exceptions"].items():
+            table.add_row("", f"of them {len(paths)}", "", f"{stored}: {_where(paths)}")
+    return table
+
+
+def _capacity_table(capacities: Mapping[str, Mapping[str, int]], plan: "MemoryPlan") -> Table:
+    table = Table(title="What fits", title_justify="left")
+    table.add_column("cache")
+    for column in (
+        "longest context, alone",
+        f"longest context, {plan.max_batch_size} at a time",
+        f"most sequences of {plan.max_seq_len} tokens",
+    ):
+        table.add_column(column, justify="right")
+    for cache, found in capacities.items():
+        counts = (found[name] for name in ("longest_alone", "longest", "most"))
+        table.add_row(cache, *(str(count) if count else "none" for count in counts))
+    return table

@@ -1,0 +1,124 @@
+"""`llama-jax compare`: how far two checkpoints' predictions are apart on a text."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from llama_jax.cli import options
+from llama_jax.cli.output import key_value_table, print_json, stderr, stdout
+
+if TYPE_CHECKING:
+    from converters.compare import Comparison
+    from converters.opened import Opened
+    from llama_jax.tokenizer import Tokenizer
+
+_Activations = Literal["bf16", "dynamic", "static"]
+_KVDtype = Literal["bf16", "fp8"]
+# Tokens of text before one of the worst; characters of it in the table.
+_CONTEXT, _SHOWN = 24, 40
+
+
+def compare(
+    a: Annotated[str, typer.Argument(help="The reference: a checkpoint of any kind.")],
+    b: Annotated[str, typer.Argument(help="What is judged, with the same vocabulary.")],
+    text: Annotated[Path, typer.Option(help="A UTF-8 text to run both over.")],
+    tokens: Annotated[int, typer.Option(min=2, help="How much of the text is read.")] = 4096,
+    sequence_length: Annotated[
+        int, typer.Option(min=2, help="Tokens of a sequence; each begins anew.")
+    ] = 512,
+    dtype: options.DType = "bfloat16",
+    activations_a: Annotated[
+        _Activations, typer.Option(help="What A's FP8 weights are multiplied with.")
+    ] = "bf16",
+    activations_b: Annotated[_Activations, typer.Option(help="The same for B.")] = "bf16",
+    kv_dtype_a: Annotated[_KVDtype, typer.Option(help="Of A's key/value cache.")] = "bf16",
+    kv_dtype_b: Annotated[_KVDtype, typer.Option(help="The same for B.")] = "bf16",
+    worst: Annotated[int, typer.Option(min=0, help="How many of the worst tokens to show.")] = 5,
+    as_json: options.Json = False,
+) -> None:
+    """How far are the predictions of two checkpoints apart, token by token?
+
+    A and B are converted checkpoints, published ones (Hugging Face, Meta) or hub ids. They run one
+    after the other, one layer at a time, so neither has to fit into memory. KL is KL(A || B) in
+    nats: 0 where B predicts what A does. Names of special tokens in the text become those tokens,
+    so it may hold chats.
+
+    **Examples**
+
+        llama-jax compare ./Llama-3.1-8B-Instruct ./llama-8b-fp8 --text book.txt
+        llama-jax compare ./llama-8b-fp8 ./llama-8b-fp8 --activations-b dynamic --text book.txt
+        llama-jax compare ./llama-8b-fp8 ./llama-8b-fp8 --kv-dtype-b fp8 --text book.txt --json
+    """
+    with stderr.status("starting JAX"):
+        from converters.compare import Setting
+        from converters.compare import compare as run
+        from converters.layerwise import read_sequences, token_progress
+        from llama_jax import compile_cache
+        from llama_jax.tokenizer import load_tokenizer
+    compile_cache.enable()
+    opened = _open(a), _open(b)
+    tokenizers = [load_tokenizer(each.directory) for each in opened]
+    ids, other = (read_sequences(text, each, tokens, sequence_length) for each in tokenizers)
+    if ids.shape != other.shape or (ids != other).any():
+        raise ValueError(f"the tokenizers of {a} and {b} split {text} into different tokens")
+    settings = (
+        Setting(opened[0], dtype, activations_a, kv_dtype_a),
+        Setting(opened[1], dtype, activations_b, kv_dtype_b),
+    )
+    layers = sum(each.config.num_layers for each in opened)
+    with token_progress("comparing", ids.size, layers, stderr.is_terminal) as advance:
+        result = run(*settings, ids, advance)
+    places = [_place(tokenizers[0], ids, result, *where) for where in result.worst(worst)]
+    if as_json:
+        print_json({"a": a, "b": b, "text": str(text), **result.to_dict(), "worst": places})
+    else:
+        _render(a, b, result.to_dict(), places)
+
+
+def _open(name: str) -> "Opened":
+    from converters.opened import open_checkpoint
+    from converters.resolve import resolve
+
+    directory = Path(name).expanduser()
+    return open_checkpoint(directory if directory.is_dir() else resolve(name))
+
+
+def _place(
+    tokenizer: "Tokenizer", ids: Any, result: "Comparison", sequence: int, index: int
+) -> dict[str, Any]:
+    before = ids[sequence, max(0, index - _CONTEXT) : index].tolist()
+    return {
+        "sequence": sequence,
+        "index": index,
+        "kl": float(result.kl[sequence, index - 1]),
+        "token": tokenizer.decode([int(ids[sequence, index])], skip_special=False),
+        "after": tokenizer.decode(before, skip_special=False),
+    }
+
+
+def _render(a: str, b: str, summary: dict[str, Any], places: list[dict[str, Any]]) -> None:
+    rows = {
+        "tokens": summary["tokens"],
+        "KL per token": f"mean {summary['kl_mean']:.3g}, median {summary['kl_median']:.3g}, "
+        f"99 % below {summary['kl_p99']:.3g}, largest {summary['kl_max']:.3g} nats",
+        "likeliest token": f"the same at {summary['top_1_agreement']:.2%}",
+        "five likeliest": f"{summary['top_5_agreement']:.2%} of them shared",
+        "perplexity": f"{summary['perplexity_a']:.4f} and {summary['perplexity_b']:.4f}, "
+        f"{summary['perplexity_ratio'] - 1:+.3%}",
+    }
+    stdout.print(key_value_table(f"{a} and {b}", rows))
+    if not places:
+        return
+    table = Table(title="Where they differ most", title_justify="left")
+    for column in ("KL", "sequence", "token"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("text")
+    for place in places:
+        marked = f"{place['after'][-_SHOWN:]!r} -> {place['token']!r}"
+        table.add_row(
+            f"{place['kl']:.3g}", str(place["sequence"]), str(place["index"]), Text(marked)
+        )
+    stdout.print(table)
