@@ -23,13 +23,13 @@ from jax import Array
 from llama_jax import compile_cache
 from llama_jax.compile_cache import CompileReport
 from llama_jax.config import LlamaConfig
+from llama_jax.engine import Engine, EngineOptions
 from llama_jax.fp8 import WeightFormat
-from llama_jax.generation import chunks, shapes_for
 from llama_jax.kv_cache import PAGE_SIZE
 from llama_jax.memory import MemoryPlan, plan_memory
 from llama_jax.model import ModelSpec, Params, abstract_params
-from llama_jax.sampling import SamplingParams, host_rows
-from llama_jax.steps import admit, decode_step, init_state, prefill_step
+from llama_jax.request import Request
+from llama_jax.sampling import SamplingParams
 from pallas_kernels import e4m3
 
 _TILE = 1 << 22  # random numbers that are drawn once and repeated to fill larger arrays
@@ -60,7 +60,7 @@ class Measurement:
 
     prefill_seconds: all prompts through the model. first_token_seconds: that, and before it the
         rows' settings on their way to the device.
-    decode_step_seconds: one token for each row, on the host.
+    decode_step_seconds: one token for each row, on the host, averaged over a run.
     weight_bytes, kv_bytes: what a decode step has to read; the cache halfway through the output.
     """
 
@@ -172,40 +172,31 @@ def measure(
     prefill_chunk: int,
     repeats: int,
 ) -> Measurement:
-    """Run a workload once to compile it, then `repeats` times, in the steps and shapes that `LLM`
-    runs."""
+    """Run a workload once to compile it, then `repeats` times, in the engine that `LLM` runs."""
     batch_size, config = workload.batch_size, spec.config
-    shapes = shapes_for(batch_size, max(workload.max_seq_len, prefill_chunk), prefill_chunk)
-    shapes = replace(shapes, max_seq_len=workload.max_seq_len)
-    drawn = np.random.default_rng(0).integers(
+    options = EngineOptions(
+        max_batch_size=batch_size,
+        max_seq_len=workload.max_seq_len,
+        prefill_chunk=prefill_chunk,
+        share_prefixes=False,
+    )
+    engine = Engine(params, spec, options, kv_dtype)
+    greedy = SamplingParams(temperature=0.0, seed=0, max_new_tokens=workload.new_tokens)
+    prompts = np.random.default_rng(0).integers(
         0, config.vocab_size, (batch_size, workload.prompt_len)
     )
-    prompts, rows = drawn.tolist(), list(range(batch_size))
-    active, greedy = np.ones(batch_size, bool), SamplingParams(temperature=0.0, seed=0)
-    state = init_state(spec, batch_size, workload.max_seq_len, kv_dtype)
     prefill_times, first_token_times, step_times = [], [], []
     for run in range(repeats + 1):
+        requests = [Request(prompt, greedy) for prompt in prompts.tolist()]
         began = time.perf_counter()
-        fresh = host_rows([greedy] * batch_size, prompts, [()] * batch_size, config.vocab_size)
-        state = admit(state, np.array(rows, np.int32), fresh)
-        state.tokens.block_until_ready()
-        admitted = time.perf_counter()
-        for chunk in chunks(prompts, rows, shapes):
-            state, sampled = prefill_step(
-                params, state, chunk.tokens, chunk.lengths, chunk.rows, chunk.last, spec=spec
-            )
-            jax.device_get(sampled)
-        prefilled = time.perf_counter()
-        steps = []
-        for _ in range(workload.new_tokens - 1 if run else 1):
-            before = time.perf_counter()
-            state, sampled = decode_step(params, state, active, spec=spec)
-            jax.device_get(sampled)
-            steps.append(time.perf_counter() - before)
+        for _ in engine.run(requests):
+            pass
         if run:
-            prefill_times.append(prefilled - admitted)
+            prefilled = max(request.first_token_at for request in requests)
+            finished = max(request.finished_at for request in requests)
+            prefill_times.append(prefilled - max(request.admitted_at for request in requests))
             first_token_times.append(prefilled - began)
-            step_times += steps
+            step_times.append((finished - prefilled) / (workload.new_tokens - 1))
     return Measurement(
         workload=workload,
         prefill_seconds=statistics.median(prefill_times),

@@ -5,11 +5,13 @@ them instead of compiling. JAX's own settings come first: where `JAX_COMPILATION
 `jax_compilation_cache_dir` is set, nothing is changed. An empty `LLAMA_JAX_CACHE` switches it off.
 """
 
+import contextlib
 import functools
 import logging
 import os
 import tempfile
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +90,18 @@ def seconds_of(program: str) -> float:
         return sum(end - start for start, end, name in _spans if name in names)
 
 
+@contextlib.contextmanager
+def forbid_compile() -> Iterator[None]:
+    """Raise RuntimeError at the end, naming the programs, if any was compiled or fetched meanwhile.
+
+    Counts the whole process, other threads included.
+    """
+    before = len(_compiled)
+    yield
+    if names := _compiled[before:]:
+        raise RuntimeError(f"{len(names)} compiled while none should be: {', '.join(names)}")
+
+
 @functools.cache
 def _writable(directory: Path) -> bool:
     """Make the directory, readable by its owner alone: what lies in it is executed."""
@@ -115,6 +129,7 @@ _TIMED = (
 _lock = threading.Lock()
 _counts = {_HIT: 0, _BACKEND: 0}
 _spans: list[tuple[float, float, str]] = []  # start, end, function
+_compiled: list[str] = []
 
 
 def _on_event(event: str, **_: str | int) -> None:
@@ -128,7 +143,9 @@ def _on_span(event: str, start_time: float, end_time: float, **details: str | in
     if event not in _TIMED:
         return
     with _lock:
-        _counts[_BACKEND] += event == _BACKEND
+        if event == _BACKEND:
+            _counts[_BACKEND] += 1
+            _compiled.append(str(details.get("fun_name")))
         while _spans and _spans[-1][1] > start_time:
             start_time = min(start_time, _spans.pop()[0])
         _spans.append((start_time, end_time, str(details.get("fun_name"))))

@@ -244,7 +244,9 @@ class LlamaConfig:
 
         `use_scaled_rope` stands for Llama 3.1's constants; Meta's file does not hold them, and
         Llama 3.2 (1B and 3B, recognised by their shapes) uses factor 32 where 3.1 uses 8.
-        `vocab_size` -1 means Llama 2's 32,000.
+        `vocab_size` -1 means Llama 2's 32,000. Meta's file has no context length either; it is
+        that of the model it was trained for, as transformers' converter has it: 131,072 with scaled
+        rope, 8,192 for Llama 3, 16,384 for Code Llama, 4,096 for Llama 2.
         """
         if isinstance(values.get("model"), dict):
             values = values["model"]
@@ -259,8 +261,12 @@ class LlamaConfig:
         missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in values]
         if missing:
             raise ConfigError(f"missing {', '.join(missing)}")
+        for key in ("dim", "n_layers", "n_heads"):
+            if type(values[key]) is not int or values[key] < 1:
+                raise ConfigError(f"{key} must be a positive integer, got {values[key]!r}")
         dim, num_heads = values["dim"], values["n_heads"]
-        is_llama3 = values.get("rope_theta", 10000.0) == 500000.0
+        rope_theta = _value(values, "rope_theta", 10000.0)
+        context = 8192 if rope_theta == 500000.0 else 16384 if rope_theta > 10000.0 else 4096
         scaled = values.get("use_scaled_rope", False)
         vocab_size = values.get("vocab_size", -1)
         small = (dim, values["n_layers"]) in ((2048, 16), (3072, 28))
@@ -274,9 +280,9 @@ class LlamaConfig:
             num_heads=num_heads,
             num_kv_heads=_value(values, "n_kv_heads", num_heads),
             head_dim=dim // num_heads,
-            rope_theta=values.get("rope_theta", 10000.0),
+            rope_theta=rope_theta,
             rope_scaling=RopeScaling(32.0 if small else 8.0, 1.0, 4.0, 8192) if scaled else None,
-            max_position_embeddings=131072 if scaled else 8192 if is_llama3 else 4096,
+            max_position_embeddings=131072 if scaled else context,
             rms_norm_eps=values["norm_eps"],
             tie_word_embeddings=scaled and small,
         )

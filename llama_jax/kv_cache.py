@@ -56,15 +56,20 @@ def init_cache(
     max_seq_len: int,
     dtype: jnp.dtype | str = "bfloat16",
     kv_scales: Array | None = None,
+    num_pages: int | None = None,
 ) -> KVCache:
     """An empty cache in which every row owns a run of pages long enough for `max_seq_len` tokens.
 
     dtype: bfloat16, float32, float8_e4m3fn, or int8 for e4m3fn bit patterns (faster on a CPU).
     kv_scales: float32 [num_layers, 2], the checkpoint's scales of k and v for an FP8 cache.
+    num_pages: makes a pool of as many pages, none of which belongs to a row yet: the table then
+        holds `num_pages` everywhere, where nothing is written.
     """
     dtype = jnp.dtype(dtype)
     pages_per_row = -(-max_seq_len // PAGE_SIZE)
-    pool = (batch_size * pages_per_row, PAGE_SIZE, config.num_kv_heads, config.head_dim)
+    owned = batch_size * pages_per_row
+    table = jnp.arange(owned, dtype=jnp.int32) if num_pages is None else jnp.full(owned, num_pages)
+    pool = (num_pages or owned, PAGE_SIZE, config.num_kv_heads, config.head_dim)
     is_fp8 = dtype in (e4m3.DTYPE, jnp.int8)
     if kv_scales is None or not is_fp8:
         kv_scales = jnp.ones((config.num_layers, 2), jnp.float32)
@@ -73,9 +78,19 @@ def init_cache(
         v=tuple(jnp.zeros(pool, dtype) for _ in range(config.num_layers)),
         k_scale=jnp.array(kv_scales[:, 0]),
         v_scale=jnp.array(kv_scales[:, 1]),
-        page_table=jnp.arange(pool[0], dtype=jnp.int32).reshape(batch_size, pages_per_row),
+        page_table=table.astype(jnp.int32).reshape(batch_size, pages_per_row),
         lengths=jnp.zeros(batch_size, jnp.int32),
     )
+
+
+def copy_pages(cache: KVCache, sources: Array, targets: Array) -> KVCache:
+    """Copy whole pages in every layer. sources, targets: int32 [n]; a target past the end is
+    padding."""
+
+    def copy(pages: Array) -> Array:
+        return pages.at[targets].set(jnp.take(pages, sources, axis=0, mode="clip"), mode="drop")
+
+    return cache.replace(k=tuple(map(copy, cache.k)), v=tuple(map(copy, cache.v)))
 
 
 def bytes_per_token(config: LlamaConfig, dtype: jnp.dtype) -> int:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -14,13 +13,13 @@ from jax.sharding import Mesh
 from llama_jax import checkpoint, compile_cache
 from llama_jax.chat import encode_chat
 from llama_jax.config import token_ids
-from llama_jax.generation import Request, Runner, shapes_for
+from llama_jax.engine import Engine, EngineOptions
 from llama_jax.kv_cache import KVDtype, storage_dtype
 from llama_jax.memory import plan_memory
 from llama_jax.model import Activations, ModelSpec, Params
+from llama_jax.request import Request
 from llama_jax.results import Generation, Piece, Score, Timings, TokenLogprob
 from llama_jax.sampling import SamplingParams, check_ids
-from llama_jax.steps import init_state
 from llama_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from llama_jax.tools import parse_tool_calls
 
@@ -54,20 +53,17 @@ class LLM:
         self.default_sampling = _default_sampling(manifest.generation)
         eos = token_ids(manifest.generation.get("eos_token_id")) or spec.config.eos_token_ids
         self._stop_ids = frozenset(eos) or frozenset(tokenizer.eos_ids)
-        shapes = shapes_for(max_batch_size, max_seq_len, prefill_chunk)
-        self.runner = Runner(
+        self.engine = Engine(
             params,
             spec,
-            shapes,
-            partial(
-                init_state,
-                spec,
-                max_batch_size,
-                max_seq_len,
-                storage_dtype(kv_dtype, spec.dtype),
-                manifest.kv_scales,
-                mesh,
+            EngineOptions(
+                max_batch_size=max_batch_size,
+                max_seq_len=max_seq_len,
+                prefill_chunk=prefill_chunk,
             ),
+            storage_dtype(kv_dtype, spec.dtype),
+            manifest.kv_scales,
+            mesh,
         )
 
     @classmethod
@@ -212,7 +208,7 @@ class LLM:
             ids = self._prompt_ids(prompt)
         else:
             ids = self._chat_ids(prompt, tools, template_kwargs)
-        request = self._request(ids, sampling or self.default_sampling)
+        request = self._request(ids, sampling or self.default_sampling, is_streamed=True)
         return self._pieces(request, is_chat=not isinstance(prompt, str))
 
     @overload
@@ -234,12 +230,10 @@ class LLM:
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions")
         pairs = [self.pair_ids(*pair) for pair in zip(prompts, completions, strict=True)]
-        results = [
-            _score_of(whole[start:], logprobs[start - 1 :], greedy[start - 1 :])
-            for (whole, start), (logprobs, greedy) in zip(
-                pairs, self.runner.score([whole for whole, _ in pairs]), strict=True
-            )
-        ]
+        requests = [Request(whole, wanted="logprobs", score_from=start) for whole, start in pairs]
+        for _ in self.engine.run(requests):
+            pass
+        results = [_score_of(request) for request in requests]
         return results[0] if single else results
 
     def pair_ids(self, prompt: Prompt, completion: Prompt) -> tuple[list[int], int]:
@@ -267,12 +261,15 @@ class LLM:
             raise ValueError(
                 f"ids must be a non-empty int [batch, length], got {array.dtype} {array.shape}"
             )
-        rows = [self._checked(row.tolist()) for row in array]
-        return np.stack(list(self.runner.logits(rows)))
+        requests = [Request(self._checked(row.tolist()), wanted="logits") for row in array]
+        for _ in self.engine.run(requests):
+            pass
+        return np.stack([request.prompt_logits for request in requests])  # type: ignore[misc]
 
     def warmup(self) -> float:
-        """Compile all that `generate`, `chat` and `stream` need; returns the seconds taken."""
-        return self.runner.warmup()
+        """Compile all that `generate`, `chat`, `stream`, `score` and `logits` need; returns the
+        seconds taken."""
+        return self.engine.warmup()
 
     def _run(
         self,
@@ -285,14 +282,14 @@ class LLM:
         if len(sampling) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(sampling)} sampling settings")
         requests = [self._request(*pair) for pair in zip(prompts, sampling, strict=True)]
-        for request in self.runner.generate(requests):
+        for request in self.engine.run(requests):
             if request.finish_reason and on_finished:
                 on_finished()
         return [self._result(request) for request in requests]
 
     def _pieces(self, request: Request, is_chat: bool) -> Iterator[Piece]:
         shown = 0
-        for _ in self.runner.generate([request]):
+        for _ in self.engine.run([request]):
             text = request.text[shown : request.released]
             shown = request.released
             if request.finish_reason:
@@ -301,13 +298,19 @@ class LLM:
             elif text:
                 yield Piece(text)
 
-    def _request(self, prompt: list[int], sampling: SamplingParams) -> Request:
+    def _request(
+        self, prompt: list[int], sampling: SamplingParams, is_streamed: bool = False
+    ) -> Request:
         vocab_size = self.spec.config.vocab_size
         check_ids("logit_bias", sampling.logit_bias, vocab_size)
         check_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
         own = frozenset() if sampling.ignore_eos else self._stop_ids
         return Request(
-            prompt, sampling, own | set(sampling.stop_token_ids), StreamDecoder(self.tokenizer)
+            prompt,
+            sampling,
+            StreamDecoder(self.tokenizer),
+            own | set(sampling.stop_token_ids),
+            is_streamed=is_streamed,
         )
 
     def _result(self, request: Request) -> Generation:
@@ -380,12 +383,13 @@ class LLM:
         return list(ids)
 
 
-def _score_of(completion: Sequence[int], logprobs: np.ndarray, greedy: np.ndarray) -> Score:
+def _score_of(request: Request) -> Score:
+    logprobs = request.prompt_logprobs
     return Score(
-        token_ids=tuple(completion),
+        token_ids=tuple(request.prompt[request.score_from :]),
         logprobs=tuple(logprobs.tolist()),
         total=float(logprobs.sum(dtype=np.float64)),
-        is_greedy=bool(greedy.all()),
+        is_greedy=bool(request.prompt_is_likeliest.all()),
     )
 
 

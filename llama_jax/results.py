@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llama_jax.generation import FinishReason
+from llama_jax.request import FinishReason
 from llama_jax.tools import ToolCall
 
 

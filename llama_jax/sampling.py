@@ -9,8 +9,9 @@ before any of it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,44 +125,54 @@ def init_sampling(batch_size: int, vocab_size: int) -> SamplingState:
 def host_rows(
     params: Sequence[SamplingParams],
     prompts: Sequence[Sequence[int]],
-    stop_ids: Sequence[Sequence[int]],
+    stop_ids: Sequence[Iterable[int]],
     vocab_size: int,
+    drawn: Sequence[Sequence[int]] | None = None,
 ) -> SamplingState:
-    """The state of fresh rows: one row per element of the three sequences.
+    """The state of fresh rows, as numpy arrays: one row per element of the sequences.
 
+    drawn: tokens that were drawn already, where a request is taken up again.
     Raises ValueError for token ids outside the vocabulary.
     """
 
-    def column(name: str, dtype: type) -> Array:
-        return jnp.array([getattr(p, name) for p in params], dtype)
+    def column(name: str, dtype: type) -> np.ndarray:
+        return np.array([getattr(p, name) for p in params], dtype)
 
     shape = (len(params), vocab_size)
-    bias = np.zeros(shape, np.float32)
-    stop_mask, prompt_mask = np.zeros(shape, bool), np.zeros(shape, bool)
+    bias: Any = np.zeros(shape, np.float32)
+    counts: Any = np.zeros(shape, np.int32)
+    stop_mask: Any = np.zeros(shape, bool)
+    prompt_mask: Any = np.zeros(shape, bool)
+    drawn = [()] * len(params) if drawn is None else drawn
     for row, (p, prompt, stops) in enumerate(zip(params, prompts, stop_ids, strict=True)):
         check_ids("logit_bias", p.logit_bias, vocab_size)
         check_ids("stop_token_ids", p.stop_token_ids, vocab_size)
         bias[row, list(p.logit_bias)] = list(p.logit_bias.values())
         stop_mask[row, list(stops)] = True
         prompt_mask[row, list(prompt)] = True
+        np.add.at(counts[row], list(drawn[row]), 1)
     fresh = np.random.SeedSequence().generate_state(len(params), np.uint32)
     seeds = [fresh[i] if p.seed is None else p.seed for i, p in enumerate(params)]
+    columns: dict[str, Any] = {
+        name: column(name, dtype)
+        for name, dtype in (
+            ("temperature", np.float32),
+            ("top_k", np.int32),
+            ("top_p", np.float32),
+            ("min_p", np.float32),
+            ("repetition_penalty", np.float32),
+            ("presence_penalty", np.float32),
+            ("frequency_penalty", np.float32),
+            ("min_new_tokens", np.int32),
+        )
+    }
+    columns |= {
+        "top_logprobs": np.array([p.logprobs or 0 for p in params], np.int32),
+        "seed": np.array(seeds, np.uint32),
+        "step": np.array([len(each) for each in drawn], np.int32),
+    }
     return SamplingState(
-        temperature=column("temperature", np.float32),
-        top_k=column("top_k", np.int32),
-        top_p=column("top_p", np.float32),
-        min_p=column("min_p", np.float32),
-        repetition_penalty=column("repetition_penalty", np.float32),
-        presence_penalty=column("presence_penalty", np.float32),
-        frequency_penalty=column("frequency_penalty", np.float32),
-        min_new_tokens=column("min_new_tokens", np.int32),
-        top_logprobs=jnp.array([p.logprobs or 0 for p in params], jnp.int32),
-        seed=jnp.array(seeds, jnp.uint32),
-        step=jnp.zeros(len(params), jnp.int32),
-        logit_bias=jnp.asarray(bias),
-        stop_mask=jnp.asarray(stop_mask),
-        prompt_mask=jnp.asarray(prompt_mask),
-        counts=jnp.zeros(shape, jnp.int32),
+        **columns, logit_bias=bias, stop_mask=stop_mask, prompt_mask=prompt_mask, counts=counts
     )
 
 
@@ -213,6 +224,11 @@ def record(state: SamplingState, tokens: Array, active: Array) -> SamplingState:
         step=state.step + active,
         counts=state.counts.at[rows, tokens].add(1, mode="drop"),
     )
+
+
+def is_stop(state: SamplingState, tokens: Array) -> Array:
+    """Whether each row's token, int32 [batch], ends its text: bool [batch]."""
+    return jnp.take_along_axis(state.stop_mask, tokens[:, None], axis=-1)[:, 0]
 
 
 def _penalise(logits: Array, state: SamplingState) -> Array:

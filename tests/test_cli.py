@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from llama_jax import cli
 from llama_jax.cli import output
@@ -380,11 +380,10 @@ def test_output_of_a_run_that_fails_is_not_left_behind(run, model, answers, tmp_
 def test_convert_reports_and_refuses_to_overwrite(run, source, tmp_path):
     code, out, _ = run("convert", source, tmp_path / "new", "--json")
     facts = json.loads(out)
+    (weights,) = source.glob("*.safetensors")
     assert code == 0
     assert facts["dialect"] == "dense" and facts["modules"] == {"float32": 12}
-    assert facts["total_bytes"] == sum(
-        path.stat().st_size for path in (tmp_path / "new" / "params").glob("*/[0-9]*")
-    )
+    assert facts["total_bytes"] == sum(each.nbytes for each in load_file(weights).values())
     assert facts["tokenizer_files"] == ["tokenizer.model"]
     code, _, err = run("convert", source, tmp_path / "new")
     assert code == 2 and "exists already" in err

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from llama_jax.checkpoint import Manifest
+from llama_jax.compile_cache import forbid_compile
 from llama_jax.llm import LLM
 from llama_jax.model import Llama, init_params
 from llama_jax.sampling import SamplingParams
-from llama_jax.steps import admit, decode_step, prefill_step
 from llama_jax.tokenizer import load_tokenizer
 from pallas_kernels import e4m3
 from tests.tiny import config, fp8_spec
@@ -56,7 +56,7 @@ def forward(llm):
     def logits(ids):
         padded = np.zeros((1, 128), np.int32)
         padded[0, : len(ids)] = ids
-        return np.asarray(apply({"params": llm.runner.params}, padded))[0, : len(ids)]
+        return np.asarray(apply({"params": llm.engine.params}, padded))[0, : len(ids)]
 
     return logits
 
@@ -161,13 +161,23 @@ def test_stream_is_generate_in_pieces(llm):
         assert all(piece.result is None for piece in pieces[:-1])
 
 
-def test_an_abandoned_stream_frees_the_model(llm):
+def test_streams_and_generations_run_side_by_side(llm):
+    alone = llm.generate(["hi", "hello"], GREEDY)
+    stream = llm.stream("hi", GREEDY)
+    pieces = [next(stream)]
+    assert llm.generate("hello", GREEDY).token_ids == alone[1].token_ids
+    pieces += list(stream)
+    assert pieces[-1].result is not None
+    assert pieces[-1].result.token_ids == alone[0].token_ids
+
+
+def test_an_abandoned_stream_leaves_nothing_behind(llm):
     stream = llm.stream("hi", GREEDY)
     next(stream)
-    with pytest.raises(RuntimeError, match="middle of another generation"):
-        llm.generate("hello", GREEDY)
     stream.close()
+    assert not llm.engine.num_running
     assert llm.generate("hello", GREEDY).token_ids == llm.generate("hello", GREEDY).token_ids
+    assert not llm.engine.has_work
 
 
 def test_a_failed_step_does_not_spoil_the_next(llm, monkeypatch):
@@ -177,7 +187,7 @@ def test_a_failed_step_does_not_spoil_the_next(llm, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("llama_jax.generation.decode_step", fail)
+        patch.setattr("llama_jax.engine.decode_steps", fail)
         with pytest.raises(KeyboardInterrupt):
             llm.generate("hello", GREEDY)
     assert llm.generate("hello", GREEDY).token_ids == expected.token_ids
@@ -235,18 +245,20 @@ def test_fp8_cache_stays_close(llm, tokenizer):
 def test_nothing_compiles_after_warm_up(tokenizer):
     llm = make(tokenizer, max_batch_size=2)
     llm.warmup()
-    programs = (admit, prefill_step, decode_step)
-    before = [program._cache_size() for program in programs]
-    llm.generate(["a", "b" * 31, "c" * 100, "d" * 64, "e" * 33], [
-        SamplingParams(temperature=0, max_new_tokens=3, logprobs=20),
-        SamplingParams(top_k=5, seed=1, stop="q", logit_bias={5: 1.0}),
-        SamplingParams(top_p=0.5, min_p=0.1, max_new_tokens=40, stop_token_ids=[3]),
-        SamplingParams(repetition_penalty=1.2, presence_penalty=0.1, frequency_penalty=0.1),
-        SamplingParams(min_new_tokens=4, max_new_tokens=4),
-    ])  # fmt: skip
-    list(llm.stream("again"))
-    llm.chat([{"role": "user", "content": "hi"}], GREEDY)
-    assert [program._cache_size() for program in programs] == before
+    with forbid_compile():
+        llm.generate(["a", "b" * 31, "c" * 100, "d" * 64, "e" * 33], [
+            SamplingParams(temperature=0, max_new_tokens=3, logprobs=20),
+            SamplingParams(top_k=5, seed=1, stop="q", logit_bias={5: 1.0}),
+            SamplingParams(top_p=0.5, min_p=0.1, max_new_tokens=40, stop_token_ids=[3]),
+            SamplingParams(repetition_penalty=1.2, presence_penalty=0.1, frequency_penalty=0.1),
+            SamplingParams(min_new_tokens=4, max_new_tokens=4),
+        ])  # fmt: skip
+        list(llm.stream("again"))
+        llm.chat([{"role": "user", "content": "hi"}], GREEDY)
+        llm.score(["a", "b" * 70], ["c", "d"])
+        llm.logits([[1, 2, 3]])
+    with pytest.raises(RuntimeError, match=r"jit\(<lambda>\)"), forbid_compile():
+        jax.jit(lambda x: x + 1)(1.0)
 
 
 @pytest.mark.parametrize(

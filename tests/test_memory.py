@@ -22,8 +22,7 @@ from llama_jax.memory import (
     plan_memory,
 )
 from llama_jax.model import ModelSpec, Params, abstract_params, prefill
-from llama_jax.sampling import init_sampling
-from llama_jax.steps import DecodeState, decode_step, prefill_step, score_step
+from llama_jax.steps import decode_steps, init_state, prefill_step, score_step
 from pallas_kernels import e4m3
 
 CONFIG_8B = PRESETS["llama-3.1-8b"]
@@ -198,20 +197,14 @@ def test_the_workspace_holds_what_the_steps_and_the_sampler_need(
     is_fp8: bool, batch: int, chunk: int
 ) -> None:
     spec, length = small_8b(is_fp8), 1024
-    vocab = spec.config.vocab_size
-    state = jax.eval_shape(
-        lambda: DecodeState(
-            init_cache(spec.config, batch, length),
-            init_sampling(batch, vocab),
-            jnp.zeros(batch, jnp.int32),
-        )
-    )
+    state = jax.eval_shape(lambda: init_state(spec, batch, length, BF16))
     params = stored(spec)
     tokens, rows, flags = ints((batch, chunk)), ints((batch,)), ints((batch,), jnp.bool_)
+    table, steps = state.cache.page_table, ints(())
     lowered = (
-        prefill_step.lower(params, state, tokens, rows, rows, flags, spec=spec),
-        decode_step.lower(params, state, flags, spec=spec),
-        score_step.lower(params, state, tokens, tokens, rows, rows, spec=spec),
+        prefill_step.lower(params, state, table, tokens, rows, rows, rows, spec=spec),
+        decode_steps.lower(params, state, table, flags, steps, spec=spec, max_steps=8),
+        score_step.lower(params, state, table, tokens, rows, rows, tokens, spec=spec),
     )
     needed = max(step.compile().memory_analysis().temp_size_in_bytes for step in lowered)
     needed += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.sampling))

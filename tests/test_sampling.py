@@ -13,7 +13,8 @@ VOCAB = 50
 
 def state(*params, prompts=None, stops=None):
     count = len(params)
-    return host_rows(params, prompts or [()] * count, stops or [()] * count, VOCAB)
+    rows = host_rows(params, prompts or [()] * count, stops or [()] * count, VOCAB)
+    return jax.tree.map(jnp.asarray, rows)
 
 
 def logits(rows=1, seed=0):

@@ -74,20 +74,21 @@ def test_four_devices_hold_the_parts_and_give_the_same_logits(tmp_path: Path) ->
 
 TWO_DEVICES_LLM = """
 from llama_jax import LLM, SamplingParams
+from llama_jax.compile_cache import forbid_compile
 from llama_jax.sharding import make_mesh
-from llama_jax.steps import decode_step
 
 settings = {"max_batch_size": 2, "max_seq_len": 256, "prefill_chunk": 64, "verbose": False}
 messages = [{"role": "user", "content": "What is 47 + 85?"}]
 sampling = SamplingParams(temperature=0, logprobs=0)
 alone, split = (LLM.load(mesh=mesh, **settings) for mesh in (None, make_mesh(model=2)))
-one, two = (llm.chat([messages, messages], sampling)[1] for llm in (alone, split))
+split.warmup()
+with forbid_compile():
+    two = split.chat([messages, messages], sampling)[1]
+    split.chat([messages] * 3, sampling)
+one = alone.chat([messages, messages], sampling)[1]
 assert one.text == two.text == "132", (one.text, two.text)
 for a, b in zip(one.logprobs, two.logprobs, strict=True):
     assert abs(a.logprob - b.logprob) < 0.02, (a, b)  # bfloat16 activations
-compiled = decode_step._cache_size()
-split.chat([messages] * 3, sampling)
-assert decode_step._cache_size() == compiled
 """
 
 

@@ -135,7 +135,7 @@ def _line(llm: "LLM", where: str, row: dict[str, Any] | ValueError, skip_bad: bo
 
 def _scored(llm: "LLM", lines: list[_Line]) -> Iterator[tuple[_Line, "Score | None"]]:
     """Each line with its score, in order; None for a bad one."""
-    for group in batched(lines, llm.runner.shapes.batch_size):
+    for group in batched(lines, llm.engine.options.max_batch_size):
         good = [line for line in group if line.completion]
         scores = iter(llm.score([x.prompt for x in good], [x.completion for x in good]))
         for line in group:

@@ -55,7 +55,7 @@ class Speed:
 def snapshot() -> Snapshot:
     from llama_jax import compile_cache
 
-    return Snapshot(compile_cache.report(), compile_cache.seconds_of("decode_step"))
+    return Snapshot(compile_cache.report(), compile_cache.seconds_of("decode_steps"))
 
 
 def speed_since(before: Snapshot, result: "Generation") -> Speed:
