@@ -31,7 +31,7 @@ Examples:
 
 
 def main(
-    source: Annotated[Path, typer.Argument(help="Hugging Face directory to read.")],
+    source: Annotated[Path, typer.Argument(help="Directory to read.")],
     target: Annotated[Path, typer.Argument(help="Directory to make.")],
     quantize: Annotated[
         Literal["row", "block"] | None,

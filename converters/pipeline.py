@@ -52,8 +52,9 @@ def convert(
 ) -> Manifest:
     """Convert a published checkpoint into a directory that `llama_jax.checkpoint` loads.
 
-    source: config.json, safetensors (one file, or shards with an index) and tokenizer files; or a
-        converted checkpoint, to quantise it.
+    source: config.json, safetensors (one file, or shards with an index) and tokenizer files; Meta's
+        params.json, consolidated.*.pth and tokenizer.model; or a converted checkpoint, to quantise
+        it.
     target: appears when it is whole; until then nothing is there, and with `overwrite` a converted
         checkpoint that was there stays. What a killed or interrupted call had finished is kept
         beside it, and the same call continues from there to the same bytes.

@@ -10,7 +10,15 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from converters.pipeline import CONVERTER_VERSION, convert
 from converters.quantize import Layout
-from converters.source import QUANTIZATION_FILE, TOKENIZER_FILES
+from converters.source import (
+    BIN_FILES,
+    META_CONFIG,
+    META_FILES,
+    META_SCALES,
+    QUANTIZATION_FILE,
+    SAFETENSORS,
+    TOKENIZER_FILES,
+)
 from llama_jax.checkpoint import MANIFEST, CheckpointError
 
 _WANTED = [
@@ -19,7 +27,10 @@ _WANTED = [
     "config.json",
     "generation_config.json",
     QUANTIZATION_FILE,
+    *TOKENIZER_FILES,
 ]
+# The same weights again where there are safetensors.
+_OLDER = [BIN_FILES, META_FILES, META_CONFIG, META_SCALES]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -30,12 +41,12 @@ def resolve(
     quantize: Layout | None = None,
     progress: bool = True,
 ) -> Path:
-    """The converted directory for a converted directory, a Hugging Face directory or a hub id.
+    """The converted directory for a converted or a published directory, or a hub id.
 
-    A Hugging Face directory is converted once into `cache_dir` (default `$LLAMA_JAX_CACHE`, or else
-    `~/.cache/llama_jax`) and found there as long as its files keep their sizes and times. A hub id
-    ("org/name") is downloaded first. Processes that ask for the same checkpoint at the same time
-    share one conversion.
+    A directory of Hugging Face's or Meta's files is converted once into `cache_dir` (default
+    `$LLAMA_JAX_CACHE`, or else `~/.cache/llama_jax`) and found there as long as its files keep
+    their sizes and times. A hub id ("org/name") is downloaded first. Processes that ask for the
+    same checkpoint at the same time share one conversion.
     Raises `CheckpointError` for a path that is nothing of this, for an id that cannot be
     downloaded, and for whatever `convert` refuses.
     """
@@ -67,7 +78,7 @@ def _cache(cache_dir: str | Path | None) -> Path:
 
 def _fingerprint(directory: Path, quantize: str | None) -> str:
     """A hash of what the conversion depends on: its version, its options, the files' identities."""
-    wanted = [path for pattern in [*_WANTED, *TOKENIZER_FILES] for path in directory.glob(pattern)]
+    wanted = [path for pattern in [*_WANTED, *_OLDER] for path in directory.glob(pattern)]
     parts = [f"{CONVERTER_VERSION} {quantize}"]
     for path in sorted(wanted):
         stat = path.stat() if path.exists() else path.lstat()
@@ -81,7 +92,10 @@ def _download(hub_id: str) -> Path:
             f"{hub_id} is neither a directory nor a Hugging Face hub id (org/name)"
         )
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=[*_WANTED, *TOKENIZER_FILES]))
+        path = Path(snapshot_download(hub_id, allow_patterns=_WANTED))
+        if not any(path.glob(SAFETENSORS)):
+            path = Path(snapshot_download(hub_id, allow_patterns=[*_WANTED, *_OLDER]))
+        return path
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"there is no directory {hub_id}, and it could not be downloaded from the Hugging Face "

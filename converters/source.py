@@ -1,15 +1,19 @@
 """What lies in a checkpoint directory as somebody published it, before any weight is read."""
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from converters.pth_reader import read_bin_checkpoint, read_consolidated
-from converters.safetensors_reader import StoredTensor, read_checkpoint
+from converters.safetensors_reader import StoredTensor, read_checkpoint, read_rows
 from llama_jax.checkpoint import CheckpointError
-from llama_jax.config import LlamaConfig
+from llama_jax.config import PARAM_DTYPES, ConfigError, LlamaConfig
+from llama_jax.tokenizer import load_tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -20,8 +24,12 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# Weights: what transformers writes, and wrote until 2023 (both with their indexes); Meta's.
+SAFETENSORS = "*.safetensors*"
+BIN_FILES = "pytorch_model*.bin*"
 META_FILES = "consolidated.*.pth"
-BIN_FILES = "pytorch_model*.bin*"  # with their index
+META_SCALES = "fp8_scales_*.pt"
+META_CONFIG = "params.json"
 # modelopt's, and its name for what config.json calls otherwise.
 QUANTIZATION_FILE = "hf_quant_config.json"
 _RENAMED = {"exclude_modules": "ignore"}
@@ -59,17 +67,18 @@ def read_source(directory: Path) -> Source:
         raise CheckpointError(
             f"{directory} is not a directory; a Hugging Face checkpoint, or Meta's, is expected"
         )
-    is_meta = any(directory.glob(META_FILES)) and not (directory / "config.json").is_file()
-    hf_config = {} if is_meta else read_object(directory / "config.json")
+    if _is_meta(directory):
+        return _read_meta(directory)
+    hf_config = read_object(directory / "config.json")
     generation = directory / "generation_config.json"
     return Source(
         directory=directory,
         config=LlamaConfig.from_pretrained(directory),
         hf_config=hf_config,
         quantization=_quantization(hf_config, directory),
-        tensors=read_consolidated(directory) if is_meta else _read_tensors(directory),
+        tensors=_read_tensors(directory),
         generation=read_object(generation) if generation.is_file() else {},
-        tokenizer_files=tuple(name for name in TOKENIZER_FILES if (directory / name).is_file()),
+        tokenizer_files=_tokenizer_files(directory),
     )
 
 
@@ -94,9 +103,80 @@ def as_object(fields: Mapping[str, Any], key: str, where: str) -> Mapping[str, A
     return found or {}
 
 
+def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
+    """Whether two tensors are equal bit for bit; of different ones, little is read."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    rows = (a.shape or (1,))[0]
+    return all(
+        np.array_equal(_bytes(a, start, stop), _bytes(b, start, stop))
+        for start in range(0, rows, 1024)
+        for stop in [min(start + 1024, rows)]
+    )
+
+
+def _bytes(tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
+    return read_rows(tensor, start, stop).reshape(-1).view(np.uint8)
+
+
+def _is_meta(directory: Path) -> bool:
+    if any(directory.glob(SAFETENSORS)) or any(directory.glob(BIN_FILES)):
+        return False
+    lacks_config = not (directory / "config.json").is_file()
+    is_described = lacks_config and (directory / META_CONFIG).is_file()
+    return is_described or any(directory.glob(META_FILES))
+
+
+def _read_meta(directory: Path) -> Source:
+    """Meta's files. What params.json does not say comes from the tensors and the tokenizer."""
+    path = directory / META_CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing. Download the rest of the checkpoint.")
+    found = read_object(path)
+    params = as_object(found, "model", str(path)) or found
+    if "quantization_args" in params:
+        raise CheckpointError(
+            f"{path} has quantization_args: INT4 is not supported. Take the bfloat16 checkpoint, "
+            "with --quantize row if it is to become FP8."
+        )
+    tensors = read_consolidated(directory)
+    if not tensors:
+        raise CheckpointError(f"{directory} has {META_CONFIG}, but no {META_FILES} with weights")
+    embedding = _split(tensors, "tok_embeddings.weight")
+    output = _split(tensors, "output.weight")
+    is_tied = not output or (
+        len(output) == len(embedding) and all(map(same_bytes, output, embedding))
+    )
+    if params.get("vocab_size", -1) == -1 and output:
+        params = {**params, "vocab_size": sum(math.prod(part.shape[:1]) for part in output)}
+    try:
+        config = replace(LlamaConfig.from_params_json(params), tie_word_embeddings=is_tied)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if embedding and embedding[0].dtype.name in PARAM_DTYPES:
+        config = replace(config, dtype=embedding[0].dtype.name)
+    tokenizer_files = _tokenizer_files(directory)
+    if tokenizer_files:
+        try:
+            tokenizer = load_tokenizer(directory)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        config = replace(config, bos_token_id=tokenizer.bos_id, eos_token_ids=tokenizer.eos_ids)
+    return Source(directory, config, {}, {}, tensors, {}, tokenizer_files)
+
+
+def _split(tensors: Mapping[str, StoredTensor], name: str) -> list[StoredTensor]:
+    """A tensor's parts, in the order of Meta's files."""
+    return [tensor for key, tensor in tensors.items() if key.partition("/")[2] == name]
+
+
+def _tokenizer_files(directory: Path) -> tuple[str, ...]:
+    return tuple(name for name in TOKENIZER_FILES if (directory / name).is_file())
+
+
 def _read_tensors(directory: Path) -> dict[str, StoredTensor]:
     """Of safetensors, or else of the pickles that transformers wrote before."""
-    if any(directory.glob(BIN_FILES)) and not any(directory.glob("*.safetensors*")):
+    if any(directory.glob(BIN_FILES)) and not any(directory.glob(SAFETENSORS)):
         return read_bin_checkpoint(directory)
     return read_checkpoint(directory)
 

@@ -258,14 +258,18 @@ class LlamaConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(f"unknown key {', '.join(unknown)}: it may change the model")
+        values = {key: value for key, value in values.items() if value is not None}
         missing = [key for key in ("dim", "n_layers", "n_heads", "norm_eps") if key not in values]
         if missing:
             raise ConfigError(f"missing {', '.join(missing)}")
-        for key in ("dim", "n_layers", "n_heads"):
-            if type(values[key]) is not int or values[key] < 1:
+        for key, value in values.items():
+            if not isinstance(value, int | float):
+                raise ConfigError(f"{key} must be a number, got {value!r}")
+        for key in ("dim", "n_layers", "n_heads", "multiple_of"):
+            if type(values.get(key, 1)) is not int or values.get(key, 1) < 1:
                 raise ConfigError(f"{key} must be a positive integer, got {values[key]!r}")
         dim, num_heads = values["dim"], values["n_heads"]
-        rope_theta = _value(values, "rope_theta", 10000.0)
+        rope_theta = values.get("rope_theta", 10000.0)
         context = 8192 if rope_theta == 500000.0 else 16384 if rope_theta > 10000.0 else 4096
         scaled = values.get("use_scaled_rope", False)
         vocab_size = values.get("vocab_size", -1)
@@ -274,11 +278,11 @@ class LlamaConfig:
             vocab_size=32000 if vocab_size == -1 else vocab_size,
             hidden_size=dim,
             intermediate_size=_meta_intermediate_size(
-                dim, _value(values, "ffn_dim_multiplier", 1.0), _value(values, "multiple_of", 256)
+                dim, values.get("ffn_dim_multiplier", 1.0), values.get("multiple_of", 256)
             ),
             num_layers=values["n_layers"],
             num_heads=num_heads,
-            num_kv_heads=_value(values, "n_kv_heads", num_heads),
+            num_kv_heads=values.get("n_kv_heads", num_heads),
             head_dim=dim // num_heads,
             rope_theta=rope_theta,
             rope_scaling=RopeScaling(32.0 if small else 8.0, 1.0, 4.0, 8192) if scaled else None,

@@ -2,7 +2,6 @@
 
 from collections import Counter
 
-import numpy as np
 from flax import traverse_util
 
 from converters.dialects.autofp8 import AUTOFP8
@@ -11,15 +10,16 @@ from converters.dialects.dense import DENSE
 from converters.dialects.fbgemm import FBGEMM
 from converters.dialects.finegrained import FINEGRAINED
 from converters.dialects.friendli import FRIENDLI
-from converters.dialects.layout import Dialect, Plan, as_stored, pieces
+from converters.dialects.layout import Dialect, Plan
+from converters.dialects.meta import META
 from converters.dialects.modelopt import MODELOPT
 from converters.dialects.torchao import TORCHAO
-from converters.source import Source
+from converters.source import Source, same_bytes
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.model import ModelSpec, abstract_params
 
 DIALECTS: tuple[Dialect, ...] = (
-    DENSE, FRIENDLI, AUTOFP8, COMPRESSED_TENSORS, FBGEMM, MODELOPT, FINEGRAINED, TORCHAO,
+    DENSE, FRIENDLI, AUTOFP8, COMPRESSED_TENSORS, FBGEMM, MODELOPT, FINEGRAINED, TORCHAO, META,
 )  # fmt: skip
 _UNSUPPORTED = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mxfp4": "MXFP4"}
 
@@ -69,9 +69,7 @@ def detect(source: Source) -> Dialect:
 
 def _check_tied(source: Source) -> None:
     head, embedding = (source.tensors[f"{x}.weight"] for x in ("lm_head", "model.embed_tokens"))
-    same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype)
-    parts = (pieces(as_stored(tensor)) for tensor in (head, embedding))
-    if not same or not all(map(np.array_equal, *parts)):
+    if not same_bytes(head, embedding):
         raise CheckpointError(
             "lm_head.weight differs from model.embed_tokens.weight although the config says "
             "tie_word_embeddings. Set it to false if lm_head is meant to be used."

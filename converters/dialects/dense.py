@@ -9,7 +9,8 @@ from llama_jax.config import PARAM_DTYPES
 
 def applies(source: Source) -> bool:
     return (
-        not source.quantization
+        bool(source.hf_config)
+        and not source.quantization
         and not source.hf_config.get("use_fp8_e4m3")
         and all(
             tensor.dtype.name in PARAM_DTYPES

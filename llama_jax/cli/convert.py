@@ -75,9 +75,10 @@ def convert(
 ) -> None:
     """Convert a checkpoint once, so that it loads fast and onto any number of devices.
 
-    SOURCE needs config.json, safetensors and the tokenizer's files. TARGET appears when it is
-    whole, and what was there stays until then. Memory use stays small whatever the size; a model
-    is calibrated and scored one layer at a time.
+    SOURCE needs config.json, safetensors and the tokenizer's files, or Meta's params.json,
+    consolidated.*.pth and tokenizer.model. TARGET appears when it is whole, and what was there
+    stays until then. Memory use stays small whatever the size; a model is calibrated and scored
+    one layer at a time.
 
     **Examples**
 

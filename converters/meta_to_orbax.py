@@ -1,0 +1,23 @@
+"""The converter for Meta's files: python -m converters.meta_to_orbax SOURCE TARGET."""
+
+import typer
+
+from converters.hf_to_orbax import main
+
+HELP = """Convert a checkpoint of Llama as Meta distributes it into an Orbax directory.
+
+SOURCE is a directory with params.json, all of consolidated.*.pth, tokenizer.model and, of an FP8
+checkpoint, fp8_scales_*.pt. Nothing that the files contain is run. TARGET appears when it is whole;
+an interrupted conversion leaves nothing that could be mistaken for a checkpoint.
+
+Examples:
+
+    python -m converters.meta_to_orbax ~/.llama/checkpoints/Llama3.1-8B-Instruct ./llama-8b
+
+    python -m converters.meta_to_orbax ./Llama-3.1-8B-Instruct/original ./llama-8b --quantize row
+"""
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False)
+    app.command(help=HELP)(main)
+    app()
