@@ -24,6 +24,13 @@ def not_hopper() -> str | None:
     return None
 
 
+def kind() -> str | None:
+    """The GPU's name, "NVIDIA H200" say, that is lowered for; None where no GPU is known."""
+    if (abstract := jax.sharding.get_abstract_mesh().abstract_device) is not None:
+        return str(abstract.device_kind)
+    return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else None
+
+
 def is_local() -> bool:
     """Whether arrays are whole where they are used: one device, or inside of shard_map.
 

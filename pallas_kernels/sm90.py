@@ -64,6 +64,13 @@ gpu_device_info {
 """
 
 
+# Under `jax.sharding.use_abstract_mesh(H200)` lowering, which is not told the target, takes an
+# H200's kernels and knows how many multiprocessors there are.
+H200 = AbstractMesh(
+    (), (), abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One compiled Mosaic GPU kernel.
@@ -129,9 +136,7 @@ def compile(function: Callable[..., Any], *args: Any, **jit_options: Any) -> jax
         given = leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) else None
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=given or device)
 
-    # Tells lowering, which is not told the target, how many multiprocessors there are.
-    h200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=h200)):
+    with jax.sharding.use_abstract_mesh(H200):
         lowered = jax.jit(function, **jit_options).lower(*jax.tree.map(place, args))
     return lowered.compile()
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 from jax import Array
@@ -33,8 +33,9 @@ def fp8_matmul(
     x_scale: float32 [m, 1] (per token), [] (static) or [m, ceil(in / 128)] (per token and 128
         columns); required with float8 activations.
     residual: [m, out], bfloat16 or float32, added before the result is rounded to `out_dtype`.
-    implementation: "reference"; "xla"; "hopper", for float8 activations, `in` a multiple of 128 and
-        `out` of 8 (4 for float32 results). None takes "hopper" where it can run, "xla" elsewhere.
+    implementation: "reference"; "xla"; "hopper", for float8 activations and weights, `in` a
+        multiple of 128 and `out` of 16 (8 for float32 results), scales per row or per block, and a
+        residual of `out_dtype`. None takes "hopper" where it can run, "xla" elsewhere.
     Returns [m, out] of `out_dtype`. With one scale per row the products are exact; with block
     scales and bfloat16 activations code * scale is rounded to bfloat16 first, and so it is with
     `x_scale` per 128 columns on the "xla" path. "hopper" adds runs of 128 products with the tensor
@@ -45,7 +46,8 @@ def fp8_matmul(
     shape, dtype = (x.shape[0], weight.shape[0]), jnp.dtype(out_dtype)
     if residual is not None and residual.shape != shape:
         raise ValueError(f"residual must be {shape}, got {residual.shape}")
-    which = _choose(implementation, x, weight, weight_scale, dtype)
+    weight_scale = _without_one_group(weight_scale, weight)
+    which = _choose(implementation, x, weight, weight_scale, dtype, residual)
     operands = (x, weight, weight_scale, x_scale, dtype, residual)
     return _MODULES[which]().fp8_matmul(*operands)
 
@@ -79,6 +81,7 @@ def swiglu(
         )
     if gate.shape[0] % reference.BLOCK:
         raise ValueError(f"out = {gate.shape[0]} must be a multiple of {reference.BLOCK}")
+    gate_scale, up_scale = (_without_one_group(each, gate) for each in (gate_scale, up_scale))
     which = _choose(implementation, x, gate, gate_scale, None)
     return _MODULES[which]().swiglu(x, gate, gate_scale, up, up_scale, x_scale)
 
@@ -89,14 +92,19 @@ def _choose(
     weight: Array,
     weight_scale: Array,
     out_dtype: jnp.dtype | None,
+    residual: Array | None = None,
 ) -> Implementation:
     """The named implementation, or None's. out_dtype: None for `swiglu`."""
     if implementation in ("reference", "xla"):
         return implementation
+    if implementation not in (None, "hopper"):
+        raise ValueError(
+            f"no implementation {implementation!r}: take one of {get_args(Implementation)}, or None"
+        )
     reason = device.not_hopper()
     if implementation is None and (reason or not device.is_local()):
         return "xla"
-    reason = reason or _hopper().refusal(x, weight, weight_scale, out_dtype)
+    reason = reason or _hopper().refusal(x, weight, weight_scale, out_dtype, residual)
     if implementation == "hopper" and reason:
         raise ValueError(f"implementation 'hopper' cannot run: {reason}")
     return "xla" if reason else "hopper"
@@ -114,6 +122,12 @@ _MODULES: dict[Implementation, Callable[[], ModuleType]] = {
     "xla": lambda: xla,
     "hopper": _hopper,
 }
+
+
+def _without_one_group(weight_scale: Array, weight: Array) -> Array:
+    """One group of columns, which a GPU may hold of several, is one scale per row."""
+    rows = weight.shape[0]
+    return weight_scale.reshape(rows) if weight_scale.shape == (rows, 1) else weight_scale
 
 
 def _check(x: Array, weight: Array, weight_scale: Array, x_scale: Array | None) -> None:

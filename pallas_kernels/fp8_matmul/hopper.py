@@ -25,9 +25,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import e4m3
+from pallas_kernels import e4m3, tuned
 from pallas_kernels.device import multiprocessors
-from pallas_kernels.fp8_matmul.reference import BLOCK, is_grouped, is_per_block
+from pallas_kernels.fp8_matmul.reference import BLOCK, MIN_ABSMAX, is_grouped, is_per_block
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES, swizzled
 
 TILE_K = 128
@@ -36,6 +36,8 @@ COMPUTE_WARPGROUPS = 2
 # Per thread; a block is launched with 168 for each of its 3 x 128 threads.
 LOADER_REGISTERS, COMPUTE_REGISTERS = 40, 232
 MAX_STAGES = 8
+# The narrowest swizzle.
+MIN_WIDTH_BYTES = 32
 # What a block may need beside its ring of tiles: staged results, scales, barriers.
 MAX_STAGING_BYTES = 35 * 1024
 MATRIX = plgpu.Layout.WGMMA
@@ -85,7 +87,7 @@ def fp8_matmul(
     """
     problem = _Problem.of(x, x_scale, weight, weight_scale, config)
     columns = problem.config.columns
-    # Stored at a time: what a swizzle spans, and a divisor of n, which TMA needs.
+    # Stored at a time: what a swizzle spans, and a divisor of n, as tiles of TMA have to be.
     width = math.gcd(columns, 128 // out_dtype.itemsize, problem.n)
     slots = min(2, columns // width)
 
@@ -149,7 +151,7 @@ def swiglu(
             g, u = (scale(i, sums[i][:, start : start + width], columns) for i in range(2))
             parts.append(g / (1 + jnp.exp(-g)) * u)
         absmax = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(h), axis=1) for h in parts])
-        is_zero = absmax == 0
+        is_zero = absmax < MIN_ABSMAX
         inverse = jnp.where(is_zero, 1.0, e4m3.MAX / absmax)
         staged = scratch["staged"].at[tile.warpgroup]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -180,14 +182,18 @@ def swiglu(
 
 
 def refusal(
-    x: Array, weight: Array, weight_scale: Array, out_dtype: jnp.dtype | None
+    x: Array,
+    weight: Array,
+    weight_scale: Array,
+    out_dtype: jnp.dtype | None,
+    residual: Array | None = None,
 ) -> str | None:
     """Why the kernels cannot take these operands; None if they can.
 
     out_dtype: of `fp8_matmul`; None for `swiglu`.
     """
     (m, k), n = x.shape, weight.shape[0]
-    granule = BLOCK if out_dtype is None else 16 // out_dtype.itemsize
+    granule = BLOCK if out_dtype is None else MIN_WIDTH_BYTES // out_dtype.itemsize
     if x.dtype != e4m3.DTYPE or weight.dtype != e4m3.DTYPE:
         return f"x and weight must be float8_e4m3fn, got {x.dtype} and {weight.dtype}"
     if m == 0:
@@ -200,11 +206,26 @@ def refusal(
         return f"weight_scale {weight_scale.shape} is neither per row nor per 128x128 block"
     if out_dtype is not None and out_dtype not in (jnp.bfloat16, jnp.float32):
         return f"out_dtype must be bfloat16 or float32, got {out_dtype}"
+    if residual is not None and residual.dtype != out_dtype:
+        return f"residual must be {out_dtype}, as the result is, got {residual.dtype}"
     return None
 
 
-def configure(m: int, n: int, *, promote: bool, weights: int = 1) -> Config:
-    """A heuristic, untuned: no GPU has measured it.
+def configure(m: int, n: int, k: int, *, promote: bool, weights: int = 1) -> Config:
+    """The tuned configuration of the GPU in use, or else the heuristic's."""
+    kernel = "fp8_matmul" if weights == 1 else "fp8_swiglu"
+    found = tuned.find(kernel, tuned_as(m, n, k, promote=promote))
+    return heuristic(m, n, promote=promote, weights=weights) if found is None else Config(**found)
+
+
+def tuned_as(m: int, n: int, k: int, *, promote: bool) -> str:
+    """What problems that share a tuned configuration are called: m up to a power of two."""
+    rows = max(WARPGROUP_ROWS, 1 << (m - 1).bit_length())
+    return f"m<={rows} n={n} k={k}" + (" promote" if promote else "")
+
+
+def heuristic(m: int, n: int, *, promote: bool, weights: int = 1) -> Config:
+    """A configuration that no GPU has measured.
 
     Takes the width whose tiles take the fewest cycles, when a multiprocessor does 4096 products a
     cycle and gets 32 bytes of L2 in it. Pairs of blocks share the weight where there are two tiles
@@ -225,6 +246,29 @@ def configure(m: int, n: int, *, promote: bool, weights: int = 1) -> Config:
     tile_n = min(widths, key=cycles)
     stages = (SHARED_MEMORY_BYTES - MAX_STAGING_BYTES) // ((tile_m + weights * tile_n) * TILE_K)
     return Config(tile_m, tile_n, min(MAX_STAGES, 1 << stages.bit_length() - 1), cluster)
+
+
+def unfit(config: Config, *, promote: bool, weights: int = 1) -> str | None:
+    """Why no kernel can be made of a configuration; None if one can.
+
+    promote: sums are added up in registers, by choice or because scales change along K.
+    """
+    ring = config.stages * (config.tile_m + weights * config.tile_n) * TILE_K
+    if config.tile_m not in (64, 128):
+        return f"tile_m must be 64 or 128, got {config.tile_m}"
+    if config.tile_n not in (64, 128, 256):
+        return f"tile_n must be 64, 128 or 256, got {config.tile_n}"
+    if config.cluster not in (1, 2):
+        return f"cluster must be 1 or 2, got {config.cluster}"
+    if config.stages < 2:
+        return f"at least 2 stages are needed, got {config.stages}"
+    if ring + MAX_STAGING_BYTES > SHARED_MEMORY_BYTES:
+        return f"{ring} + {MAX_STAGING_BYTES} bytes of shared memory, of {SHARED_MEMORY_BYTES}"
+    if weights == 2 and config.columns != BLOCK:
+        return f"swiglu needs {BLOCK} columns for each of two warpgroups, got {config.columns}"
+    if promote and config.columns > BLOCK:
+        return f"promoted sums fit {BLOCK} columns for a warpgroup, not {config.columns}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -249,8 +293,11 @@ class _Problem:
     ) -> "_Problem":
         (m, k), n = x.shape, weight.shape[0]
         x_grouped, w_grouped = is_grouped(x_scale, k), weight_scale.ndim == 2
+        promote = x_grouped or w_grouped
         if config is None:
-            config = configure(m, n, promote=x_grouped or w_grouped, weights=weights)
+            config = configure(m, n, k, promote=promote, weights=weights)
+        if reason := unfit(config, promote=promote or config.promote, weights=weights):
+            raise ValueError(f"{config} cannot work: {reason}")
         return _Problem(m, n, k, config, x_grouped, w_grouped)
 
     @property
@@ -534,7 +581,7 @@ def _compute(
 
 def _load(ref: Any, layout: Any) -> Array:
     """A vector as the accumulator's rows or columns lie in registers."""
-    return plgpu.load(ref, (), layout=layout, optimized=False)
+    return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def _times(y: Array, factor: Array | None) -> Array:

@@ -7,6 +7,8 @@ from jax import Array, lax
 from pallas_kernels import e4m3
 
 BLOCK = 128
+# Scales below float32's smallest normal number are zero to a GPU, and cannot be divided by.
+MIN_ABSMAX = e4m3.MAX * float(jnp.finfo(jnp.float32).tiny)
 
 
 def expand_scale(scale: Array, shape: tuple[int, int]) -> Array:
@@ -58,10 +60,10 @@ def fp8_matmul(
 
 def quantize_groups(h: Array) -> tuple[Array, Array]:
     """[m, n] to float8_e4m3fn codes [m, n] and float32 scales [m, n / 128], absmax / 448 of each
-    row's 128 columns; 1 where all are zero."""
+    row's 128 columns; 1 where all are zero, or so small (`MIN_ABSMAX`) that they become it."""
     groups = h.astype(jnp.float32).reshape(h.shape[0], -1, BLOCK)
     absmax = jnp.max(jnp.abs(groups), axis=2)
-    scale = jnp.where(absmax == 0, 1.0, absmax / e4m3.MAX)
+    scale = jnp.where(absmax < MIN_ABSMAX, 1.0, absmax / e4m3.MAX)
     return e4m3.cast(groups / scale[:, :, None]).reshape(h.shape), scale
 
 

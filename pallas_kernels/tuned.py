@@ -1,0 +1,33 @@
+"""Configurations that were measured: one table per kind of GPU, tuned/<device>.json.
+
+`python -m pallas_kernels.tune` writes the table of the GPU that it runs on; kernels look up theirs
+when they are lowered, and have a heuristic for what no table holds.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels import device
+
+FOLDER = Path(__file__).with_name("tuned")
+
+
+def find(kernel: str, problem: str) -> Mapping[str, Any] | None:
+    """The fields of a kernel's configuration for a problem on the GPU in use, if it was tuned."""
+    kind = device.kind()
+    entry = read(kind).get(kernel, {}).get(problem) if kind else None
+    return entry["config"] if entry else None
+
+
+@cache
+def read(kind: str) -> Mapping[str, Any]:
+    """A GPU's table: kernel to problem to {"config": fields, and what was measured}."""
+    path = path_of(kind)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def path_of(kind: str) -> Path:
+    return FOLDER / f"{kind.lower().replace(' ', '_')}.json"

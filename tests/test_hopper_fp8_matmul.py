@@ -1,0 +1,261 @@
+"""The Hopper FP8 x FP8 kernels in JAX's GPU simulator, against float64."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from llama_jax.fp8 import dequantize, quantize
+from pallas_kernels import e4m3, shapes, sm90
+from pallas_kernels.fp8_matmul import fp8_matmul, hopper, reference, swiglu
+from pallas_kernels.fp8_matmul.hopper import Config
+from pallas_kernels.hopper import SHARED_MEMORY_BYTES
+
+BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+SIMULATED = {"interpret": plgpu.InterpretGPUParams(detect_races=True)}
+WIDE = Config(tile_m=128, tile_n=128, stages=2)
+NARROW = Config(tile_m=64, tile_n=64, stages=2)
+PAIRED = Config(tile_m=128, tile_n=64, stages=2, cluster=2, band=2)
+
+
+def no_races():
+    return not gpu_callbacks.get_races().races_found
+
+
+def integers(*shape, seed=0):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.integers(-8, 9, shape), jnp.float32).astype(e4m3.DTYPE)
+
+
+def scales(*shape, seed=0):
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.uniform(0.5, 2, shape), jnp.float32)
+
+
+def operands(m, n, k, x_layout="row", weight_layout="row", seed=0):
+    """Random codes and scales: x, weight, weight_scale, x_scale."""
+    rng = np.random.default_rng(seed)
+    x = e4m3.cast(jnp.asarray(rng.standard_normal((m, k)) * 40, jnp.float32))
+    codes, scale = quantize(jnp.asarray(rng.standard_normal((n, k)), jnp.float32), weight_layout)
+    x_scale = {"static": (), "row": (m, 1), "grouped": (m, k // 128)}[x_layout]
+    return x, codes, scale * scales(*scale.shape), scales(*x_scale, seed=seed) / 40
+
+
+def exact(x, weight, weight_scale, x_scale):
+    """The product in float64."""
+    x = np.asarray(reference.dequantize_activations(x, x_scale), np.float64)
+    return x @ np.asarray(dequantize(weight, weight_scale), np.float64).T
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "config"),
+    [
+        (1, 64, 128, NARROW),
+        (7, 72, 384, NARROW),
+        (64, 256, 256, Config(tile_m=64, tile_n=256, stages=4)),
+        (65, 136, 256, WIDE),
+        (130, 264, 128, Config(tile_m=128, tile_n=256, stages=2)),
+        (200, 200, 384, PAIRED),
+        (129, 128, 256, Config(tile_m=128, tile_n=128, stages=2, promote=True)),
+    ],
+    ids=lambda each: f"{each.tile_m}x{each.tile_n}" if isinstance(each, Config) else str(each),
+)
+def test_small_integers_are_exact(m, n, k, config):
+    """Rows and columns that no tile divides are masked."""
+    x, weight = integers(m, k), integers(n, k, seed=1)
+    y = hopper.fp8_matmul(
+        x, weight, jnp.full(n, 0.5), jnp.full((m, 1), 4.0), F32, config=config, **SIMULATED
+    )
+    np.testing.assert_array_equal(y, 2 * np.asarray(x, np.float64) @ np.asarray(weight).T)
+    assert no_races()
+
+
+@pytest.mark.parametrize("config", [WIDE, PAIRED], ids=["alone", "in pairs"])
+def test_blocks_go_on_to_further_tiles(monkeypatch, config):
+    """Two multiprocessors, tiles for many: the ring of tiles wraps around in the middle of one."""
+    monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)
+    x, weight = integers(300, 384), integers(272, 384, seed=1)
+    y = hopper.fp8_matmul(
+        x, weight, jnp.ones(272), jnp.ones((300, 1)), BF16, config=config, **SIMULATED
+    )
+    expected = np.asarray(x, np.float32) @ np.asarray(weight, np.float32).T
+    np.testing.assert_array_equal(y, expected.astype(BF16))
+    assert no_races()
+
+
+@pytest.mark.parametrize("weight_layout", ["row", "block"])
+@pytest.mark.parametrize("x_layout", ["static", "row", "grouped"])
+def test_scales(x_layout, weight_layout):
+    arrays = operands(70, 256, 256, x_layout, weight_layout)
+    y = hopper.fp8_matmul(*arrays, F32, config=WIDE, **SIMULATED)
+    # Sums of 256 products of order 1: float32 strays by 1e-5, a scale of the wrong block by 1.
+    np.testing.assert_allclose(y, exact(*arrays), atol=1e-4)
+    assert no_races()
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_extreme_scales(size):
+    x, weight, weight_scale, x_scale = operands(7, 64, 128)
+    arrays = x, weight, weight_scale * size, x_scale
+    y = hopper.fp8_matmul(*arrays, F32, config=NARROW, **SIMULATED)
+    np.testing.assert_allclose(np.asarray(y) / size, exact(*arrays) / size, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_the_residual_is_added_before_rounding(dtype):
+    x, weight, weight_scale, x_scale = operands(65, 144, 256, "row")
+    rng = np.random.default_rng(5)
+    residual = jnp.asarray(rng.standard_normal((65, 144)) * 10, dtype)
+    y = hopper.fp8_matmul(
+        x, weight, weight_scale, x_scale, dtype, residual, config=WIDE, **SIMULATED
+    )
+    expected = exact(x, weight, weight_scale, x_scale) + np.asarray(residual, np.float64)
+    rounding = 2**-8 if dtype == BF16 else 2**-22
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=rounding, atol=1e-4)
+    assert no_races()
+
+
+@pytest.mark.parametrize(
+    ("m", "x_layout", "weight_layout"),
+    [(1, "row", "row"), (65, "grouped", "block"), (130, "row", "block")],
+)
+def test_swiglu(m, x_layout, weight_layout):
+    x, gate, gate_scale, x_scale = operands(m, 256, 256, x_layout, weight_layout)
+    _, up, up_scale, _ = operands(m, 256, 256, x_layout, weight_layout, seed=1)
+    x = x.at[0, :].set(0)
+    cluster = 2 if m > 128 else 1
+    codes, scale = hopper.swiglu(
+        x, gate, gate_scale, up, up_scale, x_scale,
+        config=Config(tile_m=128, tile_n=128, stages=2, cluster=cluster), **SIMULATED,
+    )  # fmt: skip
+    assert no_races()
+    assert codes.shape == (m, 256) and codes.dtype == e4m3.DTYPE and scale.shape == (m, 2)
+    g, u = exact(x, gate, gate_scale, x_scale), exact(x, up, up_scale, x_scale)
+    h = (g / (1 + np.exp(-g)) * u).reshape(m, 2, 128)
+    absmax = np.abs(h).max(axis=2)
+    np.testing.assert_allclose(scale, np.where(absmax == 0, 1, absmax / e4m3.MAX), rtol=1e-4)
+    np.testing.assert_array_equal(codes[0].astype(F32), 0)
+    # Half a step of e4m3fn: 2^-4 of a value, or 2^-10 of the scale for its smallest numbers.
+    dequantized = np.asarray(reference.dequantize_activations(codes, scale)).reshape(h.shape)
+    bound = np.maximum(np.abs(h) * 2**-4, np.asarray(scale)[:, :, None] * 2**-10) * 1.001
+    assert np.all(np.abs(dequantized - h) <= bound)
+
+
+def test_swiglu_where_results_are_too_small_to_divide_by():
+    x, gate, gate_scale, x_scale = operands(3, 128, 128)
+    arguments = x, gate, gate_scale * 1e-22, gate, gate_scale * 1e-22, x_scale
+    config = Config(tile_m=128, tile_n=128, stages=2)
+    for codes, scale in (
+        hopper.swiglu(*arguments, config=config, **SIMULATED),
+        reference.swiglu(*arguments),
+    ):
+        assert np.isfinite(codes.astype(F32)).all() and np.all(np.asarray(scale) > 0)
+
+
+def test_swiglu_then_down_is_the_mlp():
+    m, hidden, inner = 65, 128, 256
+    x, gate, gate_scale, x_scale = operands(m, inner, hidden)
+    _, up, up_scale, _ = operands(m, inner, hidden, seed=1)
+    _, down, down_scale, _ = operands(m, hidden, inner, seed=2)
+    codes, scale = hopper.swiglu(
+        x, gate, gate_scale, up, up_scale, x_scale, config=WIDE, **SIMULATED
+    )
+    y = hopper.fp8_matmul(codes, down, down_scale, scale, F32, config=WIDE, **SIMULATED)
+    product = exact(codes, down, down_scale, scale)
+    np.testing.assert_allclose(y, product, atol=1e-6 * np.abs(product).max())
+    g, u = exact(x, gate, gate_scale, x_scale), exact(x, up, up_scale, x_scale)
+    expected = g / (1 + np.exp(-g)) * u @ np.asarray(dequantize(down, down_scale), np.float64).T
+    error = np.linalg.norm(y - expected) / np.linalg.norm(expected)
+    assert error < 0.04  # e4m3fn's rounding, 2^-4 at most and a third of that on average
+
+
+def test_a_row_is_bit_equal_alone_and_in_any_tiling():
+    x, weight, weight_scale, x_scale = operands(65, 128, 256)
+    run = partial(hopper.fp8_matmul, **SIMULATED)
+    together = run(x, weight, weight_scale, x_scale, F32, config=WIDE)
+    alone = run(x[64:], weight, weight_scale, x_scale[64:], F32, config=NARROW)
+    np.testing.assert_array_equal(together[64:], alone)
+
+
+@pytest.mark.parametrize("promote", [False, True])
+@pytest.mark.parametrize("m", [1, 64, 65, 512, 2048, 8192])
+def test_the_heuristic_fits_a_multiprocessor(m, promote):
+    for linear in shapes.linears():
+        for weights in (1, 2):
+            config = hopper.heuristic(m, linear.n, promote=promote, weights=weights)
+            assert hopper.unfit(config, promote=promote, weights=weights) is None
+            tiles = config.tile_m + weights * config.tile_n
+            bytes_in_flight = config.stages * tiles * hopper.TILE_K
+            assert 64 * 1024 <= bytes_in_flight < SHARED_MEMORY_BYTES, (linear, config)
+
+
+def test_configurations_that_cannot_work_are_refused():
+    arrays = operands(2, 256, 256, "row", "block")
+    refused = {
+        "tile_m must be 64 or 128": Config(32, 128, 2),
+        "tile_n must be 64, 128 or 256": Config(128, 96, 2),
+        "cluster must be 1 or 2": Config(128, 128, 2, cluster=4),
+        "at least 2 stages": Config(128, 128, 1),
+        "bytes of shared memory": Config(128, 128, 16),
+        "128 columns for a warpgroup": Config(128, 256, 2),
+    }
+    for message, config in refused.items():
+        with pytest.raises(ValueError, match=message):
+            hopper.fp8_matmul(*arrays, F32, config=config, **SIMULATED)
+    x, weight, weight_scale, x_scale = arrays
+    with pytest.raises(ValueError, match="128 columns for each of two warpgroups"):
+        hopper.swiglu(
+            x, weight, weight_scale, weight, weight_scale, x_scale, config=NARROW, **SIMULATED
+        )
+
+
+def test_what_has_no_kernel_is_named():
+    x, weight, scale, _ = operands(2, 64, 256)
+    refused = {
+        "x and weight must be float8_e4m3fn, got bfloat16": (x.astype(BF16), weight, scale, F32),
+        "got float8_e4m3fn and int8": (x, e4m3.as_bits(weight), scale, F32),
+        "x has no rows": (x[:0], weight, scale, F32),
+        "in = 200 must be a multiple of 128": (x[:, :200], weight[:, :200], scale, F32),
+        "out = 63 must be a multiple of 8": (x, weight[:63], scale[:63], F32),
+        "out = 56 must be a multiple of 16": (x, weight[:56], scale[:56], BF16),
+        "out = 64 must be a multiple of 128": (x, weight, scale, None),
+        "neither per row nor per 128x128 block": (x, weight, jnp.ones((64, 4)), F32),
+        "out_dtype must be bfloat16 or float32, got float16": (
+            x, weight, scale, jnp.dtype(jnp.float16),
+        ),
+    }  # fmt: skip
+    for reason, arguments in refused.items():
+        assert reason in str(hopper.refusal(*arguments))
+    residual = jnp.ones((2, 64), BF16)
+    assert "residual must be float32" in str(hopper.refusal(x, weight, scale, F32, residual))
+    assert hopper.refusal(x, weight, scale, BF16, residual) is None
+
+
+def test_without_a_hopper_gpu_xla_runs_and_hopper_says_why():
+    x, weight, scale, x_scale = operands(2, 128, 256)
+    with pytest.raises(ValueError, match="JAX runs on cpu, not on a GPU"):
+        fp8_matmul(x, weight, scale, x_scale=x_scale, implementation="hopper")
+    with pytest.raises(ValueError, match="no implementation 'triton'"):
+        fp8_matmul(x, weight, scale, x_scale=x_scale, implementation="triton")
+    with pytest.raises(ValueError, match="must have the same shapes"):
+        swiglu(x, weight, scale, weight[:64], scale[:64], x_scale=x_scale)
+    with pytest.raises(ValueError, match="out = 64 must be a multiple of 128"):
+        swiglu(x, weight[:64], scale[:64], weight[:64], scale[:64], x_scale=x_scale)
+
+
+def test_lowering_for_an_h200_takes_the_kernel_where_there_is_one():
+    x, weight, scale, x_scale = operands(2, 128, 256)
+
+    def kernel_in(function, *arguments, **options):
+        with jax.sharding.use_abstract_mesh(sm90.H200):
+            return "Ref<smem>" in str(jax.make_jaxpr(partial(function, **options))(*arguments))
+
+    assert kernel_in(fp8_matmul, x, weight, scale, x_scale=x_scale)
+    assert kernel_in(fp8_matmul, x, weight, scale[:, None], x_scale=x_scale)
+    assert kernel_in(swiglu, x, weight, scale, weight, scale, x_scale=x_scale)
+    assert not kernel_in(fp8_matmul, x, weight, jnp.ones((128, 4)), x_scale=x_scale)
+    assert not kernel_in(fp8_matmul, x, weight, scale, x_scale=x_scale, implementation="xla")

@@ -1,0 +1,137 @@
+"""The Hopper FP8 x FP8 kernels as the compiler makes them, for the linears of Llama 3.1 models.
+
+A row of the printed report per kernel: `pytest -m slow -s tests/test_hopper_fp8_matmul_sm90.py`.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import e4m3, sm90
+from pallas_kernels.fp8_matmul import fp8_matmul, hopper, swiglu
+from pallas_kernels.hopper import SHARED_MEMORY_BYTES
+from pallas_kernels.shapes import linears
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sm90.unavailable() is not None, reason=str(sm90.unavailable())),
+]
+
+BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+ROWS = 1, 64, 512, 2048, 8192
+
+
+def specialisations():
+    """Of all shapes of all models, one for each kernel that differs in more than its loops' trip
+    counts: (linear, m, whether scales change along K), named by what they share, the configuration
+    and how many columns divide into stores."""
+    seen = {}
+    for promote in (False, True):
+        for linear in linears():
+            for m in ROWS:
+                config = hopper.heuristic(m, linear.n, promote=promote)
+                width = math.gcd(linear.n, 64)
+                seen.setdefault((config, width, promote), (linear, m))
+    return [
+        pytest.param(
+            linear, m, promote,
+            id=f"{config.tile_m}x{config.tile_n}x{config.stages}-cluster{config.cluster}"
+            f"-store{width}-{'block' if promote else 'row'}",
+        )
+        for (config, width, promote), (linear, m) in seen.items()
+    ]  # fmt: skip
+
+
+def arguments(m, n, k, *, weight_layout="row", x_layout="row"):
+    """x, weight, weight_scale, x_scale."""
+    struct = jax.ShapeDtypeStruct
+    weight_scale = (n,) if weight_layout == "row" else (-(-n // 128), k // 128)
+    x_scale = (m, 1) if x_layout == "row" else (m, k // 128)
+    codes = struct((m, k), e4m3.DTYPE), struct((n, k), e4m3.DTYPE)
+    return *codes, struct(weight_scale, F32), struct(x_scale, F32)
+
+
+def check(function, *structs):
+    (kernel,) = sm90.kernels(function, *structs)
+    opcodes = ("QGMMA", "UTMALDG", "UTMASTG", "FFMA", "FMUL", "MUFU")
+    mix = " ".join(f"{kernel.count(each)} {each}" for each in opcodes)
+    print(
+        f"\n{kernel.name}: {kernel.registers} registers, {kernel.spill_bytes} B spilled, "
+        f"{kernel.shared_bytes} B shared, {mix}, {sum(kernel.instructions.values())} in all",
+    )
+    assert kernel.count("QGMMA") and kernel.count("UTMALDG") and kernel.count("UTMASTG")
+    assert not kernel.count("HMMA") + kernel.count("HGMMA")
+    assert kernel.spill_bytes == kernel.count("LDL") == kernel.count("STL") == 0
+    # 65,536 registers a multiprocessor, allotted by 8: what three warpgroups can share out.
+    assert kernel.registers <= 65_536 // 384 // 8 * 8
+    assert kernel.shared_bytes <= SHARED_MEMORY_BYTES
+    assert not kernel.losses
+
+
+@pytest.mark.parametrize(("linear", "m", "promote"), specialisations())
+def test_every_linear_on_fp8_tensor_cores_without_spills(linear, m, promote):
+    layout = "block" if promote else "row"
+    structs = arguments(m, linear.n, linear.k, weight_layout=layout)
+    check(lambda *a: hopper.fp8_matmul(*a, BF16), *structs)
+
+
+@pytest.mark.parametrize("weight_layout", ["row", "block"])
+@pytest.mark.parametrize("m", [1, 2048])
+def test_down_proj_after_swiglu(m, weight_layout):
+    structs = arguments(m, 4096, 14_336, weight_layout=weight_layout, x_layout="grouped")
+    check(lambda *a: hopper.fp8_matmul(*a, BF16), *structs)
+
+
+@pytest.mark.parametrize("m", [1, 2048])
+def test_logits_in_float32(m):
+    check(lambda *a: hopper.fp8_matmul(*a, F32), *arguments(m, 128_256, 4096))
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_residual(dtype):
+    residual = jax.ShapeDtypeStruct((2048, 4096), dtype)
+    check(lambda *a: hopper.fp8_matmul(*a[:4], dtype, a[4]), *arguments(2048, 4096, 4096), residual)
+
+
+def test_promoted_by_choice():
+    config = hopper.Config(tile_m=128, tile_n=128, stages=4, cluster=2, promote=True)
+    structs = arguments(2048, 4096, 4096)
+    check(lambda *a: hopper.fp8_matmul(*a, BF16, config=config), *structs)
+
+
+@pytest.mark.parametrize("weight_layout", ["row", "block"])
+@pytest.mark.parametrize("x_layout", ["row", "grouped"])
+@pytest.mark.parametrize("m", [1, 2048])
+def test_swiglu(m, x_layout, weight_layout):
+    """One kernel for all models: tiles do not depend on n and k."""
+    structs = arguments(m, 14_336, 4096, weight_layout=weight_layout, x_layout=x_layout)
+    check(lambda x, w, s, x_s: hopper.swiglu(x, w, s, w, s, x_s), *structs)
+
+
+def test_every_shape_has_a_kernel():
+    for linear in linears():
+        x, weight, weight_scale, _ = arguments(2048, linear.n, linear.k)
+        assert hopper.refusal(x, weight, weight_scale, BF16) is None, str(linear)
+
+
+def test_an_mlp_reads_its_weights_in_place():
+    """swiglu, down with the residual: two kernels, no copy of a weight, no pass between them."""
+    m, hidden, inner = 2048, 4096, 14_336
+    x, gate, scale, x_scale = arguments(m, inner, hidden)
+    _, down, down_scale, _ = arguments(m, hidden, inner)
+    residual = jax.ShapeDtypeStruct((m, hidden), BF16)
+
+    def mlp(x, x_scale, gate, gate_scale, up, up_scale, down, down_scale, residual):
+        codes, scale = swiglu(x, gate, gate_scale, up, up_scale, x_scale=x_scale)
+        return fp8_matmul(codes, down, down_scale, x_scale=scale, residual=residual, out_dtype=BF16)
+
+    compiled = sm90.compile(mlp, x, x_scale, gate, scale, gate, scale, down, down_scale, residual)
+    text = compiled.as_text()
+    assert text.count('custom_call_target="mosaic_gpu') == 2
+    codes, scales = m * inner, m * inner // 128 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * (codes + 2 * scales)
+    for shape in ((inner, hidden), (hidden, inner)):
+        assert f"copy(f8e4m3fn[{shape[0]},{shape[1]}]" not in text
+        assert f"bf16[{shape[0]},{shape[1]}]" not in text
