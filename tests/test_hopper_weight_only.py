@@ -1,0 +1,136 @@
+"""The weight-only Hopper matmul in JAX's GPU simulator, against float64."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import e4m3, shapes
+from pallas_kernels.fp8_matmul import hopper_weight_only
+from pallas_kernels.fp8_matmul.hopper_weight_only import Config
+from pallas_kernels.fp8_matmul.reference import expand_scale
+from pallas_kernels.hopper import SHARED_MEMORY_BYTES
+
+SIMULATOR = plgpu.InterpretGPUParams(detect_races=True)
+BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+ROW, BLOCK = "row", "block"
+
+
+def scale_shape(kind, n, k):
+    return (n,) if kind == ROW else (-(-n // 128), -(-k // 128))
+
+
+def exact(x, weight, scale):
+    x, weight, scale = (np.asarray(each, np.float64) for each in (x, weight, scale))
+    return x @ (weight * np.asarray(expand_scale(scale, weight.shape), np.float64)).T
+
+
+def simulate(x, weights, scales, config):
+    y = hopper_weight_only.fp8_matmuls(x, weights, scales, F32, config=config, interpret=SIMULATOR)
+    assert not gpu_callbacks.get_races().races_found
+    return [np.asarray(each) for each in y]
+
+
+@pytest.mark.parametrize(
+    ("m", "ns", "k", "kind", "config"),
+    [
+        (1, (128,), 512, ROW, Config(splits=2, stages=2)),
+        (7, (192, 60), 400, BLOCK, Config(splits=2, stages=3)),
+        (64, (68, 128, 64), 256, ROW, Config(splits=1, stages=2)),
+        (64, (136,), 384, BLOCK, Config(splits=2, stages=2)),
+    ],
+    ids=str,
+)
+def test_small_integers_are_exact(m, ns, k, kind, config, monkeypatch):
+    """With fewer multiprocessors than tiles, so that the ring goes on from one to the next."""
+    monkeypatch.setattr(hopper_weight_only, "multiprocessors", lambda: 2)
+    rng = np.random.default_rng(m)
+    x = jnp.asarray(rng.integers(-8, 9, (m, k)), BF16)
+    weights = [jnp.asarray(rng.integers(-8, 9, (n, k)), e4m3.DTYPE) for n in ns]
+    scales = [jnp.asarray(2.0 ** rng.integers(-2, 3, scale_shape(kind, n, k)), F32) for n in ns]
+    for y, weight, scale in zip(simulate(x, weights, scales, config), weights, scales, strict=True):
+        np.testing.assert_array_equal(y, exact(x, weight, scale))
+
+
+def test_every_code_times_any_bfloat16_is_exact():
+    """Products with powers of two that float16 does not have, from code to result."""
+    codes = np.arange(256, dtype=np.uint8).view(e4m3.DTYPE)
+    codes = np.where(np.isnan(codes.astype(np.float32)), 0, codes.astype(np.float32))
+    weight = jnp.asarray(np.tile(codes.reshape(4, 64), 2), e4m3.DTYPE)
+    powers = 2.0 ** np.linspace(-100, 100, 64).round()
+    x = jnp.asarray(np.concatenate([np.diag(powers), np.zeros((64, 64))], axis=1), BF16)
+    (y,) = simulate(x, [weight], [jnp.ones(4)], None)
+    np.testing.assert_array_equal(y, exact(x, weight, np.ones(4)))
+
+
+@pytest.mark.parametrize("kind", [ROW, BLOCK])
+def test_extreme_scales(kind):
+    """Against float64, in units of the absolute products' sum: float32's additions are all that
+    rounds."""
+    n, k = 192, 384
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((8, k)), BF16)
+    weight = e4m3.cast(jnp.asarray(rng.standard_normal((n, k)) * 100, F32))
+    scale = np.float32(10.0 ** rng.uniform(-30, 30, scale_shape(kind, n, k)))
+    (y,) = simulate(x, [weight], [jnp.asarray(scale)], Config(splits=2, stages=2))
+    size = exact(np.abs(x), np.abs(np.asarray(weight, np.float32)), scale)
+    assert np.isfinite(y).all()
+    assert (np.abs(y - exact(x, weight, scale)) <= 1e-6 * size).all()
+
+
+def test_residual_and_rounding():
+    rng = np.random.default_rng(0)
+    x, residual = (jnp.asarray(rng.standard_normal((3, n)), BF16) for n in (256, 64))
+    weight, scale = e4m3.cast(jnp.asarray(rng.standard_normal((64, 256)))), jnp.full(64, 0.1)
+    y = hopper_weight_only.fp8_matmul(x, weight, scale, BF16, residual, interpret=SIMULATOR)
+    assert y.dtype == BF16
+    expected = exact(x, weight, scale) + np.asarray(residual, np.float64)
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-5)
+
+
+def ns_of(linear):
+    return (linear.n, linear.n) if linear.name == "gate_proj" else (linear.n,)
+
+
+@pytest.mark.parametrize("linear", list(shapes.linears()), ids=str)
+def test_splits_do_not_depend_on_the_batch_and_the_ring_fits(linear):
+    configs = [hopper_weight_only.configure(m, ns_of(linear), linear.k) for m in range(1, 65)]
+    assert len({config.splits for config in configs}) == 1
+    assert 1 <= configs[0].splits <= -(-linear.k // 128)
+    for m, config in enumerate(configs, 1):
+        rows = -(-m // 8) * 8
+        ring = config.stages * (128 * 128 + rows * 128 * 2)
+        assert config.stages >= 4
+        assert ring + 2 * rows * 64 * 4 < SHARED_MEMORY_BYTES
+
+
+def test_few_multiprocessors_are_idle():
+    """Of a whole 8B's matrices, the busiest thread block reads at most 10 % more than the mean."""
+    for linear in shapes.linears():
+        if linear.model == "8B" and linear.tensor_parallel == 1 and linear.name != "k_proj":
+            tiles, steps = sum(-(-n // 128) for n in ns_of(linear)), linear.k // 128
+            splits = hopper_weight_only.configure(1, ns_of(linear), linear.k).splits
+            busiest = -(-tiles * splits // 132) * -(-steps // splits)
+            assert busiest <= 1.1 * tiles * steps / 132
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "scale", "dtypes", "reason"),
+    [
+        (1, 64, 256, (64,), (F32, e4m3.DTYPE, BF16), "x must be bfloat16"),
+        (1, 64, 256, (64,), (BF16, jnp.int8, BF16), "weight float8_e4m3fn"),
+        (0, 64, 256, (64,), (BF16, e4m3.DTYPE, BF16), "1 to 64 rows, got 0"),
+        (65, 64, 256, (64,), (BF16, e4m3.DTYPE, BF16), "1 to 64 rows, got 65"),
+        (1, 64, 264, (64,), (BF16, e4m3.DTYPE, BF16), "in = 264 must be a multiple of 16"),
+        (1, 66, 256, (66,), (BF16, e4m3.DTYPE, BF16), "out = 66 must be a multiple of 4"),
+        (1, 64, 256, (64, 4), (BF16, e4m3.DTYPE, BF16), "neither per row nor per 128x128 block"),
+        (1, 64, 256, (64,), (BF16, e4m3.DTYPE, jnp.dtype(jnp.float16)), "out_dtype"),
+        (64, 68, 272, (1, 3), (BF16, e4m3.DTYPE, F32), None),
+    ],
+    ids=str,
+)
+def test_refusals(m, n, k, scale, dtypes, reason):
+    x, weight = jnp.zeros((m, k), dtypes[0]), jnp.zeros((n, k), dtypes[1])
+    given = hopper_weight_only.refusal(x, weight, jnp.ones(scale), dtypes[2])
+    assert given is None if reason is None else reason in given
