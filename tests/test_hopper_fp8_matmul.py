@@ -1,5 +1,6 @@
 """The Hopper FP8 x FP8 kernels in JAX's GPU simulator, against float64."""
 
+import re
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from llama_jax.fp8 import dequantize, quantize
 from pallas_kernels import e4m3, shapes, sm90
-from pallas_kernels.fp8_matmul import fp8_matmul, hopper, reference, swiglu
+from pallas_kernels.fp8_matmul import fp8_matmul, fp8_matmuls, hopper, reference, swiglu
 from pallas_kernels.fp8_matmul.hopper import Config
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 
@@ -250,12 +251,32 @@ def test_without_a_hopper_gpu_xla_runs_and_hopper_says_why():
 def test_lowering_for_an_h200_takes_the_kernel_where_there_is_one():
     x, weight, scale, x_scale = operands(2, 128, 256)
 
-    def kernel_in(function, *arguments, **options):
+    def kernels_in(function, *arguments, **options):
         with jax.sharding.use_abstract_mesh(sm90.H200):
-            return "Ref<smem>" in str(jax.make_jaxpr(partial(function, **options))(*arguments))
+            jaxpr = jax.make_jaxpr(partial(function, **options))(*arguments)
+        return re.findall(r"kernel_name='(\w+)'", str(jaxpr))
 
-    assert kernel_in(fp8_matmul, x, weight, scale, x_scale=x_scale)
-    assert kernel_in(fp8_matmul, x, weight, scale[:, None], x_scale=x_scale)
-    assert kernel_in(swiglu, x, weight, scale, weight, scale, x_scale=x_scale)
-    assert not kernel_in(fp8_matmul, x, weight, jnp.ones((128, 4)), x_scale=x_scale)
-    assert not kernel_in(fp8_matmul, x, weight, scale, x_scale=x_scale, implementation="xla")
+    assert kernels_in(fp8_matmul, x, weight, scale, x_scale=x_scale) == ["fp8_matmul"]
+    assert kernels_in(fp8_matmul, x, weight, scale[:, None], x_scale=x_scale) == ["fp8_matmul"]
+    assert kernels_in(swiglu, x, weight, scale, weight, scale, x_scale=x_scale) == ["fp8_swiglu"]
+    several = (weight, weight), (scale, scale)
+    assert kernels_in(fp8_matmuls, x, *several, x_scale=x_scale) == ["fp8_matmul"] * 2
+    wide = x.astype(BF16)
+    assert kernels_in(fp8_matmul, wide, weight, scale) == ["fp8_matmul_weight_only"]
+    assert kernels_in(fp8_matmuls, wide, *several) == ["fp8_matmul_weight_only"]
+    mixed = (weight, weight), (scale, jnp.ones((1, 2)))
+    assert kernels_in(fp8_matmuls, wide, *mixed) == ["fp8_matmul_weight_only"] * 2
+    assert not kernels_in(fp8_matmul, x, weight, jnp.ones((128, 4)), x_scale=x_scale)
+    assert not kernels_in(fp8_matmul, x, weight, scale, x_scale=x_scale, implementation="xla")
+    assert not kernels_in(swiglu, wide, weight, scale, weight, scale)
+    assert not kernels_in(fp8_matmul, jnp.ones((65, 256), BF16), weight, scale)
+
+
+@pytest.mark.parametrize("x_layout", ["static", "row", None])
+def test_several_weights_are_several_matmuls(x_layout):
+    x, q, q_scale, x_scale = operands(3, 128, 256, x_layout or "row")
+    _, k, k_scale, _ = operands(3, 64, 256, weight_layout="block", seed=1)
+    x, x_scale = (x, x_scale) if x_layout else (x.astype(BF16), None)
+    together = fp8_matmuls(x, (q, k), (q_scale, k_scale), x_scale=x_scale)
+    for y, (weight, scale) in zip(together, ((q, q_scale), (k, k_scale)), strict=True):
+        np.testing.assert_array_equal(y, fp8_matmul(x, weight, scale, x_scale=x_scale))

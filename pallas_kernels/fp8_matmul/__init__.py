@@ -1,6 +1,7 @@
 """FP8 matrix multiplication: activations times a float8_e4m3fn weight that stays float8."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Literal, get_args
 
@@ -33,9 +34,10 @@ def fp8_matmul(
     x_scale: float32 [m, 1] (per token), [] (static) or [m, ceil(in / 128)] (per token and 128
         columns); required with float8 activations.
     residual: [m, out], bfloat16 or float32, added before the result is rounded to `out_dtype`.
-    implementation: "reference"; "xla"; "hopper", for float8 activations and weights, `in` a
-        multiple of 128 and `out` of 16 (8 for float32 results), scales per row or per block, and a
-        residual of `out_dtype`. None takes "hopper" where it can run, "xla" elsewhere.
+    implementation: "reference"; "xla"; "hopper", for float8_e4m3fn weights with scales per row or
+        per block: either float8 activations, `in` a multiple of 128, `out` of 16 (8 for float32
+        results), and a residual of `out_dtype`; or at most 64 rows of bfloat16 activations, `in` a
+        multiple of 16 and `out` of 4. None takes "hopper" where it can run, "xla" elsewhere.
     Returns [m, out] of `out_dtype`. With one scale per row the products are exact; with block
     scales and bfloat16 activations code * scale is rounded to bfloat16 first, and so it is with
     `x_scale` per 128 columns on the "xla" path. "hopper" adds runs of 128 products with the tensor
@@ -48,8 +50,38 @@ def fp8_matmul(
         raise ValueError(f"residual must be {shape}, got {residual.shape}")
     weight_scale = _without_one_group(weight_scale, weight)
     which = _choose(implementation, x, weight, weight_scale, dtype, residual)
+    if which == "hopper" and x_scale is None:
+        return _hopper_weight_only().fp8_matmul(x, weight, weight_scale, dtype, residual)
     operands = (x, weight, weight_scale, x_scale, dtype, residual)
     return _MODULES[which]().fp8_matmul(*operands)
+
+
+def fp8_matmuls(
+    x: Array,
+    weights: Sequence[Array],
+    weight_scales: Sequence[Array],
+    *,
+    x_scale: Array | None = None,
+    out_dtype: jnp.dtype = jnp.float32,
+    implementation: Implementation | None = None,
+) -> tuple[Array, ...]:
+    """`fp8_matmul` of one x with several weights, such as q_proj, k_proj and v_proj.
+
+    Operands as in `fp8_matmul`. For bfloat16 activations "hopper" is one launch, if scales are of
+    one kind; everything else is a matmul for each weight.
+    """
+    dtype = jnp.dtype(out_dtype)
+    for weight, scale in zip(weights, weight_scales, strict=True):
+        _check(x, weight, scale, x_scale)
+    scales = [_without_one_group(*each) for each in zip(weight_scales, weights, strict=True)]
+    pairs = list(zip(weights, scales, strict=True))
+    which = [_choose(implementation, x, *pair, dtype) for pair in pairs]
+    if x_scale is None and {*which} == {"hopper"} and len({scale.ndim for scale in scales}) == 1:
+        return _hopper_weight_only().fp8_matmuls(x, weights, scales, dtype)
+    product = partial(
+        fp8_matmul, x, x_scale=x_scale, out_dtype=dtype, implementation=implementation
+    )
+    return tuple(product(*pair) for pair in pairs)
 
 
 def swiglu(
@@ -104,7 +136,10 @@ def _choose(
     reason = device.not_hopper()
     if implementation is None and (reason or not device.is_local()):
         return "xla"
-    reason = reason or _hopper().refusal(x, weight, weight_scale, out_dtype, residual)
+    if reason is None and x.dtype != e4m3.DTYPE and out_dtype is not None:
+        reason = _hopper_weight_only().refusal(x, weight, weight_scale, out_dtype)
+    elif reason is None:
+        reason = _hopper().refusal(x, weight, weight_scale, out_dtype, residual)
     if implementation == "hopper" and reason:
         raise ValueError(f"implementation 'hopper' cannot run: {reason}")
     return "xla" if reason else "hopper"
@@ -115,6 +150,12 @@ def _hopper() -> ModuleType:
     from pallas_kernels.fp8_matmul import hopper
 
     return hopper
+
+
+def _hopper_weight_only() -> ModuleType:
+    from pallas_kernels.fp8_matmul import hopper_weight_only
+
+    return hopper_weight_only
 
 
 _MODULES: dict[Implementation, Callable[[], ModuleType]] = {

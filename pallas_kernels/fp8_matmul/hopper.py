@@ -585,7 +585,8 @@ def _load(ref: Any, layout: Any) -> Array:
 
 
 def _times(y: Array, factor: Array | None) -> Array:
-    """factor: one number, one per row, or None for 1."""
+    """factor: one number, one per row, or None for 1. Two factors are multiplied with y in turn:
+    multiplied with each other first they would take registers that `swiglu` does not have."""
     if factor is None:
         return y
     return y * (lax.broadcast_in_dim(factor, y.shape, (0,)) if factor.ndim else factor)
