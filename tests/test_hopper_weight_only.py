@@ -10,7 +10,6 @@ from pallas_kernels import e4m3, shapes
 from pallas_kernels.fp8_matmul import hopper_weight_only
 from pallas_kernels.fp8_matmul.hopper_weight_only import Config
 from pallas_kernels.fp8_matmul.reference import expand_scale
-from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 
 SIMULATOR = plgpu.InterpretGPUParams(detect_races=True)
 BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
@@ -37,10 +36,11 @@ def simulate(x, weights, scales, config):
     [
         (1, (128,), 512, ROW, Config(splits=2, stages=2)),
         (7, (192, 60), 400, BLOCK, Config(splits=2, stages=3)),
-        (64, (68, 128, 64), 256, ROW, Config(splits=1, stages=2)),
-        (64, (136,), 384, BLOCK, Config(splits=2, stages=2)),
+        (64, (136,), 384, ROW, Config(splits=2, stages=2)),
+        (64, (68, 128, 64), 256, ROW, Config(splits=1, stages=2, cluster=2)),
+        (33, (260, 128), 384, BLOCK, Config(splits=2, stages=2, cluster=2)),
     ],
-    ids=str,
+    ids=["1-row", "7-block-ragged", "64-row", "64-row-pairs-ragged", "33-block-pairs"],
 )
 def test_small_integers_are_exact(m, ns, k, kind, config, monkeypatch):
     """With fewer multiprocessors than tiles, so that the ring goes on from one to the next."""
@@ -94,15 +94,37 @@ def ns_of(linear):
 
 
 @pytest.mark.parametrize("linear", list(shapes.linears()), ids=str)
-def test_splits_do_not_depend_on_the_batch_and_the_ring_fits(linear):
-    configs = [hopper_weight_only.configure(m, ns_of(linear), linear.k) for m in range(1, 65)]
-    assert len({config.splits for config in configs}) == 1
-    assert 1 <= configs[0].splits <= -(-linear.k // 128)
-    for m, config in enumerate(configs, 1):
-        rows = -(-m // 8) * 8
-        ring = config.stages * (128 * 128 + rows * 128 * 2)
+def test_splits_do_not_depend_on_the_batch_and_every_configuration_fits(linear):
+    configs = {m: hopper_weight_only.configure(m, ns_of(linear), linear.k) for m in range(1, 65)}
+    assert len({config.splits for config in configs.values()}) == 1
+    for m, config in configs.items():
+        assert hopper_weight_only.unfit(config, m, linear.k) is None
         assert config.stages >= 4
-        assert ring + 2 * rows * 64 * 4 < SHARED_MEMORY_BYTES
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Config(splits=0, stages=4), "splits must be 1 to 3, got 0"),
+        (Config(splits=4, stages=4), "splits must be 1 to 3, got 4"),
+        (Config(splits=1, stages=1), "at least 2 stages are needed, got 1"),
+        (Config(splits=1, stages=4, cluster=3), "cluster must be 1 or 2, got 3"),
+        (Config(splits=1, stages=7), "bytes of shared memory, of 232448"),
+    ],
+    ids=str,
+)
+def test_configurations_that_cannot_work(config, reason):
+    x, weight = jnp.zeros((64, 384), BF16), jnp.zeros((64, 384), e4m3.DTYPE)
+    with pytest.raises(ValueError, match=reason):
+        hopper_weight_only.fp8_matmul(x, weight, jnp.ones(64), BF16, config=config)
+
+
+def test_tuned_splits_serve_every_batch(monkeypatch):
+    table = {"n=4096+1024+1024 k=4096": {"splits": 5}}
+    monkeypatch.setattr(hopper_weight_only.tuned, "find", lambda kernel, name: table.get(name))
+    for m in (1, 64):
+        assert hopper_weight_only.configure(m, (4096, 1024, 1024), 4096).splits == 5
+        assert hopper_weight_only.configure(m, (4096,), 4096).splits == 4
 
 
 def test_few_multiprocessors_are_idle():
@@ -128,7 +150,17 @@ def test_few_multiprocessors_are_idle():
         (1, 64, 256, (64,), (BF16, e4m3.DTYPE, jnp.dtype(jnp.float16)), "out_dtype"),
         (64, 68, 272, (1, 3), (BF16, e4m3.DTYPE, F32), None),
     ],
-    ids=str,
+    ids=[
+        "float32-x",
+        "int8-weight",
+        "no-rows",
+        "65-rows",
+        "264-in",
+        "66-out",
+        "grouped",
+        "float16",
+        "taken",
+    ],  # fmt: skip
 )
 def test_refusals(m, n, k, scale, dtypes, reason):
     x, weight = jnp.zeros((m, k), dtypes[0]), jnp.zeros((n, k), dtypes[1])

@@ -14,6 +14,7 @@ Several weights with the same x (q, k and v; gate and up) are one launch over al
 """
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import e4m3
+from pallas_kernels import e4m3, tuned
 from pallas_kernels.device import multiprocessors
 from pallas_kernels.fp8_matmul.reference import BLOCK, is_per_block
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES, swizzled
@@ -34,19 +35,27 @@ MAX_ROWS = 64
 COMPUTE_WARPGROUPS = 2
 LOADER = COMPUTE_WARPGROUPS
 WARPGROUP_ROWS = 64
-# Of a weight, per thread block: one block of scales, so that a tile has one scale.
+# Of a weight, per thread block and step: a block of scales.
 TILE_N = TILE_K = BLOCK
-BARRIERS_BYTES = 2048
+# From this many rows of x on, loading it for each tile of the weight adds to L2's traffic.
+MIN_ROWS_TO_SHARE = 17
 MAX_STAGES = 12
+BARRIERS_BYTES = 2048
 MATRIX = plgpu.Layout.WGMMA
 
 
 @dataclass(frozen=True)
 class Config:
-    """splits: thread blocks that divide K among them. stages: tiles of 128x128 in flight."""
+    """How the work is cut up.
+
+    splits: thread blocks that divide K among them.
+    stages: tiles of the weight, 128x128, in flight.
+    cluster: 1, or 2 for pairs of blocks that share the loads of x.
+    """
 
     splits: int
     stages: int
+    cluster: int = 1
 
 
 def fp8_matmul(
@@ -107,31 +116,62 @@ def refusal(x: Array, weight: Array, weight_scale: Array, out_dtype: jnp.dtype) 
 
 
 def configure(m: int, ns: Sequence[int], k: int) -> Config:
-    """A heuristic, untuned: no GPU has measured it.
+    """The tuned splits of the GPU in use, or else the heuristic's, and what follows from m.
 
-    ns: rows of each weight. The splits that keep the busiest thread block shortest; a tile that a
-    block begins anew, and a part that has to be added up, count as a quarter of a step. They do
-    not depend on m.
+    ns: rows of each weight.
     """
-    tiles, steps = sum(_tiles(ns)), pl.cdiv(k, TILE_K)
+    found = tuned.find("fp8_matmul_weight_only", tuned_as(ns, k))
+    splits = heuristic_splits(ns, k) if found is None else found["splits"]
+    cluster = 2 if m >= MIN_ROWS_TO_SHARE else 1
+    rows = _padded(m, cluster)
+    free = SHARED_MEMORY_BYTES - BARRIERS_BYTES - _staged_bytes(rows)
+    return Config(splits, min(MAX_STAGES, free // _stage_bytes(rows)), cluster)
+
+
+def tuned_as(ns: Sequence[int], k: int) -> str:
+    """What problems that share tuned splits are called: m is no part of it, so that a row's result
+    does not depend on it."""
+    return f"n={'+'.join(map(str, ns))} k={k}"
+
+
+def heuristic_splits(ns: Sequence[int], k: int) -> int:
+    """Splits that no GPU has measured: those that keep the busiest thread block shortest, where a
+    tile that it begins, and a part that has to be added up, count as a quarter of a step."""
+    tiles, steps = sum(pl.cdiv(n, TILE_N) for n in ns), pl.cdiv(k, TILE_K)
 
     def cost(splits: int) -> float:
         rounds = pl.cdiv(tiles * splits, multiprocessors())
         return rounds * (pl.cdiv(steps, splits) + 0.25) + 0.25 * splits
 
-    staged = COMPUTE_WARPGROUPS * _padded(m) * WARPGROUP_ROWS * 4
-    stages = (SHARED_MEMORY_BYTES - BARRIERS_BYTES - staged) // (TILE_K * (TILE_N + 2 * _padded(m)))
-    return Config(min(range(1, steps + 1), key=cost), min(MAX_STAGES, stages))
+    return min(range(1, steps + 1), key=cost)
 
 
-class _Ring(NamedTuple):
-    """Shared memory that tiles pass through, and barriers that say that the loader has filled a
-    slot and that it is free. x: [stages, padded m, 128]; weight: [stages, 128, 128]."""
+def unfit(config: Config, m: int, k: int) -> str | None:
+    """Why no kernel can be made of a configuration; None if one can."""
+    steps, rows = pl.cdiv(k, TILE_K), _padded(m, config.cluster)
+    needed = config.stages * _stage_bytes(rows) + _staged_bytes(rows) + BARRIERS_BYTES
+    if not 1 <= config.splits <= steps:
+        return f"splits must be 1 to {steps}, got {config.splits}"
+    if config.cluster not in (1, 2):
+        return f"cluster must be 1 or 2, got {config.cluster}"
+    if config.stages < 2:
+        return f"at least 2 stages are needed, got {config.stages}"
+    if needed > SHARED_MEMORY_BYTES:
+        return f"{needed} bytes of shared memory, of {SHARED_MEMORY_BYTES}"
+    return None
 
-    x: Any
-    weight: Any
-    filled: Any
-    free: Any
+
+def _padded(m: int, cluster: int) -> int:
+    """Rows of x that are multiplied: wgmma takes multiples of 8, of which each block loads some."""
+    return pl.cdiv(m, 8 * cluster) * 8 * cluster
+
+
+def _stage_bytes(rows: int) -> int:
+    return TILE_K * (TILE_N + 2 * rows)
+
+
+def _staged_bytes(rows: int) -> int:
+    return COMPUTE_WARPGROUPS * rows * WARPGROUP_ROWS * 4
 
 
 def _matmuls(
@@ -142,211 +182,271 @@ def _matmuls(
     interpret: Any,
 ) -> list[Array]:
     """float32 [m, n_i] for each weight."""
-    ns = [weight.shape[0] for weight in weights]
-    config = config or configure(x.shape[0], ns, x.shape[1])
+    (m, k), ns = x.shape, tuple(weight.shape[0] for weight in weights)
+    config = config or configure(m, ns, k)
+    if reason := unfit(config, m, k):
+        raise ValueError(f"{config} cannot work: {reason}")
     by_block = scales[0].ndim == 2
-    parts = _launch(x, tuple(weights), tuple(scales) if by_block else (), config, interpret)
+    operands = _Operands(x, tuple(weights), tuple(scales) if by_block else ())
+    parts = _launch(_Problem(m, ns, k, config), operands, interpret)
     sums = [functools.reduce(operator.add, part) for part in parts]
     return sums if by_block else [y * scale for y, scale in zip(sums, scales, strict=True)]
 
 
-def _launch(
-    x: Array,
-    weights: tuple[Array, ...],
-    block_scales: tuple[Array, ...],
-    config: Config,
-    interpret: Any,
-) -> list[Array]:
-    """Sums over each split of K, float32 [splits, m, n_i], with scales per block but none per row.
+@dataclass(frozen=True)
+class _Problem:
+    """What is static.
 
-    block_scales: empty if scales are per row.
+    A unit of work is one of `config.splits` parts of the sums of one tile; clusters take units in
+    turn, with a tile for each of their thread blocks. Tiles are counted over all weights; where
+    they end, what a cluster has too many reads zeros and stores nothing.
     """
-    m, k = x.shape
-    rows, steps, stages = _padded(m), pl.cdiv(k, TILE_K), config.stages
-    ns = [weight.shape[0] for weight in weights]
-    ends = [sum(_tiles(ns)[: i + 1]) for i in range(len(ns))]
-    units = ends[-1] * config.splits
-    blocks = min(units, multiprocessors())
 
-    def kernel(
-        x_ref: Any,
-        weight_refs: Any,
-        scale_refs: Any,
-        *part_refs: Any,
-        ring: _Ring,
-        staged: Any,
-        widened: Any,
-    ) -> None:
-        block, warpgroup = lax.axis_index("blocks"), lax.axis_index("warpgroup")
+    m: int
+    ns: tuple[int, ...]
+    k: int
+    config: Config
 
-        def visit_all(visit: Callable[[Array, Array, Array, Array, Array], None]) -> Array:
-            """visit(tile, split, first, end, position): steps of K, and how many came before.
+    @property
+    def rows(self) -> int:
+        return _padded(self.m, self.config.cluster)
 
-            Returns how many there were.
-            """
+    @property
+    def steps(self) -> int:
+        return pl.cdiv(self.k, TILE_K)
 
-            def one(i: Array, position: Array) -> Array:
-                unit = i * blocks + block
-                tile, split = lax.div(unit, config.splits), lax.rem(unit, config.splits)
-                first = lax.div(split * steps, config.splits)
-                end = lax.div((split + 1) * steps, config.splits)
-                visit(tile, split, first, end, position)
-                return position + end - first
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        """The first tile of each weight, and the next one's."""
+        cluster = self.config.cluster
+        ends = list(itertools.accumulate(pl.cdiv(n, TILE_N * cluster) * cluster for n in self.ns))
+        return list(zip([0, *ends], ends, strict=False))
 
-            return lax.fori_loop(0, lax.div(units - 1 - block, blocks) + 1, one, jnp.int32(0))
+    @property
+    def units(self) -> int:
+        """For a whole cluster."""
+        return self.bounds[-1][1] // self.config.cluster * self.config.splits
 
-        def for_weight_of(tile: Array, use: Callable[[int, Array], None]) -> None:
-            """use(which weight, its tile), with the one branch taken that the tile belongs to."""
-            for which, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-                here = functools.partial(use, which, tile - start)
-                if len(ends) == 1:
-                    here()
-                else:
-                    pl.when((start <= tile) & (tile < end))(here)
+    @property
+    def clusters(self) -> int:
+        return min(self.units, multiprocessors() // self.config.cluster)
 
-        def load(tile: Array, split: Array, first: Array, end: Array, position: Array) -> None:
-            def stream(which: int, tile: Array) -> None:
-                weight = weight_refs[which].at[pl.ds(tile * TILE_N, TILE_N)]
 
-                @pl.loop(first, end)
+class _Operands(NamedTuple):
+    """Arrays outside of the kernel, references within. x: [m, k]; weights: each [n, k];
+    block_scales: each [n blocks, k blocks], or none at all if scales are per row."""
+
+    x: Any
+    weights: tuple[Any, ...]
+    block_scales: tuple[Any, ...]
+
+
+class _Ring(NamedTuple):
+    """Shared memory that tiles pass through, x [stages, rows, 128] and weight [stages, 128, 128];
+    for each slot, barriers that say that the loader has filled it, and that it is free."""
+
+    x: Any
+    weight: Any
+    filled: Any
+    free: Any
+
+    def slot(self, position: Array) -> Array:
+        return lax.rem(position, self.x.shape[0])
+
+
+class _Part(NamedTuple):
+    """A thread block's part of a unit: a tile, the split, its first step along K and the one that
+    is not its any more; position: how many steps the block has done before."""
+
+    tile: Array
+    split: Array
+    first: Array
+    end: Array
+    position: Array
+
+
+def _launch(problem: _Problem, operands: _Operands, interpret: Any) -> list[Array]:
+    """Sums over each split of K, float32 [splits, m, n_i]; scaled per block, but not per row."""
+    config, rows = problem.config, problem.rows
+    shared = ("cluster",) if config.cluster > 1 else ()
+    accumulator = plgpu.ACC((WARPGROUP_ROWS, rows), jnp.float32)
+
+    def kernel(refs: _Operands, *outputs: Any, ring: _Ring, staged: Any, widened: Any) -> None:
+        warpgroup = lax.axis_index("warpgroup")
+        of_warpgroup = pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+
+        def load(part: _Part) -> None:
+            def stream(weight: Any, tile: Array) -> None:
+                @pl.loop(part.first, part.end)
                 def _(step: Array) -> None:
-                    at = position + step - first
-                    slot = lax.rem(at, stages)
+                    position = part.position + step - part.first
+                    slot = ring.slot(position)
                     filled = ring.filled.at[slot]
 
-                    @pl.when(at >= stages)
+                    @pl.when(position >= config.stages)
                     def _() -> None:
                         plgpu.barrier_wait(ring.free.at[slot])
 
                     columns = pl.ds(step * TILE_K, TILE_K)
-                    plgpu.copy_gmem_to_smem(weight.at[:, columns], ring.weight.at[slot], filled)
                     plgpu.copy_gmem_to_smem(
-                        x_ref.at[pl.ds(0, rows), columns], ring.x.at[slot], filled
+                        weight.at[pl.ds(tile * TILE_N, TILE_N), columns],
+                        ring.weight.at[slot],
+                        filled,
+                    )
+                    plgpu.copy_gmem_to_smem(
+                        refs.x.at[pl.ds(0, rows), columns],
+                        ring.x.at[slot],
+                        filled,
+                        collective_axes=shared,
                     )
 
-            for_weight_of(tile, stream)
+            _for_weight_of(problem, part.tile, refs.weights, stream)
 
-        def multiply(acc: Any, slot: Array) -> None:
-            codes = plgpu.load(
-                ring.weight.at[slot, pl.ds(warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)],
-                layout=MATRIX,
-            )
+        def multiply(sums: Any, slot: Array) -> None:
+            codes = plgpu.load(ring.weight.at[slot, of_warpgroup], layout=MATRIX)
             # Exact; there is no instruction from float8 to bfloat16.
             weight = codes.astype(jnp.float32).astype(jnp.bfloat16)
             if interpret:  # The simulator's wgmma takes nothing from registers.
                 widened[warpgroup] = weight
                 plgpu.commit_smem()
                 weight = widened.at[warpgroup]
-            plgpu.wgmma(acc, weight, ring.x.at[slot].transpose((1, 0)))
+            plgpu.wgmma(sums, weight, ring.x.at[slot].transpose((1, 0)))
 
-        def sum_up(first: Array, end: Array, position: Array) -> Array:
-            def within(acc: Any) -> Array:
-                @pl.loop(first, end)
+        def sum_up(part: _Part) -> Array:
+            def accumulate(sums: Any) -> Array:
+                @pl.loop(part.first, part.end)
                 def _(step: Array) -> None:
-                    slot = lax.rem(position + step - first, stages)
+                    slot = ring.slot(part.position + step - part.first)
                     plgpu.barrier_wait(ring.filled.at[slot])
-                    multiply(acc, slot)
+                    multiply(sums, slot)
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(ring.free.at[slot])
 
-                return acc[...]
+                return sums[...]
 
-            return pl.run_scoped(within, plgpu.ACC((WARPGROUP_ROWS, rows), jnp.float32))
+            return pl.run_scoped(accumulate, accumulator)
 
-        def sum_scaled(tile: Array, first: Array, end: Array, position: Array) -> Array:
-            def scale_at(step: Array) -> Array:
-                found = jnp.float32(0)
-                for scale, start, stop in zip(scale_refs, [0, *ends], ends, strict=False):
-                    row = lax.clamp(0, tile - start, scale.shape[0] - 1)
-                    value = scale[row, lax.min(step, steps - 1)]
-                    found = jnp.where((start <= tile) & (tile < stop), value, found)
-                return found
-
-            def one(step: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        def sum_up_scaled(part: _Part) -> Array:
+            def add(step: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
                 total, scale = carry
                 # Asked for now, it is there when the next step wants it.
-                following = scale_at(step + 1)
-                slot = lax.rem(position + step - first, stages)
+                following = _scale_at(problem, refs.block_scales, part.tile, step + 1)
+                slot = ring.slot(part.position + step - part.first)
                 plgpu.barrier_wait(ring.filled.at[slot])
 
-                def within(acc: Any) -> Array:
-                    multiply(acc, slot)
-                    return acc[...]
+                def product(sums: Any) -> Array:
+                    multiply(sums, slot)
+                    return sums[...]
 
-                product = pl.run_scoped(within, plgpu.ACC((WARPGROUP_ROWS, rows), jnp.float32))
+                total = total + pl.run_scoped(product, accumulator) * scale
                 plgpu.barrier_arrive(ring.free.at[slot])
-                return total + product * scale, following
+                return total, following
 
-            zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, rows), jnp.float32), MATRIX)
-            total, _ = lax.fori_loop(first, end, one, (zeros, scale_at(first)))
-            return total
+            zeros = plgpu.layout_cast(jnp.zeros(accumulator.shape, jnp.float32), MATRIX)
+            scale = _scale_at(problem, refs.block_scales, part.tile, part.first)
+            return lax.fori_loop(part.first, part.end, add, (zeros, scale))[0]
 
-        def compute(tile: Array, split: Array, first: Array, end: Array, position: Array) -> None:
-            if scale_refs:
-                total = sum_scaled(tile, first, end, position)
-            else:
-                total = sum_up(first, end, position)
+        def compute(part: _Part) -> None:
+            total = sum_up_scaled(part) if refs.block_scales else sum_up(part)
             stage = staged.at[warpgroup]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             stage.transpose((1, 0))[...] = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
             plgpu.commit_smem()
 
-            def store(which: int, tile: Array) -> None:
+            def store(output: Any, tile: Array) -> None:
                 columns = pl.ds(tile * TILE_N + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-                plgpu.copy_smem_to_gmem(stage, part_refs[which].at[split, pl.ds(0, rows), columns])
+                plgpu.copy_smem_to_gmem(stage, output.at[part.split, pl.ds(0, rows), columns])
 
-            for_weight_of(tile, store)
+            _for_weight_of(problem, part.tile, outputs, store)
 
         @pl.when(warpgroup == LOADER)
         def _() -> None:
-            total = visit_all(load)
+            end = _for_each_part(problem, load)
 
-            # Every phase of a barrier has to be seen.
-            @pl.loop(lax.max(total - stages, 0), total)
-            def _(at: Array) -> None:
-                plgpu.barrier_wait(ring.free.at[lax.rem(at, stages)])
+            # Every phase of a barrier has to be seen; the other block of the cluster signals here.
+            @pl.loop(lax.max(end - config.stages, 0), end)
+            def _(position: Array) -> None:
+                plgpu.barrier_wait(ring.free.at[ring.slot(position)])
 
         @pl.when(warpgroup < COMPUTE_WARPGROUPS)
         def _() -> None:
-            visit_all(compute)
+            _for_each_part(problem, compute)
             plgpu.wait_smem_to_gmem(0)
 
-    bfloat16 = jnp.dtype(jnp.bfloat16)
-    widened: Any = (
-        _tile((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, TILE_K), bfloat16) if interpret else None
+    free = (
+        functools.partial(plgpu.ClusterBarrier, collective_axes=shared) if shared else plgpu.Barrier
     )
+    bfloat16 = jnp.dtype(jnp.bfloat16)
+    scratch: dict[str, Any] = {
+        "ring": _Ring(
+            x=_tile((config.stages, rows, TILE_K), bfloat16),
+            weight=_tile((config.stages, TILE_N, TILE_K), e4m3.DTYPE),
+            filled=plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
+            free=free(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=config.stages),
+        ),
+        "staged": plgpu.SMEM((COMPUTE_WARPGROUPS, rows, WARPGROUP_ROWS), jnp.float32),
+        "widened": _tile((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, TILE_K), bfloat16)
+        if interpret
+        else None,
+    }
     return plgpu.kernel(
         kernel,
-        out_type=[jax.ShapeDtypeStruct((config.splits, m, n), jnp.float32) for n in ns],
-        scratch_types={
-            "ring": _Ring(
-                x=_tile((stages, rows, TILE_K), bfloat16),
-                weight=_tile((stages, TILE_N, TILE_K), e4m3.DTYPE),
-                filled=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-                free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
-            ),
-            "staged": plgpu.SMEM((COMPUTE_WARPGROUPS, rows, WARPGROUP_ROWS), jnp.float32),
-            "widened": widened,
-        },
-        grid=(blocks,),
-        grid_names=("blocks",),
+        out_type=[
+            jax.ShapeDtypeStruct((config.splits, problem.m, n), jnp.float32) for n in problem.ns
+        ],
+        scratch_types=scratch,
+        grid=(problem.clusters,),
+        grid_names=("clusters",),
+        cluster=(config.cluster,) if shared else (),
+        cluster_names=shared,
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         kernel_name="fp8_matmul_weight_only",
         interpret=interpret,
-    )(x, weights, block_scales)
+    )(operands)
+
+
+def _for_each_part(problem: _Problem, visit: Callable[[_Part], None]) -> Array:
+    """Visit a thread block's parts in their order. Returns how many steps they are in all."""
+    config, cluster = problem.config, lax.axis_index("clusters")
+
+    def one(i: Array, position: Array) -> Array:
+        unit = i * problem.clusters + cluster
+        tile, split = lax.div(unit, config.splits), lax.rem(unit, config.splits)
+        if config.cluster > 1:
+            tile = tile * config.cluster + lax.axis_index("cluster")
+        first = lax.div(split * problem.steps, config.splits)
+        end = lax.div((split + 1) * problem.steps, config.splits)
+        visit(_Part(tile, split, first, end, position))
+        return position + end - first
+
+    visits = lax.div(problem.units - 1 - cluster, problem.clusters) + 1
+    return lax.fori_loop(0, visits, one, jnp.int32(0))
+
+
+def _for_weight_of(
+    problem: _Problem, tile: Array, each: Sequence[Any], use: Callable[[Any, Array], None]
+) -> None:
+    """use(what belongs to the weight of `tile`, out of `each`, and which of its tiles it is)."""
+    for (first, end), one in zip(problem.bounds, each, strict=True):
+        here = functools.partial(use, one, tile - first)
+        if len(each) == 1:
+            here()
+        else:
+            pl.when((first <= tile) & (tile < end))(here)
+
+
+def _scale_at(problem: _Problem, scales: Sequence[Any], tile: Array, step: Array) -> Array:
+    """Of the tile's block at a step; the last step's beyond it."""
+    step = lax.min(step, problem.steps - 1)
+    found = jnp.float32(0)
+    for (first, end), scale in zip(problem.bounds, scales, strict=True):
+        here = scale[lax.clamp(0, tile - first, scale.shape[0] - 1), step]
+        found = jnp.where((first <= tile) & (tile < end), here, found)
+    return found
 
 
 def _tile(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
     """Scratch in shared memory that TMA writes and wgmma reads."""
     return plgpu.SMEM(shape, dtype, transforms=swizzled(dtype, shape[-1]))
-
-
-def _tiles(ns: Sequence[int]) -> list[int]:
-    return [pl.cdiv(n, TILE_N) for n in ns]
-
-
-def _padded(m: int) -> int:
-    """Rows of x that wgmma multiplies."""
-    return pl.cdiv(m, 8) * 8
