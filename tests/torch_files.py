@@ -95,9 +95,12 @@ def with_program(pickle: bytes, **storages: bytes) -> bytes:
 
 
 def saved(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """What `torch.save` writes for a dictionary of tensors."""
-    entries = {key: tensor(str(i), a.dtype, a.shape) for i, (key, a) in enumerate(arrays.items())}
-    storages = {f"s{i}": array.tobytes() for i, array in enumerate(arrays.values())}
+    """What `torch.save` writes for a dictionary of tensors; one that is there twice shares its
+    storage."""
+    distinct = {id(array): array for array in arrays.values()}
+    keys = {each: str(i) for i, each in enumerate(distinct)}
+    entries = {key: tensor(keys[id(a)], a.dtype, a.shape) for key, a in arrays.items()}
+    storages = {f"s{keys[each]}": array.tobytes() for each, array in distinct.items()}
     return with_program(program(entries), **storages)
 
 

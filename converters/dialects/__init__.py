@@ -60,8 +60,10 @@ def detect(source: Source) -> Dialect:
         return fitting[0]
     supported = "\n".join(f"  {dialect.name}: {dialect.description}" for dialect in DIALECTS)
     method = str(source.quantization.get("quant_method"))
+    packed = any(name.endswith(".qweight") for name in source.tensors)
+    what = _UNSUPPORTED.get(method, "GPTQ or AWQ" if packed else "this")
     raise CheckpointError(
-        f"{_UNSUPPORTED.get(method, 'this')} is a layout that is not supported. Take an FP8 "
+        f"{what} is a layout that is not supported. Take an FP8 "
         "checkpoint of the model, or the unquantised one with --quantize row.\n"
         f"Found: {_found(source)}.\nSupported:\n{supported}"
     )

@@ -15,7 +15,7 @@ def applies(source: Source) -> bool:
         and all(
             tensor.dtype.name in PARAM_DTYPES
             for name, tensor in source.tensors.items()
-            if name.endswith(".weight")
+            if name.endswith((".weight", ".qweight"))
         )
     )
 

@@ -78,26 +78,26 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
         weight = _joined([as_stored(part) for part in parts], shape, axis)
         if meta in ("attention.wq", "attention.wk"):
             weight = _half_split(weight, config.head_dim)
-        stored, arrays = WeightFormat(weight.dtype.name), {"weight": weight}
-        if weight.dtype.name == _CODES:
-            scales = _scales(tensors, parts, f"{layer}_{meta}")
-            used.update(scale.name for scale in scales)
-            scale = _joined_scales(scales, axis)
-            groups = scale.shape[1] if scale.ndim == 2 else 1
-            stored = WeightFormat(_CODES, "row", False, _UPPER_BOUND, groups)
-            arrays["weight_scale"] = constant(scale)
-        modules[path] = Module(stored, arrays)
+        if weight.dtype.name != _CODES:
+            modules[path] = Module(WeightFormat(weight.dtype.name), {"weight": weight})
+            continue
+        scales = _scales(tensors, parts, f"{layer}_{meta}")
+        used.update(scale.name for scale in scales)
+        scale = _joined_scales(scales, axis)
+        groups = scale.shape[1] if scale.ndim == 2 else 1
+        stored = WeightFormat(_CODES, "row", False, _UPPER_BOUND, groups)
+        modules[path] = Module(stored, {"weight": weight, "weight_scale": constant(scale)})
     return Plan(modules, frozenset(used))
 
 
 def _check_count(source: Source, files: Sequence[str]) -> None:
     """Whether as many files are there as the model was split into."""
-    rows = source.config.num_heads * source.config.head_dim
+    width = source.config.hidden_size
     first = source.tensors.get(f"{files[0]}/layers.0.attention.wq.weight")
-    if first is None or not first.shape or not first.shape[0] or rows % first.shape[0]:
+    if first is None or first.shape[1:] != (width,) or not first.shape[0]:
         return  # `take` tells what is wrong with it
-    parts = rows // first.shape[0]
-    if parts != len(files):
+    parts, rest = divmod(width, first.shape[0])
+    if parts != len(files) and not rest:
         raise CheckpointError(
             f"{source.directory} has {len(files)} of the files consolidated.*.pth, but "
             f"{first.name} has 1/{parts} of the rows that params.json promises: the model has "
