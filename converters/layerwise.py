@@ -31,6 +31,7 @@ from rich.progress import (
 from rich.text import Text
 
 from converters.dialects.layout import Plan, pieces
+from llama_jax.config import LlamaConfig
 from llama_jax.kv_cache import KVDtype, init_cache, storage_dtype
 from llama_jax.model import LayerCache, Linear, Llama, ModelSpec, Params
 from llama_jax.tokenizer import Tokenizer
@@ -47,12 +48,20 @@ _CHARS_PER_TOKEN = 16
 Observe = Callable[[Mapping[str, Array], LayerCache, Params], Any]
 
 
-def read_sequences(path: Path, tokenizer: Tokenizer, tokens: int, length: int) -> np.ndarray:
+def read_sequences(
+    path: Path, tokenizer: Tokenizer, config: LlamaConfig, tokens: int, length: int
+) -> np.ndarray:
     """The first `tokens` tokens of a text as int32 [sequences, length], each begun by BOS.
 
     Only whole sequences count; a text shorter than one is one sequence of its own length.
-    Raises ValueError for a text without two tokens, or one that is not UTF-8.
+    Raises ValueError for a text without two tokens, or one that is not UTF-8, and for a length
+    beyond the model's context.
     """
+    if length > config.max_position_embeddings:
+        raise ValueError(
+            f"sequences of {length} tokens are longer than the model's context of "
+            f"{config.max_position_embeddings} tokens (max_position_embeddings)"
+        )
     if length < 2 or tokens < length:
         raise ValueError(
             f"{tokens} tokens in sequences of {length}: a sequence needs at least 2 tokens, and "

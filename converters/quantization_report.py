@@ -3,7 +3,7 @@ after."""
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from llama_jax.model import Activations, LayerCache, ModelSpec, Params
 from pallas_kernels.fp8_matmul.reference import BLOCK, expand_scale
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 REPORT = "quantization_report.json"
@@ -31,6 +32,8 @@ REPORT = "quantization_report.json"
 _LARGEST_ROUNDED = 464.0
 _WORST_ROWS = 3
 _PLOTS = (".png", ".pdf", ".svg")
+# The order in which a model uses them.
+_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,10 @@ class MatrixError:
     """How far a quantised matrix is from the original.
 
     path: "layers_0/mlp/up_proj". relative_error: of Frobenius norms, |quantised - original| /
-    |original|. clipped: share of the weights that are beyond the largest code. worst_rows: the rows
-    with the largest relative errors, as (row, error). inputs_clipped: the same share of the
-    activations that enter it, under its static scale; None without one, or without a text.
+    |original|. clipped: share of the weights that are beyond the largest code. worst_rows: the
+    three rows with the largest relative errors, as (row, error). inputs_clipped: the share of the
+    activations that enter it and are beyond the largest code under its static scale; None without
+    one, or without a text.
     """
 
     path: str
@@ -53,6 +57,12 @@ class MatrixError:
     def kind(self) -> str:
         """The matrix' name without its layer: "up_proj"."""
         return self.path.rpartition("/")[2]
+
+    @property
+    def layer(self) -> int | None:
+        """None for lm_head."""
+        layer = self.path.partition("/")[0]
+        return None if layer == "lm_head" else int(layer.removeprefix("layers_"))
 
     @property
     def snr(self) -> float:
@@ -80,12 +90,13 @@ def measure(original: Plan, quantized: Plan) -> QuantizationReport:
 
     Weights are read a piece at a time. With smoothing the original has to be the smoothed one.
     """
-    matrices = tuple(
+    matrices = [
         _matrix_error(path, original.modules[path].arrays["weight"], module)
         for path, module in quantized.modules.items()
         if module.format.scale and not original.modules[path].format.scale
-    )
-    return QuantizationReport(matrices, {}, 0)
+    ]
+    matrices.sort(key=lambda m: (m.layer is None, m.layer, _KINDS.index(m.kind)))
+    return QuantizationReport(tuple(matrices), {}, 0)
 
 
 def with_perplexity(
@@ -142,38 +153,49 @@ def read_report(directory: Path) -> QuantizationReport:
 
 
 def tables(report: QuantizationReport, worst: int = 8) -> list[Table]:
-    """For a terminal: a line per kind of matrix, the `worst` matrices, and perplexities."""
-    kinds = Table(title="Error of the weights, by kind", title_justify="left")
-    for column in ("kind", "matrices", "mean error", "largest", "SNR", "clipped", "inputs clipped"):
-        kinds.add_column(column, justify="left" if column == "kind" else "right")
-    for kind in dict.fromkeys(m.kind for m in report.matrices):
-        found = [m for m in report.matrices if m.kind == kind]
-        errors = [m.relative_error for m in found]
-        inputs = [m.inputs_clipped for m in found if m.inputs_clipped is not None]
-        kinds.add_row(
-            kind, str(len(found)), f"{np.mean(errors):.4f}", f"{max(errors):.4f}",
-            f"{np.mean([m.snr for m in found]):.1f} dB",
-            f"{np.mean([m.clipped for m in found]):.2%}",
-            f"{np.mean(inputs):.4%}" if inputs else "-",
-        )  # fmt: skip
-    ranked = Table(title="Largest errors", title_justify="left")
-    for column in ("matrix", "error", "SNR", "worst row", "its error"):
+    """For a terminal: a line per kind of matrix, one per layer, the `worst` rows, perplexities."""
+    kinds = _summary("kind", report.matrices, lambda m: m.kind)
+    layers = _summary(
+        "layer", report.matrices, lambda m: m.kind if m.layer is None else str(m.layer)
+    )
+    ranked = Table(title="Rows with the largest errors", title_justify="left")
+    for column in ("matrix", "row", "relative error"):
         ranked.add_column(column, justify="left" if column == "matrix" else "right")
-    for m in sorted(report.matrices, key=lambda m: -m.relative_error)[:worst]:
-        row, error = m.worst_rows[0]
-        ranked.add_row(
-            m.path, f"{m.relative_error:.4f}", f"{m.snr:.1f} dB", str(row), f"{error:.4f}"
-        )
+    rows = [(error, m.path, row) for m in report.matrices for row, error in m.worst_rows]
+    for error, path, row in sorted(rows, key=lambda each: -each[0])[:worst]:
+        ranked.add_row(path, str(row), f"{error:.4f}")
     if not report.perplexity:
-        return [kinds, ranked]
+        return [kinds, layers, ranked]
     scored = Table(title=f"Perplexity of {report.scored_tokens} tokens", title_justify="left")
-    for column in ("weights", "activations", "perplexity", "against the original"):
-        scored.add_column(column, justify="right" if "p" in column[:1] else "left")
+    for column in ("weights", "activations", "perplexity", "change"):
+        scored.add_column(column, justify="right" if column in ("perplexity", "change") else "left")
     original = report.perplexity["original"]
     for name, value in report.perplexity.items():
         weights, activations = ("original", "") if name == "original" else ("FP8", name)
-        scored.add_row(weights, activations, f"{value:.4f}", f"{value / original - 1:+.2%}")
-    return [kinds, ranked, scored]
+        change = "" if name == "original" else f"{value / original - 1:+.2%}"
+        scored.add_row(weights, activations, f"{value:.5g}", change)
+    return [kinds, layers, ranked, scored]
+
+
+def _summary(
+    name: str, matrices: Sequence[MatrixError], group: Callable[[MatrixError], str]
+) -> Table:
+    """A line per group: means over its matrices, and the largest error."""
+    table = Table(title=f"Errors of the weights by {name}", title_justify="left")
+    columns = ("matrices", "relative error", "largest", "SNR", "clipped", "inputs clipped")
+    for column in (name, *columns):
+        table.add_column(column, justify="left" if column == name else "right")
+    for value in dict.fromkeys(map(group, matrices)):
+        found = [m for m in matrices if group(m) == value]
+        errors = [m.relative_error for m in found]
+        inputs = [m.inputs_clipped for m in found if m.inputs_clipped is not None]
+        table.add_row(
+            value, str(len(found)), f"{np.mean(errors):.4f}", f"{max(errors):.4f}",
+            f"{np.mean([m.snr for m in found]):.1f} dB",
+            f"{np.mean([m.clipped for m in found]):.4%}",
+            f"{np.mean(inputs):.4%}" if inputs else "-",
+        )  # fmt: skip
+    return table
 
 
 def check_report_path(path: Path) -> None:
@@ -200,24 +222,38 @@ def write_report(report: QuantizationReport, path: Path) -> None:
 
 
 def plot(report: QuantizationReport) -> "Figure":
-    """Relative error over layers, a line for each kind of matrix."""
+    """Over layers, a line for each kind of matrix: SNR, relative errors, clipped shares."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for kind in dict.fromkeys(m.kind for m in report.matrices):
-        found = [m for m in report.matrices if m.kind == kind]
-        errors = [m.relative_error for m in found]
-        if kind == "lm_head":
-            axes.axhline(errors[0], label=kind, linestyle="--", color="gray")
-        else:
-            layers = [int(m.path.partition("/")[0].removeprefix("layers_")) for m in found]
-            axes.plot(layers, errors, marker="o", label=kind)
-    axes.set(xlabel="layer", ylabel="relative error of the weights")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(ncols=2, fontsize="small")
-    axes.grid(alpha=0.3)
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
+    (snr, errors), (weights, inputs) = figure.subplots(2, 2, sharex=True)
+    lines: tuple[tuple[Axes, str, str, Callable[[MatrixError], float]], ...] = (
+        (snr, "-", "SNR of the weights, dB", lambda m: m.snr),
+        (errors, "-", "", lambda m: m.relative_error),
+        (errors, ":", "relative error; dotted: the worst row's", lambda m: m.worst_rows[0][1]),
+        (weights, "-", "clipped weights, %", lambda m: 100 * m.clipped),
+        (inputs, "-", "clipped inputs, %",
+         lambda m: math.nan if m.inputs_clipped is None else 100 * m.inputs_clipped),
+    )  # fmt: skip
+    for axes, style, label, value in lines:
+        for kind in dict.fromkeys(m.kind for m in report.matrices):
+            found = [m for m in report.matrices if m.kind == kind]
+            points = [(m.layer, value(m)) for m in found if m.layer is not None]
+            color = f"C{_KINDS.index(kind)}"
+            if points:
+                x, y = zip(*points, strict=True)
+                axes.plot(x, y, marker=".", linestyle=style, color=color, label=kind)
+            else:
+                axes.axhline(value(found[0]), linestyle=style, color=color, label=kind)
+        axes.set(ylabel=label)
+        axes.grid(alpha=0.3)
+    for axes in (weights, inputs):
+        axes.set(xlabel="layer", ylim=(0, max(axes.get_ylim()[1], 0.001)))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if all(m.inputs_clipped is None for m in report.matrices):
+        inputs.text(0.5, 0.5, "needs static scales", ha="center", transform=inputs.transAxes)
+    figure.legend(*snr.get_legend_handles_labels(), loc="outside upper center", ncols=8)
     return figure
 
 
@@ -266,6 +302,10 @@ def _perplexity(
     for layer, seen in enumerate(observed):
         means = jax.tree.map(lambda *parts: float(np.mean(parts)), *seen)
         shares |= {f"layers_{layer}/{name}": share for name, share in means.items()}
+    head = plan.modules.get("lm_head")
+    if head and head.format.input_scale:
+        scale = head.arrays["input_scale"].whole()
+        shares["lm_head"] = float(np.mean([_clipped_share(x, scale) for x in hidden]))
     return perplexity, shares
 
 
@@ -276,6 +316,10 @@ def _clipped(inputs: Mapping[str, Array], pages: LayerCache, params: Params) -> 
         block, matrix = name.split("/")
         scale = params[block][matrix].get("input_scale")
         if scale is not None:
-            limit = scale * _LARGEST_ROUNDED
-            shares[name] = jnp.mean(jnp.abs(x.astype(jnp.float32)) > limit, dtype=jnp.float32)
+            shares[name] = _clipped_share(x, scale)
     return shares
+
+
+@jax.jit
+def _clipped_share(x: Array, scale: Array) -> Array:
+    return jnp.mean(jnp.abs(x.astype(jnp.float32)) > scale * _LARGEST_ROUNDED, dtype=jnp.float32)

@@ -80,6 +80,8 @@ def quantize(
     """
     plan, ranges = checkpoint.plan, None
     _check(plan, options.lm_head)
+    if options.text is not None:
+        _read(checkpoint, options, options.text)  # a text that cannot be used is found out now
     if options.calibrate is not None:
         tokens = _read(checkpoint, options, options.calibrate)
         layers = checkpoint.config.num_layers
@@ -115,7 +117,9 @@ def report(
 
 def _read(checkpoint: Opened, options: QuantizeOptions, text: Path) -> np.ndarray:
     tokenizer = load_tokenizer(checkpoint.directory)
-    return read_sequences(text, tokenizer, options.tokens, options.sequence_length)
+    return read_sequences(
+        text, tokenizer, checkpoint.config, options.tokens, options.sequence_length
+    )
 
 
 def _dtype(checkpoint: Opened) -> str:

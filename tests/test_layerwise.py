@@ -1,3 +1,4 @@
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -5,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from flax import traverse_util
 
 from converters import layerwise
@@ -12,23 +14,30 @@ from converters.dialects.layout import LazyArray, Module, Plan
 from converters.layerwise import final_hidden, log_likelihoods, logits, read_sequences
 from llama_jax.abacus import vocabulary
 from llama_jax.kv_cache import init_cache
-from llama_jax.model import Llama, ModelSpec, init_params, prefill
+from llama_jax.model import Llama, ModelSpec, abstract_params, prefill
 from llama_jax.tokenizer import load_tokenizer
+from pallas_kernels import e4m3
+from tests import float64_llama
 from tests.tiny import config, fp8_spec, tokens
 
 ABACUS = Path(vocabulary.__file__).parent / "checkpoint"
 
 
-def lively_params(spec: ModelSpec) -> dict:
-    """Random parameters that give logits of order 1: eight times the usual initialisation."""
+@cache
+def lively_params(spec: ModelSpec) -> Any:
+    """Random parameters that give logits of order 1."""
+    rng = np.random.default_rng(0)
 
-    def enlarge(path: Any, leaf: Any) -> Any:
-        grows = path[-1].key == "weight_scale" or (
-            path[-1].key == "weight" and leaf.ndim == 2 and leaf.dtype == spec.config.dtype
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        if path[-1].key == "weight_scale":
+            return np.full(leaf.shape, 0.16 / 64, leaf.dtype)
+        if leaf.ndim < 2:
+            return np.ones(leaf.shape, leaf.dtype)
+        return rng.normal(0, 64 if leaf.dtype == e4m3.DTYPE else 0.16, leaf.shape).astype(
+            leaf.dtype
         )
-        return leaf * 8 if grows else leaf
 
-    return jax.tree_util.tree_map_with_path(enlarge, init_params(spec))
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(spec))
 
 
 def plan_of(params: Any, spec: ModelSpec, kv_scales: Any = None, read: Any = None) -> Plan:
@@ -71,7 +80,11 @@ SPECS = {
 
 @pytest.mark.parametrize("case", SPECS)
 def test_agrees_with_the_whole_model(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both sum in float32, in different orders: 1e-5 of logits of order 1."""
+    """Both sum in float32, in different orders: 1e-5 of logits of order 1.
+
+    An activation in the middle between two FP8 codes may then fall to either side and change the
+    token: nearly all tokens have to agree, and none may stray further than rounding does.
+    """
     monkeypatch.setattr(layerwise, "_BATCH_TOKENS", 48)
     monkeypatch.setattr(layerwise, "_LOGIT_TOKENS", 10)  # 4 sequences of 23 do not divide by it
     spec = SPECS[case]
@@ -79,7 +92,9 @@ def test_agrees_with_the_whole_model(case: str, monkeypatch: pytest.MonkeyPatch)
     expected = jax.jit(Llama(spec).apply)({"params": params}, ids)[:, :-1]
     assert 0.3 < np.abs(expected).mean() < 10
     found = run(plan_of(params, spec), spec, ids)
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    agree = np.isclose(found, expected, rtol=1e-5, atol=1e-5).all(axis=-1)
+    assert agree.mean() >= (0.95 if spec.activations == "static" else 1)
+    np.testing.assert_allclose(found, expected, atol=0.05)
 
 
 def test_each_matrix_is_read_once_and_layer_after_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +115,7 @@ def test_layers_in_different_formats() -> None:
         spec.config, {p: f for p, f in spec.formats.items() if p.startswith("layers_1")}, "float32"
     )
     params, ids = lively_params(mixed), tokens(2, 9)
-    expected = Llama(mixed).apply({"params": params}, ids)[:, :-1]
+    expected = jax.jit(Llama(mixed).apply)({"params": params}, ids)[:, :-1]
     np.testing.assert_allclose(run(plan_of(params, mixed), mixed, ids), expected, atol=1e-5)
 
 
@@ -120,8 +135,9 @@ def test_log_likelihoods() -> None:
     params, ids = lively_params(spec), tokens(3, 7)
     plan = plan_of(params, spec)
     hidden, _ = final_hidden(plan, spec, ids)
-    log_probs = jax.nn.log_softmax(Llama(spec).apply({"params": params}, ids))
-    expected = np.take_along_axis(np.asarray(log_probs)[:, :-1], ids[:, 1:, None], axis=2)[..., 0]
+    logits, _ = float64_llama.forward(params, spec.config, ids)
+    log_probs = scipy.special.log_softmax(logits[:, :-1], axis=-1)
+    expected = np.take_along_axis(log_probs, ids[:, 1:, None], axis=2)[..., 0]
     np.testing.assert_allclose(log_likelihoods(plan, spec, ids, hidden), expected, atol=1e-5)
 
 
@@ -130,14 +146,17 @@ def test_texts_are_cut_into_whole_sequences(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_text("7" * 50)  # digits are single tokens
     bos = tokenizer.bos_id
-    ids = read_sequences(path, tokenizer, tokens=30, length=10)
+    ids = read_sequences(path, tokenizer, config(), tokens=30, length=10)
     assert ids.shape == (3, 10) and ids.dtype == np.int32
     assert (ids[:, 0] == bos).all() and (ids[:, 1:] == tokenizer.encode("7")[0]).all()
-    assert read_sequences(path, tokenizer, 1000, 10).shape == (5, 10)  # 50 // 9: the rest is left
-    assert read_sequences(path, tokenizer, 1000, 500).shape == (1, 51)
+    assert read_sequences(path, tokenizer, config(), 1000, 10).shape == (
+        5,
+        10,
+    )  # 50 // 9: the rest is left
+    assert read_sequences(path, tokenizer, config(), 1000, 500).shape == (1, 51)
     path.write_text("<|eot_id|>" * 3)
     eot = tokenizer.special_tokens["<|eot_id|>"]
-    assert read_sequences(path, tokenizer, 16, 16).tolist() == [[bos, eot, eot, eot]]
+    assert read_sequences(path, tokenizer, config(), 16, 16).tolist() == [[bos, eot, eot, eot]]
 
 
 def test_texts_that_cannot_be_used(tmp_path: Path) -> None:
@@ -145,12 +164,14 @@ def test_texts_that_cannot_be_used(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_text("")
     with pytest.raises(ValueError, match=r"text holds 0 tokens: too few"):
-        read_sequences(path, tokenizer, 100, 10)
+        read_sequences(path, tokenizer, config(), 100, 10)
     path.write_bytes(b"\xff\xfe1")
     with pytest.raises(ValueError, match="is not a UTF-8 text file"):
-        read_sequences(path, tokenizer, 100, 10)
+        read_sequences(path, tokenizer, config(), 100, 10)
     with pytest.raises(FileNotFoundError):
-        read_sequences(tmp_path / "nowhere", tokenizer, 100, 10)
+        read_sequences(tmp_path / "nowhere", tokenizer, config(), 100, 10)
     for size in ((100, 1), (9, 10)):
         with pytest.raises(ValueError, match="a sequence needs at least 2 tokens"):
-            read_sequences(path, tokenizer, *size)
+            read_sequences(path, tokenizer, config(), *size)
+    with pytest.raises(ValueError, match="longer than the model's context of 64 tokens"):
+        read_sequences(path, tokenizer, config(max_position_embeddings=64), 100, 65)

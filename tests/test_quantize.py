@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import linen as nn
+import scipy.special
 from rich.console import Console
 
 from converters import quantization_report as reports
@@ -17,21 +17,19 @@ from converters.dialects.layout import LazyArray, Module, Plan, pieces
 from converters.quantization_report import (
     check_report_path,
     measure,
+    plot,
     tables,
     with_perplexity,
     write_report,
 )
 from converters.quantize import QuantizeOptions, quantize_plan
 from llama_jax import fp8
-from llama_jax.checkpoint import CheckpointError
+from llama_jax.abacus import vocabulary
+from llama_jax.checkpoint import CheckpointError, read_manifest, verify
+from llama_jax.cli import main
 from llama_jax.fp8 import WeightFormat
-from llama_jax.model import (
-    Linear,
-    Llama,
-    ModelSpec,
-    apply_rope,
-    rope_frequencies,
-)
+from llama_jax.model import ModelSpec
+from tests import float64_llama
 from tests.test_layerwise import lively_params, plan_of, run
 from tests.tiny import LINEARS, config, tokens
 
@@ -130,35 +128,20 @@ def test_what_cannot_be_quantised_is_named() -> None:
         quantize_plan(one_matrix(np.ones((4, 4), np.float32)), "row", lm_head=True)
 
 
-def test_calibration_sees_what_enters_each_matrix_and_the_cache() -> None:
+def test_calibration_sees_what_a_float64_model_computes() -> None:
+    """1e-5: sums in float32."""
     params, ids = lively_params(SPEC), tokens(4, 12)
     ranges = calibrate(plan_of(params, SPEC), SPEC, ids)
-    inputs: dict[str, np.ndarray] = {}
-    keys, values = [], []
-    positions = np.broadcast_to(np.arange(12), (4, 12))
-
-    def watch(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        result = call(*args, **kwargs)
-        path = "/".join(context.module.path)
-        if isinstance(context.module, Linear):
-            inputs[path] = np.abs(args[0]).max(axis=(0, 1))
-        heads = (4, 12, SPEC.config.num_kv_heads, SPEC.config.head_dim)
-        if path.endswith("k_proj"):
-            rotated = apply_rope(result.reshape(heads), positions, rope_frequencies(SPEC.config))
-            keys.append(np.abs(rotated).max(axis=(0, 1)))
-        if path.endswith("v_proj"):
-            values.append(np.abs(result.reshape(heads)).max(axis=(0, 1)))
-        return result
-
-    with nn.intercept_methods(watch):
-        Llama(SPEC).apply({"params": params}, ids)
-    assert ranges.inputs.keys() == inputs.keys() and "lm_head" in inputs
-    for path, absmax in inputs.items():
-        np.testing.assert_allclose(ranges.inputs[path], absmax, rtol=1e-5, err_msg=path)
-        np.testing.assert_allclose(ranges.input_scale(path), absmax.max() / 448, rtol=1e-5)
-    np.testing.assert_allclose(ranges.k, keys, rtol=1e-5)
-    np.testing.assert_allclose(ranges.v, values, rtol=1e-5)
-    expected = [(k.max() / 448, v.max() / 448) for k, v in zip(keys, values, strict=True)]
+    _, seen = float64_llama.forward(params, SPEC.config, ids)
+    absmax = {path: np.abs(x).max(axis=(0, 1)) for path, x in seen.items()}
+    k, v = ([absmax.pop(f"layers_{i}/{name}") for i in (0, 1)] for name in "kv")
+    assert ranges.inputs.keys() == absmax.keys() and "lm_head" in absmax
+    for path, largest in absmax.items():
+        np.testing.assert_allclose(ranges.inputs[path], largest, rtol=1e-5, err_msg=path)
+        np.testing.assert_allclose(ranges.input_scale(path), largest.max() / 448, rtol=1e-5)
+    np.testing.assert_allclose(ranges.k, k, rtol=1e-5)
+    np.testing.assert_allclose(ranges.v, v, rtol=1e-5)
+    expected = [(k[i].max() / 448, v[i].max() / 448) for i in (0, 1)]
     np.testing.assert_allclose(ranges.kv_scales(), expected, rtol=1e-5)
 
 
@@ -212,7 +195,7 @@ def with_outliers(params: Any, factor: float) -> Any:
     return {**params, **layers}
 
 
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
 def test_smoothing_alone_changes_no_logit(dtype: Any) -> None:
     """1e-5, the order of sums; all factors are powers of two."""
     spec = ModelSpec(replace(SPEC.config, dtype=np.dtype(dtype).name), dtype="float32")
@@ -239,6 +222,27 @@ def test_smoothing_alone_changes_no_logit(dtype: Any) -> None:
     for path, absmax in ranges.inputs.items():
         np.testing.assert_allclose(again.inputs[path], absmax, rtol=1e-5, err_msg=path)
     np.testing.assert_allclose(again.v, ranges.v, rtol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8, 1.0])
+def test_smoothing_factors_are_those_of_equation_4(alpha: float) -> None:
+    """Within a factor of the square root of 2, as the nearest power of two is."""
+    params = with_outliers(lively_params(SPEC), 1e3)
+    plan, ids = plan_of(params, SPEC), tokens(2, 12)
+    smoothed, _ = smooth(plan, SPEC.config, calibrate(plan, SPEC, ids), alpha)
+    _, seen = float64_llama.forward(params, SPEC.config, ids)
+    for takers in (LINEARS[:3], LINEARS[3:4], LINEARS[4:6], LINEARS[6:]):
+        paths = [f"layers_1/{name}" for name in takers]
+        x = np.abs(seen[paths[0]]).max(axis=(0, 1))
+        w = np.max([np.abs(weight_of(plan, path)).max(axis=0) for path in paths], axis=0)
+        if "o_proj" in paths[0]:  # the two heads of a group take the same channels of v
+            x, w = (np.tile(y.reshape(2, 2, 16).max(axis=1)[:, None], (2, 1)) for y in (x, w))
+        expected = (x**alpha / w ** (1 - alpha)).reshape(-1)
+        before, after = (weight_of(each, paths[0]) for each in (plan, smoothed))
+        factors = (after / before).mean(axis=0)  # rows of these are left alone
+        np.testing.assert_array_equal(after, before * factors)
+        assert np.abs(np.log2(factors / expected)).max() <= 0.5 + 1e-4
+        assert len(np.unique(factors)) > 1
 
 
 def test_smoothing_repairs_static_activations_where_channels_are_outliers() -> None:
@@ -294,20 +298,29 @@ def test_nothing_is_clipped_by_scales_from_absmax(
 
 def test_perplexities_and_clipped_inputs() -> None:
     plan, ids = plan_of(lively_params(SPEC), SPEC), tokens(4, 16)
-    narrow = calibrate(plan, SPEC, ids)
-    narrow = replace(narrow, inputs={path: x / 4 for path, x in narrow.inputs.items()})
-    for ranges, clips in ((calibrate(plan, SPEC, ids), False), (narrow, True)):
-        fp8_plan = quantize_plan(plan, "row", ranges=ranges)
+    logits, seen = float64_llama.forward(lively_params(SPEC), SPEC.config, ids)
+    exact = calibrate(plan, SPEC, ids)
+    narrow = replace(exact, inputs={path: x / 4 for path, x in exact.inputs.items()})
+    clipped = {}
+    for name, ranges in (("exact", exact), ("narrow", narrow)):
+        fp8_plan = quantize_plan(plan, "row", lm_head=True, ranges=ranges)
         report = with_perplexity(
             measure(plan, fp8_plan), plan, fp8_plan, SPEC.config, "float32", ids
         )
-        assert all((m.inputs_clipped > 0) == clips for m in report.matrices)
+        clipped[name] = {m.path: m.inputs_clipped for m in report.matrices}
         assert list(report.perplexity) == ["original", "bf16", "dynamic", "static"]
         assert report.scored_tokens == 4 * 15
-        log_probs = jax.nn.log_softmax(run(plan, SPEC, ids))
-        chosen = np.take_along_axis(np.asarray(log_probs), ids[:, 1:, None], axis=2)
+        log_probs = scipy.special.log_softmax(logits[:, :-1], axis=-1)
+        chosen = np.take_along_axis(log_probs, ids[:, 1:, None], axis=2)
         assert report.perplexity["original"] == pytest.approx(np.exp(-chosen.mean()), rel=1e-5)
         assert len(set(report.perplexity.values())) == 4
+    # What enters the first layer depends on nothing that is quantised.
+    q_proj = "layers_0/self_attn/q_proj"
+    limit = 464 * narrow.input_scale(q_proj)
+    assert clipped["exact"][q_proj] == 0
+    assert clipped["narrow"][q_proj] == pytest.approx((np.abs(seen[q_proj]) > limit).mean())
+    assert max(clipped["exact"].values()) < 1e-3 and min(clipped["narrow"].values()) > 0
+    assert clipped["narrow"]["lm_head"] > 0.1
 
 
 def small_report() -> reports.QuantizationReport:
@@ -315,15 +328,50 @@ def small_report() -> reports.QuantizationReport:
     return measure(plan, quantize_plan(plan, "row", lm_head=True))
 
 
-def test_tables_name_kinds_and_worst_matrices() -> None:
+def test_matrices_come_in_the_order_of_the_model() -> None:
+    weight = np.ones((2, 2), np.float32)
+    names = [f"layers_{i}/{name}" for i in range(11) for name in LINEARS] + ["lm_head"]
+    plans = [one_matrix(weight, path) for path in sorted(names)]
+    plan = Plan({path: m for each in plans for path, m in each.modules.items()}, frozenset())
+    report = measure(plan, quantize_plan(plan, "row", lm_head=True))
+    assert [m.path for m in report.matrices] == names
+    assert [m.layer for m in report.matrices[-8:]] == [10] * 7 + [None]
+
+
+def test_tables_name_kinds_layers_and_worst_rows() -> None:
     report = replace(small_report(), perplexity={"original": 8.0, "bf16": 8.2}, scored_tokens=1000)
+    kinds, layers, rows, perplexity = tables(report, worst=2)
+    assert [column.header for column in kinds.columns] == [
+        "kind", "matrices", "relative error", "largest", "SNR", "clipped", "inputs clipped"
+    ]  # fmt: skip
+    assert list(kinds.columns[0].cells) == [*(name.split("/")[1] for name in LINEARS), "lm_head"]
+    assert list(layers.columns[0].cells) == ["0", "1", "lm_head"]
+    assert list(layers.columns[1].cells) == ["7", "7", "1"]
+    first = report.matrices[:7]
+    assert next(layers.columns[3].cells) == f"{max(m.relative_error for m in first):.4f}"
+    assert next(layers.columns[4].cells) == f"{np.mean([m.snr for m in first]):.1f} dB"
+    worst = max(report.matrices, key=lambda m: m.worst_rows[0][1])
+    assert rows.row_count == 2 and next(rows.columns[0].cells) == worst.path
+    assert next(rows.columns[1].cells) == str(worst.worst_rows[0][0])
     console = Console(width=120)
     with console.capture() as capture:
-        console.print(*tables(report, worst=2))
-    text = capture.get()
-    worst = max(report.matrices, key=lambda m: m.relative_error)
-    assert worst.path in text and f"{worst.snr:.1f} dB" in text
-    assert "lm_head" in text and "+2.50%" in text and "Perplexity of 1000 tokens" in text
+        console.print(perplexity)
+    assert "+2.50%" in capture.get() and "Perplexity of 1000 tokens" in capture.get()
+
+
+def test_the_plot_shows_each_number() -> None:
+    report = small_report()
+    clipped = [replace(m, inputs_clipped=0.01 * (m.layer or 0)) for m in report.matrices]
+    snr, errors, weights, inputs = plot(replace(report, matrices=tuple(clipped))).axes
+    up = [m for m in report.matrices if m.kind == "up_proj"]
+
+    def lines(axes: Any) -> list[list[float]]:
+        return [list(line.get_ydata()) for line in axes.lines if line.get_label() == "up_proj"]
+
+    assert lines(snr) == [[m.snr for m in up]]
+    assert lines(errors) == [[m.relative_error for m in up], [m.worst_rows[0][1] for m in up]]
+    assert lines(weights) == [[0, 0]] and lines(inputs) == [[0, 1]]
+    assert not inputs.texts and plot(report).axes[3].texts
 
 
 @pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg", ".json"])
@@ -349,3 +397,68 @@ def test_report_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match="plots need matplotlib"):
         check_report_path(Path("report.png"))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text"
+    path.write_text("<|start_header_id|>user<|end_header_id|>\n\nWhat is 47 + 85?<|eot_id|>" * 20)
+    return path
+
+
+def convert_abacus(target: Path, *arguments: object) -> object:
+    """The exit code."""
+    source = Path(vocabulary.__file__).parent / "checkpoint_bf16"
+    with pytest.raises(SystemExit) as done:
+        main(["convert", str(source), str(target), *map(str, arguments)])
+    return done.value.code
+
+
+def test_command(tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    target, plot = tmp_path / "o", tmp_path / "report.png"
+    code = convert_abacus(
+        target, "--quantize", "tensor", "--quantize-lm-head", "--calibrate", text, "--smooth", 0.5,
+        "--report", plot, "--tokens", 128, "--sequence-length", 64,
+    )  # fmt: skip
+    out = capfd.readouterr().out
+    assert code == 0 and plot.read_bytes().startswith(b"\x89PNG")
+    assert "36 x float8_e4m3fn" in out and "Errors of the weights by layer" in out
+    manifest, report = read_manifest(target), reports.read_report(target)
+    assert len(manifest.kv_scales or ()) == 5 and manifest.formats["lm_head"].input_scale
+    assert verify(target) == {}
+    assert report.scored_tokens == 2 * 63 and len(report.matrices) == 36
+    original = report.perplexity["original"]
+    for activations in ("bf16", "dynamic", "static"):
+        assert report.perplexity[activations] == pytest.approx(original, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--smooth", "0.5"], "these options go with --quantize"),
+        (["--quantize", "row", "--smooth", "0.5"], "smooth needs a text to calibrate on"),
+        (["--quantize", "row", "--text", "TEXT"], "text is scored for the report"),
+        (["--quantize", "row", "--report", "r.csv"], "a report is a .json file, or a plot"),
+        (["--quantize", "row", "--report", "no/r.png"], "directory does not exist"),
+        (["--quantize", "row", "--calibrate", "missing"], "missing"),
+        (["--quantize", "row", "--calibrate", "EMPTY"], "holds 0 tokens"),
+        (["--quantize", "row", "--report", "r.json", "--text", "EMPTY"], "holds 0 tokens"),
+        (
+            [*["--quantize", "row", "--tokens", "200000", "--sequence-length", "200000", "--calibrate", "TEXT"]],
+            "longer than the model's context of 131072 tokens",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_command_mistakes(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str], arguments: list[str], message: str,
+) -> None:  # fmt: skip
+    """All are found before anything is written."""
+    monkeypatch.chdir(tmp_path)
+    empty = tmp_path / "empty"
+    empty.touch()
+    files = {"TEXT": text, "EMPTY": empty}
+    assert convert_abacus(tmp_path / "o", *(files.get(each, each) for each in arguments)) == 2
+    assert message in " ".join(capfd.readouterr().err.replace("│", " ").split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "text"]

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from converters.opened import Opened
     from llama_jax.tokenizer import Tokenizer
 
+_DType = Literal["bfloat16", "float32"]
 _Activations = Literal["bf16", "dynamic", "static"]
 _KVDtype = Literal["bf16", "fp8"]
+_READING, _A, _B = "Text", "How A runs", "How B runs"
 # Tokens of text before one of the worst; characters of it in the table.
 _CONTEXT, _SHOWN = 24, 40
 
@@ -24,18 +26,38 @@ _CONTEXT, _SHOWN = 24, 40
 def compare(
     a: Annotated[str, typer.Argument(help="The reference: a checkpoint of any kind.")],
     b: Annotated[str, typer.Argument(help="What is judged, with the same vocabulary.")],
-    text: Annotated[Path, typer.Option(help="A UTF-8 text to run both over.")],
-    tokens: Annotated[int, typer.Option(min=2, help="How much of the text is read.")] = 4096,
+    text: Annotated[
+        Path, typer.Option(help="A UTF-8 text to run both over.", rich_help_panel=_READING)
+    ],
+    tokens: Annotated[
+        int, typer.Option(min=2, help="How much of it is read.", rich_help_panel=_READING)
+    ] = 4096,
     sequence_length: Annotated[
-        int, typer.Option(min=2, help="Tokens of a sequence; each begins anew.")
+        int,
+        typer.Option(
+            min=2, help="Tokens of a sequence; each begins anew.", rich_help_panel=_READING
+        ),
     ] = 512,
-    dtype: options.DType = "bfloat16",
+    dtype_a: Annotated[
+        _DType, typer.Option(help="Of activations, cache and logits.", rich_help_panel=_A)
+    ] = "bfloat16",
     activations_a: Annotated[
-        _Activations, typer.Option(help="What A's FP8 weights are multiplied with.")
+        _Activations,
+        typer.Option(help="What FP8 weights are multiplied with.", rich_help_panel=_A),
     ] = "bf16",
-    activations_b: Annotated[_Activations, typer.Option(help="The same for B.")] = "bf16",
-    kv_dtype_a: Annotated[_KVDtype, typer.Option(help="Of A's key/value cache.")] = "bf16",
-    kv_dtype_b: Annotated[_KVDtype, typer.Option(help="The same for B.")] = "bf16",
+    kv_dtype_a: Annotated[
+        _KVDtype, typer.Option(help="Of the key/value cache.", rich_help_panel=_A)
+    ] = "bf16",
+    dtype_b: Annotated[
+        _DType, typer.Option(help="Of activations, cache and logits.", rich_help_panel=_B)
+    ] = "bfloat16",
+    activations_b: Annotated[
+        _Activations,
+        typer.Option(help="What FP8 weights are multiplied with.", rich_help_panel=_B),
+    ] = "bf16",
+    kv_dtype_b: Annotated[
+        _KVDtype, typer.Option(help="Of the key/value cache.", rich_help_panel=_B)
+    ] = "bf16",
     worst: Annotated[int, typer.Option(min=0, help="How many of the worst tokens to show.")] = 5,
     as_json: options.Json = False,
 ) -> None:
@@ -50,7 +72,8 @@ def compare(
 
         llama-jax compare ./Llama-3.1-8B-Instruct ./llama-8b-fp8 --text book.txt
         llama-jax compare ./llama-8b-fp8 ./llama-8b-fp8 --activations-b dynamic --text book.txt
-        llama-jax compare ./llama-8b-fp8 ./llama-8b-fp8 --kv-dtype-b fp8 --text book.txt --json
+        llama-jax compare ./llama-8b-fp8 ./llama-8b-fp8 --dtype-a float32 --text book.txt
+        llama-jax compare ./llama-8b-bf16 ./llama-8b-fp8 --text book.txt --json | jq .kl_mean
     """
     with stderr.status("starting JAX"):
         from converters.compare import Setting
@@ -61,12 +84,15 @@ def compare(
     compile_cache.enable()
     opened = _open(a), _open(b)
     tokenizers = [load_tokenizer(each.directory) for each in opened]
-    ids, other = (read_sequences(text, each, tokens, sequence_length) for each in tokenizers)
+    ids, other = (
+        read_sequences(text, tokenizer, each.config, tokens, sequence_length)
+        for tokenizer, each in zip(tokenizers, opened, strict=True)
+    )
     if ids.shape != other.shape or (ids != other).any():
         raise ValueError(f"the tokenizers of {a} and {b} split {text} into different tokens")
     settings = (
-        Setting(opened[0], dtype, activations_a, kv_dtype_a),
-        Setting(opened[1], dtype, activations_b, kv_dtype_b),
+        Setting(opened[0], dtype_a, activations_a, kv_dtype_a),
+        Setting(opened[1], dtype_b, activations_b, kv_dtype_b),
     )
     layers = sum(each.config.num_layers for each in opened)
     with token_progress("comparing", ids.size, layers, stderr.is_terminal) as advance:

@@ -11,7 +11,7 @@ from rich.filesize import decimal
 from llama_jax.cli import options
 from llama_jax.cli.output import check_output, key_value_table, print_json, stderr, stdout
 
-_QUANTISING, _REPORTING = "Quantising", "Report"
+_QUANTISING, _REPORTING, _READING = "Quantising", "Report", "Texts"
 
 
 def convert(
@@ -54,7 +54,7 @@ def convert(
     report: Annotated[
         Path | None,
         typer.Option(
-            help="Measure errors, print tables, and write a .json file or a plot (.png, .pdf).",
+            help="Measure errors, print tables, write a .json file or a plot (.png, .pdf, .svg).",
             rich_help_panel=_REPORTING,
         ),
     ] = None,
@@ -66,9 +66,14 @@ def convert(
             rich_help_panel=_REPORTING,
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="How much of each text is read.")] = 16384,
+    tokens: Annotated[
+        int, typer.Option(min=2, help="How much of each text is read.", rich_help_panel=_READING)
+    ] = 16384,
     sequence_length: Annotated[
-        int, typer.Option(min=2, help="Tokens of a sequence; each begins anew.")
+        int,
+        typer.Option(
+            min=2, help="Tokens of a sequence; each begins anew.", rich_help_panel=_READING
+        ),
     ] = 512,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -136,8 +141,7 @@ def convert(
         return
     rows = {
         "from": f"{source} ({manifest.dialect})",
-        "size": f"{decimal(manifest.total_bytes)} in {seconds:.1f} s, "
-        f"{decimal(int(manifest.total_bytes / seconds))}/s",
+        "size": f"{decimal(manifest.total_bytes)} in {seconds:.1f} s",
         "modules": ", ".join(f"{count} x {form}" for form, count in stored.items()),
         "tokenizer": ", ".join(manifest.tokenizer_files) or "none",
     }

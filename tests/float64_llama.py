@@ -1,0 +1,73 @@
+"""Llama 3.1's forward pass in float64 numpy, written from the published formulas alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from llama_jax.config import LlamaConfig
+
+
+def forward(
+    params: Mapping[str, Any], config: LlamaConfig, ids: np.ndarray
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Logits [sequences, length, vocab], and what was seen on the way.
+
+    params: unquantised. Seen are the inputs of each matrix by its path ("layers_0/mlp/up_proj"),
+    [sequences, length, in], and "layers_0/k" (rotated) and "layers_0/v", [sequences, length,
+    kv_heads, head_dim].
+    """
+    seen: dict[str, np.ndarray] = {}
+
+    def linear(x: np.ndarray, path: str) -> np.ndarray:
+        seen[path] = x
+        return x @ _weight(params, path).T
+
+    batch, length = ids.shape
+    causal = np.tril(np.ones((length, length), bool))
+    x = _weight(params, "embed_tokens")[ids]
+    for i in range(config.num_layers):
+        layer, attention = f"layers_{i}", f"layers_{i}/self_attn"
+        h = _norm(x, _weight(params, f"{layer}/input_layernorm"), config)
+        q, k, v = (
+            linear(h, f"{attention}/{name}").reshape(batch, length, -1, config.head_dim)
+            for name in ("q_proj", "k_proj", "v_proj")
+        )
+        q, k = _rotate(q, config), _rotate(k, config)
+        seen[f"{layer}/k"], seen[f"{layer}/v"] = k, v
+        group = config.num_heads // config.num_kv_heads
+        k, v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
+        scores = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(config.head_dim)
+        weights = np.exp(np.where(causal, scores, -np.inf) - scores.max(axis=-1, keepdims=True))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        h = np.einsum("bhqk,bkhd->bqhd", weights, v).reshape(batch, length, -1)
+        x = x + linear(h, f"{attention}/o_proj")
+        h = _norm(x, _weight(params, f"{layer}/post_attention_layernorm"), config)
+        gate = linear(h, f"{layer}/mlp/gate_proj")
+        h = gate / (1 + np.exp(-gate)) * linear(h, f"{layer}/mlp/up_proj")
+        x = x + linear(h, f"{layer}/mlp/down_proj")
+    return linear(_norm(x, _weight(params, "norm"), config), "lm_head"), seen
+
+
+def _weight(params: Mapping[str, Any], path: str) -> np.ndarray:
+    for name in path.split("/"):
+        params = params[name]
+    return np.asarray(params["weight"], np.float64)
+
+
+def _norm(x: np.ndarray, weight: np.ndarray, config: LlamaConfig) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + config.rms_norm_eps) * weight
+
+
+def _rotate(x: np.ndarray, config: LlamaConfig) -> np.ndarray:
+    """Rotary embedding of x [batch, length, heads, head_dim], as complex numbers."""
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-np.arange(half) / half)
+    if scaling := config.rope_scaling:
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
+    angles = np.arange(x.shape[1])[:, None, None] * frequencies
+    turned = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
+    return np.concatenate([turned.real, turned.imag], axis=-1)
