@@ -435,30 +435,30 @@ def test_command(tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--smooth", "0.5"], "these options go with --quantize"),
-        (["--quantize", "row", "--smooth", "0.5"], "smooth needs a text to calibrate on"),
-        (["--quantize", "row", "--text", "TEXT"], "text is scored for the report"),
-        (["--quantize", "row", "--report", "r.csv"], "a report is a .json file, or a plot"),
-        (["--quantize", "row", "--report", "no/r.png"], "directory does not exist"),
-        (["--quantize", "row", "--calibrate", "missing"], "missing"),
-        (["--quantize", "row", "--calibrate", "EMPTY"], "holds 0 tokens"),
-        (["--quantize", "row", "--report", "r.json", "--text", "EMPTY"], "holds 0 tokens"),
+        ("--smooth 0.5", "these options go with --quantize"),
+        ("--quantize row --smooth 0.5", "smooth needs a text to calibrate on"),
+        ("--quantize row --text TEXT", "text is scored for the report"),
+        ("--quantize row --report r.csv", "a report is a .json file, or a plot"),
+        ("--quantize row --report no/r.png", "directory does not exist"),
+        ("--quantize row --calibrate missing", "missing"),
+        ("--quantize row --calibrate EMPTY", "holds 0 tokens"),
+        ("--quantize row --report r.json --text EMPTY", "holds 0 tokens"),
+        ("--quantize row --calibrate TEXT --tokens 64", "512: a sequence needs"),
         (
-            [*["--quantize", "row", "--tokens", "200000", "--sequence-length", "200000", "--calibrate", "TEXT"]],
+            "--quantize row --calibrate TEXT --tokens 200000 --sequence-length 200000",
             "longer than the model's context of 131072 tokens",
         ),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_command_mistakes(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str], arguments: list[str], message: str,
+    capfd: pytest.CaptureFixture[str], arguments: str, message: str,
 ) -> None:  # fmt: skip
     """All are found before anything is written."""
     monkeypatch.chdir(tmp_path)
     empty = tmp_path / "empty"
     empty.touch()
     files = {"TEXT": text, "EMPTY": empty}
-    assert convert_abacus(tmp_path / "o", *(files.get(each, each) for each in arguments)) == 2
+    assert convert_abacus(tmp_path / "o", *(files.get(each, each) for each in arguments.split())) == 2
     assert message in " ".join(capfd.readouterr().err.replace("│", " ").split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "text"]
