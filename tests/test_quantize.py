@@ -459,6 +459,7 @@ def test_command_mistakes(
     empty = tmp_path / "empty"
     empty.touch()
     files = {"TEXT": text, "EMPTY": empty}
-    assert convert_abacus(tmp_path / "o", *(files.get(each, each) for each in arguments.split())) == 2
+    words = [files.get(word, word) for word in arguments.split()]
+    assert convert_abacus(tmp_path / "o", *words) == 2
     assert message in " ".join(capfd.readouterr().err.replace("│", " ").split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "text"]
