@@ -29,5 +29,14 @@ def read(kind: str) -> Mapping[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def write(kind: str, kernel: str, problem: str, entry: Mapping[str, Any]) -> None:
+    """Add an entry to a GPU's table, or replace it."""
+    table = dict(read(kind))
+    table[kernel] = {**table.get(kernel, {}), problem: entry}
+    FOLDER.mkdir(exist_ok=True)
+    path_of(kind).write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    read.cache_clear()
+
+
 def path_of(kind: str) -> Path:
     return FOLDER / f"{kind.lower().replace(' ', '_')}.json"

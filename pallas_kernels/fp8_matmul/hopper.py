@@ -244,8 +244,14 @@ def heuristic(m: int, n: int, *, promote: bool, weights: int = 1) -> Config:
     widest = 128 if promote and tile_m == 128 else 256
     widths = (BLOCK,) if weights == 2 else [each for each in (256, 128, 64) if each <= widest]
     tile_n = min(widths, key=cycles)
-    stages = (SHARED_MEMORY_BYTES - MAX_STAGING_BYTES) // ((tile_m + weights * tile_n) * TILE_K)
-    return Config(tile_m, tile_n, min(MAX_STAGES, 1 << stages.bit_length() - 1), cluster)
+    stages = most_stages(tile_m, tile_n, weights)
+    return Config(tile_m, tile_n, 1 << stages.bit_length() - 1, cluster)
+
+
+def most_stages(tile_m: int, tile_n: int, weights: int) -> int:
+    """How deep a ring of tiles shared memory holds."""
+    tiles = (tile_m + weights * tile_n) * TILE_K
+    return min(MAX_STAGES, (SHARED_MEMORY_BYTES - MAX_STAGING_BYTES) // tiles)
 
 
 def unfit(config: Config, *, promote: bool, weights: int = 1) -> str | None:

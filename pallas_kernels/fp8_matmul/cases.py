@@ -1,0 +1,134 @@
+"""What `pallas_kernels.bench` and `pallas_kernels.tune` run of the FP8 x FP8 kernels."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import e4m3
+from pallas_kernels.case import FP8_OPERATIONS_PER_SECOND, Case
+from pallas_kernels.fp8_matmul import hopper, reference, xla
+from pallas_kernels.fp8_matmul.hopper import Config
+from pallas_kernels.fp8_matmul.reference import BLOCK
+from pallas_kernels.shapes import Linear, linears
+
+Layout = Literal["row", "block"]
+LAYOUTS: tuple[Layout, ...] = ("row", "block")
+BF16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+# Tensor cores add with about 14 bits: a sum of 14,336 products is 448 additions, each off by up to
+# 2^-14 of what has been added up so far.
+TOLERANCE = 0.02
+# A code that is rounded the other way is off by a step of e4m3fn, 2^-3 of its value at most.
+SWIGLU_TOLERANCE = 0.04
+
+
+def cases(rows: Sequence[int]) -> Iterator[Case]:
+    """Every linear of every model; gate_proj also together with up_proj, down_proj also with the
+    scales that `swiglu` gives."""
+    for linear, layout, m in itertools.product(linears(), LAYOUTS, rows):
+        yield matmul(linear, m, layout)
+        if linear.name == "down_proj":
+            yield matmul(linear, m, layout, x_grouped=True)
+        if linear.name == "gate_proj":
+            yield swiglu(linear, m, layout)
+
+
+def tiny_cases() -> Iterator[Case]:
+    """For the simulator."""
+    tiny = Linear("tiny", 1, "linear", 256, 384)
+    yield matmul(tiny, 1, "row")
+    yield matmul(tiny, 65, "block")
+    yield matmul(tiny, 130, "row", x_grouped=True)
+    yield swiglu(tiny, 65, "row")
+
+
+def matmul(linear: Linear, m: int, layout: Layout, *, x_grouped: bool = False) -> Case:
+    """x [m, k] with a scale per row or, x_grouped, per row and 128 columns; a bfloat16 result."""
+    return _case(
+        linear, m, layout, weights=1, x_grouped=x_grouped,
+        kernel="fp8_matmul", after=" after swiglu" if x_grouped else "",
+        result_bytes=m * linear.n * BF16.itemsize,
+        run=partial(hopper.fp8_matmul, out_dtype=BF16),
+        xla=partial(xla.fp8_matmul, out_dtype=BF16),
+        reference=partial(reference.fp8_matmul, out_dtype=FLOAT32),
+        value=lambda y: y,
+        tolerance=TOLERANCE,
+    )  # fmt: skip
+
+
+def swiglu(linear: Linear, m: int, layout: Layout) -> Case:
+    """linear: gate_proj, and an up_proj like it."""
+    return _case(
+        linear, m, layout, weights=2, x_grouped=False,
+        kernel="fp8_swiglu", after=" swiglu",
+        result_bytes=m * linear.n + m * linear.n // BLOCK * FLOAT32.itemsize,
+        run=hopper.swiglu,
+        xla=xla.swiglu,
+        reference=reference.swiglu,
+        value=lambda y: reference.dequantize_activations(*y),
+        tolerance=SWIGLU_TOLERANCE,
+    )  # fmt: skip
+
+
+def _case(
+    linear: Linear,
+    m: int,
+    layout: Layout,
+    *,
+    weights: int,
+    x_grouped: bool,
+    after: str,
+    result_bytes: int,
+    **rest: Any,
+) -> Case:
+    n, k = linear.n, linear.k
+    promote = x_grouped or layout == "block"
+    weight_scale = (n,) if layout == "row" else (-(-n // BLOCK), k // BLOCK)
+    x_scale = (m, k // BLOCK if x_grouped else 1)
+
+    def arguments(key: Array) -> tuple[Array, ...]:
+        """x, a weight and its scale or two, x_scale; results of order 1."""
+        keys = iter(jax.random.split(key, 6))
+
+        def codes(*shape: int) -> Array:
+            return e4m3.cast(32 * jax.random.normal(next(keys), shape, BF16))
+
+        def scale(*shape: int) -> Array:
+            size = k**-0.25 / 32
+            return jax.random.uniform(next(keys), shape, minval=size / 2, maxval=size * 2)
+
+        x = codes(m, k)
+        pairs = [(codes(n, k), scale(*weight_scale)) for _ in range(weights)]
+        return x, *itertools.chain(*pairs), scale(*x_scale)
+
+    structs = jax.eval_shape(arguments, jax.random.key(0))
+    return Case(
+        problem=hopper.tuned_as(m, n, k, promote=promote),
+        name=f"{linear} m={m} {layout}{after}",
+        operations=2 * m * n * k * weights,
+        bytes=sum(each.size * each.dtype.itemsize for each in structs) + result_bytes,
+        peak=FP8_OPERATIONS_PER_SECOND,
+        arguments=arguments,
+        configs=_configs(m, promote=promote, weights=weights),
+        **rest,
+    )
+
+
+def _configs(m: int, *, promote: bool, weights: int) -> list[Config]:
+    """What may be fastest: each tile with the deepest ring that fits, and the deepest one whose
+    slots a mask finds."""
+    tiles = itertools.product((64, 128), (64, 128, 256), (1, 2))
+    found = []
+    for tile_m, tile_n, cluster in tiles:
+        if (tile_m == 64 and m > 64) or (cluster == 2 and m <= tile_m):
+            continue
+        deepest = hopper.most_stages(tile_m, tile_n, weights)
+        for stages in {deepest, 1 << deepest.bit_length() - 1}:
+            config = Config(tile_m, tile_n, stages, cluster)
+            if hopper.unfit(config, promote=promote, weights=weights) is None:
+                found.append(config)
+    return found
