@@ -61,23 +61,27 @@ IDS = np.random.default_rng(6).integers(0, 96, (2, 11))
 HEAD = 8  # the size of one
 
 
+def hf_name(name: str) -> str:
+    stem = name.removesuffix(".weight").replace("tok_embeddings", "embed_tokens")
+    if stem.startswith("layers."):
+        for meta, hf in HF_NAMES.items():
+            stem = stem.replace(meta, hf)
+    return "lm_head.weight" if stem == "output" else f"model.{stem}.weight"
+
+
 def as_hugging_face(arrays: Arrays) -> Arrays:
     """The same model under Hugging Face's names: row j and row j + d / 2 of a head of q and k are
     what Meta rotates as row 2j and row 2j + 1."""
     renamed = {}
     for name, array in arrays.items():
-        stem = name.removesuffix(".weight")
-        if stem.endswith(("wq", "wk")):
+        if name.endswith(("wq.weight", "wk.weight")):
             rows = [
                 array[head * HEAD + 2 * (j % (HEAD // 2)) + j // (HEAD // 2)]
                 for head in range(len(array) // HEAD)
                 for j in range(HEAD)
             ]
             array = np.stack(rows)
-        for meta, hf in HF_NAMES.items():
-            stem = stem.replace(meta, hf) if stem.startswith("layers.") else stem
-        stem = stem.replace("tok_embeddings", "embed_tokens")
-        renamed["lm_head.weight" if stem == "output" else f"model.{stem}.weight"] = array
+        renamed[hf_name(name)] = array
     return renamed
 
 
@@ -712,3 +716,48 @@ def test_gptq_and_awq_are_told_by_their_tensors(tmp_path: Path) -> None:
     arrays["model.layers.0.mlp.up_proj.qweight"] = np.ones((8, 160), np.int32)
     with pytest.raises(CheckpointError, match=r"GPTQ or AWQ .* not supported. Take an FP8"):
         planned(tiny.write(tmp_path, arrays))
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_torch_saves_computes_what_transformers_computes(
+    tmp_path: Path, count: int, fp8: bool
+) -> None:
+    """Torch puts the parts together and permutes with its own operations."""
+    import torch
+    from transformers import LlamaConfig as HFConfig
+    from transformers import LlamaForCausalLM
+
+    def as_torch(array: np.ndarray) -> Any:
+        kinds = {"bfloat16": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
+        return torch.from_numpy(array.astype(np.float32)).to(
+            kinds.get(array.dtype.name, torch.float32)
+        )
+
+    parts = tiny.meta_parts(tiny.meta(), count)
+    scales = tiny.meta_fp8(parts) if fp8 else []
+    source = tiny.write_meta(tmp_path / "s", parts)
+    for rank, part in enumerate(parts):
+        state = {name: as_torch(array) for name, array in part.items()}
+        torch.save(state, source / f"consolidated.{rank:02d}.pth")
+    for rank, part in enumerate(scales):
+        state = {name: as_torch(array) for name, array in part.items()}
+        torch.save(state, source / f"fp8_scales_{rank}.pt")
+
+    values = dequantized(parts, scales) if fp8 else in_float64(parts)
+    state = {}
+    for name in values[0]:
+        split = [torch.from_numpy(part[name]).float() for part in values]
+        by_columns = name.split(".")[-2] in ("wo", "w2")
+        whole = torch.cat(split, dim=int(by_columns)) if split[0].ndim == 2 else split[0]
+        if name.endswith(("wq.weight", "wk.weight")):
+            pairs = whole.view(-1, HEAD // 2, 2, whole.shape[1])
+            whole = pairs.transpose(1, 2).reshape(whole.shape)
+        state[hf_name(name)] = whole
+    config = read_source(source).config
+    model = LlamaForCausalLM(HFConfig(**config.to_hf(), attn_implementation="eager")).float()
+    model.load_state_dict(state)
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(IDS)).logits.numpy()
+    np.testing.assert_allclose(our_logits(source, tmp_path / "o"), theirs, atol=1e-4)
