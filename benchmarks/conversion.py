@@ -1,10 +1,11 @@
-"""Conversion against `cp`: python benchmarks/conversion.py [--layers N] [--directory DIR] [--json]
+"""Conversion against `cp`: python benchmarks/conversion.py [--layers N] [--directory DIR]
 
 Writes checkpoints of Llama 3.1 8B's shapes with random numbers (bfloat16, 16 GB, and FriendliAI's
 FP8, 9 GB; fewer layers make them smaller), then copies and converts each in turn, and deletes
 everything. `cp` is followed by a sync, as the conversion is. Before each, the source is put out of
-the page cache. Times are medians; the peak is memory above that of the interpreter with JAX
-imported, mapped files included.
+the page cache. Times are medians; the ratio is that of each pair, its median too. The peak is
+memory above that of the interpreter with JAX imported, mapped files included. The load is that of
+the machine, by all its processes, averaged over the minute before each conversion ends.
 """
 
 import argparse
@@ -19,21 +20,20 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from flax import traverse_util
-from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
 
 from converters.dialects.layout import LazyArray, constant, is_linear, source_name
 from converters.pipeline import convert
 from converters.safetensors_writer import write_checkpoint
 from converters.writing import byte_progress, check_space
+from llama_jax.bench import environment
 from llama_jax.config import PRESETS, LlamaConfig
 from llama_jax.model import ModelSpec, abstract_params
 
@@ -44,6 +44,24 @@ CASES: Mapping[str, tuple[bool, str | None]] = {
     "FP8": (True, None),
     "bfloat16 to FP8, rows": (False, "row"),
 }
+
+
+@dataclass(frozen=True)
+class Result:
+    """The seconds of each run, in the order they were made, and the most memory of any."""
+
+    source_bytes: int
+    cp_seconds: list[float]
+    convert_seconds: list[float]
+    peak_bytes: int
+    load: float
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(
+            ours / theirs
+            for ours, theirs in zip(self.convert_seconds, self.cp_seconds, strict=True)
+        )
 
 
 def tensors(config: LlamaConfig, fp8: bool) -> dict[str, LazyArray]:
@@ -123,10 +141,10 @@ def evict(directory: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(source: Path, quantize: str | None, repeats: int) -> dict[str, float]:
+def measure(source: Path, quantize: str | None, repeats: int) -> Result:
     """Medians of interleaved runs; each conversion in a process of its own."""
     target = source.with_name("target")
-    copies, conversions, peaks = [], [], []
+    copies, conversions, peaks, loads = [], [], [], []
     for _ in range(repeats):
         evict(source)
         copies.append(copy(source, target))
@@ -136,13 +154,37 @@ def measure(source: Path, quantize: str | None, repeats: int) -> dict[str, float
             seconds, peak = pool.apply(converted, (source, target, quantize))
         conversions.append(seconds)
         peaks.append(peak)
+        loads.append(os.getloadavg()[0])
         shutil.rmtree(target)
-    return {
-        "source_bytes": sum(path.stat().st_size for path in source.iterdir()),
-        "cp_seconds": statistics.median(copies),
-        "convert_seconds": statistics.median(conversions),
-        "peak_bytes": max(peaks),
-    }
+    return Result(
+        source_bytes=sum(path.stat().st_size for path in source.iterdir()),
+        cp_seconds=copies,
+        convert_seconds=conversions,
+        peak_bytes=max(peaks),
+        load=statistics.median(loads),
+    )
+
+
+def table(results: Mapping[str, Result]) -> str:
+    """In Markdown."""
+    lines = [
+        "| source | size | `cp` | convert | rate | ratio | peak memory | load |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in results.items():
+        seconds = statistics.median(found.convert_seconds)
+        cells = (
+            name,
+            decimal(found.source_bytes),
+            f"{statistics.median(found.cp_seconds):.1f} s",
+            f"{seconds:.1f} s",
+            f"{decimal(int(found.source_bytes / seconds))}/s",
+            f"{found.ratio:.2f}",
+            decimal(found.peak_bytes),
+            f"{found.load:.1f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -153,7 +195,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=Path("."), help="the disk to measure")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", choices=CASES, action="append", help="may be repeated")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--save", type=Path, help="a directory for conversion.json and .md")
     options = parser.parse_args()
     config = replace(PRESETS["llama-3.1-8b"], num_layers=options.layers)
     results = {}
@@ -161,22 +203,28 @@ def main() -> None:
         fp8, quantize = CASES[name]
         with generated(options.directory.resolve(), config, fp8) as source:
             results[name] = measure(source, quantize, options.repeats)
-    if options.json:
-        print(json.dumps({"layers": options.layers, "results": results}))
-        return
-    table = Table("source", "size", "cp", "convert", "rate", "ratio", "peak memory")
-    for name, row in results.items():
-        seconds = row["convert_seconds"]
-        table.add_row(
-            name,
-            decimal(int(row["source_bytes"])),
-            f"{row['cp_seconds']:.1f} s",
-            f"{seconds:.1f} s",
-            f"{decimal(int(row['source_bytes'] / seconds))}/s",
-            f"{seconds / row['cp_seconds']:.2f}",
-            decimal(int(row["peak_bytes"])),
+    machine = environment()
+    text = (
+        f"{machine.device}, {machine.cpu_count} cores; Python {machine.python}, numpy "
+        f"{np.__version__}; runs of both in turn.\n\n"
+        f"{table(results)}\n"
+    )
+    print(text)
+    if options.save:
+        command = (
+            f"python benchmarks/conversion.py --layers {options.layers} --repeats {options.repeats}"
         )
-    Console().print(table)
+        record = {
+            "command": command,
+            "layers": options.layers,
+            "environment": vars(machine),
+            "results": {name: asdict(found) for name, found in results.items()},
+        }
+        options.save.mkdir(parents=True, exist_ok=True)
+        (options.save / "conversion.json").write_text(json.dumps(record, indent=1) + "\n")
+        (options.save / "conversion.md").write_text(
+            f"# Conversion against `cp`\n\n`{command}`\n\n{text}"
+        )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ Shape = tuple[int, ...]
 Advance = Callable[[int], None]
 
 # Files are written, and checked, by as many threads as this; each holds a few pieces of an array.
-WORKERS = min(8, os.cpu_count() or 1)
+# Twice the cores, since a thread waits for the disk half of its time; memory grows with the number.
+WORKERS = min(8, 2 * (os.cpu_count() or 1))
 _METADATA = "zarr.json"
 _PIECE_BYTES = 4 * 1024 * 1024
 _MIN_CHUNK = 128

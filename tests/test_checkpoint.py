@@ -10,9 +10,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from converters.pipeline import convert
-from llama_jax import checkpoint, cli
+from llama_jax import checkpoint
 from llama_jax.checkpoint import CheckpointError, load_params, read_manifest
-from llama_jax.cli import output
 from llama_jax.model import Llama, ModelSpec, abstract_params
 from pallas_kernels import e4m3
 from tests import tiny_checkpoints as tiny
@@ -176,28 +175,6 @@ def test_verify_names_what_is_damaged_missing_or_extra(directory: Path) -> None:
         "notes.txt": "extra",
         "params/norm.weight/1": "extra",
     }
-
-
-def test_the_command_verify(
-    directory: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(output.stdout, "width", 200)
-
-    def run(*options: str) -> tuple[object, str]:
-        with pytest.raises(SystemExit) as ended:
-            cli.main(["verify", str(directory), *options])
-        return ended.value.code, capsys.readouterr().out
-
-    assert run()[0] == 0
-    code, out = run("--json")
-    assert code == 0 and json.loads(out)["sound"] is True
-    flip(directory / "params" / "norm.weight" / "0", 3)
-    code, out = run()
-    assert code == 1 and "damaged" in out and "params/norm.weight" in out
-    code, out = run("--json")
-    assert code == 1 and json.loads(out)["problems"] == {"params/norm.weight": "damaged"}
-    (directory / "manifest.json").unlink()
-    assert run()[0] == 2
 
 
 def test_orbax_is_given_room_for_the_largest_array() -> None:

@@ -25,7 +25,6 @@ from converters.orbax_to_hf import main
 from converters.pipeline import convert
 from converters.safetensors_reader import read_checkpoint, read_rows
 from converters.safetensors_writer import write_checkpoint
-from llama_jax import cli
 from llama_jax.checkpoint import MANIFEST, CheckpointError, read_manifest
 from llama_jax.config import PRESETS, LlamaConfig
 from llama_jax.fp8 import WeightFormat
@@ -366,20 +365,3 @@ def test_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(typer.Exit):
         main(source, tmp_path / "fp8", "fp8")
     assert "no FP8 weights" in capsys.readouterr().err
-
-
-def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = tiny.write(tmp_path / "source", tiny.friendli(), tiny.FRIENDLI_03)
-    arguments = ["export", str(source), str(tmp_path / "out"), "--format", "fp8"]
-    with pytest.raises(SystemExit) as ended:
-        cli.main([*arguments, "--json"])
-    assert not ended.value.code
-    report = json.loads(capsys.readouterr().out)
-    assert report["shards"] == ["model.safetensors"] and report["format"] == "fp8"
-    assert report["total_bytes"] == sum(a.nbytes for a in tensors(tmp_path / "out").values())
-    with pytest.raises(SystemExit) as ended:
-        cli.main([*arguments, "--overwrite"])
-    assert not ended.value.code and "model.safetensors" in capsys.readouterr().out
-    with pytest.raises(SystemExit) as ended:
-        cli.main(arguments)
-    assert ended.value.code == 2 and "exists already" in capsys.readouterr().err

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,18 +26,20 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class _Kind:
-    """The modules of one name, such as all q_proj: how most are stored, and which are not so.
+    """The modules of one name and one format, such as all q_proj or those of a few layers.
 
-    shape: of the weight. bytes: of all of them, scales included. exceptions: format to paths.
-    weight_scale, input_scale: the smallest and the largest, None without any.
+    layers: where they are, () for a module that is not in a layer; everywhere: whether no module of
+    this name is stored in another way. shape: of the weight. bytes: of all of them, scales
+    included. weight_scale, input_scale: the smallest and the largest, None without any.
     """
 
     name: str
+    format: str
+    layers: tuple[int, ...]
+    everywhere: bool
     count: int
     shape: tuple[int, ...]
-    format: str
     bytes: int
-    exceptions: Mapping[str, list[str]]
     weight_scale: Range | None
     input_scale: Range | None
 
@@ -145,31 +147,34 @@ def _facts(
 
 
 def _kinds(plan: "Plan") -> list[_Kind]:
-    groups: dict[str, list[str]] = {}
-    for path in plan.modules:
-        groups.setdefault(path.rpartition("/")[2], []).append(path)
+    """The largest first."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for path, module in plan.modules.items():
+        groups.setdefault((path.rpartition("/")[2], _words(module)), []).append(path)
+    names = Counter(name for name, _ in groups)
     kinds = []
-    for name, paths in groups.items():
+    for (name, stored), paths in groups.items():
         modules = [plan.modules[path] for path in paths]
-        formats = [_words(module) for module in modules]
-        usual, _ = Counter(formats).most_common(1)[0]
-        exceptions: dict[str, list[str]] = {}
-        for path, stored in zip(paths, formats, strict=True):
-            if stored != usual:
-                exceptions.setdefault(stored, []).append(path)
         kinds.append(
             _Kind(
                 name,
+                stored,
+                tuple(layer for path in paths if (layer := _layer(path)) is not None),
+                names[name] == 1,
                 len(paths),
                 modules[0].arrays["weight"].shape,
-                usual,
                 sum(array.nbytes for module in modules for array in module.arrays.values()),
-                exceptions,
                 _scale_range(modules, "weight_scale"),
                 _scale_range(modules, "input_scale"),
             )
         )
     return sorted(kinds, key=lambda kind: -kind.bytes)
+
+
+def _layer(path: str) -> int | None:
+    """The number of the layer that a module is in."""
+    layer, _, rest = path.partition("/")
+    return int(layer.removeprefix("layers_")) if rest else None
 
 
 def _words(module: "Module") -> str:
@@ -245,7 +250,10 @@ def _render(checkpoint: "Opened", facts: Mapping[str, Any], plan: "MemoryPlan") 
         "tokenizer": _tokenizer_words(facts["tokenizer"]),
     }
     stdout.print(key_value_table(facts["path"], rows))
-    stdout.print(_weights_table(facts["modules"]))
+    for title, table in _weights_tables(facts["modules"]):
+        stdout.print(f"\n[bold]{title}[/bold]", highlight=False)
+        stdout.print(table)
+    stdout.print()
     stdout.print(plan)
     stdout.print(_capacity_table(facts["memory"]["capacity"], plan))
     verdict = (
@@ -276,18 +284,21 @@ def _where(paths: Sequence[str]) -> str:
     """Module paths in few words: "q_proj in layers 0, 31; lm_head"."""
     layers: dict[str, list[int]] = {}
     for path in paths:
-        layer, _, rest = path.partition("/")
-        found = layers.setdefault(rest.rpartition("/")[2] or path, [])
-        if rest:
-            found.append(int(layer.removeprefix("layers_")))
+        found = layers.setdefault(path.rpartition("/")[2], [])
+        layer = _layer(path)
+        if layer is not None:
+            found.append(layer)
     by_layers: dict[str, list[str]] = {}
     for name, numbers in layers.items():
-        by_layers.setdefault(_runs(numbers), []).append(name)
-    return "; ".join(
-        ", ".join(names)
-        + (f" in layer{'s' if set(runs) & set(',-') else ''} {runs}" if runs else "")
-        for runs, names in by_layers.items()
-    )
+        by_layers.setdefault(_in_layers(numbers), []).append(name)
+    return "; ".join(", ".join(names) + found for found, names in by_layers.items())
+
+
+def _in_layers(numbers: Sequence[int]) -> str:
+    """ " in layers 0, 2-30"; nothing for no layer."""
+    if not numbers:
+        return ""
+    return f" in layer{'s' if len(numbers) > 1 else ''} {_runs(numbers)}"
 
 
 def _runs(numbers: Sequence[int]) -> str:
@@ -308,10 +319,8 @@ def _kv_words(scales: tuple[tuple[float, float], ...] | None) -> str:
     return f"k {_span((min(k), max(k)))}, v {_span((min(v), max(v)))} in {len(scales)} layers"
 
 
-def _span(found: Range | None) -> str:
-    if found is None:
-        return ""
-    low, high = (f"{each:.3g}" for each in found)
+def _span(found: Range) -> str:
+    low, high = (f"{each:.2g}" for each in found)
     return low if low == high else f"{low} to {high}"
 
 
@@ -325,27 +334,30 @@ def _tokenizer_words(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _weights_table(kinds: Iterable[Mapping[str, Any]]) -> Table:
-    table = Table(title="Weights", title_justify="left")
-    table.add_column("module", no_wrap=True)
-    for column in ("count", "shape"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for column in ("stored as", "scales", "input scales"):
-        table.add_column(column)
-    table.add_column("size", justify="right", no_wrap=True)
+def _weights_tables(kinds: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Table]]:
+    """One for each format, with a title that says what its weights have in common."""
+    by_format: dict[str, list[Mapping[str, Any]]] = {}
     for kind in kinds:
-        table.add_row(
-            kind["name"],
-            str(kind["count"]),
-            " x ".join(map(str, kind["shape"])),
-            kind["format"],
-            _span(kind["weight_scale"]),
-            _span(kind["input_scale"]),
-            decimal(kind["bytes"]),
-        )
-        for stored, paths in kind["exceptions"].items():
-            table.add_row("", f"of them {len(paths)}", "", f"{stored}: {_where(paths)}")
-    return table
+        by_format.setdefault(kind["format"], []).append(kind)
+    for stored, group in by_format.items():
+        size = decimal(sum(kind["bytes"] for kind in group))
+        title = f"{sum(kind['count'] for kind in group)} x {stored}: {size}"
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        table.add_column("module")
+        for column in ("count", "shape", "size"):
+            table.add_column(column, justify="right", no_wrap=True)
+        scales = [name for name in ("weight_scale", "input_scale") if group[0][name]]
+        for name in scales:
+            table.add_column(f"{name.replace('_', ' ')}s")
+        for kind in group:
+            table.add_row(
+                kind["name"] + ("" if kind["everywhere"] else _in_layers(kind["layers"])),
+                str(kind["count"]),
+                " x ".join(map(str, kind["shape"])),
+                decimal(kind["bytes"]),
+                *(_span(kind[name]) for name in scales),
+            )
+        yield title, table
 
 
 def _capacity_table(capacities: Mapping[str, Mapping[str, int]], plan: "MemoryPlan") -> Table:

@@ -45,9 +45,10 @@ def verify(
             }
         )
     elif problems:
-        table = Table("problem", "where", title=f"{directory} is not sound", title_justify="left")
+        table = Table("problem", "where")
         for path, damage in problems.items():
             table.add_row(damage, path)
+        stdout.print(f"{directory} is not sound", soft_wrap=True)
         stdout.print(table)
         stdout.print("Convert the checkpoint again, or remove what is extra.")
     else:
