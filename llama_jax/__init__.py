@@ -13,19 +13,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llama_jax.config import PRESETS, LlamaConfig
     from llama_jax.llm import LLM
-    from llama_jax.results import Generation, Piece, Score, Timings, TokenLogprob
+    from llama_jax.results import (
+        Generation,
+        Perplexity,
+        Piece,
+        Ranking,
+        Score,
+        Timings,
+        TokenLogprob,
+    )
     from llama_jax.sampling import SamplingParams
     from llama_jax.tools import ToolCall
 
 _HOMES = {
     "LLM": "llm", "PRESETS": "config", "LlamaConfig": "config", "SamplingParams": "sampling",
-    "Generation": "results", "Piece": "results", "Score": "results", "Timings": "results",
-    "TokenLogprob": "results", "ToolCall": "tools",
+    "Generation": "results", "Perplexity": "results", "Piece": "results", "Ranking": "results",
+    "Score": "results", "Timings": "results", "TokenLogprob": "results", "ToolCall": "tools",
 }  # fmt: skip
 
 __all__ = [
-    "LLM", "PRESETS", "Generation", "LlamaConfig", "Piece", "SamplingParams", "Score", "Timings",
-    "TokenLogprob", "ToolCall",
+    "LLM", "PRESETS", "Generation", "LlamaConfig", "Perplexity", "Piece", "Ranking",
+    "SamplingParams", "Score", "Timings", "TokenLogprob", "ToolCall",
 ]  # fmt: skip
 
 

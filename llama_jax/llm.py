@@ -1,6 +1,6 @@
 """`LLM`: a loaded model with its tokenizer. Text in, text and numbers out."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -18,8 +18,24 @@ from llama_jax.kv_cache import KVDtype, storage_dtype
 from llama_jax.memory import plan_memory
 from llama_jax.model import Activations, ModelSpec, Params
 from llama_jax.request import Request
-from llama_jax.results import Generation, Piece, Score, Timings, TokenLogprob
+from llama_jax.results import (
+    Generation,
+    Perplexity,
+    Piece,
+    Ranking,
+    Score,
+    Timings,
+    TokenLogprob,
+)
 from llama_jax.sampling import SamplingParams, check_ids
+from llama_jax.scoring import (
+    Question,
+    answers,
+    perplexity_of,
+    rolling_windows,
+    score_of,
+    score_request,
+)
 from llama_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from llama_jax.tools import parse_tool_calls
 
@@ -224,17 +240,85 @@ class LLM:
         separately otherwise, so a completion's tokens are always whole. A prompt may be empty
         where the model has a BOS token. Token ids are taken as they are.
         """
-        single = isinstance(prompts, str) or bool(prompts and isinstance(prompts[0], int))
+        single = _is_prompt(prompts)
         if single:
             prompts, completions = [prompts], [completions]
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions")
-        pairs = [self.pair_ids(*pair) for pair in zip(prompts, completions, strict=True)]
-        requests = [Request(whole, wanted="logprobs", score_from=start) for whole, start in pairs]
-        for _ in self.engine.run(requests):
-            pass
-        results = [_score_of(request) for request in requests]
+        results = self._answers(map(self.score_question, prompts, completions))
         return results[0] if single else results
+
+    @overload
+    def rank(self, prompts: Prompt, labels: Sequence[Prompt]) -> Ranking: ...  # type: ignore[overload-overlap]
+    @overload
+    def rank(self, prompts: Sequence[Prompt], labels: Sequence[Prompt]) -> list[Ranking]: ...
+    def rank(self, prompts, labels):  # type: ignore[no-untyped-def]
+        """Which of `labels` is likeliest after a prompt: one `Ranking`, or a list for a list.
+
+        labels: texts or token ids, the same for all prompts, tokenised as `score` does. What the
+        labels have in common, the prompt above all, is computed once.
+        """
+        single = _is_prompt(prompts)
+        given = [prompts] if single else prompts
+        results = self._answers(self.rank_question(prompt, labels) for prompt in given)
+        return results[0] if single else results
+
+    @overload
+    def perplexity(  # type: ignore[overload-overlap]
+        self, texts: Prompt, *, window: int | None = None, stride: int | None = None
+    ) -> Perplexity: ...
+    @overload
+    def perplexity(
+        self, texts: Sequence[Prompt], *, window: int | None = None, stride: int | None = None
+    ) -> list[Perplexity]: ...
+    def perplexity(self, texts, *, window=None, stride=None):  # type: ignore[no-untyped-def]
+        """How well the model predicts a text of any length: one `Perplexity`, or a list for a list.
+
+        A str is scored whole, after a BOS token; of token ids the first only gives context.
+        window: tokens that are looked at together, at most and by default `max_seq_len`.
+        stride: how many new tokens each window but the first scores; the others are context, so a
+            small one is slow and gives the lower perplexity. By default window - 1, as in lm-eval's
+            rolling loglikelihood: hardly a token is computed twice. See `scoring.rolling_windows`.
+        """
+        single = _is_prompt(texts)
+        given = [texts] if single else texts
+        results = self._answers(self.perplexity_question(text, window, stride) for text in given)
+        return results[0] if single else results
+
+    def score_question(self, prompt: Prompt, completion: Prompt) -> Question[Score]:
+        """What `score` asks, for `scoring.answers`: for more texts than fit in memory."""
+        request = score_request(*self.pair_ids(prompt, completion))
+        return Question((request,), lambda requests: score_of(requests[0]))
+
+    def rank_question(self, prompt: Prompt, labels: Sequence[Prompt]) -> Question[Ranking]:
+        """What `rank` asks, see `score_question`."""
+        if isinstance(labels, str) or not labels:
+            raise ValueError(f"labels must be a list of at least one, got {labels!r}")
+        requests = [score_request(*self.pair_ids(prompt, label)) for label in labels]
+        return Question(tuple(requests), lambda done: Ranking(tuple(map(score_of, done))))
+
+    def perplexity_question(
+        self, text: Prompt, window: int | None = None, stride: int | None = None
+    ) -> Question[Perplexity]:
+        """What `perplexity` asks, see `score_question`."""
+        window = self.max_seq_len if window is None else window
+        stride = window - 1 if stride is None else stride
+        if window > self.max_seq_len:
+            raise ValueError(f"window {window} is longer than max_seq_len, {self.max_seq_len}")
+        if isinstance(text, str):
+            ids, read = self.tokenizer.encode(text, bos=True), text
+        else:
+            ids, read = list(text), self.tokenizer.decode(text[1:])
+        check_ids("text", ids, self.spec.config.vocab_size)
+        windows = rolling_windows(len(ids), window, stride)
+        requests = [score_request(ids[begin:end], first - begin) for begin, first, end in windows]
+        if not requests:
+            raise ValueError(f"the text {text!r} has no token to score")
+        return Question(tuple(requests), lambda done: perplexity_of(done, read))
+
+    def _answers[T](self, questions: Iterable[Question[T]]) -> list[T]:
+        # Mistakes in any question come before the first is asked.
+        return list(answers(self.engine, list(questions)))
 
     def pair_ids(self, prompt: Prompt, completion: Prompt) -> tuple[list[int], int]:
         """Token ids of prompt and completion together, as `score` takes them, and where the
@@ -383,14 +467,9 @@ class LLM:
         return list(ids)
 
 
-def _score_of(request: Request) -> Score:
-    logprobs = request.prompt_logprobs
-    return Score(
-        token_ids=tuple(request.prompt[request.score_from :]),
-        logprobs=tuple(logprobs.tolist()),
-        total=float(logprobs.sum(dtype=np.float64)),
-        is_greedy=bool(request.prompt_is_likeliest.all()),
-    )
+def _is_prompt(value: Prompt | Sequence[Prompt]) -> bool:
+    """Whether this is one prompt rather than a list of them."""
+    return isinstance(value, str) or bool(len(value) and isinstance(value[0], int | np.integer))
 
 
 def _default_sampling(generation: Mapping[str, Any]) -> SamplingParams:

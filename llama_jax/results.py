@@ -1,5 +1,6 @@
 """What the calls of `LLM` return."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,4 +73,61 @@ class Score:
     @property
     def perplexity(self) -> float:
         """exp of the mean negative logprob per token."""
-        return float(np.exp(-self.total / len(self.logprobs)))
+        return _perplexity(self.total, len(self.logprobs))
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How likely each of several completions is after the same prompt: `scores`, in their order."""
+
+    scores: tuple[Score, ...]
+
+    @property
+    def probabilities(self) -> tuple[float, ...]:
+        """Of each completion, if it has to be one of them: they sum to 1."""
+        totals = np.array([score.total for score in self.scores])
+        weights = np.exp(totals - totals.max())
+        return tuple((weights / weights.sum()).tolist())
+
+    @property
+    def best(self) -> int:
+        """Which is the likeliest."""
+        return int(np.argmax([score.total for score in self.scores]))
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well the model predicts a text.
+
+    token_ids and logprobs (natural log): one per token that was scored; total: the logprobs' sum.
+    num_bytes, num_words: of the text, in UTF-8 and between white space. Figures per byte and per
+    word can be compared between tokenizers.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    total: float
+    num_bytes: int
+    num_words: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative logprob per token."""
+        return _perplexity(self.total, len(self.logprobs))
+
+    @property
+    def byte_perplexity(self) -> float:
+        return _perplexity(self.total, self.num_bytes)
+
+    @property
+    def word_perplexity(self) -> float:
+        """nan for a text without words."""
+        return _perplexity(self.total, self.num_words)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return -self.total / self.num_bytes / math.log(2)
+
+
+def _perplexity(total: float, count: int) -> float:
+    return float(np.exp(-total / count)) if count else math.nan
