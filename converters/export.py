@@ -70,6 +70,7 @@ def export(
     directory, target = Path(source).resolve(), Path(target).absolute()
     check_paths(directory, target, overwrite, "an export of llama-jax", _is_export)
     opened = open_checkpoint(directory)
+    tokenizer_paths = opened.tokenizer_paths()
     config = opened.config.to_hf() | {_MARK: package_version()}
     if format == "fp8":
         tensors, config["quantization_config"] = compressed_tensors(opened.plan)
@@ -86,8 +87,8 @@ def export(
             _write_json(work / "config.json", config)
             if opened.generation:
                 _write_json(work / "generation_config.json", opened.generation)
-            for name in opened.tokenizer_files:
-                shutil.copyfile(directory / name, work / name)
+            for path in tokenizer_paths:
+                shutil.copyfile(path, work / path.name)
     return Exported(total, shards, opened.tokenizer_files)
 
 

@@ -34,9 +34,9 @@ def main(
     source: Annotated[Path, typer.Argument(help="Directory to read.")],
     target: Annotated[Path, typer.Argument(help="Directory to make.")],
     quantize: Annotated[
-        Literal["row", "block"] | None,
+        Literal["row", "tensor", "block"] | None,
         typer.Option(
-            help="Quantise bf16/fp16 matrices to FP8, with a scale per output row or 128x128 block."
+            help="Quantise bf16/fp16 matrices to FP8: a scale per row, matrix or 128x128 block."
         ),
     ] = None,
     quantize_lm_head: Annotated[

@@ -8,6 +8,7 @@ from typing import Any
 from converters.dialects import make_plan
 from converters.dialects.layout import Plan
 from converters.orbax_reader import converted_plan
+from converters.safetensors_reader import shard_path
 from converters.source import read_source
 from llama_jax.checkpoint import MANIFEST, PARAMS, read_manifest
 from llama_jax.config import LlamaConfig
@@ -29,6 +30,10 @@ class Opened:
     generation: Mapping[str, Any]
     tokenizer_files: tuple[str, ...]
     weight_files: frozenset[Path]
+
+    def tokenizer_paths(self) -> list[Path]:
+        """The tokenizer's files; raises `CheckpointError` for one that lies outside `directory`."""
+        return [shard_path(self.directory.resolve(), name) for name in self.tokenizer_files]
 
     def spec(self, dtype: str = "bfloat16", activations: Activations = "bf16") -> ModelSpec:
         """The model that these parameters belong to."""

@@ -24,7 +24,6 @@ from converters.orbax_writer import tree_metadata
 from converters.quantization_report import REPORT
 from converters.quantize import Layout, QuantizeOptions, report
 from converters.quantize import quantize as quantize_checkpoint
-from converters.safetensors_reader import shard_path
 from converters.staging import staged
 from converters.writing import (
     byte_progress,
@@ -69,7 +68,7 @@ def convert(
     check_paths(directory, target, overwrite, "a converted checkpoint", _is_converted)
     options = _options(quantize, quantize_lm_head)
     opened = open_checkpoint(directory)
-    tokenizer_files = [shard_path(directory, name) for name in opened.tokenizer_files]
+    tokenizer_paths = opened.tokenizer_paths()
     original = plan = opened.plan
     if options:
         original, plan = quantize_checkpoint(opened, options, progress)
@@ -93,7 +92,7 @@ def convert(
         with full_disk_explained(target, manifest.total_bytes):
             with byte_progress(description, manifest.total_bytes, progress) as advance:
                 checksums = _write_modules(plan, work, recorded, advance)
-            for path in tokenizer_files:
+            for path in tokenizer_paths:
                 shutil.copyfile(path, work / path.name)
             for name, text in tree_metadata(_shapes(plan)).items():
                 (work / PARAMS / name).write_text(text)

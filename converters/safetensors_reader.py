@@ -172,14 +172,14 @@ def read_shards(
 
 
 def shard_path(directory: Path, name: str) -> Path:
-    """The file of a shard, refused where it leads out of the checkpoint.
+    """A shard, or another file of a checkpoint, refused where it leads out of the directory.
 
     directory: resolved. A link may stay inside it, or go to the `blobs` of the Hugging Face hub
     cache (`models--org--name/snapshots/<revision>/<file> -> ../../blobs/<hash>`).
     """
     if name != Path(name).name or name in ("", ".", "..") or not name.isprintable():
         raise CheckpointError(
-            f"the index of {directory} names the shard {name!r}; a plain file name is expected"
+            f"{directory} is said to hold a file {name!r}; a plain file name is expected"
         )
     path = directory / name
     allowed = [directory]

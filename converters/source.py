@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from converters.pth_reader import read_bin_checkpoint, read_consolidated
-from converters.safetensors_reader import StoredTensor, read_checkpoint, read_rows
+from converters.safetensors_reader import StoredTensor, read_checkpoint, read_rows, shard_path
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.config import PARAM_DTYPES, ConfigError, LlamaConfig
 from llama_jax.tokenizer import load_tokenizer
@@ -83,7 +83,10 @@ def read_source(directory: Path) -> Source:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises `CheckpointError` naming the file if it is none."""
+    """A JSON object from a file; raises `CheckpointError` naming the file if it is none, or if it
+    is a link that leads out of the directory."""
+    if path.is_symlink():
+        shard_path(path.parent.resolve(), path.name)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

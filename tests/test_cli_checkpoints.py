@@ -39,11 +39,12 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "friendli dynamic": lambda path: tiny.write(
         path, tiny.friendli(dynamic=True), tiny.FRIENDLI_DYNAMIC
     ),
+    "meta": lambda path: tiny.write_meta(path, tiny.meta_parts(tiny.meta(), 2)),
     **{name: partial(write_variant, name) for name in VARIANTS},
 }
 GENUINE = (
     "autofp8_static", "base_bf16", "ct_fp8_dynamic", "friendli_fmo03_fp8", "hf_fbgemm_fp8",
-    "hf_finegrained_fp8", "modelopt_fp8_kv",
+    "hf_finegrained_fp8", "meta_original_mp2", "modelopt_fp8_kv",
 )  # fmt: skip
 
 
@@ -243,8 +244,12 @@ def test_genuine_checkpoints_from_end_to_end(
     form = "fp8" if before["quantized"]["matrices"] else "bf16"
     facts(run, "export", tmp_path / "converted", tmp_path / "exported", "--format", form)
     after = facts(run, "inspect", tmp_path / "exported")
-    for key in ("config", "total_bytes", "quantized", "kv_scales", "tokenizer"):
+    for key in ("config", "total_bytes", "quantized", "kv_scales"):
         assert after[key] == before[key]
+    if name == "meta_original_mp2":  # which has none
+        assert "no tokenizer.json and no tokenizer.model" in after["tokenizer"]["error"]
+    else:
+        assert after["tokenizer"] == before["tokenizer"]
     assert after["dialect"] == ("compressed-tensors" if form == "fp8" else "dense")
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from flax import traverse_util
 
 from converters import journal, pipeline
 from converters.dialects.layout import LazyArray, piece_rows, source_name
+from converters.export import export
 from converters.pipeline import convert
 from converters.safetensors_writer import write_checkpoint
 from llama_jax import array_file
@@ -245,8 +247,36 @@ def test_links_and_nested_paths_are_refused(source: Path, tmp_path: Path) -> Non
     (copied / "tokenizer.json").symlink_to(secret / "key")
     with pytest.raises(CheckpointError, match="outside the checkpoint"):
         convert(copied, tmp_path / "q", progress=False)
+    with pytest.raises(CheckpointError, match="outside the checkpoint"):
+        export(copied, tmp_path / "q", "bf16", progress=False)
     assert contents(secret) == {"key": b"1234"}
     assert not (tmp_path / "q").exists() and not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_config_is_not_read_through_a_link_that_leads_out(
+    source: Path, tmp_path: Path, name: str
+) -> None:
+    copied = shutil.copytree(source, tmp_path / "s")
+    (copied / name).rename(tmp_path / name)
+    (copied / name).symlink_to(tmp_path / name)
+    with pytest.raises(CheckpointError, match="outside the checkpoint"):
+        convert(copied, tmp_path / "o", progress=False)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_manifest_cannot_name_files_elsewhere(whole: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(whole, tmp_path / "a" / "s")
+    (tmp_path / "a" / "secret").write_text("1234")
+    manifest = copied / "manifest.json"
+    manifest.write_text(
+        manifest.read_text().replace('"tokenizer.json"\n ]', '"tokenizer.json", "../secret"\n ]')
+    )
+    assert read_manifest(copied).tokenizer_files == ("tokenizer.json", "../secret")
+    for make in (convert, partial(export, format="bf16")):
+        with pytest.raises(CheckpointError, match="a plain file name is expected"):
+            make(copied, tmp_path / "b" / "o", progress=False)
+    assert not (tmp_path / "b").exists()
 
 
 def test_one_that_waits_takes_over_from_one_that_is_interrupted(
