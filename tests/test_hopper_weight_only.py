@@ -35,10 +35,10 @@ def simulate(x, weights, scales, config):
     ("m", "ns", "k", "kind", "config"),
     [
         (1, (128,), 512, ROW, Config(splits=2, stages=2)),
-        (7, (192, 60), 400, BLOCK, Config(splits=2, stages=3)),
-        (64, (136,), 384, ROW, Config(splits=2, stages=2)),
-        (64, (68, 128, 64), 256, ROW, Config(splits=1, stages=2, cluster=2)),
-        (33, (260, 128), 384, BLOCK, Config(splits=2, stages=2, cluster=2)),
+        (7, (192, 32), 512, BLOCK, Config(splits=2, stages=3)),
+        (64, (160,), 384, ROW, Config(splits=2, stages=2)),
+        (64, (96, 128, 64), 256, ROW, Config(splits=1, stages=2, cluster=2)),
+        (33, (288, 128), 384, BLOCK, Config(splits=2, stages=2, cluster=2)),
     ],
     ids=["1-row", "7-block-ragged", "64-row", "64-row-pairs-ragged", "33-block-pairs"],
 )
@@ -57,11 +57,11 @@ def test_every_code_times_any_bfloat16_is_exact():
     """Products with powers of two that float16 does not have, from code to result."""
     codes = np.arange(256, dtype=np.uint8).view(e4m3.DTYPE)
     codes = np.where(np.isnan(codes.astype(np.float32)), 0, codes.astype(np.float32))
-    weight = jnp.asarray(np.tile(codes.reshape(4, 64), 2), e4m3.DTYPE)
+    weight = jnp.asarray(np.tile(codes.reshape(4, 64), (8, 2)), e4m3.DTYPE)
     powers = 2.0 ** np.linspace(-100, 100, 64).round()
     x = jnp.asarray(np.concatenate([np.diag(powers), np.zeros((64, 64))], axis=1), BF16)
-    (y,) = simulate(x, [weight], [jnp.ones(4)], None)
-    np.testing.assert_array_equal(y, exact(x, weight, np.ones(4)))
+    (y,) = simulate(x, [weight], [jnp.ones(32)], None)
+    np.testing.assert_array_equal(y, exact(x, weight, np.ones(32)))
 
 
 @pytest.mark.parametrize("kind", [ROW, BLOCK])
@@ -127,14 +127,23 @@ def test_tuned_splits_serve_every_batch(monkeypatch):
         assert hopper_weight_only.configure(m, (4096,), 4096).splits == 4
 
 
-def test_few_multiprocessors_are_idle():
-    """Of a whole 8B's matrices, the busiest thread block reads at most 10 % more than the mean."""
-    for linear in shapes.linears():
-        if linear.model == "8B" and linear.tensor_parallel == 1 and linear.name != "k_proj":
-            tiles, steps = sum(-(-n // 128) for n in ns_of(linear)), linear.k // 128
-            splits = hopper_weight_only.configure(1, ns_of(linear), linear.k).splits
-            busiest = -(-tiles * splits // 132) * -(-steps // splits)
-            assert busiest <= 1.1 * tiles * steps / 132
+@pytest.mark.parametrize(
+    ("ns", "k"),
+    [
+        ((4096, 1024, 1024), 4096),
+        ((4096,), 4096),
+        ((14_336, 14_336), 4096),
+        ((4096,), 14_336),
+        ((128_256,), 4096),
+    ],
+    ids=["qkv", "o_proj", "gate_up", "down_proj", "lm_head"],
+)
+def test_few_multiprocessors_are_idle(ns, k):
+    """Of an 8B's launches, the busiest thread block reads at most 6 % more than the mean."""
+    tiles, steps = sum(-(-n // 128) for n in ns), k // 128
+    splits = hopper_weight_only.configure(1, ns, k).splits
+    busiest = -(-tiles * splits // 132) * -(-steps // splits)
+    assert busiest <= 1.06 * tiles * steps / 132
 
 
 @pytest.mark.parametrize(
@@ -144,23 +153,23 @@ def test_few_multiprocessors_are_idle():
         (1, 64, 256, (64,), (BF16, jnp.int8, BF16), "weight float8_e4m3fn"),
         (0, 64, 256, (64,), (BF16, e4m3.DTYPE, BF16), "1 to 64 rows, got 0"),
         (65, 64, 256, (64,), (BF16, e4m3.DTYPE, BF16), "1 to 64 rows, got 65"),
-        (1, 64, 264, (64,), (BF16, e4m3.DTYPE, BF16), "in = 264 must be a multiple of 16"),
-        (1, 66, 256, (66,), (BF16, e4m3.DTYPE, BF16), "out = 66 must be a multiple of 4"),
+        (1, 64, 192, (64,), (BF16, e4m3.DTYPE, BF16), "in = 192 must be a multiple of 128"),
+        (1, 72, 256, (72,), (BF16, e4m3.DTYPE, BF16), "out = 72 must be a multiple of 32"),
         (1, 64, 256, (64, 4), (BF16, e4m3.DTYPE, BF16), "neither per row nor per 128x128 block"),
         (1, 64, 256, (64,), (BF16, e4m3.DTYPE, jnp.dtype(jnp.float16)), "out_dtype"),
-        (64, 68, 272, (1, 3), (BF16, e4m3.DTYPE, F32), None),
+        (64, 96, 384, (1, 3), (BF16, e4m3.DTYPE, F32), None),
     ],
     ids=[
         "float32-x",
         "int8-weight",
         "no-rows",
         "65-rows",
-        "264-in",
-        "66-out",
+        "192-in",
+        "72-out",
         "grouped",
         "float16",
         "taken",
-    ],  # fmt: skip
+    ],
 )
 def test_refusals(m, n, k, scale, dtypes, reason):
     x, weight = jnp.zeros((m, k), dtypes[0]), jnp.zeros((n, k), dtypes[1])

@@ -39,7 +39,12 @@ WARPGROUP_ROWS = 64
 TILE_N = TILE_K = BLOCK
 # From this many rows of x on, loading it for each tile of the weight adds to L2's traffic.
 MIN_ROWS_TO_SHARE = 17
+TYPICAL_ROWS = 16
 MAX_STAGES = 12
+# What TMA divides matrices into on their way into and out of swizzled tiles: rows of x and of the
+# results, unless there are fewer; columns of the results.
+TMA_ROWS = 8
+OUT_GRANULE = 32
 BARRIERS_BYTES = 2048
 MATRIX = plgpu.Layout.WGMMA
 
@@ -104,10 +109,10 @@ def refusal(x: Array, weight: Array, weight_scale: Array, out_dtype: jnp.dtype) 
         return f"x must be bfloat16 and weight float8_e4m3fn, got {x.dtype} and {weight.dtype}"
     if not 1 <= m <= MAX_ROWS:
         return f"x must have 1 to {MAX_ROWS} rows, got {m}"
-    if k % 16:
-        return f"in = {k} must be a multiple of 16"
-    if n % 4:
-        return f"out = {n} must be a multiple of 4"
+    if k % TILE_K:
+        return f"in = {k} must be a multiple of {TILE_K}"
+    if n % OUT_GRANULE:
+        return f"out = {n} must be a multiple of {OUT_GRANULE}"
     if weight_scale.ndim == 2 and not is_per_block(weight_scale, (n, k)):
         return f"weight_scale {weight_scale.shape} is neither per row nor per 128x128 block"
     if out_dtype not in (jnp.bfloat16, jnp.float32):
@@ -135,20 +140,22 @@ def tuned_as(ns: Sequence[int], k: int) -> str:
 
 
 def heuristic_splits(ns: Sequence[int], k: int) -> int:
-    """Splits that no GPU has measured: those that keep the busiest thread block shortest, where a
-    tile that it begins, and a part that has to be added up, count as a quarter of a step."""
-    tiles, steps = sum(pl.cdiv(n, TILE_N) for n in ns), pl.cdiv(k, TILE_K)
+    """Splits that no GPU has measured: those with the fewest bytes to move, if every thread block
+    moved as many as the busiest, a tile that it begins counted as a quarter of a step; and the
+    parts, for `TYPICAL_ROWS` rows, were written and read at the same speed."""
+    tiles, steps = sum(pl.cdiv(n, TILE_N) for n in ns), k // TILE_K
+    blocks = multiprocessors()
 
     def cost(splits: int) -> float:
-        rounds = pl.cdiv(tiles * splits, multiprocessors())
-        return rounds * (pl.cdiv(steps, splits) + 0.25) + 0.25 * splits
+        busiest = pl.cdiv(tiles * splits, blocks) * (pl.cdiv(steps, splits) + 0.25)
+        return busiest * blocks * TILE_N * TILE_K + splits * sum(ns) * TYPICAL_ROWS * 2 * 4
 
     return min(range(1, steps + 1), key=cost)
 
 
 def unfit(config: Config, m: int, k: int) -> str | None:
     """Why no kernel can be made of a configuration; None if one can."""
-    steps, rows = pl.cdiv(k, TILE_K), _padded(m, config.cluster)
+    steps, rows = k // TILE_K, _padded(m, config.cluster)
     needed = config.stages * _stage_bytes(rows) + _staged_bytes(rows) + BARRIERS_BYTES
     if not 1 <= config.splits <= steps:
         return f"splits must be 1 to {steps}, got {config.splits}"
@@ -162,8 +169,8 @@ def unfit(config: Config, m: int, k: int) -> str | None:
 
 
 def _padded(m: int, cluster: int) -> int:
-    """Rows of x that are multiplied: wgmma takes multiples of 8, of which each block loads some."""
-    return pl.cdiv(m, 8 * cluster) * 8 * cluster
+    """Rows of x that are multiplied: each block loads its share, which TMA takes by eights."""
+    return pl.cdiv(m, TMA_ROWS * cluster) * TMA_ROWS * cluster
 
 
 def _stage_bytes(rows: int) -> int:
@@ -187,9 +194,11 @@ def _matmuls(
     if reason := unfit(config, m, k):
         raise ValueError(f"{config} cannot work: {reason}")
     by_block = scales[0].ndim == 2
+    if m > TMA_ROWS:
+        x = jnp.pad(x, ((0, -m % TMA_ROWS), (0, 0)))
     operands = _Operands(x, tuple(weights), tuple(scales) if by_block else ())
-    parts = _launch(_Problem(m, ns, k, config), operands, interpret)
-    sums = [functools.reduce(operator.add, part) for part in parts]
+    parts = _launch(_Problem(x.shape[0], ns, k, config), operands, interpret)
+    sums = [functools.reduce(operator.add, part)[:m] for part in parts]
     return sums if by_block else [y * scale for y, scale in zip(sums, scales, strict=True)]
 
 
@@ -199,7 +208,7 @@ class _Problem:
 
     A unit of work is one of `config.splits` parts of the sums of one tile; clusters take units in
     turn, with a tile for each of their thread blocks. Tiles are counted over all weights; where
-    they end, what a cluster has too many reads zeros and stores nothing.
+    they end, what a cluster has too many reads zeros and stores nothing. m: up to 8, or a multiple.
     """
 
     m: int
@@ -213,7 +222,7 @@ class _Problem:
 
     @property
     def steps(self) -> int:
-        return pl.cdiv(self.k, TILE_K)
+        return self.k // TILE_K
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
@@ -234,7 +243,7 @@ class _Problem:
 
 class _Operands(NamedTuple):
     """Arrays outside of the kernel, references within. x: [m, k]; weights: each [n, k];
-    block_scales: each [n blocks, k blocks], or none at all if scales are per row."""
+    block_scales: each [n / 128, k / 128], or none at all if scales are per row."""
 
     x: Any
     weights: tuple[Any, ...]

@@ -1,0 +1,144 @@
+"""The weight-only Hopper kernel as the compiler makes it, for the linears of Llama 3.1 models.
+
+A row of the printed report per kernel: `pytest -m slow -s tests/test_hopper_weight_only_sm90.py`.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import e4m3, shapes, sm90
+from pallas_kernels.fp8_matmul import hopper_weight_only
+from pallas_kernels.hopper import SHARED_MEMORY_BYTES
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sm90.unavailable() is not None, reason=str(sm90.unavailable())),
+]
+
+BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+KINDS = pytest.mark.parametrize("kind", ["row", "block"])
+# Of F2FP and HADD2 together, per byte of weight: from e4m3 to float16, on to float32, to bfloat16.
+CONVERSIONS_PER_BYTE = 2
+
+
+def launches():
+    """(label, rows of each weight, k) of every launch of every model: q, k and v are one, and gate
+    and up. In one program per number of weights, k and n are but loop bounds."""
+    of_layer = {(each.model, each.tensor_parallel, each.name): each for each in shapes.linears()}
+    for (model, parts, name), linear in of_layer.items():
+        if name == "q_proj":
+            kv = of_layer[model, parts, "k_proj"].n
+            yield f"{model}-tp{parts}-qkv", (linear.n, kv, kv), linear.k
+        elif name == "gate_proj":
+            yield f"{model}-tp{parts}-gate_up", (linear.n, linear.n), linear.k
+        elif name != "k_proj":
+            yield f"{model}-tp{parts}-{name}", (linear.n,), linear.k
+
+
+def weights(ns, k, kind):
+    struct = jax.ShapeDtypeStruct
+    shape = {"row": lambda n: (n,), "block": lambda n: (-(-n // 128), -(-k // 128))}[kind]
+    return [struct((n, k), e4m3.DTYPE) for n in ns], [struct(shape(n), F32) for n in ns]
+
+
+def compile_and_check(m, ns, k, kind):
+    x = jax.ShapeDtypeStruct((m, k), BF16)
+    (kernel,) = sm90.kernels(
+        lambda *a: hopper_weight_only.fp8_matmuls(*a, BF16), x, *weights(ns, k, kind)
+    )
+    opcodes = ("HGMMA", "UTMALDG", "UTMASTG", "LDS", "F2FP", "HADD2", "FFMA")
+    mix = " ".join(f"{kernel.count(each)} {each}" for each in opcodes)
+    print(
+        f"\n{hopper_weight_only.configure(m, ns, k)}: {kernel.registers} registers, "
+        f"{kernel.spill_bytes} B spilled, {kernel.shared_bytes} B shared, {mix}"
+    )
+    assert kernel.count("UTMALDG") and kernel.count("UTMASTG")
+    # A step of 128 along K in instructions of 16, and the loop is there once.
+    assert kernel.count("HGMMA") == 128 // 16
+    assert not kernel.count("HMMA") + kernel.count("QGMMA")
+    assert kernel.spill_bytes == kernel.count("LDL") == kernel.count("STL") == 0
+    # 65,536 registers a multiprocessor, allotted by 8: what three warpgroups can share out.
+    assert kernel.registers <= 65_536 // 384 // 8 * 8
+    assert kernel.shared_bytes <= SHARED_MEMORY_BYTES
+    assert not kernel.losses
+    return kernel
+
+
+@pytest.mark.parametrize(
+    ("ns", "k"), [pytest.param(ns, k, id=label) for label, ns, k in launches()]
+)
+def test_every_launch_of_every_model(ns, k):
+    compile_and_check(1, ns, k, "row")
+
+
+@KINDS
+@pytest.mark.parametrize("m", [3, 9, 16, 17, 33, 64])
+def test_every_number_of_rows(m, kind):
+    compile_and_check(m, (4096, 1024, 1024), 4096, kind)
+
+
+def test_ragged_tiles():
+    compile_and_check(33, (160, 32), 384, "block")
+
+
+def test_every_shape_has_a_kernel():
+    for _, ns, k in launches():
+        for weight, scale in zip(*weights(ns, k, "row"), strict=True):
+            x = jax.ShapeDtypeStruct((64, k), BF16)
+            assert hopper_weight_only.refusal(x, weight, scale, BF16) is None
+
+
+@KINDS
+def test_few_instructions_per_byte_of_weight(kind):
+    """In the loop over K, where a thread converts 64 bytes a step: below what bandwidth asks for.
+
+    4.8 TB/s over 132 multiprocessors of 1.755 GHz are 21 bytes a cycle, and four schedulers issue
+    128 threads' instructions a cycle: 6 instructions a byte keep up.
+    """
+    sass = compile_and_check(1, (4096,), 4096, kind).sass
+    lines = sass.splitlines()
+    products = [i for i, line in enumerate(lines) if "HGMMA" in line]
+    labels = {line.strip(): i for i, line in enumerate(lines) if re.fullmatch(r"\.L_x_\d+:", line)}
+    branches = [
+        (labels[f"{target.group(1)}:"], i)
+        for i, line in enumerate(lines)
+        if (target := re.search(r"BRA\S* `\((\.L_x_\d+)\)", line))
+    ]
+    start, end = min(
+        (b for b in branches if b[0] < products[0] and products[-1] < b[1]),
+        key=lambda b: b[1] - b[0],
+    )
+    loop = [line for line in lines[start:end] if re.search(r"/\*[0-9a-f]{4,}\*/", line)]
+    conversions = sum("F2FP" in line or "HADD2" in line for line in loop)
+    assert conversions == CONVERSIONS_PER_BYTE * 64
+    assert len(loop) / 64 < 4
+
+
+@pytest.mark.parametrize("m", [1, 16, 64])
+def test_adding_up_takes_no_launch_of_its_own(m):
+    """o_proj with the residual, gate and up with their product: XLA fuses what follows a kernel
+    into one launch, reads weights in place and writes no wider ones."""
+    hidden, inner = 4096, 14_336
+    struct = jax.ShapeDtypeStruct
+
+    def mlp(x, residual, gate, gate_scale, up, up_scale, down, down_scale):
+        g, u = hopper_weight_only.fp8_matmuls(x, (gate, up), (gate_scale, up_scale), F32)
+        h = (jax.nn.silu(g) * u).astype(BF16)
+        return hopper_weight_only.fp8_matmul(h, down, down_scale, BF16, residual)
+
+    (gate, up), gate_up_scales = weights((inner, inner), hidden, "row")
+    (down,), (down_scale,) = weights((hidden,), inner, "row")
+    x = struct((m, hidden), BF16)
+    operands = (gate, gate_up_scales[0], up, gate_up_scales[1], down, down_scale)
+    compiled = sm90.compile(mlp, x, x, *operands)
+    text = compiled.as_text()
+    assert text.count('custom_call_target="mosaic_gpu') == 2
+    launched = re.findall(r"= \S+ (?:fusion|copy|convert|add)\(", text[text.index("ENTRY") :])
+    assert len(launched) == 2
+    splits = [hopper_weight_only.configure(m, ns, k).splits for ns, k in (
+        ((inner, inner), hidden), ((hidden,), inner))]  # fmt: skip
+    parts = 4 * m * (splits[0] * 2 * inner + splits[1] * hidden)
+    assert compiled.memory_analysis().temp_size_in_bytes <= parts + 2 * m * inner + 4096
