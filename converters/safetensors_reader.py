@@ -175,16 +175,16 @@ def shard_path(directory: Path, name: str) -> Path:
     """A shard, or another file of a checkpoint, refused where it leads out of the directory.
 
     directory: resolved. A link may stay inside it, or go to the `blobs` of the Hugging Face hub
-    cache (`models--org--name/snapshots/<revision>/<file> -> ../../blobs/<hash>`).
+    cache (`models--org--name/snapshots/<revision>/<file> -> ../../blobs/<hash>`), in which Meta's
+    files lie a folder or two further down.
     """
     if name != Path(name).name or name in ("", ".", "..") or not name.isprintable():
         raise CheckpointError(
             f"{directory} is said to hold a file {name!r}; a plain file name is expected"
         )
     path = directory / name
-    allowed = [directory]
-    if directory.parent.name == "snapshots":
-        allowed.append(directory.parent.parent / "blobs")
+    snapshots = [parent for parent in directory.parents if parent.name == "snapshots"]
+    allowed = [directory, *(each.parent / "blobs" for each in snapshots)]
     try:
         target = path.resolve()
         found = target.is_file()

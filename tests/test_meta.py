@@ -647,6 +647,24 @@ def test_nan_is_refused_where_it_is_read(tmp_path: Path) -> None:
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("folder", ["", "original", "original/mp8"])
+def test_files_in_the_cache_of_the_hub_are_links(tmp_path: Path, folder: str) -> None:
+    """As `hf download` leaves them, with Meta's files in a folder of the repository."""
+    model = tmp_path / "models--org--name"
+    blobs = tiny.write_meta(
+        model / "blobs", tiny.meta_parts(tiny.meta(), 2), tokenizer=tiny.byte_tokenizer()
+    )
+    directory = model / "snapshots" / "0123abcd" / folder
+    directory.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (directory / path.name).symlink_to(path)
+    assert convert(directory, tmp_path / "o", progress=False).dialect == "meta"
+    (directory / "consolidated.00.pth").unlink()
+    (directory / "consolidated.00.pth").symlink_to(tmp_path / "o" / "manifest.json")
+    with pytest.raises(CheckpointError, match="outside the checkpoint"):
+        planned(directory)
+
+
 def test_params_json_may_be_wrapped(tmp_path: Path) -> None:
     parts = tiny.meta_parts(tiny.meta(), 1)
     plain = read_source(tiny.write_meta(tmp_path / "a", parts))
