@@ -4,10 +4,13 @@ A row of the printed report per kernel: `pytest -m slow -s tests/test_hopper_fp8
 """
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import e4m3, sm90
 from pallas_kernels.fp8_matmul import fp8_matmul, hopper, swiglu
@@ -129,9 +132,43 @@ def test_an_mlp_reads_its_weights_in_place():
 
     compiled = sm90.compile(mlp, x, x_scale, gate, scale, gate, scale, down, down_scale, residual)
     text = compiled.as_text()
+    entry = text[text.index("ENTRY") :]
+    # Between the two kernels nothing is moved: x_scale alone is reshaped, before them.
+    assert len(re.findall(r"= \S+ (?:fusion|copy)\(", entry)) <= 1
     assert text.count('custom_call_target="mosaic_gpu') == 2
     codes, scales = m * inner, m * inner // 128 * 4
     assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * (codes + 2 * scales)
     for shape in ((inner, hidden), (hidden, inner)):
         assert f"copy(f8e4m3fn[{shape[0]},{shape[1]}]" not in text
         assert f"bf16[{shape[0]},{shape[1]}]" not in text
+
+
+def test_an_mlp_over_several_gpus_runs_the_kernels_on_its_shards():
+    """Megatron's division, inside of shard_map: features of gate and up, columns of down."""
+    m, hidden, inner, count = 512, 8192, 28_672, 8
+    mesh = Mesh(np.array(sm90.devices(count)), ("model",))
+    whole, features, columns = PartitionSpec(), PartitionSpec("model"), PartitionSpec(None, "model")
+
+    def mlp(x, x_scale, gate, gate_scale, up, up_scale, down, down_scale):
+        codes, scale = swiglu(x, gate, gate_scale, up, up_scale, x_scale=x_scale)
+        y = fp8_matmul(codes, down, down_scale, x_scale=scale, implementation="hopper")
+        return jax.lax.psum(y, "model")
+
+    x, gate, gate_scale, x_scale = arguments(m, inner, hidden)
+    _, down, down_scale, _ = arguments(m, hidden, inner)
+    placed = (
+        (x, whole), (x_scale, whole), (gate, features), (gate_scale, features),
+        (gate, features), (gate_scale, features), (down, columns), (down_scale, whole),
+    )  # fmt: skip
+    structs = [
+        jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=NamedSharding(mesh, spec))
+        for each, spec in placed
+    ]
+    sharded = jax.shard_map(
+        mlp, mesh=mesh, in_specs=tuple(spec for _, spec in placed), out_specs=whole
+    )
+    text = sm90.compile(sharded, *structs).as_text()
+    assert text.count('custom_call_target="mosaic_gpu') == 2
+    assert f"f8e4m3fn[{inner // count},{hidden}]" in text
+    assert f"f8e4m3fn[{inner},{hidden}]" not in text
+    assert "all-reduce" in text and "all-gather" not in text

@@ -89,31 +89,54 @@ def fp8_matmul(
     columns = problem.config.columns
     # Stored at a time: what a swizzle spans, and a divisor of n, as tiles of TMA have to be.
     width = math.gcd(columns, 128 // out_dtype.itemsize, problem.n)
-    slots = min(2, columns // width)
+    parts = columns // width
+    slots = min(2, parts)
+
+    def part(tile: _Tile, i: int) -> tuple[Any, Array]:
+        """Where it lies in the result, and its slot."""
+        where = (tile.rows, pl.ds(tile.column + i * width, width))
+        return where, tile.warpgroup * slots + i % slots
+
+    def load(tile: _Tile, i: int, residual: Any, scratch: Any) -> None:
+        where, slot = part(tile, i)
+        target, loaded = scratch["staged"].at[slot], scratch["loaded"].at[slot]
+        plgpu.copy_gmem_to_smem(residual.at[where], target, loaded)
+
+    def begin(tile: _Tile, residual: Any, scratch: Any) -> None:
+        if residual is not None:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            for i in range(slots):
+                load(tile, i, residual, scratch)
 
     def finish(
         tile: _Tile, scale: _Scale, sums: _Sums, residual: Any, outputs: Any, scratch: Any
     ) -> None:
-        for i in range(columns // width):
-            where = (tile.rows, pl.ds(tile.column + i * width, width))
-            slot = tile.warpgroup * slots + i % slots
+        # All scales are asked for before any is waited for.
+        scaled = [
+            scale(0, sums[0][:, i * width : (i + 1) * width], part(tile, i)[0][1])
+            for i in range(parts)
+        ]
+        for i, y in enumerate(scaled):
+            where, slot = part(tile, i)
             staged = scratch["staged"].at[slot]
-            y = scale(0, sums[0][:, i * width : (i + 1) * width], where[1])
-            plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
-            if residual is not None:
-                loaded = scratch["loaded"].at[slot]
-                plgpu.copy_gmem_to_smem(residual.at[where], staged, loaded)
-                plgpu.barrier_wait(loaded)
+            if residual is None:
+                plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
+            else:
+                plgpu.barrier_wait(scratch["loaded"].at[slot])
                 y = y + staged[...].astype(jnp.float32)
             staged[...] = y.astype(out_dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(staged, outputs[0].at[where])
+            if residual is not None and i + slots < parts:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                load(tile, i + slots, residual, scratch)
 
     return _launch(
         problem,
         _operands(problem, x, x_scale, (weight,), (weight_scale,), residual),
         jax.ShapeDtypeStruct((problem.m, problem.n), out_dtype),
         finish,
+        begin=begin,
         scratch={
             "staged": plgpu.SMEM(
                 (2 * slots, WARPGROUP_ROWS, width), out_dtype, transforms=swizzled(out_dtype, width)
@@ -384,13 +407,15 @@ def _launch(
     out_type: Any,
     finish: Callable[..., None],
     *,
+    begin: Callable[..., None] = lambda *_: None,
     scratch: dict[str, Any],
     name: str,
     interpret: Any,
 ) -> Any:
     """Sums over K, tile by tile, with those scales that change along K; `finish` stores them.
 
-    finish(tile, scale, sums, residual, outputs, scratch) is called by each computing warpgroup;
+    begin(tile, residual, scratch) and, after the sums, finish(tile, scale, sums, residual, outputs,
+    scratch) are called by each computing warpgroup;
     scale(which, y, columns) multiplies y [64, columns] of weight `which` by the other scales.
     """
     config, weights = problem.config, len(operands.weights)
@@ -454,7 +479,9 @@ def _launch(
 
             @pl.loop(0, visits)
             def _(visit: Array) -> None:
-                _compute(problem, refs, ring, warpgroup, visit * steps, *locate(visit), store)
+                tile = _tile(config, warpgroup, *locate(visit))
+                begin(tile, refs.residual, scratch)
+                _compute(problem, refs, ring, tile, visit * steps, store)
 
             plgpu.wait_smem_to_gmem(0)
 
@@ -496,29 +523,34 @@ def _launch(
     )(operands)
 
 
+def _within(config: Config, warpgroup: Array) -> tuple[Any, Any]:
+    """A warpgroup's first row and first column within its block's tile."""
+    if config.tile_m == 128:
+        return warpgroup * WARPGROUP_ROWS, 0
+    return 0, warpgroup * config.columns
+
+
+def _tile(config: Config, warpgroup: Array, tile_m: Array, tile_n: Array) -> _Tile:
+    """tile_m, tile_n: the block's, counted in tiles."""
+    row, column = _within(config, warpgroup)
+    rows = pl.ds(tile_m * config.tile_m + row, WARPGROUP_ROWS)
+    return _Tile(warpgroup, rows, tile_n * config.tile_n + column)
+
+
 def _compute(
     problem: _Problem,
     refs: _Operands,
     ring: _Ring,
-    warpgroup: Array,
+    tile: _Tile,
     first_step: Array,
-    tile_m: Array,
-    tile_n: Array,
     store: Callable[[_Tile, _Scale, _Sums], None],
 ) -> None:
     """One warpgroup's part of one tile, which passes through the ring from `first_step` on."""
     config = problem.config
     shape = (WARPGROUP_ROWS, config.columns)
     steps = problem.k // TILE_K
-    row, column = (
-        (warpgroup * WARPGROUP_ROWS, 0) if config.tile_m == 128 else (0, warpgroup * config.columns)
-    )
+    row, column = _within(config, tile.warpgroup)
     of_x, of_weight = pl.ds(row, WARPGROUP_ROWS), pl.ds(column, config.columns)
-    tile = _Tile(
-        warpgroup,
-        pl.ds(tile_m * config.tile_m + row, WARPGROUP_ROWS),
-        tile_n * config.tile_n + column,
-    )
 
     def slot_of(k: Array | int) -> Array:
         return lax.rem(first_step + k, config.stages)
