@@ -131,7 +131,12 @@ def _is_meta(directory: Path) -> bool:
 
 
 def _read_meta(directory: Path) -> Source:
-    """Meta's files. What params.json does not say comes from the tensors and the tokenizer."""
+    """Meta's files. What params.json does not say comes from the tensors and the tokenizer.
+
+    The output matrix is the embedding where it has the same bytes, or is in no file. That a model
+    is an Instruct one is said nowhere: every token that ends a turn ends its texts, and a base
+    model writes but one of them.
+    """
     path = directory / META_CONFIG
     if not path.is_file():
         raise CheckpointError(f"{path} is missing. Download the rest of the checkpoint.")
@@ -159,7 +164,7 @@ def _read_meta(directory: Path) -> Source:
     if embedding and embedding[0].dtype.name in PARAM_DTYPES:
         config = replace(config, dtype=embedding[0].dtype.name)
     tokenizer_files = _tokenizer_files(directory)
-    if tokenizer_files:
+    if "tokenizer.model" in tokenizer_files:
         try:
             tokenizer = load_tokenizer(directory)
         except ValueError as error:

@@ -370,6 +370,13 @@ def test_special_tokens_are_the_tokenizers(tmp_path: Path, shared_data: Path) ->
         assert read_source(directory).tokenizer_files == ("tokenizer.model",)
 
 
+def test_without_a_tokenizer_there_are_no_special_tokens(tmp_path: Path) -> None:
+    directory = tiny.write_meta(tmp_path, tiny.meta_parts(tiny.meta(), 1))
+    (directory / "special_tokens_map.json").write_text("{}")
+    config = read_source(directory).config
+    assert (config.bos_token_id, config.eos_token_ids) == (None, ())
+
+
 @pytest.fixture(scope="module")
 def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with a tokenizer of bytes."""
