@@ -46,11 +46,15 @@ def case(heads, kv_heads, tokens, starts, lengths, *, dtype=BF16, head_dim=64, m
     return *map(jnp.asarray, arrays), *(jnp.array(a, jnp.int32) for a in (table, starts, lengths))
 
 
+def pool(dtype):
+    return jax.ShapeDtypeStruct((8, PAGE, 8, 128), dtype)
+
+
 def check(y, arrays, k_scale=1.0, v_scale=1.0):
     """Against float64, where a query is a token of its sequence.
 
-    Weights are rounded to bfloat16 before they meet the values, and so is the mean of the values:
-    2^-9 of the largest value, twice.
+    Weights are rounded to 16 bits before they meet the values, and so is the mean of the values:
+    at most 2^-9 of the largest value, twice.
     """
     q, k, v, table, starts, lengths = map(np.asarray, arrays)
     y = np.asarray(y, np.float32)
@@ -101,11 +105,12 @@ def test_decode_of_every_head_shape(heads, kv_heads, head_dim, dtype):
     check(decode(arrays, 0.5, 2.0), arrays, 0.5, 2.0)
 
 
-@pytest.mark.parametrize("tokens", [2, 8])
-def test_decode_of_several_tokens(tokens):
-    """16 heads times 8 tokens are two tiles of rows."""
+@pytest.mark.parametrize(
+    ("heads", "tokens"), [(4, 5), (16, 5)], ids=["one-tile-of-24", "two-tiles-of-40"]
+)
+def test_decode_of_several_tokens(heads, tokens):
     lengths = [200, 129, tokens]
-    arrays = case(16, 1, tokens, [n - tokens for n in lengths], lengths)
+    arrays = case(heads, 1, tokens, [n - tokens for n in lengths], lengths)
     check(decode(arrays), arrays)
 
 
@@ -154,11 +159,26 @@ def test_the_number_of_tokens_picks_the_kernel(tokens, kernel):
 
 
 def test_heuristic_keeps_every_multiprocessor_busy():
-    """Thread blocks in whole waves of 132, or nearly: an eighth of a wave idle at most."""
+    """Thread blocks in whole waves of two for each of 132 multiprocessors, or nearly."""
     for batch in range(1, 65):
-        config = hopper_decode.heuristic(batch, 8, 128, 32_768, False)
+        q = jax.ShapeDtypeStruct((batch, 1, 32, 128), BF16)
+        config = hopper_decode.heuristic(q, pool(BF16), 32_768, False)
         blocks = batch * 8 * config.splits
-        assert blocks / (132 * -(-blocks // 132)) > 0.8, batch
+        assert blocks / (264 * -(-blocks // 264)) > 0.8, batch
+        assert config.splits <= hopper_decode.MAX_SPLITS
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
+def test_invariant_splits_depend_on_the_capacity_alone(dtype):
+    for capacity in (64, 1024, 1088, 131_072):
+        configs = {
+            hopper_decode.heuristic(
+                jax.ShapeDtypeStruct((batch, 1, 32, 128), BF16), pool(dtype), capacity, True
+            )
+            for batch in range(1, 65)
+        }
+        (config,) = configs
+        assert config.splits * config.keys_per_split >= capacity
         assert config.splits <= hopper_decode.MAX_SPLITS
 
 

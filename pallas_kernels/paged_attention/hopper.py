@@ -35,8 +35,9 @@ def paged_attention(
     interpret: Any = None,
 ) -> Array:
     """As the package's, for bfloat16 q of head_dim 64 or 128 and pages of 64 bfloat16 or
-    float8_e4m3fn tokens; k_scale is positive. Weights are rounded to bfloat16, FP8 values widened
-    to it. interpret: a plgpu.InterpretGPUParams to run in the simulator.
+    float8_e4m3fn tokens; k_scale is positive. Weights are rounded to bfloat16, next to FP8 pages
+    to float16, where elements of q beyond 2^20 count as 2^20. interpret: a
+    plgpu.InterpretGPUParams to run in the simulator.
     """
     arrays = (q, k_pages, v_pages, page_table, starts, lengths, k_scale, v_scale)
     if q.shape[1] > MAX_DECODE_TOKENS:

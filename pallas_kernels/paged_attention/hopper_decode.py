@@ -1,16 +1,18 @@
 """Decode attention on Hopper: one to a few new tokens per sequence against the paged cache.
 
 Reading the cache is all the work. The heads that share keys, times the new tokens, are the rows of
-one tile; the keys are split over thread blocks until every multiprocessor has some, and in a thread
-block its two compute warpgroups take blocks of keys in turn. Each leaves its part of the online
-softmax in memory, and the parts are added up in an order that the shapes alone decide.
+one tile; the keys are split over thread blocks until every multiprocessor has some. Operands are
+swapped: keys and values are wgmma's left sides, whose height is 64, and the few rows of queries its
+right sides, whose width can be 8. So the softmax computes no rows that do not exist. Each split
+leaves its part of the online softmax in memory, and the parts are added up in their order.
 
 Algorithm: Flash-Decoding (Dao et al., 2023).
 """
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,35 +20,42 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import e4m3
 from pallas_kernels.device import multiprocessors
 from pallas_kernels.paged_attention.hopper_loop import (
-    COMPUTE_WARPGROUPS,
     FLOOR,
-    LOADER,
+    HEADROOM,
     PAGE_SIZE,
-    PER_ROW,
-    ROWS,
-    Carry,
     Ref,
     Side,
-    attend,
-    registers,
+    operand_dtype,
+    operand_query,
+    product,
     side,
-    start,
     stream,
     tile,
+    widen,
 )
 
 KEYS = PAGE_SIZE  # per block
-KEYS_PER_ROUND = COMPUTE_WARPGROUPS * KEYS
+# TMA copies groups of 8 rows. It fills up the only one of a tensor, but not the last of several.
+TILE_ROWS = 8
+MAX_ROWS = 48  # of queries in one thread block; with 64 registers spill
 MAX_SPLITS = 32
 INVARIANT_KEYS_PER_SPLIT = 1024
+BLOCKS_PER_MULTIPROCESSOR = 2
+# 96 KiB for two thread blocks each. In flight it is 64 KiB or more (FP8 at head_dim 64: 48) where
+# 36 KiB keep up with 4.8 TB/s at a latency of 1 us.
+RING_BYTES, MAX_STAGES = 96 * 1024, 6
+COMPUTE, LOADER = range(2)
+MATRIX = plgpu.Layout.WGMMA
+PER_ROW = MATRIX.reduce(0)  # rows of queries are the columns of scores and of sums
 
 
 @dataclass(frozen=True)
 class Config:
     """splits: thread blocks that divide the keys of a sequence and head among them.
-    keys_per_split: a multiple of 128; None to divide evenly what keys a sequence has.
+    keys_per_split: a multiple of 64; None to divide evenly what keys a sequence has.
     stages: blocks of 64 keys in flight.
     """
 
@@ -55,21 +64,58 @@ class Config:
     stages: int
 
 
-def heuristic(
-    batch: int, num_kv_heads: int, head_dim: int, capacity: int, is_batch_invariant: bool
-) -> Config:
+class Carry(NamedTuple):
+    """The online softmax of some rows over the keys so far, float32.
+
+    out: [head_dim, rows], sum of weight * value; total: [keys, rows], of the
+    weights at each place of a block; peak: [rows], the largest score. Scores are in
+    units of log(2).
+    """
+
+    out: Array
+    peak: Array
+    total: Array
+
+
+class Operand(NamedTuple):
+    """Keys or values: the ring that they come by, and for FP8, where one slot of it is widened to,
+    float16 [keys, head_dim]."""
+
+    ring: Side
+    wide: Ref
+
+    def wait(self, slot: Array) -> None:
+        plgpu.barrier_wait(self.ring.filled.at[slot])
+        if self.wide is not None:
+            widen(self.ring.slots.at[slot], self.wide)
+            plgpu.barrier_arrive(self.ring.free.at[slot])
+
+    def block(self, slot: Array) -> Ref:
+        return self.ring.slots.at[slot] if self.wide is None else self.wide
+
+    def release(self, slot: Array) -> None:
+        if self.wide is None:
+            plgpu.barrier_arrive(self.ring.free.at[slot])
+
+
+def heuristic(q: Array, k_pages: Array, capacity: int, is_batch_invariant: bool) -> Config:
     """Untuned. capacity: keys that a sequence has room for.
 
-    The fewest splits within a tenth of the shortest time, if a wave of thread blocks took as long
-    as one split has keys. If batch-invariant, splits whose size does not depend on the batch.
+    As many stages as let two thread blocks share a multiprocessor. The fewest splits within a tenth
+    of the shortest time, if a wave of thread blocks took as long as one split has keys. If
+    batch-invariant, splits whose size does not depend on the batch.
     """
-    stages = 4 * 128 // head_dim
+    head_dim = q.shape[3]
+    widened = 2 * KEYS * head_dim * 2 if k_pages.dtype == e4m3.DTYPE else 0
+    stages = (RING_BYTES - widened) // (2 * KEYS * head_dim * k_pages.dtype.itemsize)
+    stages = min(MAX_STAGES, stages)
     if is_batch_invariant:
-        splits = pl.cdiv(capacity, INVARIANT_KEYS_PER_SPLIT)
-        return Config(splits, INVARIANT_KEYS_PER_SPLIT, stages)
-    most = min(MAX_SPLITS, pl.cdiv(capacity, KEYS_PER_ROUND))
-    processors = multiprocessors()
-    times = [pl.cdiv(batch * num_kv_heads * n, processors) / n for n in range(1, most + 1)]
+        share = max(INVARIANT_KEYS_PER_SPLIT, pl.cdiv(pl.cdiv(capacity, MAX_SPLITS), KEYS) * KEYS)
+        return Config(pl.cdiv(capacity, share), share, stages)
+    most = min(MAX_SPLITS, pl.cdiv(capacity, KEYS))
+    at_once = BLOCKS_PER_MULTIPROCESSOR * multiprocessors()
+    streams = q.shape[0] * k_pages.shape[2]
+    times = [pl.cdiv(streams * n, at_once) / n for n in range(1, most + 1)]
     splits = next(n for n, time in enumerate(times, 1) if time <= 1.1 * min(times))
     return Config(splits, None, stages)
 
@@ -93,21 +139,24 @@ def paged_attention(
     batch, tokens, num_heads, head_dim = q.shape
     num_kv_heads = k_pages.shape[2]
     group = num_heads // num_kv_heads
-    capacity = page_table.shape[1] * PAGE_SIZE
-    config = config or heuristic(batch, num_kv_heads, head_dim, capacity, is_batch_invariant)
+    if config is None:
+        capacity = page_table.shape[1] * PAGE_SIZE
+        config = heuristic(q, k_pages, capacity, is_batch_invariant)
 
-    packed = q.reshape(batch, tokens, num_kv_heads, group, head_dim).transpose(0, 2, 1, 3, 4)
+    operand = operand_dtype(k_pages.dtype)
+    packed, q_unit = operand_query(q, k_pages.dtype)
+    packed = packed.reshape(batch, tokens, num_kv_heads, group, head_dim).transpose(0, 2, 1, 3, 4)
     packed = packed.reshape(batch, num_kv_heads, tokens * group, head_dim)
-    rows = min(pl.cdiv(tokens * group, 8) * 8, ROWS)
-    tiles = pl.cdiv(tokens * group, rows)
-    split = registers(k_pages.dtype)
+    tiles = pl.cdiv(tokens * group, MAX_ROWS)
+    rows = pl.cdiv(pl.cdiv(tokens * group, tiles), TILE_ROWS) * TILE_ROWS
+    if tokens * group > TILE_ROWS:
+        packed = jnp.pad(packed, ((0, 0), (0, 0), (0, tiles * rows - tokens * group), (0, 0)))
 
     def body(
         q_ref: Ref, k_ref: Ref, v_ref: Ref, table: Ref, starts_ref: Ref,
         lengths_ref: Ref, k_scale_ref: Ref,
         out_ref: Ref, peak_ref: Ref, total_ref: Ref,
-        q_tile: Ref, weights: Ref | None, out_tile: Ref, peak_tile: Ref,
-        total_tile: Ref, keys: Side, values: Side, q_filled: Ref,
+        q_tile: Ref, weights: Ref, keys: Operand, values: Operand, q_filled: Ref,
     ) -> None:  # fmt: skip
         warpgroup, row = lax.axis_index("warpgroup"), lax.axis_index("row")
         kv_head, first_row = lax.axis_index("kv_head"), lax.axis_index("tile") * rows
@@ -118,87 +167,64 @@ def paged_attention(
         end = lax.min(first + share, end)
         blocks = pl.cdiv(lax.max(end - first, 0), KEYS)
 
-        @pl.when((warpgroup < LOADER) & (blocks > 0))
+        @pl.when(warpgroup == COMPUTE)
         def _() -> None:
-            plgpu.set_max_registers(split.compute, action="increase")
             place = (row, kv_head, pl.ds(first_row, rows))
-
-            @pl.when(warpgroup == 0)
-            def _() -> None:
-                plgpu.copy_gmem_to_smem(q_ref.at[place], q_tile.at[pl.ds(0, rows)], q_filled)
-
+            plgpu.copy_gmem_to_smem(q_ref.at[place], q_tile, q_filled)
             plgpu.barrier_wait(q_filled)
-            scale = k_scale_ref[0] * (math.log2(math.e) / math.sqrt(head_dim))
+            scale = k_scale_ref[0] * (math.log2(math.e) / math.sqrt(head_dim) * q_unit)
             token = lax.div(
-                first_row + plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW), group
+                first_row + plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=PER_ROW), group
             )
             limit = lax.min(position + token, length - 1) - first
 
-            def step(turn: Array, carry: Carry, is_masked: bool) -> Carry:
-                block = turn * COMPUTE_WARPGROUPS + warpgroup
-                return attend(
-                    carry, q_tile, keys, values, lax.rem(block, keys.slots.shape[0]), scale,
-                    limit=limit - block * KEYS if is_masked else None,
-                    weights=None if weights is None else weights.at[warpgroup],
-                )  # fmt: skip
+            def step(block: Array, carry: Carry) -> Carry:
+                slot = lax.rem(block, config.stages)
+                seen = limit - block * KEYS
+                return _attend(carry, q_tile, keys, values, weights, slot, scale, seen)
 
-            def turns(blocks: Array) -> Array:
-                return pl.cdiv(blocks - warpgroup, COMPUTE_WARPGROUPS)
-
-            seen_by_all = lax.max(lax.min(position + 1, length) - first, 0)
-            whole = turns(lax.min(lax.div(seen_by_all, KEYS), blocks))
-            carry = start(head_dim)
-            carry = lax.fori_loop(0, whole, lambda i, c: step(i, c, False), carry)
-            carry = lax.fori_loop(whole, turns(blocks), lambda i, c: step(i, c, True), carry)
-
-            part = lax.axis_index("split") * COMPUTE_WARPGROUPS + warpgroup
-            results = (
-                (carry.out, out_tile, out_ref),
-                (carry.peak, peak_tile, peak_ref),
-                (carry.total, total_tile, total_ref),
+            carry = Carry(
+                out=_filled((head_dim, rows), 0.0, MATRIX),
+                peak=_filled((rows,), FLOOR, PER_ROW),
+                total=_filled((KEYS, rows), 0.0, MATRIX),
             )
-            for value, stage, _ in results:
-                stage[warpgroup] = value
-            plgpu.commit_smem()
-            for _, stage, target in results:
-                # Rows beyond the packed ones came from queries nobody loaded.
-                plgpu.copy_smem_to_gmem(
-                    stage.at[warpgroup, pl.ds(0, rows)], target.at[part, *place]
-                )
-            plgpu.wait_smem_to_gmem(0)
+            carry = lax.fori_loop(0, blocks, step, carry)
+
+            part = lax.axis_index("split"), row, kv_head, lax.axis_index("tile")
+            out_ref[part] = carry.out
+            peak_ref[part] = carry.peak
+            total_ref[part] = carry.total.sum(axis=0)
 
         @pl.when((warpgroup == LOADER) & (blocks > 0))
         def _() -> None:
-            plgpu.set_max_registers(split.loader, action="decrease")
             first_page, last_page = lax.div(first, PAGE_SIZE), lax.div(end - 1, PAGE_SIZE)
             stream(
-                keys, values, k_ref.at[:, :, kv_head], v_ref.at[:, :, kv_head],
+                keys.ring, values.ring, k_ref.at[:, :, kv_head], v_ref.at[:, :, kv_head],
                 lambda i: table[row, lax.min(first_page + i, last_page)], blocks,
             )  # fmt: skip
 
-    parts = (config.splits * COMPUTE_WARPGROUPS, batch, num_kv_heads, tiles * rows)
-    ring = side(k_pages.dtype, config.stages, KEYS, head_dim, readers=1)
-    weights = tile((COMPUTE_WARPGROUPS, ROWS, KEYS), q.dtype) if interpret else None
+    parts = (config.splits, batch, num_kv_heads, tiles)
+    stream_type = Operand(
+        side(k_pages.dtype, config.stages, KEYS, head_dim, readers=1),
+        tile((KEYS, head_dim), operand) if k_pages.dtype == e4m3.DTYPE else None,
+    )
     out, peak, total = plgpu.kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct(parts, jnp.float32),
-            jax.ShapeDtypeStruct(parts, jnp.float32),
+            jax.ShapeDtypeStruct((*parts, head_dim, rows), jnp.float32),
+            jax.ShapeDtypeStruct((*parts, rows), jnp.float32),
+            jax.ShapeDtypeStruct((*parts, rows), jnp.float32),
         ],
         grid=(config.splits, tiles, num_kv_heads, batch),
         grid_names=("split", "tile", "kv_head", "row"),
-        num_threads=COMPUTE_WARPGROUPS + 1,
+        num_threads=2,
         thread_name="warpgroup",
         kernel_name="paged_attention_decode",
         scratch_types=[
-            tile((ROWS, head_dim), q.dtype),
-            weights,
-            tile((COMPUTE_WARPGROUPS, ROWS, head_dim), jnp.dtype(jnp.float32)),
-            plgpu.SMEM((COMPUTE_WARPGROUPS, ROWS), jnp.float32),
-            plgpu.SMEM((COMPUTE_WARPGROUPS, ROWS), jnp.float32),
-            ring,
-            ring,
+            tile((rows, head_dim), operand),
+            tile((rows, KEYS), operand),
+            stream_type,
+            stream_type,
             plgpu.Barrier(),
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -207,36 +233,110 @@ def paged_attention(
         packed, k_pages, v_pages, page_table, starts, lengths,
         jnp.asarray(k_scale, jnp.float32).reshape(1),
     )  # fmt: skip
-    end = jnp.minimum(starts + tokens, lengths)
-    first = jnp.arange(config.splits).repeat(COMPUTE_WARPGROUPS)[:, None] * _keys_per_split(
-        end, config
-    )
-    out = _combine(out, peak, total, first < end) * v_scale
+    v_scale = jnp.asarray(v_scale, jnp.float32).reshape(1)
+    out = _combine(out, peak, total, v_scale, packed, q.dtype, interpret)
     out = out[:, :, : tokens * group].reshape(batch, num_kv_heads, tokens, group, head_dim)
-    return out.transpose(0, 2, 1, 3, 4).reshape(q.shape).astype(q.dtype)
+    return out.transpose(0, 2, 1, 3, 4).reshape(q.shape)
 
 
-def _keys_per_split(end: Array, config: Config) -> Array:
-    """end: int32, keys that a sequence's last token sees; a scalar, or one per sequence."""
+def _keys_per_split(end: Array, config: Config) -> Array | int:
+    """end: int32, keys that a sequence's last token sees."""
     if config.keys_per_split is not None:
-        return jnp.full_like(end, config.keys_per_split)
-    return pl.cdiv(pl.cdiv(end, KEYS_PER_ROUND), config.splits) * KEYS_PER_ROUND
+        return config.keys_per_split
+    return pl.cdiv(pl.cdiv(end, KEYS), config.splits) * KEYS
 
 
-def _combine(out: Array, peak: Array, total: Array, is_written: Array) -> Array:
-    """The softmax over all keys from its parts. out: [parts, batch, kv_heads, rows, head_dim];
-    peak, total: [parts, batch, kv_heads, rows]; is_written: bool [parts, batch]."""
-    is_written = is_written[:, :, None, None]
-    peak = jnp.where(is_written, peak, FLOOR)
-    weight = jnp.exp2(peak - peak.max(axis=0))
-    out = _sum(jnp.where(is_written[..., None], out, 0) * weight[..., None])
-    total = _sum(jnp.where(is_written, total, 0) * weight)
-    return out / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
+def _filled(shape: tuple[int, ...], value: float, layout: Any) -> Array:
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
-def _sum(parts: Array) -> Array:
-    """Over the first axis, neighbours first: XLA's own reduction has an order for each shape."""
-    while len(parts) > 1:
-        pairs = len(parts) // 2
-        parts = jnp.concatenate([parts[: 2 * pairs : 2] + parts[1::2], parts[2 * pairs :]])
-    return parts[0]
+def _attend(
+    carry: Carry,
+    q: Ref,
+    keys: Operand,
+    values: Operand,
+    weights: Ref,
+    slot: Array,
+    scale: Array,
+    limit: Array,
+) -> Carry:
+    """Take one slot of keys and values into the carry, and free it.
+
+    q: [rows, head_dim] and weights: [rows, keys] in shared memory. scale: of the scores; log2(e)
+    included, positive. limit: int32 [rows], the last key of the slot that each row sees.
+    """
+    shape = (KEYS, q.shape[0])
+
+    keys.wait(slot)
+    scores = product(keys.block(slot), q.transpose((1, 0)), lambda: values.wait(slot))
+    keys.release(slot)
+    key = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
+    scores = jnp.where(key <= lax.broadcast_in_dim(limit, shape, (1,)), scores, -jnp.inf)
+    peak = lax.max(carry.peak, scores.max(axis=0) * scale)
+    shrink = jnp.exp2(carry.peak - peak)
+    weight = jnp.exp2(scores * scale - lax.broadcast_in_dim(peak - HEADROOM, shape, (1,)))
+    weights.transpose((1, 0))[...] = weight.astype(weights.dtype)
+    plgpu.commit_smem()
+    added = product(values.block(slot).transpose((1, 0)), weights.transpose((1, 0)))
+    values.release(slot)
+    return Carry(
+        out=carry.out * lax.broadcast_in_dim(shrink, carry.out.shape, (1,)) + added,
+        peak=peak,
+        total=carry.total * lax.broadcast_in_dim(shrink, shape, (1,)) + weight,
+    )
+
+
+def _combine(
+    out: Array,
+    peak: Array,
+    total: Array,
+    v_scale: Array,
+    packed: Array,
+    dtype: jnp.dtype,
+    interpret: Any,
+) -> Array:
+    """The softmax over all keys from its parts, times v_scale [1], in one launch.
+
+    out: [parts, batch, kv_heads, tiles, head_dim, rows]; peak, total: without head_dim.
+    Returns the shape of `packed`, the queries; a part is added after the other.
+    """
+    parts, batch, num_kv_heads, tiles, head_dim, rows = out.shape
+    groups = rows // TILE_ROWS
+
+    def body(
+        out_ref: Ref, peak_ref: Ref, total_ref: Ref, v_scale_ref: Ref, y_ref: Ref, y_tile: Ref
+    ) -> None:
+        row, kv_head, group = (lax.axis_index(name) for name in ("row", "kv_head", "group"))
+        within = pl.ds(lax.rem(group, groups) * TILE_ROWS, TILE_ROWS)
+
+        def load(ref: Ref, part: int, layout: Any, *columns: Any) -> Array:
+            place = ref.at[part, row, kv_head, lax.div(group, groups), *columns, within]
+            return plgpu.load(place, layout=layout, optimized=False)
+
+        peaks = [load(peak_ref, part, PER_ROW) for part in range(parts)]
+        highest = functools.reduce(lax.max, peaks)
+        y = _filled((head_dim, TILE_ROWS), 0.0, MATRIX)
+        weights = _filled((TILE_ROWS,), 0.0, PER_ROW)
+        for part, each in enumerate(peaks):
+            weight = jnp.exp2(each - highest)
+            part_out = load(out_ref, part, MATRIX, pl.ds(0, head_dim))
+            y += part_out * lax.broadcast_in_dim(weight, y.shape, (1,))
+            weights += load(total_ref, part, PER_ROW) * weight
+        factor = v_scale_ref[0] / lax.max(weights, jnp.finfo(jnp.float32).tiny)
+        y = y * lax.broadcast_in_dim(factor, y.shape, (1,))
+        y_tile.transpose((1, 0))[...] = y.astype(dtype)
+        plgpu.commit_smem()
+        target = y_ref.at[row, kv_head, pl.ds(group * TILE_ROWS, TILE_ROWS)]
+        plgpu.copy_smem_to_gmem(y_tile, target)
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(packed.shape, dtype),
+        grid=(tiles * groups, num_kv_heads, batch),
+        grid_names=("group", "kv_head", "row"),
+        kernel_name="paged_attention_combine",
+        scratch_types=[tile((TILE_ROWS, head_dim), dtype)],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(out, peak, total, v_scale)

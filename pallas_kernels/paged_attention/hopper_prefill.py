@@ -5,11 +5,14 @@ as fit. Heads that share keys share their loads, and all rows of a tile end at n
 Blocks of keys above the diagonal or past the sequence's end are not loaded, and those that every
 row sees are not masked. The two compute warpgroups take turns at the tensor cores: one multiplies
 while the other is in its softmax.
+
+Algorithm: FlashAttention-3 (Shah et al., 2024); online softmax (Milakov and Gimelshein, 2018).
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +20,27 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import e4m3
 from pallas_kernels.paged_attention.hopper_loop import (
-    COMPUTE_WARPGROUPS,
-    LOADER,
+    FLOOR,
+    HEADROOM,
     PAGE_SIZE,
-    PER_ROW,
-    ROWS,
-    Carry,
     Ref,
     Side,
-    attend,
-    registers,
+    operand_dtype,
+    operand_query,
+    product,
     side,
-    start,
     stream,
     tile,
+    widening_side,
 )
 
+ROWS = 64  # of queries that one compute warpgroup holds: wgmma's M
+COMPUTE_WARPGROUPS = 2
+LOADER = COMPUTE_WARPGROUPS  # the last warpgroup of a thread block
+MATRIX = plgpu.Layout.WGMMA
+PER_ROW = MATRIX.reduce(1)
 TILE_ROWS = COMPUTE_WARPGROUPS * ROWS
 MAX_PACKED_HEADS = 16  # leaves a span of 8 tokens, the height of a tile of shared memory
 
@@ -44,6 +51,25 @@ class Config:
 
     keys: int
     stages: int
+
+
+class Carry(NamedTuple):
+    """The online softmax of some rows over the keys so far, float32.
+
+    out: [rows, head_dim], sum of weight * value; total: [rows], of the weights; peak: [rows], the
+    largest score. Scores are in units of log(2).
+    """
+
+    out: Array
+    peak: Array
+    total: Array
+
+
+class Registers(NamedTuple):
+    """Per thread of a compute and of the loader warpgroup. Three warpgroups start with 168 each."""
+
+    compute: int
+    loader: int
 
 
 def heuristic(head_dim: int) -> Config:
@@ -74,7 +100,11 @@ def paged_attention(
     tiles = pl.cdiv(tokens, span)
     box = min(span, ROWS)  # tokens of one head within one warpgroup's rows
     boxes = ROWS // box
-    split = registers(k_pages.dtype)
+    is_fp8 = k_pages.dtype == e4m3.DTYPE
+    # The split with which nothing spills: widening takes registers, copying next to none.
+    split = Registers(216, 72) if is_fp8 else Registers(232, 40)
+    operand = operand_dtype(k_pages.dtype)
+    q_operand, q_unit = operand_query(q, k_pages.dtype)
 
     def body(
         q_ref: Ref, k_ref: Ref, v_ref: Ref, table: Ref, starts_ref: Ref,
@@ -102,7 +132,7 @@ def paged_attention(
                 plgpu.copy_gmem_to_smem(q_ref.at[place], rows.at[part], q_filled.at[warpgroup])
             plgpu.barrier_wait(q_filled.at[warpgroup])
 
-            scale = k_scale_ref[0] * (math.log2(math.e) / math.sqrt(head_dim))
+            scale = k_scale_ref[0] * (math.log2(math.e) / math.sqrt(head_dim) * q_unit)
             r = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW)
             limit = lax.min(position + lax.rem(warpgroup * ROWS + r, span), length - 1)
 
@@ -111,7 +141,7 @@ def paged_attention(
                 plgpu.barrier_wait(turns)
 
             def step(block: Array, carry: Carry, is_masked: bool) -> Carry:
-                return attend(
+                return _attend(
                     carry, rows, keys, values, lax.rem(block, keys.slots.shape[0]), scale,
                     limit=limit - block * config.keys if is_masked else None,
                     weights=None if weights is None else weights.at[warpgroup],
@@ -120,14 +150,18 @@ def paged_attention(
 
             whole = lax.min(lax.div(lax.min(position + 1, length), config.keys), blocks)
             pl.when(warpgroup == 1)(turn)
-            carry = start(head_dim)
+            carry = Carry(
+                out=plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), MATRIX),
+                peak=plgpu.layout_cast(jnp.full((ROWS,), FLOOR, jnp.float32), PER_ROW),
+                total=plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), PER_ROW),
+            )
             carry = lax.fori_loop(0, whole, lambda i, c: step(i, c, False), carry)
             carry = lax.fori_loop(whole, blocks, lambda i, c: step(i, c, True), carry)
             pl.when(warpgroup == 0)(turn)
 
             factor = v_scale_ref[0] / lax.max(carry.total, jnp.finfo(jnp.float32).tiny)
             out = carry.out * lax.broadcast_in_dim(factor, carry.out.shape, (0,))
-            rows[...] = out.astype(jnp.bfloat16)
+            rows[...] = lax.bitcast_convert_type(out.astype(q.dtype), operand)
             plgpu.commit_smem()
             for part, place in places:
                 plgpu.copy_smem_to_gmem(rows.at[part], out_ref.at[place])
@@ -143,18 +177,20 @@ def paged_attention(
                 lambda i: table[row, lax.min(i, last)], blocks,
             )  # fmt: skip
 
-    ring = side(k_pages.dtype, config.stages, config.keys, head_dim, readers=COMPUTE_WARPGROUPS)
-    weights = tile((COMPUTE_WARPGROUPS, ROWS, config.keys), q.dtype) if interpret else None
-    return plgpu.kernel(
+    sizes = config.stages, config.keys, head_dim, COMPUTE_WARPGROUPS
+    ring = widening_side(*sizes) if is_fp8 else side(k_pages.dtype, *sizes)
+    # The simulator's wgmma does not take its left side from registers.
+    weights = tile((COMPUTE_WARPGROUPS, ROWS, config.keys), operand) if interpret else None
+    out = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        out_type=jax.ShapeDtypeStruct(q.shape, operand),  # bits of q's dtype
         grid=(num_heads // packed, tiles, batch),
         grid_names=("heads", "tile", "row"),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
         kernel_name="paged_attention_prefill",
         scratch_types=[
-            tile((COMPUTE_WARPGROUPS, ROWS, head_dim), q.dtype),
+            tile((COMPUTE_WARPGROUPS, ROWS, head_dim), operand),
             weights,
             ring,
             ring,
@@ -163,8 +199,60 @@ def paged_attention(
         ],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )(q, k_pages, v_pages, page_table, starts, lengths, *_as_arrays(k_scale, v_scale))
+    )(
+        q_operand, k_pages, v_pages, page_table, starts, lengths,
+        *(jnp.asarray(each, jnp.float32).reshape(1) for each in (k_scale, v_scale)),
+    )  # fmt: skip
+    return lax.bitcast_convert_type(out, q.dtype)
 
 
-def _as_arrays(*scalars: Array | float) -> list[Array]:
-    return [jnp.asarray(scalar, jnp.float32).reshape(1) for scalar in scalars]
+def _attend(
+    carry: Carry,
+    q: Ref,
+    keys: Side,
+    values: Side,
+    slot: Array,
+    scale: Array,
+    *,
+    limit: Array | None,
+    weights: Ref | None,
+    turn: Callable[[], None],
+) -> Carry:
+    """Take one slot of keys and values into the carry, and free it; a compute warpgroup's work.
+
+    q: [rows, head_dim] in shared memory. scale: of the scores; log2(e) included, positive.
+    limit: int32 [rows], the last key of the slot that each row sees; None if all see all.
+    weights: [rows, keys] in shared memory, by way of which the weights go into the second product;
+        None to leave them in registers.
+    turn: called where this warpgroup stops using the tensor cores, and where it wants them again.
+    """
+    shape = (ROWS, keys.slots.shape[1])
+
+    plgpu.barrier_wait(keys.filled.at[slot])
+    scores = product(q, keys.slots.at[slot].transpose((1, 0)), turn)
+    plgpu.barrier_arrive(keys.free.at[slot])
+    if limit is not None:
+        key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
+        scores = jnp.where(key <= lax.broadcast_in_dim(limit, shape, (0,)), scores, -jnp.inf)
+    peak = lax.max(carry.peak, scores.max(axis=1) * scale)
+    shrink = jnp.exp2(carry.peak - peak)
+    weight = jnp.exp2(scores * scale - lax.broadcast_in_dim(peak - HEADROOM, shape, (0,)))
+    total = carry.total * shrink + weight.sum(axis=1)
+    out = carry.out * lax.broadcast_in_dim(shrink, carry.out.shape, (0,))
+    weight = weight.astype(q.dtype)
+    turn()
+    plgpu.barrier_wait(values.filled.at[slot])
+    out = _add_product(out, weight, values.slots.at[slot], weights)
+    plgpu.barrier_arrive(values.free.at[slot])
+    return Carry(out, peak, total)
+
+
+def _add_product(out: Array, weight: Array, values: Ref, weights: Ref | None) -> Array:
+    """out + weight @ values, float32."""
+    if weights is None:
+        return pl.run_state(lambda acc: plgpu.wgmma(acc, weight, values))(
+            plgpu.WGMMAAccumulatorRef.init(out)
+        )
+    weights[...] = weight
+    plgpu.commit_smem()
+    return out + product(weights, values)
