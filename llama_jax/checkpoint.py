@@ -126,7 +126,7 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 
 def resolve(path_or_id: str | Path, cache_dir: str | Path | None = None) -> Path:
-    """The converted directory for a converted directory, a Hugging Face directory or a hub id.
+    """The converted directory for a converted directory, a Hugging Face or Meta one, or a hub id.
 
     The latter two are converted once, see `converters.resolve.resolve`, which this calls.
     """

@@ -96,7 +96,7 @@ class LLM:
         mesh: Mesh | None = None,
         verbose: bool = True,
     ) -> "LLM":
-        """Load a checkpoint: an Orbax directory of ours, a Hugging Face directory, or a hub id.
+        """Load a checkpoint: a converted one, a Hugging Face or Meta directory, or a hub id.
 
         The latter two are converted once, into a cache directory. Without an argument: the small
         model that ships with the project.

@@ -62,8 +62,8 @@ def root(
 ) -> None:
     """Llama 3.1 with FP8 weights on JAX: convert, look into, run and measure a model.
 
-    A MODEL is a converted checkpoint, a Hugging Face directory or a hub id (org/name); without one
-    it is abacus, the small model that ships with llama-jax.
+    A MODEL is a converted checkpoint, a Hugging Face or Meta directory, or a hub id (org/name);
+    without one it is abacus, the small model that ships with llama-jax.
 
     **First steps**
 

@@ -17,14 +17,15 @@ SHIPPED = "abacus, the small model that ships with llama-jax"
 Model = Annotated[
     str | None,
     typer.Argument(
-        help="A converted checkpoint, a Hugging Face directory or a hub id.", show_default=SHIPPED
+        help="A converted checkpoint, a Hugging Face or Meta directory, or a hub id.",
+        show_default=SHIPPED,
     ),
 ]
 ModelOption = Annotated[
     str | None,
     typer.Option(
         "--model",
-        help="A converted checkpoint, a Hugging Face directory or a hub id.",
+        help="A converted checkpoint, a Hugging Face or Meta directory, or a hub id.",
         show_default=SHIPPED,
     ),
 ]
