@@ -28,9 +28,9 @@ from pallas_kernels.case import Case
 from pallas_kernels.device import not_hopper
 
 # Each module has `cases(rows)` and `tiny_cases()`.
-FAMILIES = ("pallas_kernels.fp8_matmul.cases",)
+FAMILIES = ("pallas_kernels.fp8_matmul.cases", "pallas_kernels.fp8_matmul.weight_only_cases")
 
-ROWS = (64, 512, 2048, 8192)
+ROWS = (1, 16, 64, 512, 2048, 8192)
 L2_BYTES = 50 * 2**20
 MIN_INPUTS, MAX_INPUTS = 8, 64
 REPEATS = 7

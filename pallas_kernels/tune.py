@@ -14,7 +14,7 @@ from pallas_kernels import bench, tuned
 from pallas_kernels.case import Case
 from pallas_kernels.device import kind, not_hopper
 
-ROWS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+ROWS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 def tune(case: Case, measure: Callable[..., Mapping[Any, float]] = bench.measure) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import e4m3, shapes
-from pallas_kernels.fp8_matmul import hopper_weight_only
+from pallas_kernels.fp8_matmul import hopper_weight_only, weight_only_cases
 from pallas_kernels.fp8_matmul.hopper_weight_only import Config
 from pallas_kernels.fp8_matmul.reference import expand_scale
 
@@ -175,3 +175,14 @@ def test_refusals(m, n, k, scale, dtypes, reason):
     x, weight = jnp.zeros((m, k), dtypes[0]), jnp.zeros((n, k), dtypes[1])
     given = hopper_weight_only.refusal(x, weight, jnp.ones(scale), dtypes[2])
     assert given is None if reason is None else reason in given
+
+
+def test_the_tuner_tries_the_heuristics_choice_and_what_is_near_it():
+    few = {case.name: case for case in weight_only_cases.cases((1, 16, 128))}
+    assert not any("m=128" in name for name in few)
+    case = few["8B TP1 o_proj 4096x4096 m=16 row weight-only"]
+    assert hopper_weight_only.configure(16, (4096,), 4096) in case.configs
+    assert case.bytes == 4096 * 4096 + 4 * 4096 + 2 * 2 * 16 * 4096
+    assert case.operations == 2 * 16 * 4096 * 4096
+    last = {(case.kernel, case.problem): name for name, case in few.items()}
+    assert all("m=1 " in name for name in last.values())  # the fewest rows decide

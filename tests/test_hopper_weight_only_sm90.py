@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import e4m3, shapes, sm90
+from pallas_kernels import e4m3, sm90
 from pallas_kernels.fp8_matmul import hopper_weight_only
+from pallas_kernels.fp8_matmul.weight_only_cases import launches
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 
 pytestmark = [
@@ -22,20 +23,6 @@ BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 KINDS = pytest.mark.parametrize("kind", ["row", "block"])
 # Of F2FP and HADD2 together, per byte of weight: from e4m3 to float16, on to float32, to bfloat16.
 CONVERSIONS_PER_BYTE = 2
-
-
-def launches():
-    """(label, rows of each weight, k) of every launch of every model: q, k and v are one, and gate
-    and up. In one program per number of weights, k and n are but loop bounds."""
-    of_layer = {(each.model, each.tensor_parallel, each.name): each for each in shapes.linears()}
-    for (model, parts, name), linear in of_layer.items():
-        if name == "q_proj":
-            kv = of_layer[model, parts, "k_proj"].n
-            yield f"{model}-tp{parts}-qkv", (linear.n, kv, kv), linear.k
-        elif name == "gate_proj":
-            yield f"{model}-tp{parts}-gate_up", (linear.n, linear.n), linear.k
-        elif name != "k_proj":
-            yield f"{model}-tp{parts}-{name}", (linear.n,), linear.k
 
 
 def weights(ns, k, kind):
@@ -68,10 +55,10 @@ def compile_and_check(m, ns, k, kind):
 
 
 @pytest.mark.parametrize(
-    ("ns", "k"), [pytest.param(ns, k, id=label) for label, ns, k in launches()]
+    "launch", [pytest.param(each, id=each.name.replace(" ", "-")) for each in launches()]
 )
-def test_every_launch_of_every_model(ns, k):
-    compile_and_check(1, ns, k, "row")
+def test_every_launch_of_every_model(launch):
+    compile_and_check(1, launch.ns, launch.k, "row")
 
 
 @KINDS
@@ -85,9 +72,9 @@ def test_ragged_tiles():
 
 
 def test_every_shape_has_a_kernel():
-    for _, ns, k in launches():
-        for weight, scale in zip(*weights(ns, k, "row"), strict=True):
-            x = jax.ShapeDtypeStruct((64, k), BF16)
+    for launch in launches():
+        x = jax.ShapeDtypeStruct((64, launch.k), BF16)
+        for weight, scale in zip(*weights(launch.ns, launch.k, "row"), strict=True):
             assert hopper_weight_only.refusal(x, weight, scale, BF16) is None
 
 

@@ -31,6 +31,7 @@ from pallas_kernels.device import multiprocessors
 from pallas_kernels.fp8_matmul.reference import BLOCK, is_per_block
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES, swizzled
 
+NAME = "fp8_matmul_weight_only"
 MAX_ROWS = 64
 COMPUTE_WARPGROUPS = 2
 LOADER = COMPUTE_WARPGROUPS
@@ -125,7 +126,7 @@ def configure(m: int, ns: Sequence[int], k: int) -> Config:
 
     ns: rows of each weight.
     """
-    found = tuned.find("fp8_matmul_weight_only", tuned_as(ns, k))
+    found = tuned.find(NAME, tuned_as(ns, k))
     splits = heuristic_splits(ns, k) if found is None else found["splits"]
     cluster = 2 if m >= MIN_ROWS_TO_SHARE else 1
     rows = _padded(m, cluster)
@@ -140,17 +141,17 @@ def tuned_as(ns: Sequence[int], k: int) -> str:
 
 
 def heuristic_splits(ns: Sequence[int], k: int) -> int:
-    """Splits that no GPU has measured: those with the fewest bytes to move, if every thread block
-    moved as many as the busiest, a tile that it begins counted as a quarter of a step; and the
-    parts, for `TYPICAL_ROWS` rows, were written and read at the same speed."""
-    tiles, steps = sum(pl.cdiv(n, TILE_N) for n in ns), k // TILE_K
-    blocks = multiprocessors()
+    """Splits that no GPU has measured: those of the least cost."""
+    return min(range(1, k // TILE_K + 1), key=functools.partial(heuristic_cost, ns, k))
 
-    def cost(splits: int) -> float:
-        busiest = pl.cdiv(tiles * splits, blocks) * (pl.cdiv(steps, splits) + 0.25)
-        return busiest * blocks * TILE_N * TILE_K + splits * sum(ns) * TYPICAL_ROWS * 2 * 4
 
-    return min(range(1, steps + 1), key=cost)
+def heuristic_cost(ns: Sequence[int], k: int, splits: int) -> float:
+    """In bytes: what all thread blocks would read if each read as much as the busiest, a tile that
+    it begins counted as a quarter of a step; and the parts, for `TYPICAL_ROWS` rows, written and
+    read."""
+    tiles, blocks = sum(pl.cdiv(n, TILE_N) for n in ns), multiprocessors()
+    busiest = pl.cdiv(tiles * splits, blocks) * (pl.cdiv(k // TILE_K, splits) + 0.25)
+    return busiest * blocks * TILE_N * TILE_K + splits * sum(ns) * TYPICAL_ROWS * 2 * 4
 
 
 def unfit(config: Config, m: int, k: int) -> str | None:
@@ -411,7 +412,7 @@ def _launch(problem: _Problem, operands: _Operands, interpret: Any) -> list[Arra
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        kernel_name="fp8_matmul_weight_only",
+        kernel_name=NAME,
         interpret=interpret,
     )(operands)
 

@@ -1,0 +1,121 @@
+"""What `pallas_kernels.bench` and `pallas_kernels.tune` run of the weight-only kernel."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import e4m3
+from pallas_kernels.case import BF16_OPERATIONS_PER_SECOND, Case
+from pallas_kernels.fp8_matmul import hopper_weight_only, reference, xla
+from pallas_kernels.fp8_matmul.hopper_weight_only import Config, configure, heuristic_cost
+from pallas_kernels.fp8_matmul.reference import BLOCK
+from pallas_kernels.shapes import linears
+
+Layout = Literal["row", "block"]
+LAYOUTS: tuple[Layout, ...] = ("row", "block")
+BF16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+# Results are rounded to bfloat16, by 2^-9 at most.
+TOLERANCE = 2**-9
+# Splits are worth a try up to this multiple of the best one's estimate.
+WORTH_A_TRY = 1.3
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One x times several weights: ns are the rows of each, k is what they have in common."""
+
+    name: str
+    ns: tuple[int, ...]
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {'+'.join(map(str, self.ns))}x{self.k}"
+
+
+def launches() -> Iterator[Launch]:
+    """Of every layer of every model: q, k and v are one, and gate and up."""
+    found = {(each.model, each.tensor_parallel, each.name): each for each in linears()}
+    for (model, parts, name), linear in found.items():
+        prefix, n = f"{model} TP{parts}", linear.n
+        if name == "q_proj":
+            kv = found[model, parts, "k_proj"].n
+            yield Launch(f"{prefix} qkv_proj", (n, kv, kv), linear.k)
+        elif name == "gate_proj":
+            yield Launch(f"{prefix} gate_up_proj", (n, n), linear.k)
+        elif name != "k_proj":
+            yield Launch(f"{prefix} {name}", (n,), linear.k)
+
+
+def cases(rows: Sequence[int]) -> Iterator[Case]:
+    """Every launch, for those rows that the kernel takes; the fewest last, since splits are tuned
+    once for all."""
+    few = sorted((m for m in rows if m <= hopper_weight_only.MAX_ROWS), reverse=True)
+    for launch, layout, m in itertools.product(launches(), LAYOUTS, few):
+        yield matmuls(launch, m, layout)
+
+
+def tiny_cases() -> Iterator[Case]:
+    """For the simulator."""
+    yield matmuls(Launch("tiny one", (160,), 384), 1, "row")
+    yield matmuls(Launch("tiny two", (160, 32), 384), 17, "block")
+
+
+def matmuls(launch: Launch, m: int, layout: Layout) -> Case:
+    ns, k = launch.ns, launch.k
+
+    def arguments(key: Array) -> tuple[Any, ...]:
+        """x, the weights and their scales; results of order 1."""
+        keys = iter(jax.random.split(key, 1 + 2 * len(ns)))
+        size = k**-0.5 / 32
+        x = jax.random.normal(next(keys), (m, k), BF16)
+        codes = [e4m3.cast(32 * jax.random.normal(next(keys), (n, k), BF16)) for n in ns]
+        scales = [
+            jax.random.uniform(
+                next(keys),
+                (n,) if layout == "row" else (-(-n // BLOCK), k // BLOCK),
+                minval=size / 2,
+                maxval=size * 2,
+            )
+            for n in ns
+        ]
+        return x, tuple(codes), tuple(scales)
+
+    def by_xla(x: Array, weights: Sequence[Array], scales: Sequence[Array]) -> list[Array]:
+        pairs = zip(weights, scales, strict=True)
+        return [xla.fp8_matmul(x, weight, scale, None, BF16) for weight, scale in pairs]
+
+    def exactly(x: Array, weights: Sequence[Array], scales: Sequence[Array]) -> list[Array]:
+        pairs = zip(weights, scales, strict=True)
+        return [reference.fp8_matmul(x, weight, scale, None, FLOAT32) for weight, scale in pairs]
+
+    structs = jax.tree.leaves(jax.eval_shape(arguments, jax.random.key(0)))
+    return Case(
+        kernel=hopper_weight_only.NAME,
+        problem=hopper_weight_only.tuned_as(ns, k),
+        name=f"{launch} m={m} {layout} weight-only",
+        operations=2 * m * sum(ns) * k,
+        bytes=sum(each.size * each.dtype.itemsize for each in structs)
+        + m * sum(ns) * BF16.itemsize,
+        peak=BF16_OPERATIONS_PER_SECOND,
+        arguments=arguments,
+        run=partial(hopper_weight_only.fp8_matmuls, out_dtype=BF16),
+        xla=by_xla,
+        reference=exactly,
+        value=lambda parts: jnp.concatenate(parts, axis=1),
+        tolerance=TOLERANCE,
+        configs=_configs(m, ns, k),
+    )
+
+
+def _configs(m: int, ns: Sequence[int], k: int) -> list[Config]:
+    """What may be fastest: only splits are looked up again, the rest follows from m."""
+    default = configure(m, ns, k)
+    costs = {splits: heuristic_cost(ns, k, splits) for splits in range(1, k // BLOCK + 1)}
+    best = min(costs.values())
+    return [replace(default, splits=s) for s, cost in costs.items() if cost <= WORTH_A_TRY * best]
