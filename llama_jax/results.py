@@ -73,7 +73,7 @@ class Score:
     @property
     def perplexity(self) -> float:
         """exp of the mean negative logprob per token."""
-        return _perplexity(self.total, len(self.logprobs))
+        return perplexity(self.total, len(self.logprobs))
 
 
 @dataclass(frozen=True)
@@ -113,21 +113,22 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         """exp of the mean negative logprob per token."""
-        return _perplexity(self.total, len(self.logprobs))
+        return perplexity(self.total, len(self.logprobs))
 
     @property
     def byte_perplexity(self) -> float:
-        return _perplexity(self.total, self.num_bytes)
+        return perplexity(self.total, self.num_bytes)
 
     @property
     def word_perplexity(self) -> float:
         """nan for a text without words."""
-        return _perplexity(self.total, self.num_words)
+        return perplexity(self.total, self.num_words)
 
     @property
     def bits_per_byte(self) -> float:
         return -self.total / self.num_bytes / math.log(2)
 
 
-def _perplexity(total: float, count: int) -> float:
+def perplexity(total: float, count: int) -> float:
+    """exp of the mean negative logprob; nan for none. total: their sum, natural log."""
     return float(np.exp(-total / count)) if count else math.nan

@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import math
 import os
 import subprocess
 import sys
@@ -288,93 +287,6 @@ def test_generate_from_a_file_into_a_file(run, model, tmp_path):
     code, _, err = run(*arguments)
     assert code == 2 and "out.jsonl exists already" in err and "--overwrite" in err
     assert run(*arguments, "--overwrite")[0] == 0
-
-
-@pytest.fixture
-def answers(tmp_path):
-    path = tmp_path / "in.jsonl"
-    lines = [{"prompt": "hello", "completion": " you", "id": 7}, {"prompt": "a", "completion": "b"}]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def test_score(run, model, answers, tmp_path):
-    scored = tmp_path / "out.jsonl"
-    arguments = ("score", answers, scored, "--model", model, *SMALL)
-    code, out, err = run(*arguments, "--tokens", "--json")
-    assert code == 0 and err == ""
-    first, second = map(json.loads, scored.read_text().splitlines())
-    assert first["id"] == 7 and first["completion"] == " you"
-    assert first["num_tokens"] == 4 and first["token_ids"] == list(b" you")
-    assert sum(first["logprobs"]) == pytest.approx(first["logprob"])
-    assert first["perplexity"] == pytest.approx(math.exp(-first["logprob"] / 4))
-    assert first["is_greedy"] is False
-    summary = json.loads(out)
-    assert summary["scored"] == 2 and summary["bad"] == 0 and summary["num_tokens"] == 5
-    mean = (first["logprob"] + second["logprob"]) / 5
-    assert summary["perplexity"] == pytest.approx(math.exp(-mean))
-    rate = summary["tokens_per_second"] * summary["seconds"]
-    assert rate == pytest.approx(len("hello you") + len("ab") + 2)
-
-    before = scored.read_bytes()
-    code, _, err = run(*arguments)
-    assert code == 2 and "out.jsonl exists already" in err
-    assert scored.read_bytes() == before
-    code, _, err = run(*arguments, "--overwrite")
-    assert code == 0 and "2 scored, 0 bad" in err
-    assert set(json.loads(scored.read_text().splitlines()[1])) == {
-        "prompt", "completion", "logprob", "num_tokens", "is_greedy", "perplexity",
-    }  # fmt: skip
-    code, piped, _ = run("score", "-", "-", "--model", model, *SMALL, stdin=answers.read_text())
-    assert code == 0
-    assert json.loads(piped.splitlines()[0])["logprob"] == pytest.approx(first["logprob"], abs=1e-4)
-
-
-BAD_LINES = {
-    "[1]": "expected an object, got list",
-    '{"prompt": "a"': "not valid JSON",
-    '{"prompt": "a", "completion": NaN}': "not valid JSON (NaN is not JSON)",
-    '{"prompt": "a"}': '"completion" must be a text, got None',
-    '{"prompt": 3, "completion": "b"}': '"prompt" must be a text, got 3',
-    '{"prompt": "a", "completion": ""}': "the completion '' is empty",
-    '{"prompt": "a", "completion": "%s"}'
-    % ("x" * 300): "the prompt has 302 tokens; max_seq_len is 256",
-}
-
-
-def test_bad_lines_stop_before_anything_is_scored(run, model, answers, tmp_path, monkeypatch):
-    monkeypatch.setattr("llama_jax.llm.LLM.score", None)
-    good = answers.read_text()
-    for line, message in BAD_LINES.items():
-        answers.write_text(good + "\n" + line + "\n" + good)
-        code, _, err = run("score", answers, tmp_path / "out.jsonl", "--model", model, *SMALL)
-        assert code == 2
-        assert f"in.jsonl, line 4: {message}" in err
-    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
-
-
-def test_bad_lines_are_skipped_when_asked(run, model, answers, tmp_path):
-    good = answers.read_text()
-    answers.write_text(good + "".join(line + "\n" for line in BAD_LINES) + good)
-    code, out, _ = run("score", answers, "-", "--model", model, "--skip-bad", *SMALL)
-    assert code == 0
-    rows = [json.loads(line) for line in out.splitlines()]
-    assert ["error" in row for row in rows] == [False] * 2 + [True] * len(BAD_LINES) + [False] * 2
-    for row, message in zip(rows[2:-2], BAD_LINES.values(), strict=True):
-        assert message in row["error"] and "logprob" not in row
-    assert rows[5]["prompt"] == "a"
-    assert rows[-1]["logprob"] == pytest.approx(rows[1]["logprob"], abs=1e-4)
-
-
-def test_output_of_a_run_that_fails_is_not_left_behind(run, model, answers, tmp_path, monkeypatch):
-    def fail(*_):
-        raise RuntimeError("the device is gone")
-
-    monkeypatch.setattr("llama_jax.llm.LLM.score", fail)
-    code, _, err = run("score", answers, tmp_path / "out.jsonl", "--model", model, *SMALL)
-    assert code == 1
-    assert "the device is gone" in err and "Traceback" not in err
-    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_convert_reports_and_refuses_to_overwrite(run, source, tmp_path):

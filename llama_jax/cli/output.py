@@ -72,7 +72,13 @@ def print_json(value: Any) -> None:
 
 def json_line(value: Any) -> str:
     """Valid JSON on one line; numbers that JSON does not have become null."""
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+    finite = _finite(value)
+    text = json.dumps(finite, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate, which can only be written as an escape
+        return json.dumps(finite)
+    return text
 
 
 def _finite(value: Any) -> Any:
@@ -122,30 +128,37 @@ def whole_file(path: str) -> Iterator[TextIO]:
 def read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
     """The objects of a JSONL file, "-" for stdin, with their line numbers; blank lines are skipped.
 
-    A line that is not a JSON object comes as the ValueError that says so.
+    A line that is not a JSON object in UTF-8 comes as the ValueError that says so.
     """
-    for number, line in read_lines(path):
+    for number, line in _lines(path, "surrogateescape"):
         try:
+            line.encode()
             value = json.loads(line, parse_constant=_refuse_constant)
-        except ValueError as error:
+        except UnicodeEncodeError:
+            yield number, ValueError("not valid UTF-8")
+        except (ValueError, RecursionError) as error:
             yield number, ValueError(f"not valid JSON ({error})")
-            continue
-        if isinstance(value, dict):
-            yield number, value
         else:
-            yield number, ValueError(f"expected an object, got {type(value).__name__}")
+            if isinstance(value, dict):
+                yield number, value
+            else:
+                yield number, ValueError(f"expected an object, got {type(value).__name__}")
 
 
 def read_lines(path: str) -> Iterator[tuple[int, str]]:
     """The lines of a text file that are not blank, "-" for stdin, with their numbers."""
+    try:
+        yield from _lines(path, "strict")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
+
+
+def _lines(path: str, errors: str) -> Iterator[tuple[int, str]]:
     if path == "-":
         yield from _numbered(sys.stdin)
         return
-    try:
-        with open(path, encoding="utf-8") as file:
-            yield from _numbered(file)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
+    with open(path, encoding="utf-8", errors=errors) as file:
+        yield from _numbered(file)
 
 
 def _numbered(file: TextIO) -> Iterator[tuple[int, str]]:

@@ -1,11 +1,15 @@
-"""`llama-jax score`: how likely completions are, JSONL in and JSONL out."""
+"""`llama-jax score`: how likely texts are, JSONL in and JSONL out, of any size."""
 
+import hashlib
+import itertools
+import json
 import math
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import batched
-from typing import TYPE_CHECKING, Annotated, Any
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -17,22 +21,53 @@ from llama_jax.cli.output import (
     print_json,
     progress_bar,
     read_jsonl,
+    stderr,
     whole_file,
 )
+from llama_jax.cli.resumable import ResumableFile, resumable_file
 from llama_jax.cli.speed import snapshot
 
 if TYPE_CHECKING:
-    from llama_jax.llm import LLM
-    from llama_jax.results import Score
+    from llama_jax.compile_cache import CompileReport
+
+Row = dict[str, Any] | ValueError
+# Seconds between two notes on the progress where no bar can be drawn.
+_NOTE_EVERY = 60.0
 
 
-@dataclass(frozen=True)
-class _Line:
-    """A line of the input; prompt and completion are token ids, empty where `row` has an error."""
+@dataclass
+class _Summary:
+    """What the lines of the output amount to.
 
-    row: dict[str, Any]
-    prompt: list[int]
-    completion: list[int]
+    num_tokens, total, greedy: of lines with a completion or a text. resumed: lines that were there
+    already. num_read: tokens that went through the model for the others.
+    """
+
+    scored: int = 0
+    bad: int = 0
+    num_tokens: int = 0
+    greedy: int = 0
+    total: float = 0.0
+    first_error: str | None = None
+    resumed: int = 0
+    num_read: int = 0
+
+    def add(self, row: dict[str, Any]) -> None:
+        if "error" in row:
+            self.bad += 1
+            self.first_error = self.first_error or row["error"]
+            return
+        self.scored += 1
+        if "choices" not in row:
+            self.num_tokens += row["num_tokens"]
+            self.total += -math.inf if row["logprob"] is None else row["logprob"]
+            self.greedy += "completion" in row and row["is_greedy"]
+
+    @property
+    def perplexity(self) -> float | None:
+        from llama_jax.results import perplexity
+
+        return perplexity(self.total, self.num_tokens) if self.num_tokens else None
 
 
 def score(
@@ -44,10 +79,20 @@ def score(
     tokens: Annotated[
         bool, typer.Option("--tokens", help="Write token_ids and logprobs of each token too.")
     ] = False,
-    skip_bad: Annotated[
-        bool,
-        typer.Option("--skip-bad", help='Write {"error": ...} for a bad line and go on.'),
-    ] = False,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=2, help='Tokens of a "text" looked at together.', show_default="max-seq-len"
+        ),
+    ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="New tokens that each window scores; the others are context.",
+            show_default="window - 1",
+        ),
+    ] = None,
     overwrite: options.Overwrite = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the summary as JSON on stdout.")
@@ -58,97 +103,147 @@ def score(
     max_seq_len: options.MaxSeqLen = None,
     max_batch_size: options.MaxBatchSize = 8,
 ) -> None:
-    """How likely is each completion after its prompt?
+    """How likely is each text?
 
-    A line of IN.jsonl is an object with "prompt" and "completion"; whatever else it has is kept. A
-    line of OUT.jsonl adds logprob (natural log, summed over the completion), num_tokens, is_greedy
-    (each token is the model's likeliest) and perplexity. OUT.jsonl appears when it is whole. A bad
-    line is reported before anything is scored.
+    A line of IN.jsonl is an object with "prompt" and "completion", with "prompt" and "choices" (a
+    list of texts), or with "text", of any length. A line of OUT.jsonl has the same fields and adds
+
+    - for a completion: logprob (natural log, summed), num_tokens, is_greedy (each token is the
+      model's likeliest), perplexity
+
+    - for choices: best (counted from 0), probabilities (which sum to 1), scores (as above)
+
+    - for a text: logprob, num_tokens, perplexity, byte_perplexity, word_perplexity
+
+    - for a line that cannot be scored: error. The others go on.
+
+    Lines are read and written as a stream, in order. OUT.jsonl appears when it is whole; until then
+    its lines stand in OUT.jsonl.partial, and the same command goes on from there if it was stopped.
 
     **Examples**
 
         echo '{"prompt": "2 + 2 =", "completion": " 4"}' | llama-jax score - -
-        llama-jax score answers.jsonl scored.jsonl --model ./llama-8b
-        llama-jax score answers.jsonl scored.jsonl --tokens --skip-bad --overwrite --json
+        llama-jax score answers.jsonl scored.jsonl --model ./llama-8b --max-batch-size 64
+        llama-jax score documents.jsonl scored.jsonl --window 2048 --stride 1024 --json
     """
     if output == "-" and as_json:
         raise typer.BadParameter("--json needs stdout for the summary: write OUT.jsonl to a file")
     check_output(output, overwrite)
-    rows = list(read_jsonl(input))
-    if not rows:
-        raise ValueError(f"{input} has no lines to score")
+    num_lines, digest = _survey(input)
     llm = options.load(
         model, show_plan=model is not None and not as_json, dtype=dtype, activations=activations,
         kv_dtype=kv_dtype, max_seq_len=max_seq_len, max_batch_size=max_batch_size,
     )  # fmt: skip
-    lines = [_line(llm, f"{input}, line {number}", row, skip_bad) for number, row in rows]
+    from llama_jax.scoring import score_rows
+
+    llm.perplexity_question([0, 0], window, stride)  # says what is wrong with these
+    manifest = hashlib.blake2b(llm.manifest.to_json().encode(), digest_size=16)
+    settings = {
+        "input": digest, "model": manifest.hexdigest(), "dtype": dtype, "activations": activations,
+        "kv_dtype": kv_dtype, "max_seq_len": llm.max_seq_len, "window": window, "stride": stride,
+        "tokens": tokens,
+    }  # fmt: skip
+    scored = partial(score_rows, llm, tokens=tokens, window=window, stride=stride)
     before, began = snapshot(), time.perf_counter()
-    scores: list[Score] = []
-    with progress_bar() as bar, whole_file(output) as file:
-        task = bar.add_task("scoring", total=len(lines), unit="tokens", units=0)
-        for line, result in _scored(llm, lines):
-            row = line.row if result is None else {**line.row, **_fields(result, tokens)}
-            file.write(json_line(row) + "\n")
-            read = len(line.prompt) + len(line.completion)
-            bar.update(task, advance=1, units=bar.tasks[task].fields["units"] + read)
-            scores += [] if result is None else [result]
+    # What came from stdin cannot be read again, so there is nothing to resume.
+    whole = output == "-" or input == "-"
+    with whole_file(output) if whole else resumable_file(output, settings, overwrite) as file:
+        summary = _write_scores(input, num_lines, file, scored)
     compiled = snapshot().report.since(before.report)
-    seconds = time.perf_counter() - began - compiled.seconds
-    num_tokens, total = sum(len(s.token_ids) for s in scores), sum(s.total for s in scores)
-    summary = {
-        "scored": len(scores),
-        "bad": len(lines) - len(scores),
-        "num_tokens": num_tokens,
-        "perplexity": math.exp(-total / num_tokens) if scores else None,
-        "greedy": sum(s.is_greedy for s in scores),
+    _report(summary, time.perf_counter() - began - compiled.seconds, compiled, as_json)
+
+
+def _survey(path: str) -> tuple[int | None, str | None]:
+    """How many lines the input has, and a digest of it; None for stdin, which is read once."""
+    if path == "-":
+        return None, None
+    count, digest = 0, hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        for line in file:
+            digest.update(line)
+            count += not line.isspace()
+    if not count:
+        raise ValueError(f"{path} has no lines to score")
+    return count, digest.hexdigest()
+
+
+def _write_scores(
+    input: str,
+    num_lines: int | None,
+    output: ResumableFile | TextIO,
+    scored: Callable[[Iterable[Row]], Iterable[tuple[dict[str, Any], int]]],
+) -> _Summary:
+    """Score the lines that the output lacks, and write them as they come.
+
+    scored: rows with their scores, and how many tokens were read for each, in order.
+    """
+    summary = _Summary()
+    if isinstance(output, ResumableFile):
+        for line in output.lines():
+            summary.add(json.loads(line))
+    summary.resumed = summary.scored + summary.bad
+    rows = itertools.islice(read_jsonl(input), summary.resumed, None)
+    with progress_bar() as bar:
+        task = bar.add_task(
+            "scoring", total=num_lines, completed=summary.resumed, unit="tokens", units=0
+        )
+        numbers: deque[int] = deque()
+        began = noted = time.monotonic()
+        for done, (row, num_tokens) in enumerate(scored(_noting(rows, numbers)), 1):
+            number = numbers.popleft()
+            if "error" in row:
+                row["error"] = f"{input}, line {number}: {row['error']}"
+            output.write(json_line(row) + "\n")
+            output.flush()
+            summary.add(row)
+            summary.num_read += num_tokens
+            bar.update(task, advance=1, units=summary.num_read)
+            now = time.monotonic()
+            if not stderr.is_terminal and now - noted > _NOTE_EVERY:
+                noted = now
+                note(_progress(summary, done, num_lines, now - began))
+    return summary
+
+
+def _noting(rows: Iterable[tuple[int, Row]], numbers: deque[int]) -> Iterator[Row]:
+    """The rows, and the number of each at the end of `numbers`."""
+    for number, row in rows:
+        numbers.append(number)
+        yield row
+
+
+def _progress(summary: _Summary, done: int, num_lines: int | None, seconds: float) -> str:
+    """done: lines of this run, in so many seconds."""
+    rate = f"{done / seconds:,.1f} lines/s, {summary.num_read / seconds:,.0f} tok/s"
+    if num_lines is None:
+        return f"{done} lines · {rate}"
+    left = (num_lines - summary.resumed - done) / (done / seconds)
+    return f"{summary.resumed + done} of {num_lines} lines · {rate} · {left:,.0f} s left"
+
+
+def _report(summary: _Summary, seconds: float, compiled: "CompileReport", as_json: bool) -> None:
+    figures = {
+        "scored": summary.scored,
+        "bad": summary.bad,
+        "resumed": summary.resumed,
+        "num_tokens": summary.num_tokens,
+        "perplexity": summary.perplexity,
+        "greedy": summary.greedy,
         "seconds": seconds,
-        "tokens_per_second": sum(len(x.prompt) + len(x.completion) for x in lines) / seconds,
+        "tokens_per_second": summary.num_read / seconds,
         "compile": vars(compiled),
     }
     if as_json:
-        print_json(summary)
-        return
-    perplexity = f"{summary['perplexity']:.3f}" if scores else "-"
-    note(
-        f"{len(scores)} scored, {summary['bad']} bad · {num_tokens} tokens, perplexity "
-        f"{perplexity}, {summary['greedy']} greedy · {summary['tokens_per_second']:,.0f} tok/s · "
-        f"{compiled}"
-    )
-
-
-def _line(llm: "LLM", where: str, row: dict[str, Any] | ValueError, skip_bad: bool) -> _Line:
-    """Check and tokenise a line; a bad one raises ValueError, or says so in `row`."""
-    kept = {} if isinstance(row, ValueError) else row
-    try:
-        if isinstance(row, ValueError):
-            raise row
-        for field in ("prompt", "completion"):
-            if not isinstance(row.get(field), str):
-                raise ValueError(f'"{field}" must be a text, got {row.get(field)!r}')
-        ids, start = llm.pair_ids(row["prompt"], row["completion"])
-    except ValueError as error:
-        if not skip_bad:
-            raise ValueError(f"{where}: {error}") from error
-        return _Line({**kept, "error": f"{where}: {error}"}, [], [])
-    return _Line(kept, ids[:start], ids[start:])
-
-
-def _scored(llm: "LLM", lines: list[_Line]) -> Iterator[tuple[_Line, "Score | None"]]:
-    """Each line with its score, in order; None for a bad one."""
-    for group in batched(lines, llm.engine.options.max_batch_size):
-        good = [line for line in group if line.completion]
-        scores = iter(llm.score([x.prompt for x in good], [x.completion for x in good]))
-        for line in group:
-            yield line, next(scores) if line.completion else None
-
-
-def _fields(result: "Score", tokens: bool) -> dict[str, Any]:
-    fields: dict[str, Any] = {
-        "logprob": result.total,
-        "num_tokens": len(result.token_ids),
-        "is_greedy": result.is_greedy,
-        "perplexity": result.perplexity,
-    }
-    if tokens:
-        fields |= {"token_ids": result.token_ids, "logprobs": result.logprobs}
-    return fields
+        print_json(figures)
+    else:
+        mean = "-" if summary.perplexity is None else f"{summary.perplexity:.3f}"
+        before = f" ({summary.resumed} of them before)" if summary.resumed else ""
+        note(
+            f"{summary.scored} scored, {summary.bad} bad{before} · {summary.num_tokens} tokens, "
+            f"perplexity {mean}, {summary.greedy} greedy · "
+            f"{figures['tokens_per_second']:,.0f} tok/s · {compiled}"
+        )
+    if summary.bad and not as_json:
+        note(f"the first bad one is {summary.first_error}")
+    if not summary.scored:
+        raise ValueError(f"no line could be scored; {summary.first_error}")

@@ -1,0 +1,118 @@
+"""A file of lines that a run which was cut short leaves behind to be continued.
+
+The lines of OUT stand in OUT.partial until all are there; OUT.journal says what made them. A run
+with the same settings goes on after the last whole line, so nothing is lost or written twice.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from llama_jax.cli.output import note
+
+
+@dataclass(frozen=True)
+class ResumableFile:
+    """What a run appends to, after the lines that an earlier one left."""
+
+    file: BinaryIO
+
+    def lines(self) -> Iterator[bytes]:
+        """What stands there already."""
+        self.file.seek(0)
+        yield from self.file
+
+    def write(self, text: str) -> None:
+        self.file.write(text.encode())
+
+    def flush(self) -> None:
+        """After this, a kill does not lose what was written."""
+        self.file.flush()
+
+
+@contextmanager
+def resumable_file(
+    path: str, settings: Mapping[str, Any], overwrite: bool
+) -> Iterator[ResumableFile]:
+    """Lines for the file `path`, which appears when the block ends without an error.
+
+    settings: JSON values that decide what is written. Raises FileExistsError if another run writes
+    here, or one with other settings was cut short and `overwrite` does not say to discard it.
+    """
+    target = Path(path).absolute()
+    partial = target.with_name(f"{target.name}.partial")
+    journal = target.with_name(f"{target.name}.journal")
+    with _locked(journal) as notes:
+        if not _continues(notes, partial, settings, overwrite):
+            partial.unlink(missing_ok=True)
+            _note(notes, settings)
+        with partial.open("a+b") as file:
+            _cut_torn_line(file)
+            try:
+                yield ResumableFile(file)
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                if file.seek(0, os.SEEK_END):
+                    note(f"{partial} keeps what was done: the same command goes on from there")
+                else:
+                    partial.unlink()
+                    journal.unlink()
+                raise
+        os.replace(partial, target)
+        journal.unlink()
+
+
+@contextmanager
+def _locked(journal: Path) -> Iterator[BinaryIO]:
+    """The journal, made if need be, for this process alone."""
+    with journal.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(f"another run is writing {journal.with_suffix('')}") from None
+        yield file
+
+
+def _continues(
+    notes: BinaryIO, partial: Path, settings: Mapping[str, Any], overwrite: bool
+) -> bool:
+    """Whether `partial` is an earlier run's with the same settings."""
+    if not partial.exists():
+        return False
+    notes.seek(0)
+    written = notes.read()
+    # The journal is complete before anything is written: a partial file without one is not ours.
+    earlier = json.loads(written) if written else {}
+    differing = [name for name, value in settings.items() if earlier.get(name) != value]
+    if differing and not overwrite:
+        changes = ", ".join(
+            f"{name}: {earlier.get(name)} -> {settings[name]}" for name in differing
+        )
+        raise FileExistsError(
+            f"{partial} was begun with other settings ({changes}). Finish it with those, or "
+            "discard it with --overwrite."
+        )
+    return not differing
+
+
+def _note(notes: BinaryIO, settings: Mapping[str, Any]) -> None:
+    notes.truncate(0)
+    notes.write(json.dumps(settings).encode())
+    notes.flush()
+    os.fsync(notes.fileno())
+
+
+def _cut_torn_line(file: BinaryIO) -> None:
+    """Cut off what a kill left of a line."""
+    file.seek(0)
+    end = 0
+    for line in file:
+        if line.endswith(b"\n"):
+            end += len(line)
+    file.truncate(end)
