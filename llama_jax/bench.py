@@ -173,37 +173,48 @@ def measure(
     repeats: int,
 ) -> Measurement:
     """Run a workload once to compile it, then `repeats` times, in the engine that `LLM` runs."""
-    batch_size, config = workload.batch_size, spec.config
+    engine = make_engine(params, spec, workload, kv_dtype, prefill_chunk)
+    run_once(engine, workload)
+    runs = [run_once(engine, workload) for _ in range(repeats)]
+    prefill, first_token, step = (statistics.median(times) for times in zip(*runs, strict=True))
+    return Measurement(
+        workload=workload,
+        prefill_seconds=prefill,
+        first_token_seconds=first_token,
+        decode_step_seconds=step,
+        weight_bytes=decode_weight_bytes(spec, workload.batch_size),
+        kv_bytes=kv_bytes(spec.config, kv_dtype, workload),
+    )
+
+
+def make_engine(
+    params: Params, spec: ModelSpec, workload: Workload, kv_dtype: jnp.dtype, prefill_chunk: int
+) -> Engine:
+    """An engine of the workload's size, which computes each prompt anew."""
     options = EngineOptions(
-        max_batch_size=batch_size,
+        max_batch_size=workload.batch_size,
         max_seq_len=workload.max_seq_len,
         prefill_chunk=prefill_chunk,
         share_prefixes=False,
     )
-    engine = Engine(params, spec, options, kv_dtype)
+    return Engine(params, spec, options, kv_dtype)
+
+
+def run_once(engine: Engine, workload: Workload) -> tuple[float, float, float]:
+    """Seconds of prefill, to the first tokens, and of a decode step: see `Measurement`."""
+    size = (workload.batch_size, workload.prompt_len)
+    prompts = np.random.default_rng(0).integers(0, engine.spec.config.vocab_size, size)
     greedy = SamplingParams(temperature=0.0, seed=0, max_new_tokens=workload.new_tokens)
-    prompts = np.random.default_rng(0).integers(
-        0, config.vocab_size, (batch_size, workload.prompt_len)
-    )
-    prefill_times, first_token_times, step_times = [], [], []
-    for run in range(repeats + 1):
-        requests = [Request(prompt, greedy) for prompt in prompts.tolist()]
-        began = time.perf_counter()
-        for _ in engine.run(requests):
-            pass
-        if run:
-            prefilled = max(request.first_token_at for request in requests)
-            finished = max(request.finished_at for request in requests)
-            prefill_times.append(prefilled - max(request.admitted_at for request in requests))
-            first_token_times.append(prefilled - began)
-            step_times.append((finished - prefilled) / (workload.new_tokens - 1))
-    return Measurement(
-        workload=workload,
-        prefill_seconds=statistics.median(prefill_times),
-        first_token_seconds=statistics.median(first_token_times),
-        decode_step_seconds=statistics.median(step_times),
-        weight_bytes=decode_weight_bytes(spec, batch_size),
-        kv_bytes=kv_bytes(config, kv_dtype, workload),
+    requests = [Request(prompt, greedy) for prompt in prompts.tolist()]
+    began = time.perf_counter()
+    for _ in engine.run(requests):
+        pass
+    prefilled = max(request.first_token_at for request in requests)
+    finished = max(request.finished_at for request in requests)
+    return (
+        prefilled - max(request.admitted_at for request in requests),
+        prefilled - began,
+        (finished - prefilled) / (workload.new_tokens - 1),
     )
 
 
