@@ -59,7 +59,8 @@ def llama_jax_runner() -> Run:
             engines[sizes] = bench.make_engine(params, spec, sizes, jnp.dtype("bfloat16"), 512)
         if workload["kind"] == "score":
             began = time.perf_counter()
-            for _ in engines[sizes].run([Request(list(range(sizes.prompt_len)), wanted="logprobs")]):
+            request = Request(list(range(sizes.prompt_len)), wanted="logprobs")
+            for _ in engines[sizes].run([request]):
                 pass
             return sizes.prompt_len / (time.perf_counter() - began)
         prefill_seconds, _, step_seconds = bench.run_once(engines[sizes], sizes)
@@ -108,7 +109,7 @@ def transformers_runner(dtype: str) -> Run:
 
 
 def work(engine: str) -> None:
-    """A worker: a workload's name on each line of stdin, its figure and the peak so far on stdout."""
+    """A worker: workloads' names on lines of stdin, a figure and the peak so far on stdout."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     if engine == "llama-jax":
         run = llama_jax_runner()

@@ -31,8 +31,10 @@ from llama_jax.model import ModelSpec, Params
 from llama_jax.pages import Match, PagePool
 from llama_jax.request import Request, Wanted
 from llama_jax.sampling import Sampled, host_rows
+from llama_jax.speculation import Speculation
 from llama_jax.steps import (
     DecodeState,
+    Drawn,
     admit,
     decode_steps,
     init_state,
@@ -62,6 +64,7 @@ class EngineOptions:
     prefill_budget: prompt tokens per round, so that rows that are decoding do not wait long; by
         default `max_batch_size` chunks.
     max_steps: tokens drawn per row in one round while nobody streams.
+    lookahead: tokens guessed per row and step, which the model then checks together; 0 for none.
     max_waiting: requests that may queue. share_prefixes: whether sequences share pages.
     batch_invariant: a request's tokens and logprobs are bit-equal alone and in any company: prompts
         go through one at a time in chunks of fixed places, nothing is shared, and pages for the
@@ -74,6 +77,7 @@ class EngineOptions:
     prefill_chunk: int = 512
     prefill_budget: int | None = None
     max_steps: int = 8
+    lookahead: int = 0
     max_waiting: int = 1_000_000
     share_prefixes: bool = True
     batch_invariant: bool = False
@@ -111,12 +115,20 @@ class EngineOptions:
 @dataclass
 class EngineCounts:
     """What has happened so far. tokens: prompt tokens computed, tokens drawn; preempted: times that
-    a request had to give its pages back; rounds: launches of decode."""
+    a request had to give its pages back; rounds: launches of decode; guessed, accepted: tokens
+    guessed ahead, and those of them that stood."""
 
     prefilled: int = 0
     drawn: int = 0
     preempted: int = 0
     rounds: int = 0
+    guessed: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """The part of the guesses that stood."""
+        return self.accepted / self.guessed if self.guessed else 0.0
 
 
 @dataclass(eq=False)
@@ -166,6 +178,8 @@ class Engine:
     """The compiled programs with the parameters, the device state, and the requests in between.
 
     params, spec: as of `model.prefill`; cache_dtype, kv_scales, mesh: as of `steps.init_state`.
+    draft: parameters and spec of a smaller model with the same vocabulary that guesses tokens
+    (`options.lookahead` at a time); without one they are looked up in the sequence itself.
     One call at a time goes on; those from other threads wait.
     """
 
@@ -177,14 +191,22 @@ class Engine:
         cache_dtype: jnp.dtype,
         kv_scales: tuple[tuple[float, float], ...] | None = None,
         mesh: Mesh | None = None,
+        draft: tuple[Params, ModelSpec] | None = None,
     ) -> None:
+        if draft and draft[1].config.vocab_size != spec.config.vocab_size:
+            raise ValueError(
+                f"the draft model has {draft[1].config.vocab_size} tokens in its vocabulary, the "
+                f"model {spec.config.vocab_size}: they must be the same"
+            )
         self.params = params
+        self._draft_params = draft and draft[0]
+        self._speculation = Speculation(options.lookahead, draft and draft[1])
         self.spec = spec
         self.options = options
         self.counts = EngineCounts()
         self._new_state = partial(
             init_state, spec, options.max_batch_size, options.max_seq_len, cache_dtype, kv_scales,
-            mesh, options.pool_size,
+            mesh, options.pool_size, self._speculation,
         )  # fmt: skip
         self._lock = threading.RLock()
         self._ids = itertools.count()
@@ -275,11 +297,12 @@ class Engine:
         unfinished = {request.id: request for request in map(self.submit, requests)}
         try:
             while unfinished:
-                self.step()
+                changed = {request.id for request in self.step()}
                 for request in list(unfinished.values()):
                     if request.finish_reason:
                         del unfinished[request.id]
-                    yield request
+                    if request.finish_reason or request.id in changed:
+                        yield request
         finally:
             for request_id in unfinished:
                 self.cancel(request_id)
@@ -388,11 +411,11 @@ class Engine:
     def _calls(self, rows: list[_Row]) -> list[list[_Row]]:
         """Rows that go through one call: all together, or one by one where padding them to the same
         length would cost more."""
-        widest, *others = reversed(self.options.row_buckets)
+        widest = self.options.row_buckets[-1]
         widths = [bucket(_left(row), self.options.chunk_buckets) for row in rows]
         together = max(widest * max(widths), _TOKENS_PER_CALL)
         apart = sum(max(width, _TOKENS_PER_CALL) for width in widths)
-        return [rows] if not others or (len(rows) > 1 and together < apart) else [[r] for r in rows]
+        return [rows] if widest > 1 and together < apart else [[row] for row in rows]
 
     def _launch_chunk(self, kind: Wanted, rows: list[_Row]) -> int:
         """Launch one prefill call; returns how many tokens go through it."""
@@ -424,7 +447,8 @@ class Engine:
         changed: list[Request] = []
         steps = self._steps()
         while steps:
-            bounds = [(row, min(steps, row.limit - row.drawn)) for row in self._decoding()]
+            most = steps * (1 + self.options.lookahead)
+            bounds = [(row, min(most, row.limit - row.drawn)) for row in self._decoding()]
             lacking = [
                 (row, max(0, -(-(row.stored + count) // PAGE_SIZE) - len(row.pages)))
                 for row, count in bounds
@@ -501,7 +525,10 @@ class Engine:
             [request.params], [request.prompt], [request.stop_ids], self.spec.config.vocab_size,
             [request.token_ids],
         )  # fmt: skip
-        return _int32(number), _int32(stored), fresh, _int32(source), _int32(target)
+        text = np.zeros((1, self.options.pages_per_row * PAGE_SIZE), np.int32)
+        text[0, : len(request.all_tokens)] = request.all_tokens
+        text = text if self._speculation.uses_history else text[:, :0]
+        return _int32(number), _int32(stored), fresh, _int32(source), _int32(target), text
 
     def _prefill_call(self, kind: Wanted, rows: Sequence[_Row], size: int, width: int) -> _Call:
         """The next `width` tokens, at most, of each row; `size` rows with the padding."""
@@ -517,9 +544,10 @@ class Engine:
             if row.stored + len(part) == len(row.tokens):
                 remaining[i] = row.limit - row.drawn
         args = (self._table.copy(), tokens, lengths, numbers)
-        static = {"spec": self.spec}
+        static: dict[str, Any] = {"spec": self.spec}
         if kind == "tokens":
-            return _Call(prefill_step, (*args, remaining), static)
+            static["speculation"] = self._speculation
+            return _Call(prefill_step, (*args, remaining, self._draft_params), static)
         if kind == "logprobs":
             return _Call(score_step, (*args, targets), static)
         return _Call(logits_step, args, static)
@@ -529,8 +557,12 @@ class Engine:
         active[[row.number for row in rows]] = True
         return _Call(
             decode_steps,
-            (self._table.copy(), active, np.int32(steps)),
-            {"spec": self.spec, "max_steps": self.options.max_steps},
+            (self._table.copy(), active, np.int32(steps), self._draft_params),
+            {
+                "spec": self.spec,
+                "max_steps": self.options.max_steps,
+                "speculation": self._speculation,
+            },
         )
 
     def _note_pages(self, row: _Row) -> None:
@@ -556,11 +588,11 @@ class Engine:
             self._append(row, host, i)
         return [row.request for _, row in ended]
 
-    def _take_drawn(
-        self, bounds: Sequence[tuple[_Row, int]], outputs: tuple[Array, Sampled]
-    ) -> list[Request]:
-        counts = jax.device_get(outputs[0])
-        host = _fetch(outputs[1], [row for row, _ in bounds])
+    def _take_drawn(self, bounds: Sequence[tuple[_Row, int]], drawn: Drawn) -> list[Request]:
+        counts, guessed, accepted = jax.device_get((drawn.counts, drawn.guessed, drawn.accepted))
+        self.counts.guessed += int(guessed.sum())
+        self.counts.accepted += int(accepted.sum())
+        host = _fetch(drawn.tokens, [row for row, _ in bounds])
         for row, bound in bounds:
             count = int(counts[row.number])
             row.stored -= bound - count

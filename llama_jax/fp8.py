@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from pallas_kernels import e4m3
 from pallas_kernels.fp8_matmul.reference import BLOCK, expand_scale
@@ -118,7 +118,7 @@ def _in_blocks(weight: Array) -> Array:
 
 def _scale_of(absmax: Array) -> Array:
     absmax = absmax.astype(jnp.float32)
-    # Behind the barrier 448 is not a constant, which XLA would turn into a product with its
-    # reciprocal for some shapes and not for others: scales an ulp apart.
-    limit = lax.optimization_barrier(jnp.float32(e4m3.MAX))
-    return jnp.where(absmax > 0, absmax / limit, 1.0).astype(jnp.float32)
+    # By a constant 448 XLA would not divide but multiply with its reciprocal, an ulp away from the
+    # quotient; a barrier around the constant is gone before that happens.
+    some = absmax > 0
+    return jnp.where(some, absmax, 1.0) / jnp.where(some, e4m3.MAX, 1.0)

@@ -16,7 +16,7 @@ from rich.table import Table
 from llama_jax.kv_cache import PAGE_SIZE, init_cache
 from llama_jax.model import ModelSpec, abstract_params
 from llama_jax.sharding import cache_shardings, param_shardings
-from pallas_kernels.fp8_matmul.xla import BLOCK_ROWS
+from pallas_kernels.fp8_matmul.xla import block_rows
 
 # Bytes per token of the intermediate size: the MLP's arrays that are live at the same time, in
 # float32 where weights are widened block by block, else in bfloat16. Per head and token: scores
@@ -253,7 +253,9 @@ def _workspace(spec: ModelSpec, batch_size: int, chunk: int, mesh: Mesh | None) 
         (_MLP_WIDE if wide else _MLP_NARROW) * config.intermediate_size,
         _HEAD_BYTES * config.num_heads,
     )
-    widened_block = BLOCK_ROWS * max(config.intermediate_size, config.hidden_size) * 6
+    widened_block = 6 * max(
+        block_rows(columns) * columns for columns in (config.intermediate_size, config.hidden_size)
+    )
     logits = config.vocab_size * (_SAMPLER_BYTES * batch_size + 8 * _SCORED_TOKENS)
     tokens = batch_size * chunk // (mesh.shape["model"] if mesh else 1)
     return per_token * tokens + widened_block + logits

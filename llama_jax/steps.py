@@ -24,6 +24,7 @@ from llama_jax.sampling import (
     sample,
 )
 from llama_jax.sharding import cache_shardings, default_sharding
+from llama_jax.speculation import NO_SPECULATION, Speculation, draft_tokens, look_up
 
 # Tokens whose logits exist at one time while scoring: 64 of 128,256 words in float32 are 33 MB.
 TOKENS_PER_LOGITS_BLOCK = 64
@@ -34,12 +35,27 @@ class DecodeState(struct.PyTreeNode):
 
     tokens: int32 [batch], each row's newest. remaining: int32 [batch], how many more it may draw;
     0 while it has nothing to do, and from its stop token on.
+    history: int32 [batch, capacity], the tokens of each row where guesses are looked up among them,
+    else [batch, 0]. draft: the cache of a model that guesses: the same pages, the same table.
     """
 
     cache: KVCache
     sampling: SamplingState
     tokens: Array
     remaining: Array
+    history: Array
+    draft: KVCache | None
+
+
+class Drawn(struct.PyTreeNode):
+    """What rows drew: row b the first counts[b], int32 [batch], of its column in `tokens`, whose
+    arrays are as in `Sampled` with another axis, of steps, in front. guessed, accepted: int32
+    [batch], tokens guessed and those of them that stood."""
+
+    counts: Array
+    tokens: Sampled
+    guessed: Array
+    accepted: Array
 
 
 def init_state(
@@ -50,6 +66,7 @@ def init_state(
     kv_scales: tuple[tuple[float, float], ...] | None = None,
     mesh: Mesh | None = None,
     num_pages: int | None = None,
+    speculation: Speculation = NO_SPECULATION,
 ) -> DecodeState:
     """Empty rows, made in place on their devices; arguments as `kv_cache.init_cache` takes them."""
     whole = NamedSharding(mesh, PartitionSpec()) if mesh else default_sharding()
@@ -57,15 +74,24 @@ def init_state(
     def build() -> DecodeState:
         scales = None if kv_scales is None else jnp.array(kv_scales, jnp.float32)
         none = jnp.zeros(batch_size, jnp.int32)
+        pages = (batch_size, max_seq_len, cache_dtype)
+        cache = init_cache(spec.config, *pages, scales, num_pages)
+        looked_up = cache.capacity if speculation.uses_history else 0
         return DecodeState(
-            cache=init_cache(spec.config, batch_size, max_seq_len, cache_dtype, scales, num_pages),
+            cache=cache,
             sampling=init_sampling(batch_size, spec.config.vocab_size),
             tokens=none,
             remaining=none,
+            history=jnp.zeros((batch_size, looked_up), jnp.int32),
+            draft=init_cache(draft.config, *pages, None, num_pages) if draft else None,
         )
 
+    draft = speculation.draft
     shardings = jax.tree.map(lambda _: whole, jax.eval_shape(build))
-    shardings = shardings.replace(cache=cache_shardings(spec.config, mesh))
+    shardings = shardings.replace(
+        cache=cache_shardings(spec.config, mesh),
+        draft=cache_shardings(draft.config, mesh) if draft else None,
+    )
     state: DecodeState = jax.jit(build, out_shardings=shardings)()
     return state
 
@@ -78,11 +104,13 @@ def admit(
     fresh: SamplingState,
     sources: Array,
     targets: Array,
+    texts: Array,
 ) -> DecodeState:
     """Give rows, int32 [b], to new requests; an index past the end is padding.
 
     lengths: int32 [b], tokens that their pages hold already. sources, targets: int32 [b], pages to
-    copy for them first, see `kv_cache.copy_pages`.
+    copy for them first, see `kv_cache.copy_pages`. texts: int32 [b, capacity], see
+    `DecodeState.history`.
     """
     cache = copy_pages(state.cache, sources, targets)
     return state.replace(
@@ -91,10 +119,12 @@ def admit(
             lambda old, new: old.at[rows].set(new, mode="drop"), state.sampling, fresh
         ),
         remaining=state.remaining.at[rows].set(0, mode="drop"),
+        history=state.history.at[rows].set(texts, mode="drop"),
+        draft=state.draft and copy_pages(state.draft, sources, targets),
     )
 
 
-@partial(jax.jit, static_argnames="spec", donate_argnames="state")
+@partial(jax.jit, static_argnames=("spec", "speculation"), donate_argnames="state")
 def prefill_step(
     params: Params,
     state: DecodeState,
@@ -103,16 +133,22 @@ def prefill_step(
     lengths: Array,
     rows: Array,
     remaining: Array,
+    draft_params: Params | None = None,
     *,
     spec: ModelSpec,
+    speculation: Speculation = NO_SPECULATION,
 ) -> tuple[DecodeState, Sampled]:
     """Append a chunk of each prompt; draw the first token of the rows whose prompt ends here.
 
     page_table: int32 [batch, pages_per_row]; tokens: int32 [b, t]; lengths, rows: int32 [b];
     remaining: int32 [b], tokens to draw from here on, 0 where the prompt goes on. See
-    `model.prefill`.
+    `model.prefill`. draft_params: of `speculation.draft`, which takes in the same chunk.
     """
-    cache = state.cache.replace(page_table=page_table)
+    cache, draft = state.cache.replace(page_table=page_table), state.draft
+    if speculation.draft:
+        assert draft is not None and draft_params is not None
+        draft = _follow(draft, cache)
+        _, draft = model.extend(draft_params, draft, tokens, lengths, rows, spec=speculation.draft)
     hidden, cache = model.extend(params, cache, tokens, lengths, rows, spec=spec)
     hidden = model.last_hidden(hidden, lengths)
     vocab, last = spec.config.vocab_size, remaining > 0
@@ -132,6 +168,7 @@ def prefill_step(
     left = jnp.where(is_stop(of_rows, drawn.tokens), 0, remaining - 1)
     state = state.replace(
         cache=cache,
+        draft=draft,
         sampling=sampling,
         tokens=state.tokens.at[ended].set(drawn.tokens, mode="drop"),
         remaining=state.remaining.at[ended].set(left, mode="drop"),
@@ -139,71 +176,140 @@ def prefill_step(
     return state, drawn
 
 
-@partial(jax.jit, static_argnames=("spec", "max_steps"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("spec", "max_steps", "speculation"), donate_argnames="state")
 def decode_steps(
     params: Params,
     state: DecodeState,
     page_table: Array,
     active: Array,
     steps: Array,
+    draft_params: Params | None = None,
     *,
     spec: ModelSpec,
     max_steps: int,
-) -> tuple[DecodeState, tuple[Array, Sampled]]:
-    """Up to `steps` times, feed each row that has tokens left its newest one and draw the next.
+    speculation: Speculation = NO_SPECULATION,
+) -> tuple[DecodeState, Drawn]:
+    """Up to `steps` times, feed each row that has tokens left its newest one and draw the next, or
+    several where guesses stand.
 
     page_table: int32 [batch, pages_per_row], with pages for what will be drawn; active: bool
     [batch], rows that may go on; steps: int32 [], at most `max_steps`. Stops early when no row has
     anything left to draw.
-    Returns how many tokens each row drew, int32 [batch], and these, with a first axis [max_steps]:
-    row b's are the first counts[b] of its column.
     """
-    batch = active.shape[0]
+    waiting = jnp.where(active, 0, state.remaining)
     state = state.replace(
         cache=state.cache.replace(page_table=page_table),
-        remaining=jnp.where(active, state.remaining, 0),
+        remaining=state.remaining - waiting,
     )
-    blank = jax.tree.map(
-        lambda leaf: jnp.zeros((max_steps, *leaf.shape), leaf.dtype),
-        jax.eval_shape(sample, jnp.zeros((batch, spec.config.vocab_size)), state.sampling),
-    )
+    capacity = max_steps * (1 + speculation.lookahead)
+    none = jnp.zeros(active.shape, jnp.int32)
+    blank = jax.eval_shape(sample, jnp.zeros((len(active), spec.config.vocab_size)), state.sampling)
+    empty = jax.tree.map(lambda a: jnp.zeros((capacity, *a.shape), a.dtype), blank)
 
-    def goes_on(carry: tuple[Array, DecodeState, Array, Sampled]) -> Array:
-        i, state, _, _ = carry
+    def goes_on(carry: tuple[Array, DecodeState, Drawn]) -> Array:
+        i, state, _ = carry
         return (i < steps) & jnp.any(state.remaining > 0)
 
-    def body(
-        carry: tuple[Array, DecodeState, Array, Sampled],
-    ) -> tuple[Array, DecodeState, Array, Sampled]:
-        i, state, counts, drawn = carry
-        state, newest = _decode(params, state, spec)
-        drawn = jax.tree.map(lambda all_, one: all_.at[i].set(one), drawn, newest[1])
-        return i + 1, state, counts + newest[0], drawn
+    def body(carry: tuple[Array, DecodeState, Drawn]) -> tuple[Array, DecodeState, Drawn]:
+        i, state, so_far = carry
+        state, drew, drawn, guessed = _decode(params, draft_params, state, spec, speculation)
+        places = so_far.counts + jnp.arange(len(drew))[:, None]
+        places = jnp.where(drew, places, capacity)
+        new = jnp.sum(drew, axis=0)
+        return i + 1, state, Drawn(
+            so_far.counts + new,
+            jax.tree.map(
+                lambda all_, these: all_.at[places, jnp.arange(len(new))].set(these, mode="drop"),
+                so_far.tokens, drawn,
+            ),
+            so_far.guessed + guessed,
+            so_far.accepted + jnp.maximum(new - 1, 0),
+        )  # fmt: skip
 
-    counts = jnp.zeros(batch, jnp.int32)
-    _, state, counts, drawn = lax.while_loop(goes_on, body, (jnp.int32(0), state, counts, blank))
-    return state, (counts, drawn)
+    _, state, drawn = lax.while_loop(
+        goes_on, body, (jnp.int32(0), state, Drawn(none, empty, none, none))
+    )
+    return state.replace(remaining=state.remaining + waiting), drawn
 
 
 def _decode(
-    params: Params, state: DecodeState, spec: ModelSpec
-) -> tuple[DecodeState, tuple[Array, Sampled]]:
-    """One token for each row that has any left; also which rows drew one, bool [batch]."""
-    active = state.remaining > 0
+    params: Params,
+    draft_params: Params | None,
+    state: DecodeState,
+    spec: ModelSpec,
+    speculation: Speculation,
+) -> tuple[DecodeState, Array, Sampled, Array]:
+    """One token for each row that has any left, and one more for each guess that stands.
+
+    Also which rows drew, bool [1 + lookahead, batch]; what, with the same first axes; and how many
+    tokens were guessed, int32 [batch].
+    """
+    active, starts = state.remaining > 0, state.cache.lengths
+    # The last token that may be drawn does not follow a guess.
+    state, guesses, guessed = _guess(draft_params, state, speculation)
+    guessed = jnp.where(active, jnp.minimum(guessed, state.remaining - 1), 0)
+    fed = jnp.concatenate([state.tokens[:, None], guesses], axis=1)
     hidden, cache = model.extend(
-        params, state.cache, state.tokens[:, None], active.astype(jnp.int32), spec=spec
+        params, state.cache, fed, jnp.where(active, 1 + guessed, 0), spec=spec
     )
-    logits = model.unembed(params, hidden[:, 0], spec=spec)
-    temperature = jnp.where(active, state.sampling.temperature, 0.0)
-    drawn = sample(logits, state.sampling.replace(temperature=temperature))
-    left = jnp.where(is_stop(state.sampling, drawn.tokens), 0, state.remaining - 1)
+    logits = model.unembed(params, hidden, spec=spec)
+
+    def draw(
+        carry: tuple[SamplingState, Array, Array, Array], at: tuple[Array, Array, Array]
+    ) -> tuple[tuple[SamplingState, Array, Array, Array], tuple[Array, Sampled]]:
+        sampling, draws, remaining, newest = carry
+        logits, guess, is_guessed = at
+        temperature = jnp.where(draws, sampling.temperature, 0.0)
+        drawn = sample(logits, sampling.replace(temperature=temperature))
+        left = jnp.where(is_stop(sampling, drawn.tokens), 0, remaining - 1)
+        remaining = jnp.where(draws, left, remaining)
+        stands = draws & is_guessed & (drawn.tokens == guess) & (remaining > 0)
+        newest = jnp.where(draws, drawn.tokens, newest)
+        carry = record(sampling, drawn.tokens, draws), stands, remaining, newest
+        return carry, (draws, drawn)
+
+    following = jnp.pad(guesses, ((0, 0), (0, 1))).T
+    is_guessed = jnp.arange(len(following))[:, None] < guessed
+    (sampling, _, remaining, newest), (drew, drawn) = lax.scan(
+        draw,
+        (state.sampling, active, jnp.where(active, state.remaining, 0), state.tokens),
+        (jnp.moveaxis(logits, 1, 0), following, is_guessed),
+    )
     state = state.replace(
-        cache=cache,
-        sampling=record(state.sampling, drawn.tokens, active),
-        tokens=jnp.where(active, drawn.tokens, state.tokens),
-        remaining=jnp.where(active, left, 0),
+        cache=cache.replace(lengths=starts + jnp.sum(drew, axis=0)),
+        sampling=sampling,
+        tokens=newest,
+        remaining=remaining,
     )
-    return state, (active, drawn)
+    return state, drew, drawn, guessed
+
+
+def _guess(
+    draft_params: Params | None, state: DecodeState, speculation: Speculation
+) -> tuple[DecodeState, Array, Array]:
+    """Guesses for each row, int32 [batch, lookahead], and how many there are, int32 [batch]."""
+    batch, lookahead = len(state.tokens), speculation.lookahead
+    rows, last = jnp.arange(batch), state.cache.lengths
+    if speculation.draft:
+        assert state.draft is not None and draft_params is not None
+        draft, guesses = draft_tokens(
+            draft_params, _follow(state.draft, state.cache), state.tokens, state.sampling,
+            state.remaining - 1, spec=speculation.draft, lookahead=lookahead,
+        )  # fmt: skip
+        return state.replace(draft=draft), guesses, jnp.full(batch, lookahead)
+    if not lookahead:
+        return state, jnp.zeros((batch, 0), jnp.int32), jnp.zeros(batch, jnp.int32)
+    history = state.history.at[rows, last].set(state.tokens, mode="drop")
+    guesses, is_any = look_up(history, last, lookahead)
+    # Those that do not stand are overwritten before they are looked at.
+    places = last[:, None] + 1 + jnp.arange(lookahead)
+    history = history.at[rows[:, None], places].set(guesses, mode="drop")
+    return state.replace(history=history), guesses, jnp.where(is_any, lookahead, 0)
+
+
+def _follow(draft: KVCache, cache: KVCache) -> KVCache:
+    """A draft model's cache, at the place where the model's is."""
+    return draft.replace(page_table=cache.page_table, lengths=cache.lengths)
 
 
 @partial(jax.jit, static_argnames="spec", donate_argnames="state")

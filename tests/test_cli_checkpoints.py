@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from converters.dialects import DIALECTS
+from converters.opened import open_checkpoint
 from converters.pipeline import convert
 from converters.safetensors_reader import read_checkpoint
 from llama_jax import cli
@@ -19,13 +20,6 @@ from llama_jax.llm import SHIPPED_MODEL
 from tests import tiny_checkpoints as tiny
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-def write_variant(name: str, path: Path) -> Path:
-    variant = tiny.VARIANTS[name]
-    return tiny.write(
-        path, variant.arrays(), variant.config, files=variant.files, metadata=variant.metadata
-    )
 
 
 VARIANTS = (
@@ -40,7 +34,7 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
         path, tiny.friendli(dynamic=True), tiny.FRIENDLI_DYNAMIC
     ),
     "meta": lambda path: tiny.write_meta(path, tiny.meta_parts(tiny.meta(), 2)),
-    **{name: partial(write_variant, name) for name in VARIANTS},
+    **{name: tiny.VARIANTS[name].write for name in VARIANTS},
 }
 GENUINE = (
     "autofp8_static", "base_bf16", "ct_fp8_dynamic", "friendli_fmo03_fp8", "hf_fbgemm_fp8",
@@ -95,6 +89,11 @@ def test_inspect_foretells_what_a_conversion_makes(run: Run, tmp_path: Path, nam
     assert weights == manifest.total_bytes  # on one device
     code, out, _ = run("inspect", source)
     assert code == 0 and f"{manifest.dialect} layout" in out
+
+
+def test_every_layout_is_among_the_sources(tmp_path: Path) -> None:
+    written = [write(tmp_path / str(i)) for i, write in enumerate(SOURCES.values())]
+    assert {open_checkpoint(path).dialect for path in written} == {d.name for d in DIALECTS}
 
 
 def test_inspect_json_is_complete(run: Run, friendli: Path) -> None:

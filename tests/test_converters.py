@@ -1,10 +1,12 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 import typer
 
-from converters import pipeline
+from converters import dialects, pipeline
 from converters.dialects.layout import piece_rows
 from converters.hf_to_orbax import main
 from converters.pipeline import convert
@@ -393,3 +395,23 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         main(source, tmp_path / "o")
     assert stopped.value.exit_code == 1
     assert "exists already" in capsys.readouterr().err
+
+
+def test_the_dialect_that_build_md_adds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "BUILD.md").read_text()
+    module, fixture = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    added: dict[str, Any] = {}
+    exec(module, added)
+    variant = eval(fixture, vars(tiny))["acme"]
+    monkeypatch.setattr(dialects, "DIALECTS", (*dialects.DIALECTS, added["ACME"]))
+    convert(variant.write(tmp_path / "s"), tmp_path / "o", progress=False)
+    manifest, found, arrays = (
+        read_manifest(tmp_path / "o"), converted(tmp_path / "o"), variant.arrays(),
+    )  # fmt: skip
+    assert manifest.dialect == "acme"
+    assert_same_bytes(found[f"{Q}.weight"], arrays[f"{Q}.qweight"])
+    assert_same_bytes(found[f"{Q}.weight_scale"], arrays[f"{Q}.scale"])
+    assert_same_bytes(found[f"{tiny.DOWN}.weight"], arrays[f"{tiny.DOWN}.weight"])
+    unknown = replace(variant, config={"quantization_config": {"quant_method": "acme", "a": 1}})
+    with pytest.raises(CheckpointError, match=r"quantization_config\.a = 1 is not known"):
+        convert(unknown.write(tmp_path / "t"), tmp_path / "p", progress=False)

@@ -6,7 +6,9 @@ import pytest
 from llama_jax.fp8 import dequantize, quantize, quantize_per_token
 from pallas_kernels import e4m3
 from pallas_kernels.fp8_matmul import fp8_matmul
-from pallas_kernels.fp8_matmul.xla import BLOCK_ROWS
+from pallas_kernels.fp8_matmul.xla import block_rows
+
+TWO_BLOCKS_AND_A_TAIL = 2 * block_rows(300) + 136
 
 
 def operands(m, n, k, layout="row", seed=0):
@@ -28,7 +30,7 @@ def exact(x, codes, scale):
 @pytest.mark.parametrize("stored_as", ["float8", "bits"])
 @pytest.mark.parametrize("layout", ["row", "block"])
 @pytest.mark.parametrize("m", [1, 7, 65])
-@pytest.mark.parametrize("n", [1, 80, 2 * BLOCK_ROWS + 136])
+@pytest.mark.parametrize("n", [1, 80, TWO_BLOCKS_AND_A_TAIL])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_against_float64(implementation, n, m, layout, stored_as):
     x, codes, scale = operands(m, n, 300, layout)
@@ -42,14 +44,14 @@ def test_against_float64(implementation, n, m, layout, stored_as):
 @pytest.mark.parametrize("layout", ["row", "block"])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_bfloat16_codes(implementation, layout):
-    x, codes, scale = operands(9, 2 * BLOCK_ROWS + 136, 300, layout)
+    x, codes, scale = operands(9, TWO_BLOCKS_AND_A_TAIL, 300, layout)
     codes = codes.astype(jnp.bfloat16) + jnp.bfloat16(2**-10)  # half of e4m3fn's smallest step
     y = fp8_matmul(x, codes, scale, implementation=implementation)
     np.testing.assert_allclose(y, exact(x, codes, scale), atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, e4m3.DTYPE], ids=str)
-@pytest.mark.parametrize("n", [1, 80, 2 * BLOCK_ROWS + 136])
+@pytest.mark.parametrize("n", [1, 80, TWO_BLOCKS_AND_A_TAIL])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_groups_of_columns_with_row_scales_of_their_own(implementation, n, dtype):
     """Each group is a product of its own; nothing is rounded on the way."""
@@ -117,7 +119,7 @@ def test_extreme_scales():
 
 
 def test_no_more_than_a_block_is_widened():
-    n, k = 32 * BLOCK_ROWS, 256
+    n, k = 32 * block_rows(256), 256
     for dtype in (jnp.float32, jnp.bfloat16):
         for m in (1, 32):
             lowered = jax.jit(lambda x, w, s: fp8_matmul(x, w, s)).lower(

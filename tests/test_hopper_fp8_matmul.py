@@ -11,8 +11,15 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from llama_jax.fp8 import dequantize, quantize
-from pallas_kernels import e4m3, shapes, sm90
-from pallas_kernels.fp8_matmul import fp8_matmul, fp8_matmuls, hopper, reference, swiglu
+from pallas_kernels import device, e4m3, shapes, sm90
+from pallas_kernels.fp8_matmul import (
+    fp8_matmul,
+    fp8_matmuls,
+    hopper,
+    hopper_weight_only,
+    reference,
+    swiglu,
+)
 from pallas_kernels.fp8_matmul.hopper import Config
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 
@@ -249,7 +256,7 @@ def test_without_a_hopper_gpu_xla_runs_and_hopper_says_why():
 
 
 def test_lowering_for_an_h200_takes_the_kernel_where_there_is_one():
-    x, weight, scale, x_scale = operands(2, 128, 256)
+    x, weight, scale, x_scale = operands(65, 128, 256)
 
     def kernels_in(function, *arguments, **options):
         with jax.sharding.use_abstract_mesh(sm90.H200):
@@ -261,15 +268,61 @@ def test_lowering_for_an_h200_takes_the_kernel_where_there_is_one():
     assert kernels_in(swiglu, x, weight, scale, weight, scale, x_scale=x_scale) == ["fp8_swiglu"]
     several = (weight, weight), (scale, scale)
     assert kernels_in(fp8_matmuls, x, *several, x_scale=x_scale) == ["fp8_matmul"] * 2
-    wide = x.astype(BF16)
+    few = {"x_scale": x_scale[:64]}
+    assert kernels_in(fp8_matmul, x[:64], weight, scale, **few) == ["fp8_matmul_weight_only"]
+    assert kernels_in(fp8_matmuls, x[:64], *several, **few) == ["fp8_matmul_weight_only"]
+    gate_up = weight, scale, weight, scale
+    assert kernels_in(swiglu, x[:64], *gate_up, **few) == ["fp8_matmul_weight_only"]
+    named = {"implementation": "hopper", **few}
+    assert kernels_in(fp8_matmul, x[:64], weight, scale, **named) == ["fp8_matmul"]
+    wide = x[:64].astype(BF16)
     assert kernels_in(fp8_matmul, wide, weight, scale) == ["fp8_matmul_weight_only"]
     assert kernels_in(fp8_matmuls, wide, *several) == ["fp8_matmul_weight_only"]
     mixed = (weight, weight), (scale, jnp.ones((1, 2)))
     assert kernels_in(fp8_matmuls, wide, *mixed) == ["fp8_matmul_weight_only"] * 2
     assert not kernels_in(fp8_matmul, x, weight, jnp.ones((128, 4)), x_scale=x_scale)
     assert not kernels_in(fp8_matmul, x, weight, scale, x_scale=x_scale, implementation="xla")
-    assert not kernels_in(swiglu, wide, weight, scale, weight, scale)
-    assert not kernels_in(fp8_matmul, jnp.ones((65, 256), BF16), weight, scale)
+    for m, dtype in ((65, BF16), (64, F32)):
+        assert not kernels_in(fp8_matmul, jnp.ones((m, 256), dtype), weight, scale)
+        assert not kernels_in(swiglu, jnp.ones((m, 256), dtype), *gate_up)
+
+
+@pytest.fixture
+def simulated_weight_only(monkeypatch):
+    """The kernel of that name runs in the simulator, as if on a Hopper GPU."""
+    simulated = partial(hopper_weight_only.fp8_matmuls, **SIMULATED)
+    monkeypatch.setattr(hopper_weight_only, "fp8_matmuls", simulated)
+    monkeypatch.setattr(device, "not_hopper", lambda: None)
+
+
+@pytest.mark.parametrize("x_layout", ["static", "row", "grouped"])
+def test_few_rows_of_fp8_activations_go_through_the_weight_only_kernel(
+    x_layout, simulated_weight_only
+):
+    arrays = *weights, x_scale = operands(3, 64, 256, x_layout)
+    residual = jnp.asarray(np.random.default_rng(3).standard_normal((3, 64)), F32)
+    y = fp8_matmul(
+        *weights, x_scale=x_scale, residual=residual, implementation="hopper_weight_only"
+    )
+    error = np.abs(y - (exact(*arrays) + np.asarray(residual)))
+    if x_layout == "grouped":  # code * scale is rounded to bfloat16, by 2^-9 of it at most
+        x, weight, weight_scale = (np.abs(each.astype(F32)) for each in weights)
+        assert np.all(error < 1e-4 + 2**-9 * exact(x, weight, weight_scale, x_scale))
+    else:
+        assert error.max() < 1e-4
+
+
+def test_swiglu_of_few_rows(simulated_weight_only):
+    x, gate, gate_scale, x_scale = operands(3, 128, 128)
+    _, up, up_scale, _ = operands(3, 128, 128, seed=1)
+    arguments = x, gate, gate_scale, up, up_scale
+    codes, scale = swiglu(*arguments, x_scale=x_scale, implementation="hopper_weight_only")
+    expected, expected_scale = reference.swiglu(*arguments, x_scale)
+    np.testing.assert_allclose(scale, expected_scale, rtol=1e-5)
+    # Sums in another order may be rounded to the next code.
+    steps = np.abs(np.asarray(codes, np.float32) - np.asarray(expected, np.float32))
+    assert np.all(steps <= np.maximum(np.abs(np.asarray(expected, np.float32)) / 8, 2**-9))
+    assert np.mean(steps > 0) < 0.01
 
 
 @pytest.mark.parametrize("x_layout", ["static", "row", None])

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import e4m3, sm90
-from pallas_kernels.fp8_matmul import fp8_matmul, hopper, swiglu
+from pallas_kernels.fp8_matmul import fp8_matmul, hopper, hopper_weight_only, swiglu
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 from pallas_kernels.shapes import linears
 
@@ -119,9 +119,16 @@ def test_every_shape_has_a_kernel():
         assert hopper.refusal(x, weight, weight_scale, BF16) is None, str(linear)
 
 
-def test_an_mlp_reads_its_weights_in_place():
-    """swiglu, down with the residual: two kernels, no copy of a weight, no pass between them."""
-    m, hidden, inner = 2048, 4096, 14_336
+@pytest.mark.parametrize(
+    ("m", "passes"),
+    [
+        pytest.param(2048, 1, id="prefill"),  # x_scale is reshaped, before the kernels
+        pytest.param(8, 5, id="decode"),  # codes widened; parts added, scaled, quantised; added
+    ],
+)
+def test_an_mlp_reads_its_weights_in_place(m, passes):
+    """swiglu, and down with the residual: two kernels, no copy of a weight."""
+    hidden, inner = 4096, 14_336
     x, gate, scale, x_scale = arguments(m, inner, hidden)
     _, down, down_scale, _ = arguments(m, hidden, inner)
     residual = jax.ShapeDtypeStruct((m, hidden), BF16)
@@ -133,11 +140,16 @@ def test_an_mlp_reads_its_weights_in_place():
     compiled = sm90.compile(mlp, x, x_scale, gate, scale, gate, scale, down, down_scale, residual)
     text = compiled.as_text()
     entry = text[text.index("ENTRY") :]
-    # Between the two kernels nothing is moved: x_scale alone is reshaped, before them.
-    assert len(re.findall(r"= \S+ (?:fusion|copy)\(", entry)) <= 1
+    found = re.findall(r"= \S+ (?:fusion|copy)\(", entry)
+    print(f"\nm={m}: {len(found)} launches beside the two kernels")
+    assert len(found) <= passes
     assert text.count('custom_call_target="mosaic_gpu') == 2
     codes, scales = m * inner, m * inner // 128 * 4
-    assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * (codes + 2 * scales)
+    bound = codes + 2 * scales
+    if m <= hopper_weight_only.MAX_ROWS:  # float32: parts of both products along K, their sum
+        splits = hopper_weight_only.heuristic_splits((inner, inner), hidden)
+        bound += (splits * 2 + 1) * m * inner * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * bound
     for shape in ((inner, hidden), (hidden, inner)):
         assert f"copy(f8e4m3fn[{shape[0]},{shape[1]}]" not in text
         assert f"bf16[{shape[0]},{shape[1]}]" not in text

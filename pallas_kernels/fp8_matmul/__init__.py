@@ -1,17 +1,17 @@
 """FP8 matrix multiplication: activations times a float8_e4m3fn weight that stays float8."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Literal, get_args
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import device, e4m3
 from pallas_kernels.fp8_matmul import reference, xla
 
-Implementation = Literal["reference", "xla", "hopper"]
+Implementation = Literal["reference", "xla", "hopper", "hopper_weight_only"]
 
 
 def fp8_matmul(
@@ -34,14 +34,17 @@ def fp8_matmul(
     x_scale: float32 [m, 1] (per token), [] (static) or [m, ceil(in / 128)] (per token and 128
         columns); required with float8 activations.
     residual: [m, out], bfloat16 or float32, added before the result is rounded to `out_dtype`.
-    implementation: "reference"; "xla"; "hopper", for float8_e4m3fn weights with scales per row or
-        per block: either float8 activations, `in` a multiple of 128, `out` of 16 (8 for float32
-        results), and a residual of `out_dtype`; or at most 64 rows of bfloat16 activations, `in` a
-        multiple of 16 and `out` of 4. None takes "hopper" where it can run, "xla" elsewhere.
+    implementation: None takes the first that can run: "hopper_weight_only", "hopper", "xla".
+        All but "reference" and "xla" need a Hopper GPU, a float8_e4m3fn weight with scales per row
+        or per block, and `in` a multiple of 128.
+        "hopper_weight_only": at most 64 rows of x, bfloat16 or float8; `out` a multiple of 32.
+        "hopper": float8 x; `out` a multiple of 16, of 8 for float32 results; a residual of
+        `out_dtype`.
     Returns [m, out] of `out_dtype`. With one scale per row the products are exact; with block
-    scales and bfloat16 activations code * scale is rounded to bfloat16 first, and so it is with
-    `x_scale` per 128 columns on the "xla" path. "hopper" adds runs of 128 products with the tensor
-    cores' precision, about 14 bits, and with one scale per row all of them.
+    scales and bfloat16 activations "xla" rounds code * scale to bfloat16 first; with `x_scale` per
+    128 columns "xla" and "hopper_weight_only" do so with x. "hopper" adds runs of 128 products with
+    the tensor cores' precision, about 14 bits, and with one scale per row all of them; a row does
+    not depend on how many there are, nor does it in "hopper_weight_only".
     Raises ValueError for other shapes or dtypes, and if the named implementation cannot run.
     """
     _check(x, weight, weight_scale, x_scale)
@@ -50,10 +53,10 @@ def fp8_matmul(
         raise ValueError(f"residual must be {shape}, got {residual.shape}")
     weight_scale = _without_one_group(weight_scale, weight)
     which = _choose(implementation, x, weight, weight_scale, dtype, residual)
-    if which == "hopper" and x_scale is None:
-        return _hopper_weight_only().fp8_matmul(x, weight, weight_scale, dtype, residual)
-    operands = (x, weight, weight_scale, x_scale, dtype, residual)
-    return _MODULES[which]().fp8_matmul(*operands)
+    if which == "hopper_weight_only":
+        (y,) = _weight_only(x, (weight,), (weight_scale,), x_scale)
+        return (y if residual is None else y + residual.astype(jnp.float32)).astype(dtype)
+    return _module(which).fp8_matmul(x, weight, weight_scale, x_scale, dtype, residual)
 
 
 def fp8_matmuls(
@@ -67,21 +70,21 @@ def fp8_matmuls(
 ) -> tuple[Array, ...]:
     """`fp8_matmul` of one x with several weights, such as q_proj, k_proj and v_proj.
 
-    Operands as in `fp8_matmul`. For bfloat16 activations "hopper" is one launch, if scales are of
-    one kind; everything else is a matmul for each weight.
+    Operands as in `fp8_matmul`. "hopper_weight_only" is one launch, if all scales are of one kind;
+    everything else is a matmul for each weight.
     """
     dtype = jnp.dtype(out_dtype)
     for weight, scale in zip(weights, weight_scales, strict=True):
         _check(x, weight, scale, x_scale)
     scales = [_without_one_group(*each) for each in zip(weight_scales, weights, strict=True)]
     pairs = list(zip(weights, scales, strict=True))
-    which = [_choose(implementation, x, *pair, dtype) for pair in pairs]
-    if x_scale is None and {*which} == {"hopper"} and len({scale.ndim for scale in scales}) == 1:
-        return _hopper_weight_only().fp8_matmuls(x, weights, scales, dtype)
-    product = partial(
-        fp8_matmul, x, x_scale=x_scale, out_dtype=dtype, implementation=implementation
+    which = {_choose(implementation, x, *pair, dtype) for pair in pairs}
+    if which == {"hopper_weight_only"} and len({scale.ndim for scale in scales}) == 1:
+        return tuple(y.astype(dtype) for y in _weight_only(x, weights, scales, x_scale))
+    return tuple(
+        fp8_matmul(x, *pair, x_scale=x_scale, out_dtype=dtype, implementation=implementation)
+        for pair in pairs
     )
-    return tuple(product(*pair) for pair in pairs)
 
 
 def swiglu(
@@ -115,7 +118,10 @@ def swiglu(
         raise ValueError(f"out = {gate.shape[0]} must be a multiple of {reference.BLOCK}")
     gate_scale, up_scale = (_without_one_group(each, gate) for each in (gate_scale, up_scale))
     which = _choose(implementation, x, gate, gate_scale, None)
-    return _MODULES[which]().swiglu(x, gate, gate_scale, up, up_scale, x_scale)
+    if which == "hopper_weight_only":
+        g, u = _weight_only(x, (gate, up), (gate_scale, up_scale), x_scale)
+        return reference.quantize_groups(jax.nn.silu(g) * u)
+    return _module(which).swiglu(x, gate, gate_scale, up, up_scale, x_scale)
 
 
 def _choose(
@@ -129,40 +135,53 @@ def _choose(
     """The named implementation, or None's. out_dtype: None for `swiglu`."""
     if implementation in ("reference", "xla"):
         return implementation
-    if implementation not in (None, "hopper"):
+    if implementation not in (None, "hopper", "hopper_weight_only"):
         raise ValueError(
             f"no implementation {implementation!r}: take one of {get_args(Implementation)}, or None"
         )
     reason = device.not_hopper()
     if implementation is None and (reason or not device.is_local()):
         return "xla"
-    if reason is None and x.dtype != e4m3.DTYPE and out_dtype is not None:
-        reason = _hopper_weight_only().refusal(x, weight, weight_scale, out_dtype)
-    elif reason is None:
-        reason = _hopper().refusal(x, weight, weight_scale, out_dtype, residual)
-    if implementation == "hopper" and reason:
-        raise ValueError(f"implementation 'hopper' cannot run: {reason}")
-    return "xla" if reason else "hopper"
+    # Mosaic GPU takes a third of JAX's own time to import: only where it may run.
+    from pallas_kernels.fp8_matmul import hopper, hopper_weight_only
+
+    wide = _widened(x)
+    why_not: dict[Implementation, str | None] = {
+        "hopper_weight_only": reason
+        or hopper_weight_only.refusal(
+            wide, weight, weight_scale, out_dtype or jnp.dtype(jnp.float32)
+        ),
+        "hopper": reason or hopper.refusal(x, weight, weight_scale, out_dtype, residual),
+    }
+    if implementation is None:
+        return next((each for each, refusal in why_not.items() if refusal is None), "xla")
+    if refusal := why_not[implementation]:
+        raise ValueError(f"implementation {implementation!r} cannot run: {refusal}")
+    return implementation
 
 
-def _hopper() -> ModuleType:
-    """Imported where it may run: Mosaic GPU takes a third of JAX's own time to import."""
-    from pallas_kernels.fp8_matmul import hopper
+def _module(which: Implementation) -> ModuleType:
+    if which == "hopper":
+        from pallas_kernels.fp8_matmul import hopper
 
-    return hopper
+        return hopper
+    return reference if which == "reference" else xla
 
 
-def _hopper_weight_only() -> ModuleType:
+def _weight_only(
+    x: Array, weights: Sequence[Array], weight_scales: Sequence[Array], x_scale: Array | None
+) -> tuple[Array, ...]:
+    """float32 products from one launch. Codes fit bfloat16 exactly, and a scale per row waits."""
     from pallas_kernels.fp8_matmul import hopper_weight_only
 
-    return hopper_weight_only
+    if x_scale is not None and reference.is_grouped(x_scale, x.shape[1]):
+        x, x_scale = reference.dequantize_activations(x, x_scale).astype(jnp.bfloat16), None
+    ys = hopper_weight_only.fp8_matmuls(_widened(x), weights, weight_scales, jnp.dtype(jnp.float32))
+    return ys if x_scale is None else tuple(y * x_scale for y in ys)
 
 
-_MODULES: dict[Implementation, Callable[[], ModuleType]] = {
-    "reference": lambda: reference,
-    "xla": lambda: xla,
-    "hopper": _hopper,
-}
+def _widened(x: Array) -> Array:
+    return x.astype(jnp.bfloat16) if x.dtype == e4m3.DTYPE else x
 
 
 def _without_one_group(weight_scale: Array, weight: Array) -> Array:

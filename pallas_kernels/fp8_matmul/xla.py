@@ -4,8 +4,8 @@ Two formulations:
 
 - FP8 activations, enough of them, and one scale per row: a float8 x float8 dot, which XLA's GPU
   backend hands to cuBLASLt's FP8 matmul.
-- Everything else: a loop that widens `BLOCK_ROWS` rows of the weight, multiplies, and goes on, so
-  that no more than a block ever exists in a wider type.
+- Everything else: a loop that widens some rows of the weight (`block_rows`), multiplies, and goes
+  on, so that no more than a block ever exists in a wider type.
 """
 
 import operator
@@ -25,10 +25,14 @@ from pallas_kernels.fp8_matmul.reference import (
     quantize_groups,
 )
 
-BLOCK_ROWS = 512
+# What is widened at a time: in float32, what the level-2 caches of a few cores hold.
+_BLOCK_ELEMENTS = 1 << 20
 # From this many activation rows on, a bf16 matrix multiplication beats float32 on a CPU that has
-# bf16 dot products; below it, XLA's bf16 matrix-vector product is slow.
-MIN_ROWS_FOR_BF16 = 8
+# bf16 dot products; a bf16 matrix-vector product is slow in XLA.
+MIN_ROWS_FOR_BF16 = 2
+# Up to this many activation rows, the weight goes first: oneDNN and Eigen copy the second operand
+# into another order before they multiply, which for few rows takes longer than the product.
+MAX_ROWS_BEHIND_WEIGHT = 64
 # cuBLASLt's FP8 matmul is taken from this many rows on; with fewer, XLA widens the weight instead.
 MIN_ROWS_FOR_FP8_DOT = 16
 
@@ -64,52 +68,61 @@ def swiglu(
     return quantize_groups(jax.nn.silu(g) * fp8_matmul(x, up, up_scale, x_scale, float32))
 
 
+def block_rows(columns: int) -> int:
+    """Rows of a weight of so many columns that are widened at a time, a multiple of 128."""
+    return max(1, _BLOCK_ELEMENTS // columns // BLOCK) * BLOCK
+
+
 def by_row_blocks(x: Array, weight: Array, weight_scale: Array | None) -> Array:
-    """x @ weight.T in float32, widening at most `BLOCK_ROWS` rows of the weight at a time.
+    """x @ weight.T in float32, widening at most `block_rows` rows of the weight at a time.
 
     x: [m, in]; weight: [out, in] of any float dtype or e4m3fn bits; weight_scale: as in
     `fp8_matmul`, None for a weight without scales. Products are taken in bfloat16 where both sides
     are, or fit, bfloat16 and there are enough rows; in float32 otherwise. Returns float32 [m, out].
     """
-    rows = weight.shape[0]
-    per_block = weight_scale is not None and is_per_block(weight_scale, (rows, weight.shape[1]))
+    rows, columns = weight.shape
+    per_block = weight_scale is not None and is_per_block(weight_scale, (rows, columns))
     is_exact = x.dtype == jnp.bfloat16 or (x.dtype == e4m3.DTYPE and not per_block)
     in_bf16 = x.shape[0] >= MIN_ROWS_FOR_BF16 and is_exact
     x = x.astype(jnp.bfloat16 if in_bf16 else jnp.float32)
+    weight_first = x.shape[0] <= MAX_ROWS_BEHIND_WEIGHT
+    dot = _weight_first_dot if weight_first else _dot
 
     def product(start: Array | int, count: int) -> Array:
         w = lax.dynamic_slice_in_dim(weight, start, count)
         unit = e4m3.BITS_SCALE if w.dtype == jnp.int8 else 1.0
         w = e4m3.from_bits(w) if w.dtype == jnp.int8 else w.astype(jnp.float32)
         if weight_scale is None:
-            return _dot(x, w)
+            return dot(x, w)
         if per_block:
             scale = lax.dynamic_slice_in_dim(weight_scale, start // BLOCK, -(-count // BLOCK))
-            return _dot(x, w * expand_scale(scale * unit, (count, weight.shape[1])))
+            return dot(x, w * expand_scale(scale * unit, (count, columns)))
         scale = lax.dynamic_slice_in_dim(weight_scale, start, count).reshape(count, -1) * unit
         groups = (jnp.split(each, scale.shape[1], axis=1) for each in (x, w))
-        return reduce(operator.add, map(_scaled_dot, *groups, scale.T))
+        scales = (each[:, None] if weight_first else each for each in scale.T)
+        products = (dot(*pair) for pair in zip(*groups, strict=True))
+        return reduce(operator.add, map(operator.mul, products, scales))
 
     # What does not depend on x, XLA would do for all layers of a model at its beginning, and keep
     # until it is needed; behind the barrier it does.
-    y, weight, x = lax.optimization_barrier((jnp.zeros((x.shape[0], rows)), weight, x))
-    block = min(BLOCK_ROWS, rows)
-    if block == rows:
-        return product(0, rows)
+    shape = (rows, x.shape[0]) if weight_first else (x.shape[0], rows)
+    y, weight, x = lax.optimization_barrier((jnp.zeros(shape), weight, x))
+    axis = 0 if weight_first else 1
+    block = min(block_rows(columns), rows)
 
-    def body(i: Array, y: Array) -> Array:
+    def body(i: Array | int, y: Array) -> Array:
         start = i * block
-        return lax.dynamic_update_slice_in_dim(y, product(start, block), start, axis=1)
+        return lax.dynamic_update_slice_in_dim(y, product(start, block), start, axis)
 
-    y = lax.fori_loop(0, rows // block, body, y)
-    tail = rows % block
-    if tail:
-        y = lax.dynamic_update_slice_in_dim(y, product(rows - tail, tail), rows - tail, axis=1)
-    return y
-
-
-def _scaled_dot(x: Array, w: Array, scale: Array) -> Array:
-    return _dot(x, w) * scale
+    if block == rows:
+        y = product(0, rows)
+    else:
+        y = lax.fori_loop(0, rows // block, body, y)
+        if tail := rows % block:
+            last = product(rows - tail, tail)
+            y = lax.dynamic_update_slice_in_dim(y, last, rows - tail, axis)
+    # XLA would turn a transposed product into one with the operands exchanged.
+    return lax.optimization_barrier(y).T if weight_first else y
 
 
 def _dot(x: Array, w: Array) -> Array:
@@ -119,3 +132,8 @@ def _dot(x: Array, w: Array) -> Array:
         x, w.astype(x.dtype), (((1,), (1,)), ((), ())),
         precision=precision, preferred_element_type=jnp.float32,
     )  # fmt: skip
+
+
+def _weight_first_dot(x: Array, w: Array) -> Array:
+    """[m, k] x [n, k] -> float32 [n, m], products in x's dtype."""
+    return _dot(w.astype(x.dtype), x)

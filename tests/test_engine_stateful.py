@@ -1,0 +1,108 @@
+"""The engine driven at random: whatever is submitted, stepped and cancelled in whatever order,
+every token is the one that the request gets on its own, and no page is lost."""
+
+from functools import cache
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from llama_jax.engine import QueueFullError
+from llama_jax.request import Request
+from llama_jax.sampling import SamplingParams
+from tests.test_engine import drawn, make, prompt
+
+MAX_WAITING = 5
+POOL = 6  # pages; each of the three rows may come to need four
+
+BEGINNINGS = st.tuples(st.sampled_from((0, 20, 64, 90, 128)), st.sampled_from((0, 1)))
+ENDINGS = st.tuples(st.sampled_from((1, 7, 40)), st.integers(2, 4))
+SETTINGS = st.tuples(
+    st.sampled_from((1, 3, 10, 60)),  # tokens to draw
+    st.sampled_from((0.0, 1.0)),  # temperature
+    st.sampled_from((None, 3)),  # a token that stops
+)
+
+
+@cache
+def alone_engine():
+    return make(max_batch_size=1, share_prefixes=False)
+
+
+@cache
+def tokens_alone(text: tuple[int, ...], count: int, temperature: float, stop: int | None):
+    request = build(text, count, temperature, stop)
+    return tuple(drawn(alone_engine(), request)[0])
+
+
+def build(text, count: int, temperature: float, stop: int | None, is_streamed=False) -> Request:
+    params = SamplingParams(max_new_tokens=count, temperature=temperature, seed=7)
+    stops = frozenset() if stop is None else frozenset([stop])
+    return Request(list(text), params, stop_ids=stops, is_streamed=is_streamed)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine = make(num_pages=POOL, max_waiting=MAX_WAITING, prefill_budget=40)
+        self.wanted: dict[int, tuple[Request, tuple[int, ...]]] = {}
+
+    @rule(beginning=BEGINNINGS, ending=ENDINGS, how=SETTINGS, is_streamed=st.booleans())
+    def submit(self, beginning, ending, how, is_streamed) -> None:
+        text = (*prompt(*beginning), *prompt(*ending))
+        request = build(text, *how, is_streamed)
+        if self.engine.num_waiting == MAX_WAITING:
+            with pytest.raises(QueueFullError):
+                self.engine.submit(request)
+            return
+        self.engine.submit(request)
+        self.wanted[request.id] = request, tokens_alone(text, *how)
+
+    @rule(count=st.integers(1, 6))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self.engine.step()
+
+    @precondition(lambda self: self.wanted)
+    @rule(data=st.data())
+    def cancel(self, data) -> None:
+        chosen = data.draw(st.sampled_from(sorted(self.wanted)))
+        request, _ = self.wanted[chosen]
+        was_running = request.finish_reason is None
+        assert self.engine.cancel(chosen) == was_running
+        assert (request.finish_reason == "cancelled") >= was_running
+
+    @invariant()
+    def tokens_are_right_so_far(self) -> None:
+        for request, ids in self.wanted.values():
+            assert tuple(request.token_ids) == ids[: len(request.token_ids)]
+            if request.finish_reason in ("stop", "length"):
+                assert tuple(request.token_ids) == ids
+
+    @invariant()
+    def pages_are_accounted_for(self) -> None:
+        self.engine.pages.check()
+        rows = self.engine._running
+        owned = [page for row in rows for page in row.pages]
+        for page in range(POOL):
+            assert self.engine.pages.owners(page) == owned.count(page)
+        assert len(rows) <= 3 and len({row.number for row in rows}) == len(rows)
+        assert self.engine.num_waiting <= MAX_WAITING + len(rows)
+
+    def teardown(self) -> None:
+        while self.engine.has_work:
+            self.engine.step()
+        self.pages_are_accounted_for()
+        assert not self.engine.num_running and self.engine.pages.num_available == POOL
+        for request, ids in self.wanted.values():
+            assert request.finish_reason
+            if request.finish_reason != "cancelled":
+                assert tuple(request.token_ids) == ids
+
+
+EngineMachine.TestCase.settings = settings(
+    max_examples=15, stateful_step_count=25, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
+TestEngine = EngineMachine.TestCase
