@@ -80,7 +80,7 @@ SPECS = {
 
 @pytest.mark.parametrize("case", SPECS)
 def test_agrees_with_the_whole_model(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both sum in float32, in different orders: 1e-5 of logits of order 1.
+    """Both sum in float32, in different orders: each is up to 1.4e-5 from float64, logits reach 7.
 
     An activation in the middle between two FP8 codes may then fall to either side and change the
     token: nearly all tokens have to agree, and none may stray further than rounding does.
@@ -92,7 +92,7 @@ def test_agrees_with_the_whole_model(case: str, monkeypatch: pytest.MonkeyPatch)
     expected = jax.jit(Llama(spec).apply)({"params": params}, ids)[:, :-1]
     assert 0.3 < np.abs(expected).mean() < 10
     found = run(plan_of(params, spec), spec, ids)
-    agree = np.isclose(found, expected, rtol=1e-5, atol=1e-5).all(axis=-1)
+    agree = np.isclose(found, expected, rtol=1e-5, atol=2e-5).all(axis=-1)
     assert agree.mean() >= (0.95 if spec.activations == "static" else 1)
     np.testing.assert_allclose(found, expected, atol=0.05)
 
