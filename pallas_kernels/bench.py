@@ -1,21 +1,28 @@
 """How fast the kernels are, against the hardware's floor and against XLA's own path, in one run.
 
     python -m pallas_kernels.bench                     the 8B model on one GPU
-    python -m pallas_kernels.bench --only "70B TP4"    what has this in its name
-    python -m pallas_kernels.bench --simulate          results alone, of tiny shapes, on any machine
+    python -m pallas_kernels.bench --only "70B TP4"    cases by their names
+    python -m pallas_kernels.bench --check             results alone, no times
+    python -m pallas_kernels.bench --simulate          the same of tiny shapes, on any machine
 
 A result is compared with a float32 reference before anything is timed. Times are medians of runs
 that take turns (kernel, XLA, kernel, XLA); each run goes over inputs that together exceed the L2
-cache several times. The floor is what a problem's operations take at the published FP8 peak, or its
-bytes at the bandwidth of a copy in this run, whichever is longer.
+cache several times. The floor is what a problem's operations take at the tensor cores' published
+peak, or its bytes at the bandwidth of a copy in this run, whichever is longer. XLA's own path is
+cuBLASLt's FP8 matmul where that applies; attention over whole prompts is also put beside cuDNN's.
 """
 
 import argparse
+import itertools
 import json
+import math
+import re
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,43 +35,58 @@ from pallas_kernels.case import Case
 from pallas_kernels.device import not_hopper
 
 # Each module has `cases(rows)` and `tiny_cases()`.
-FAMILIES = ("pallas_kernels.fp8_matmul.cases", "pallas_kernels.fp8_matmul.weight_only_cases")
+FAMILIES = (
+    "pallas_kernels.fp8_matmul.cases",
+    "pallas_kernels.fp8_matmul.weight_only_cases",
+    "pallas_kernels.paged_attention.cases",
+)
+RIVALS = ("xla", "cudnn")
 
 ROWS = (1, 16, 64, 512, 2048, 8192)
 L2_BYTES = 50 * 2**20
 MIN_INPUTS, MAX_INPUTS = 8, 64
+# Of calls that take long, and of inputs that fill memory, there are fewer.
+MIN_SECONDS, MAX_INPUT_BYTES = 4e-3, 40 * 2**30
 REPEATS = 7
 SECONDS_PER_REPEAT = 0.02
 
 
 @dataclass(frozen=True)
 class Result:
-    """seconds, xla_seconds, floor_seconds: of one call."""
+    """seconds, rival_seconds, floor_seconds: of one call. error: as in `Case`."""
 
     name: str
     seconds: float
-    xla_seconds: float
+    rival_seconds: Mapping[str, float]
     floor_seconds: float
     operations: int
     bytes: int
     error: float
 
     def __str__(self) -> str:
-        seconds = self.seconds
+        ratios = {name: each / self.seconds for name, each in self.rival_seconds.items()}
         return (
-            f"{self.name:<48}{seconds * 1e6:>9.1f}{self.operations / seconds / 1e12:>9.0f}"
-            f"{self.bytes / seconds / 1e9:>8.0f}{self.floor_seconds / seconds:>8.0%}"
-            f"{self.xla_seconds / seconds:>8.2f}{self.error:>10.1e}"
+            f"{self.name:<64}{self.seconds * 1e6:>9.1f}"
+            f"{self.operations / self.seconds / 1e12:>9.0f}{self.bytes / self.seconds / 1e9:>8.0f}"
+            f"{self.floor_seconds / self.seconds:>8.0%}"
+            + "".join(f"{ratios[n]:>8.2f}" if n in ratios else f"{'':>8}" for n in RIVALS)
+            + f"{self.error:>10.1e}"
         )
 
 
-HEADER = f"{'':<48}{'us':>9}{'TFLOP/s':>9}{'GB/s':>8}{'floor':>8}{'x XLA':>8}{'error':>10}"
+HEADER = (
+    f"{'':<64}{'us':>9}{'TFLOP/s':>9}{'GB/s':>8}{'floor':>8}"
+    + "".join(f"{'x ' + name:>8}" for name in RIVALS)
+    + f"{'error':>10}"
+)
 
 
 def cases(rows: Sequence[int] = ROWS, only: str = "") -> Iterator[Case]:
-    """The cases of all families whose name contains `only`."""
+    """The cases of all families in whose name the regular expression `only` is found."""
     for family in FAMILIES:
-        yield from (case for case in import_module(family).cases(rows) if only in case.name)
+        for case in import_module(family).cases(rows):
+            if re.search(only, case.name):
+                yield case
 
 
 def tiny_cases() -> Iterator[Case]:
@@ -108,7 +130,9 @@ def measure(
 
 def inputs_of(case: Case) -> list[tuple[Array, ...]]:
     """Arguments for enough calls that none finds its own in the L2 cache."""
-    count = min(MAX_INPUTS, max(MIN_INPUTS, -(-4 * L2_BYTES // case.bytes)))
+    least = min(MIN_INPUTS, 1 + int(MIN_SECONDS * case.peak / case.operations))
+    count = min(MAX_INPUTS, max(least, -(-4 * L2_BYTES // case.bytes)))
+    count = min(count, max(1, MAX_INPUT_BYTES // case.bytes))
     make = jax.jit(case.arguments)
     return [make(key) for key in jax.random.split(jax.random.key(0), count)]
 
@@ -131,61 +155,107 @@ def checked(case: Case, error: float) -> float:
 
 
 def run(case: Case, bytes_per_second: float) -> Result:
-    """Check and time one case on the GPU in use."""
+    """Check and time one case on the GPU in use. Rivals that cannot run there are left out."""
     inputs = inputs_of(case)
     error = checked(case, case.error(jax.jit(case.run), inputs[0]))
-    times = measure({"kernel": case.run, "xla": case.xla}, inputs)
-    floor = case.floor(bytes_per_second)
-    return Result(
-        case.name, times["kernel"], times["xla"], floor, case.operations, case.bytes, error
-    )
+    rivals = {name: each for name, each in case.rivals.items() if _works(name, each, inputs[0])}
+    seconds = measure({"kernel": case.run, **rivals}, inputs)
+    kernel, floor = seconds.pop("kernel"), case.floor(bytes_per_second)
+    return Result(case.name, kernel, seconds, floor, case.operations, case.bytes, error)
 
 
-def simulate() -> None:
-    """Check tiny cases in the simulator."""
+def _works(name: str, rival: Callable[..., Any], arguments: tuple[Array, ...]) -> bool:
+    """cuDNN may be missing, or too old; XLA's path may take more memory than there is."""
+    try:
+        jax.block_until_ready(jax.jit(rival)(*arguments))
+    except Exception as error:
+        print(f"{name} does not run: {str(error).splitlines()[0]}", file=sys.stderr)
+        return False
+    return True
+
+
+def on_simulator(case: Case) -> Case:
+    """The case with its kernel in JAX's GPU simulator."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    interpret = plgpu.InterpretGPUParams()
-    for case in tiny_cases():
-        arguments = case.arguments(jax.random.key(0))
+    return replace(case, run=partial(case.run, interpret=plgpu.InterpretGPUParams()))
 
-        def simulated(*arguments: Array, case: Case = case) -> Any:
-            return case.run(*arguments, interpret=interpret)
 
-        error = checked(case, case.error(simulated, arguments))
-        print(f"{case.kernel:<24}{case.name:<48}{error:>10.1e}", flush=True)
+def check(case: Case) -> str:
+    """A row of the table of errors. Raises ValueError if the result is wrong."""
+    error = checked(case, case.error(jax.jit(case.run), case.arguments(jax.random.key(0))))
+    return f"{case.kernel:<24}{case.name:<64}{error:>10.1e}"
 
 
 def parser(description: str) -> argparse.ArgumentParser:
     """The arguments that choose cases."""
     made = argparse.ArgumentParser(description=description)
-    made.add_argument("--only", default="8B TP1", help="cases with this in their name")
+    made.add_argument("--only", default="8B TP1", help="a regular expression, found in their names")
     made.add_argument("--rows", type=int, nargs="+", default=ROWS, help="of activations")
+    made.add_argument("--seconds", type=float, default=math.inf, help="begin no case after these")
+    made.add_argument("--simulate", action="store_true", help="check tiny shapes without a GPU")
     return made
+
+
+def in_time(cases: Iterable[Case], seconds: float) -> Iterator[Case]:
+    """Those whose turn comes within so many seconds; what is left out is said."""
+    start = time.monotonic()
+    for case in cases:
+        if time.monotonic() - start > seconds:
+            print(f"{seconds:.0f} seconds are over: nothing from {case.name} on")
+            return
+        yield case
+
+
+def each(cases: Iterable[Case], do: Callable[[Case], Any]) -> tuple[list[Any], list[str]]:
+    """Print what `do` gives for each case. Returns that, and what went wrong, without stopping."""
+    done, failures = [], []
+    for case in cases:
+        try:
+            done.append(do(case))
+            print(done[-1], flush=True)
+        except (ValueError, jax.errors.JaxRuntimeError) as error:
+            failures.append(f"{case.name}: {error}")
+            print("FAILED", failures[-1], flush=True)
+    return done, failures
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser("Time the kernels against XLA's path and the hardware's floor.")
-    options.add_argument("--simulate", action="store_true", help="check tiny shapes without a GPU")
+    options.add_argument("--check", action="store_true", help="results alone, no times")
     options.add_argument("--json", type=Path, help="also write the results to this file")
     chosen = options.parse_args(arguments)
     if chosen.simulate:
-        simulate()
-        return
-    if reason := not_hopper():
+        _, failures = each(map(on_simulator, tiny_cases()), check)
+    elif reason := not_hopper():
         options.error(f"needs a Hopper GPU: {reason}. --simulate checks results without one.")
+    else:
+        found = in_time(cases(chosen.rows, chosen.only), chosen.seconds)
+        if chosen.check:
+            _, failures = each(itertools.chain(tiny_cases(), found), check)
+        else:
+            failures = measure_all(found, chosen.json)
+    if failures:
+        sys.exit(1)
+
+
+def measure_all(cases: Iterable[Case], json_path: Path | None) -> list[str]:
+    """Print and, if there is a path, write results. Returns what went wrong."""
     bandwidth = copy_bandwidth()
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, a copy reads and writes {bandwidth / 1e9:.0f} GB/s")
     print(HEADER)
-    results = []
-    for case in cases(chosen.rows, chosen.only):
-        results.append(run(case, bandwidth))
-        print(results[-1], flush=True)
-    if chosen.json:
-        header = {"device": device, "jax": jax.__version__, "copy_bytes_per_second": bandwidth}
-        document = header | {"results": [asdict(result) for result in results]}
-        chosen.json.write_text(json.dumps(document, indent=1) + "\n")
+    results, failures = each(cases, partial(run, bytes_per_second=bandwidth))
+    if json_path:
+        document = {
+            "device": device,
+            "jax": jax.__version__,
+            "copy_bytes_per_second": bandwidth,
+            "results": [asdict(result) for result in results],
+            "failures": failures,
+        }
+        json_path.write_text(json.dumps(document, indent=1) + "\n")
+    return failures
 
 
 if __name__ == "__main__":

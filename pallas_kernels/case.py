@@ -1,6 +1,6 @@
 """What `pallas_kernels.bench` checks and times, and what `pallas_kernels.tune` tunes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,9 @@ class Case:
     operations, bytes: what cannot be done without; an addition and a product are two operations.
     peak: operations per second of the unit that does them.
     arguments: random ones, for a key.
-    run: the kernel, with the keyword arguments config and interpret. xla, reference: the same for
-        the same arguments.
+    run: the kernel, with the keyword arguments config and interpret. reference: the same for the
+        same arguments.
+    rivals: what does the same work for these arguments, by name: "xla", "cudnn".
     value: what `run` returns as one array of numbers.
     tolerance: of the error's norm over the reference's.
     configs: to try for tuning.
@@ -37,7 +38,7 @@ class Case:
     peak: float
     arguments: Callable[[Array], tuple[Array, ...]]
     run: Callable[..., Any]
-    xla: Callable[..., Any]
+    rivals: Mapping[str, Callable[..., Any]]
     reference: Callable[..., Any]
     value: Callable[[Any], Array]
     tolerance: float

@@ -1,4 +1,4 @@
-"""The matrix shapes of Llama 3.1 models, whole and as Megatron sharding cuts them."""
+"""The shapes of Llama 3.1 models' matrices and heads, whole and as Megatron sharding cuts them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,3 +54,26 @@ def linears() -> Iterator[Linear]:
                 ("lm_head", VOCABULARY // parts, model.hidden),
             ):
                 yield Linear(name, parts, matrix, n, k)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Of a layer on one GPU: num_heads of queries, num_kv_heads of keys and values."""
+
+    model: str
+    tensor_parallel: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        heads = f"{self.num_heads}/{self.num_kv_heads}x{self.head_dim}"
+        return f"{self.model} TP{self.tensor_parallel} heads {heads}"
+
+
+def heads() -> Iterator[Heads]:
+    """Of every model, and of Llama 3.2 1B, where they are half as wide."""
+    for name, model in MODELS.items():
+        for parts in model.tensor_parallel:
+            yield Heads(name, parts, model.heads // parts, model.kv_heads // parts, HEAD_DIM)
+    yield Heads("1B", 1, 32, 8, 64)

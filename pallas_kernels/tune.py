@@ -4,6 +4,8 @@ Writes the table that `pallas_kernels.tuned` reads, tuned/<device>.json, after e
 a run may be stopped; problems that it holds are measured again with `--again` alone.
 """
 
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -23,10 +25,7 @@ def tune(case: Case, measure: Callable[..., Mapping[Any, float]] = bench.measure
     Raises ValueError if a configuration gives wrong results.
     """
     inputs = bench.inputs_of(case)
-    runs = {config: partial(case.run, config=config) for config in case.configs}
-    for function in runs.values():
-        bench.checked(case, case.error(jax.jit(function), inputs[0]))
-    times = measure(runs, inputs)
+    times = measure(checked_runs(case, inputs[0]), inputs)
     best = min(times, key=times.__getitem__)
     return {
         "config": vars(best),
@@ -35,21 +34,44 @@ def tune(case: Case, measure: Callable[..., Mapping[Any, float]] = bench.measure
     }
 
 
+def checked_runs(case: Case, arguments: tuple[Any, ...]) -> Mapping[Any, Callable[..., Any]]:
+    """A case's kernel by configuration. Raises ValueError if one gives wrong results."""
+    runs = {config: partial(case.run, config=config) for config in case.configs}
+    for function in runs.values():
+        bench.checked(case, case.error(jax.jit(function), arguments))
+    return runs
+
+
+def check_configs(case: Case) -> str:
+    runs = checked_runs(case, case.arguments(jax.random.key(0)))
+    return f"{case.name}: {len(runs)} configurations are right"
+
+
+def tune_and_write(case: Case) -> str:
+    device, found = kind(), tune(case)
+    assert device is not None
+    tuned.write(device, case.kernel, case.problem, found)
+    return f"{case.name}: {found}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = bench.parser("Find the fastest configuration of each kernel for each problem.")
     options.add_argument("--again", action="store_true", help="measure what the table holds, too")
     options.set_defaults(rows=ROWS)
     chosen = options.parse_args(arguments)
-    if reason := not_hopper():
+    if chosen.simulate:
+        tiny = map(bench.on_simulator, bench.tiny_cases())
+        found = (case for case in tiny if re.search(chosen.only, case.name))
+        _, failures = bench.each(found, check_configs)
+    elif reason := not_hopper():
         options.error(f"needs a Hopper GPU to measure on: {reason}")
-    device = kind()
-    assert device is not None
-    problems = {(case.kernel, case.problem): case for case in bench.cases(chosen.rows, chosen.only)}
-    for case in problems.values():
-        if chosen.again or not tuned.find(case.kernel, case.problem):
-            found = tune(case)
-            tuned.write(device, case.kernel, case.problem, found)
-            print(f"{case.name}: {found}", flush=True)
+    else:
+        cases = {(c.kernel, c.problem): c for c in bench.cases(chosen.rows, chosen.only)}
+        if not chosen.again:
+            cases = {key: c for key, c in cases.items() if not tuned.find(*key)}
+        _, failures = bench.each(bench.in_time(cases.values(), chosen.seconds), tune_and_write)
+    if failures:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

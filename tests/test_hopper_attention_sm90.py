@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels import e4m3, sm90
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 from pallas_kernels.paged_attention import hopper, paged_attention
-from pallas_kernels.shapes import HEAD_DIM, MODELS
+from pallas_kernels.shapes import heads
 
 pytestmark = [
     pytest.mark.slow,
@@ -18,10 +18,9 @@ pytestmark = [
 ]
 
 HEADS = {
-    f"{name}-tp{parts}": (model.heads // parts, model.kv_heads // parts, HEAD_DIM)
-    for name, model in MODELS.items()
-    for parts in model.tensor_parallel
-} | {"1B": (32, 8, 64)}
+    f"{each.model}-tp{each.tensor_parallel}": (each.num_heads, each.num_kv_heads, each.head_dim)
+    for each in heads()
+}
 KV_DTYPES = pytest.mark.parametrize("dtype", [jnp.bfloat16, e4m3.DTYPE], ids=["bf16", "fp8"])
 
 
@@ -44,17 +43,17 @@ def check(kernel):
 
 
 @KV_DTYPES
-@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
-def test_prefill_is_on_tensor_cores_without_spills(heads, dtype):
-    (kernel,) = sm90.kernels(hopper.paged_attention, *arguments(*heads, dtype, tokens=2048))
+@pytest.mark.parametrize("shape", HEADS.values(), ids=HEADS.keys())
+def test_prefill_is_on_tensor_cores_without_spills(shape, dtype):
+    (kernel,) = sm90.kernels(hopper.paged_attention, *arguments(*shape, dtype, tokens=2048))
     assert "paged_attention_prefill" in kernel.name
     check(kernel)
 
 
 @KV_DTYPES
-@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
-def test_decode_is_on_tensor_cores_and_two_share_a_multiprocessor(heads, dtype):
-    attend, combine = sm90.kernels(hopper.paged_attention, *arguments(*heads, dtype))
+@pytest.mark.parametrize("shape", HEADS.values(), ids=HEADS.keys())
+def test_decode_is_on_tensor_cores_and_two_share_a_multiprocessor(shape, dtype):
+    attend, combine = sm90.kernels(hopper.paged_attention, *arguments(*shape, dtype))
     assert "paged_attention_decode" in attend.name and "paged_attention_combine" in combine.name
     check(attend)
     check(combine)
@@ -63,9 +62,9 @@ def test_decode_is_on_tensor_cores_and_two_share_a_multiprocessor(heads, dtype):
 
 
 @KV_DTYPES
-@pytest.mark.parametrize(("heads", "tokens"), [("8B-tp1", 5), ("405B-tp8", 3), ("405B-tp8", 8)])
-def test_several_tokens_for_each_sequence(heads, tokens, dtype):
-    arrays = arguments(*HEADS[heads], dtype, batch=32, tokens=tokens)
+@pytest.mark.parametrize(("name", "tokens"), [("8B-tp1", 5), ("405B-tp8", 3), ("405B-tp8", 8)])
+def test_several_tokens_for_each_sequence(name, tokens, dtype):
+    arrays = arguments(*HEADS[name], dtype, batch=32, tokens=tokens)
     for kernel in sm90.kernels(hopper.paged_attention, *arrays):
         check(kernel)
 

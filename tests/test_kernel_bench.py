@@ -1,6 +1,7 @@
 """The kernels' benchmark and tuner, as far as they go without a GPU."""
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -11,8 +12,11 @@ import pytest
 from pallas_kernels import bench, sm90, tune, tuned
 from pallas_kernels.fp8_matmul import cases, hopper
 from pallas_kernels.fp8_matmul.hopper import Config
-from pallas_kernels.shapes import Linear
+from pallas_kernels.paged_attention import cases as attention_cases
+from pallas_kernels.paged_attention import hopper_decode, hopper_prefill
+from pallas_kernels.shapes import Heads, Linear
 
+HEADS = Heads("8B", 1, 32, 8, 128)
 TINY = Linear("tiny", 1, "linear", 256, 384)
 FAST, SLOW = Config(64, 64, 4), Config(64, 128, 4)
 
@@ -34,9 +38,10 @@ def few_inputs(monkeypatch):
 
 def on_cpu(case, **changes):
     """The case with XLA's path in place of the kernel, whatever the configuration."""
-    return replace(case, run=lambda *a, config=None: case.xla(*a), **changes)
+    return replace(case, run=lambda *a, config=None: case.rivals["xla"](*a), **changes)
 
 
+@pytest.mark.slow
 def test_the_simulator_gives_right_results(capsys):
     bench.main(["--simulate"])
     names = [line.rsplit(maxsplit=1)[0] for line in capsys.readouterr().out.splitlines()]
@@ -55,16 +60,24 @@ def test_without_a_gpu_it_says_so(main, capsys):
 def test_a_measurement_is_checked_and_put_beside_the_floor(few_inputs):
     case = on_cpu(cases.matmul(TINY, 64, "row"))
     result = bench.run(case, bytes_per_second=1e9)
-    assert result.seconds > 0 and result.xla_seconds > 0
+    assert result.seconds > 0 and result.rival_seconds["xla"] > 0
     assert result.error < 0.01
     assert result.floor_seconds == case.bytes / 1e9  # few operations
+    assert len(str(result)) == len(bench.HEADER)
+
+
+def test_what_cannot_run_is_not_put_beside_it(few_inputs, capsys):
+    case = attention_cases.prefill(Heads("tiny", 1, 4, 1, 64), "bf16", 40)
+    result = bench.run(on_cpu(case), bytes_per_second=1e9)  # cuDNN needs a GPU
+    assert list(result.rival_seconds) == ["xla"]
+    assert capsys.readouterr().err.startswith("cudnn does not run: ")
     assert len(str(result)) == len(bench.HEADER)
 
 
 @pytest.mark.parametrize("factor", [1.1, float("nan")])
 def test_a_wrong_kernel_is_not_timed(few_inputs, factor):
     case = cases.matmul(TINY, 64, "row")
-    wrong = replace(case, run=lambda *a: case.xla(*a) * jnp.bfloat16(factor))
+    wrong = replace(case, run=lambda *a: case.rivals["xla"](*a) * jnp.bfloat16(factor))
     with pytest.raises(ValueError, match="fp8_matmul is wrong for tiny TP1 linear 256x384 m=64"):
         bench.run(wrong, bytes_per_second=1e9)
 
@@ -77,6 +90,37 @@ def test_the_least_work_of_a_case():
     assert both.operations == 4 * m * n * k
     assert both.bytes == m * k + 2 * (n * k + 4 * 2 * 3) + 4 * m + m * n + 4 * 2 * m
     assert matmul.floor(1e30) == matmul.operations / 1_979e12
+
+
+def test_the_least_work_of_attention():
+    whole = attention_cases.prefill(HEADS, "bf16", 4096)
+    assert whole.operations == 4 * 32 * 128 * 4096 * 4097 // 2
+    assert list(whole.rivals) == ["xla", "cudnn"]
+    chunk = attention_cases.prefill(HEADS, "fp8", 64, start=128)
+    assert chunk.operations == 4 * 32 * 128 * sum(range(129, 193))
+    assert chunk.bytes == 2 * 192 * 8 * 128 + 2 * 64 * 32 * 128 * 2 + 4 * 3 + 8
+    decode = attention_cases.decode(HEADS, "bf16", [100, 30], 2)
+    assert decode.operations == 4 * 32 * 128 * (99 + 100 + 29 + 30)
+    assert decode.bytes == 2 * 130 * 8 * 128 * 2 + 2 * 2 * 2 * 32 * 128 * 2 + 4 * 4 + 16
+
+
+def test_the_reference_by_parts_is_the_reference():
+    case = attention_cases.prefill(Heads("tiny", 1, 4, 2, 8), "bf16", 384, start=70)
+    q, *rest = case.arguments(jax.random.key(0))
+    whole = attention_cases.reference.paged_attention(q.astype(jnp.float32), *rest, 1.0, 1.0)
+    assert jnp.abs(case.reference(q, *rest) - whole).max() < 1e-5  # sums in another order
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_what_is_tried_of_attention_fits_with_the_heuristic_among_it(head_dim, dtype):
+    shape = Heads("8B", 1, 32, 8, head_dim)
+    prefill = attention_cases.prefill(shape, dtype, 4096)
+    q, pool, *_ = jax.eval_shape(prefill.arguments, jax.random.key(0))
+    assert hopper_prefill.heuristic(pool) in prefill.configs
+    decode = attention_cases.decode(shape, dtype, [8192] * 8, 1)
+    q, pool, *_ = jax.eval_shape(decode.arguments, jax.random.key(0))
+    assert hopper_decode.heuristic(q, pool, 8192, False) in decode.configs
 
 
 @pytest.mark.parametrize("m", [1, 64, 65, 2048])
@@ -93,9 +137,29 @@ def test_the_heuristic_is_among_what_is_tried(m):
 def test_cases_are_chosen_by_name():
     chosen = list(bench.cases([64], "8B TP1"))
     kernels = {case.kernel for case in chosen}
-    assert kernels == {"fp8_matmul", "fp8_swiglu", "fp8_matmul_weight_only"}
+    assert kernels == {
+        "fp8_matmul", "fp8_swiglu", "fp8_matmul_weight_only",
+        "paged_attention_prefill", "paged_attention_decode",
+    }  # fmt: skip
     assert all(case.name.startswith("8B TP1 ") for case in chosen)
     assert len(chosen) < len(list(bench.cases([64])))
+    assert all("T=" in case.name for case in bench.cases([64], "8B TP[12] .* prefill attention$"))
+
+
+def test_a_failure_stops_nothing_and_time_runs_out(capsys, monkeypatch):
+    clock = iter([0.0, 0.0, 3.0, 6.0])
+    monkeypatch.setattr(bench.time, "monotonic", lambda: next(clock))
+    case = cases.matmul(TINY, 1, "row")
+
+    def do(case):
+        if case.name == "second":
+            raise ValueError("wrong")
+        return case.name
+
+    named = (replace(case, name=name) for name in ("first", "second", "third"))
+    done, failures = bench.each(bench.in_time(named, 5), do)
+    assert done == ["first"] and failures == ["second: wrong"]
+    assert "5 seconds are over: nothing from third on" in capsys.readouterr().out
 
 
 def test_tuned_configurations_are_taken_where_they_were_measured(few_inputs, table, monkeypatch):
@@ -127,9 +191,50 @@ def test_tuned_configurations_are_taken_where_they_were_measured(few_inputs, tab
     assert entry["microseconds"] == 1 and entry["slowest_microseconds"] == 2
 
 
+def test_attention_takes_its_tuned_configurations(table):
+    pool = jax.ShapeDtypeStruct((128, 64, 8, 128), jnp.bfloat16)
+    q = jax.ShapeDtypeStruct((3, 1, 32, 128), jnp.bfloat16)
+    entry = {"config": {"keys": 64, "stages": 3}}
+    tuned.write("NVIDIA H200", "paged_attention_prefill", "head_dim=128 packed=4 bfloat16", entry)
+    problem = "heads=32/8x128 bfloat16 tokens=1 batch<=4 capacity<=2048"
+    entry = {"config": {"splits": 7, "keys_per_split": None, "stages": 4}}
+    tuned.write("NVIDIA H200", "paged_attention_decode", problem, entry)
+    with jax.sharding.use_abstract_mesh(sm90.H200):
+        assert hopper_prefill.configure(32, pool) == hopper_prefill.Config(64, 3)
+        assert hopper_prefill.configure(8, pool) == hopper_prefill.heuristic(pool)
+        decode = hopper_decode.configure(q, pool, 1088, False)
+        assert decode == hopper_decode.Config(7, None, 4)
+        invariant = hopper_decode.configure(q, pool, 1088, True)
+        assert invariant == hopper_decode.heuristic(q, pool, 1088, True)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (hopper_prefill.Config(192, 2), "keys must be 64 or 128, got 192"),
+        (hopper_prefill.Config(128, 1), "at least 2 stages are needed, got 1"),
+        (hopper_prefill.Config(128, 4), "bytes of shared memory, of 232448"),
+        (hopper_decode.Config(0, None, 2), "splits must be 1 to 32, got 0"),
+        (hopper_decode.Config(2, 100, 2), "keys_per_split must be a multiple of 64, got 100"),
+        (hopper_decode.Config(2, 64, 2), "2 splits of 64 keys do not hold 192"),
+        (hopper_decode.Config(2, None, 1), "at least 2 stages are needed, got 1"),
+        (hopper_decode.Config(2, None, 8), "bytes of shared memory, of 232448"),
+    ],
+    ids=str,
+)
+def test_attention_refuses_configurations_that_cannot_work(config, reason):
+    if isinstance(config, hopper_prefill.Config):
+        case = attention_cases.prefill(HEADS, "bf16", 64)
+    else:
+        case = attention_cases.decode(HEADS, "bf16", [192], 1)
+    arguments = jax.eval_shape(case.arguments, jax.random.key(0))
+    with pytest.raises(ValueError, match=re.escape(f"{config} cannot work: ") + f".*{reason}"):
+        jax.eval_shape(partial(case.run, config=config), *arguments)
+
+
 def test_a_configuration_with_wrong_results_stops_the_tuner(few_inputs):
     case = cases.matmul(TINY, 64, "row")
-    wrong = replace(case, run=lambda *a, config: case.xla(*a) * (1 + (config == SLOW)),
+    wrong = replace(case, run=lambda *a, config: case.rivals["xla"](*a) * (1 + (config == SLOW)),
                     configs=[FAST, SLOW])  # fmt: skip
     with pytest.raises(ValueError, match="fp8_matmul is wrong"):
         tune.tune(wrong)

@@ -105,7 +105,7 @@ def matmuls(launch: Launch, m: int, layout: Layout) -> Case:
         peak=BF16_OPERATIONS_PER_SECOND,
         arguments=arguments,
         run=partial(hopper_weight_only.fp8_matmuls, out_dtype=BF16),
-        xla=by_xla,
+        rivals={"xla": by_xla},
         reference=exactly,
         value=lambda parts: jnp.concatenate(parts, axis=1),
         tolerance=TOLERANCE,

@@ -20,9 +20,11 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import e4m3
+from pallas_kernels import e4m3, tuned
 from pallas_kernels.device import multiprocessors
+from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 from pallas_kernels.paged_attention.hopper_loop import (
+    BARRIERS_BYTES,
     FLOOR,
     HEADROOM,
     PAGE_SIZE,
@@ -37,6 +39,7 @@ from pallas_kernels.paged_attention.hopper_loop import (
     widen,
 )
 
+NAME = "paged_attention_decode"
 KEYS = PAGE_SIZE  # per block
 # TMA copies groups of 8 rows. It fills up the only one of a tensor, but not the last of several.
 TILE_ROWS = 8
@@ -98,17 +101,33 @@ class Operand(NamedTuple):
             plgpu.barrier_arrive(self.ring.free.at[slot])
 
 
+def configure(q: Array, k_pages: Array, capacity: int, is_batch_invariant: bool) -> Config:
+    """The tuned configuration of the GPU in use, or else the heuristic's, which is the only one
+    that is batch-invariant. capacity: keys that a sequence has room for."""
+    found = None if is_batch_invariant else tuned.find(NAME, tuned_as(q, k_pages, capacity))
+    if found:
+        return Config(**found)
+    return heuristic(q, k_pages, capacity, is_batch_invariant)
+
+
+def tuned_as(q: Array, k_pages: Array, capacity: int) -> str:
+    """What problems that share a tuned configuration are called: batch and capacity up to powers
+    of two."""
+    batch, tokens, num_heads, head_dim = q.shape
+    rows, capacity = (1 << (each - 1).bit_length() for each in (batch, capacity))
+    heads = f"{num_heads}/{k_pages.shape[2]}x{head_dim}"
+    return f"heads={heads} {k_pages.dtype} tokens={tokens} batch<={rows} capacity<={capacity}"
+
+
 def heuristic(q: Array, k_pages: Array, capacity: int, is_batch_invariant: bool) -> Config:
-    """Untuned. capacity: keys that a sequence has room for.
+    """Untuned. capacity: as in `configure`.
 
     As many stages as let two thread blocks share a multiprocessor. The fewest splits within a tenth
     of the shortest time, if a wave of thread blocks took as long as one split has keys. If
     batch-invariant, splits whose size does not depend on the batch.
     """
-    head_dim = q.shape[3]
-    widened = 2 * KEYS * head_dim * 2 if k_pages.dtype == e4m3.DTYPE else 0
-    stages = (RING_BYTES - widened) // (2 * KEYS * head_dim * k_pages.dtype.itemsize)
-    stages = min(MAX_STAGES, stages)
+    stage, widened = _ring_bytes(k_pages)
+    stages = min(MAX_STAGES, (RING_BYTES - widened) // stage)
     if is_batch_invariant:
         share = max(INVARIANT_KEYS_PER_SPLIT, pl.cdiv(pl.cdiv(capacity, MAX_SPLITS), KEYS) * KEYS)
         return Config(pl.cdiv(capacity, share), share, stages)
@@ -118,6 +137,31 @@ def heuristic(q: Array, k_pages: Array, capacity: int, is_batch_invariant: bool)
     times = [pl.cdiv(streams * n, at_once) / n for n in range(1, most + 1)]
     splits = next(n for n, time in enumerate(times, 1) if time <= 1.1 * min(times))
     return Config(splits, None, stages)
+
+
+def unfit(config: Config, k_pages: Array, capacity: int) -> str | None:
+    """Why no kernel can be made of a configuration; None if one can."""
+    stage, widened = _ring_bytes(k_pages)
+    queries_and_weights = MAX_ROWS * (k_pages.shape[3] + KEYS) * 2
+    needed = config.stages * stage + widened + queries_and_weights + BARRIERS_BYTES
+    share = config.keys_per_split
+    if not 1 <= config.splits <= MAX_SPLITS:
+        return f"splits must be 1 to {MAX_SPLITS}, got {config.splits}"
+    if share is not None and (share < 1 or share % KEYS):
+        return f"keys_per_split must be a multiple of {KEYS}, got {share}"
+    if share is not None and config.splits * share < capacity:
+        return f"{config.splits} splits of {share} keys do not hold {capacity}"
+    if config.stages < 2:
+        return f"at least 2 stages are needed, got {config.stages}"
+    if needed > SHARED_MEMORY_BYTES:
+        return f"{needed} bytes of shared memory, of {SHARED_MEMORY_BYTES}"
+    return None
+
+
+def _ring_bytes(k_pages: Array) -> tuple[int, int]:
+    """Of shared memory: keys and values of a stage, and what one of each is widened to."""
+    elements = 2 * KEYS * k_pages.shape[3]
+    return elements * k_pages.dtype.itemsize, elements * 2 if k_pages.dtype == e4m3.DTYPE else 0
 
 
 def paged_attention(
@@ -134,14 +178,15 @@ def paged_attention(
     is_batch_invariant: bool = False,
     interpret: Any = None,
 ) -> Array:
-    """As the package's; see `hopper` for what is taken. config: by default the heuristic's.
-    interpret: a plgpu.InterpretGPUParams to run in the simulator."""
+    """As the package's; see `hopper` for what is taken. config: for tuning; None takes
+    `configure`'s. interpret: a plgpu.InterpretGPUParams to run in the simulator."""
     batch, tokens, num_heads, head_dim = q.shape
     num_kv_heads = k_pages.shape[2]
     group = num_heads // num_kv_heads
-    if config is None:
-        capacity = page_table.shape[1] * PAGE_SIZE
-        config = heuristic(q, k_pages, capacity, is_batch_invariant)
+    capacity = page_table.shape[1] * PAGE_SIZE
+    config = config or configure(q, k_pages, capacity, is_batch_invariant)
+    if reason := unfit(config, k_pages, capacity):
+        raise ValueError(f"{config} cannot work: {reason}")
 
     operand = operand_dtype(k_pages.dtype)
     packed, q_unit = operand_query(q, k_pages.dtype)
@@ -219,7 +264,7 @@ def paged_attention(
         grid_names=("split", "tile", "kv_head", "row"),
         num_threads=2,
         thread_name="warpgroup",
-        kernel_name="paged_attention_decode",
+        kernel_name=NAME,
         scratch_types=[
             tile((rows, head_dim), operand),
             tile((rows, KEYS), operand),

@@ -22,6 +22,7 @@ from pallas_kernels.hopper import swizzled
 Ref = Any  # the classes of references in a kernel are not public
 
 PAGE_SIZE = 64
+BARRIERS_BYTES = 3072  # at most, of what shared memory holds beside tiles
 # Less than any score, and finite: a row that has seen no key must not compute inf - inf.
 FLOOR = -1e30
 # Weights are exp2(score - peak + HEADROOM): float16 ends at 2^16 and, subnormal, at 2^-24.

@@ -20,11 +20,14 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import e4m3
+from pallas_kernels import e4m3, tuned
+from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 from pallas_kernels.paged_attention.hopper_loop import (
+    BARRIERS_BYTES,
     FLOOR,
     HEADROOM,
     PAGE_SIZE,
+    WIDENED_SLOTS,
     Ref,
     Side,
     operand_dtype,
@@ -36,12 +39,14 @@ from pallas_kernels.paged_attention.hopper_loop import (
     widening_side,
 )
 
+NAME = "paged_attention_prefill"
 ROWS = 64  # of queries that one compute warpgroup holds: wgmma's M
 COMPUTE_WARPGROUPS = 2
 LOADER = COMPUTE_WARPGROUPS  # the last warpgroup of a thread block
 MATRIX = plgpu.Layout.WGMMA
 PER_ROW = MATRIX.reduce(1)
 TILE_ROWS = COMPUTE_WARPGROUPS * ROWS
+MAX_STAGES = 4
 MAX_PACKED_HEADS = 16  # leaves a span of 8 tokens, the height of a tile of shared memory
 
 
@@ -72,9 +77,36 @@ class Registers(NamedTuple):
     loader: int
 
 
-def heuristic(head_dim: int) -> Config:
+def configure(num_heads: int, k_pages: Array) -> Config:
+    """The tuned configuration of the GPU in use, or else the heuristic's."""
+    found = tuned.find(NAME, tuned_as(num_heads, k_pages))
+    return Config(**found) if found else heuristic(k_pages)
+
+
+def tuned_as(num_heads: int, k_pages: Array) -> str:
+    """What problems that share a tuned configuration are called: how many tokens is no part."""
+    num_kv_heads, head_dim = k_pages.shape[2:]
+    return f"head_dim={head_dim} packed={_packed(num_heads // num_kv_heads)} {k_pages.dtype}"
+
+
+def heuristic(k_pages: Array) -> Config:
     """Untuned: FlashAttention-3's tile, and as many stages as shared memory has room for."""
-    return Config(keys=128, stages=2 * 128 // head_dim)
+    configs = (Config(keys=128, stages=stages) for stages in range(MAX_STAGES, 1, -1))
+    return next(config for config in configs if unfit(config, k_pages) is None)
+
+
+def unfit(config: Config, k_pages: Array) -> str | None:
+    """Why no kernel can be made of a configuration; None if one can."""
+    head_dim, itemsize = k_pages.shape[3], k_pages.dtype.itemsize
+    slots = config.stages * itemsize + (WIDENED_SLOTS * 2 if k_pages.dtype == e4m3.DTYPE else 0)
+    needed = (TILE_ROWS * 2 + 2 * config.keys * slots) * head_dim + BARRIERS_BYTES
+    if config.keys not in (64, 128):
+        return f"keys must be 64 or 128, got {config.keys}"
+    if config.stages < 2:
+        return f"at least 2 stages are needed, got {config.stages}"
+    if needed > SHARED_MEMORY_BYTES:
+        return f"{needed} bytes of shared memory, of {SHARED_MEMORY_BYTES}"
+    return None
 
 
 def paged_attention(
@@ -91,11 +123,14 @@ def paged_attention(
     interpret: Any = None,
 ) -> Array:
     """As the package's; see `hopper` for what is taken. A sequence's result does not depend on the
-    batch around it. interpret: a plgpu.InterpretGPUParams to run in the simulator."""
+    batch around it. config: for tuning; None takes `configure`'s. interpret: a
+    plgpu.InterpretGPUParams to run in the simulator."""
     batch, tokens, num_heads, head_dim = q.shape
     group = num_heads // k_pages.shape[2]
-    config = config or heuristic(head_dim)
-    packed = math.gcd(group, MAX_PACKED_HEADS)
+    config = config or configure(num_heads, k_pages)
+    if reason := unfit(config, k_pages):
+        raise ValueError(f"{config} cannot work: {reason}")
+    packed = _packed(group)
     span = TILE_ROWS // packed
     tiles = pl.cdiv(tokens, span)
     box = min(span, ROWS)  # tokens of one head within one warpgroup's rows
@@ -188,7 +223,7 @@ def paged_attention(
         grid_names=("heads", "tile", "row"),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
-        kernel_name="paged_attention_prefill",
+        kernel_name=NAME,
         scratch_types=[
             tile((COMPUTE_WARPGROUPS, ROWS, head_dim), operand),
             weights,
@@ -204,6 +239,11 @@ def paged_attention(
         *(jnp.asarray(each, jnp.float32).reshape(1) for each in (k_scale, v_scale)),
     )  # fmt: skip
     return lax.bitcast_convert_type(out, q.dtype)
+
+
+def _packed(group: int) -> int:
+    """Heads in a tile, of a group that shares keys."""
+    return math.gcd(group, MAX_PACKED_HEADS)
 
 
 def _attend(

@@ -1,0 +1,172 @@
+"""What `pallas_kernels.bench` and `pallas_kernels.tune` run of the attention kernels."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels import e4m3
+from pallas_kernels.case import BF16_OPERATIONS_PER_SECOND, Case
+from pallas_kernels.paged_attention import hopper_decode, hopper_prefill, reference, xla
+from pallas_kernels.paged_attention.hopper_loop import PAGE_SIZE
+from pallas_kernels.shapes import Heads, heads
+
+BF16 = jnp.dtype(jnp.bfloat16)
+KV_DTYPES = {"bf16": BF16, "fp8": jnp.dtype(e4m3.DTYPE)}
+# Weights and results are rounded to 16 bits, by 2^-9 of them at most.
+TOLERANCE = 2**-8
+K_SCALE, V_SCALE = 0.5, 2.0
+PREFILL_TOKENS = (4096, 8192, 16_384, 32_768)
+CHUNK, CACHED = 2048, 30_720
+CONTEXTS, BATCHES = (1024, 8192, 32_768), (1, 8, 32, 128)
+SEVERAL_TOKENS = 4  # of a step that checks guesses
+MAX_CACHE_BYTES = 16 * 2**30
+# Tokens whose scores the reference holds at a time.
+REFERENCE_TOKENS = 256
+
+
+def cases(_rows: Sequence[int]) -> Iterator[Case]:
+    """Heads of every model. Prefill: of whole prompts, and of a chunk against a cache. Decode: of
+    one token a sequence and of several. Caches as large as fit beside others on a GPU."""
+    for each, dtype in product(heads(), KV_DTYPES):
+        yield prefill(each, dtype, CHUNK, start=CACHED)
+        for tokens in reversed(PREFILL_TOKENS):  # the last is what tiles are tuned for
+            yield prefill(each, dtype, tokens)
+        for batch, context in product(BATCHES, CONTEXTS):
+            for tokens in (1, SEVERAL_TOKENS) if batch == 8 else (1,):
+                case = decode(each, dtype, [context] * batch, tokens)
+                if case.bytes <= MAX_CACHE_BYTES:
+                    yield case
+
+
+def tiny_cases() -> Iterator[Case]:
+    """For the simulator."""
+    yield prefill(Heads("tiny", 1, 4, 1, 64), "bf16", 40)
+    yield prefill(Heads("tiny", 1, 8, 1, 128), "fp8", 20, start=50)
+    yield decode(Heads("tiny", 1, 6, 2, 64), "bf16", [1, 63, 64, 200], 1)
+    yield decode(Heads("tiny", 1, 8, 1, 128), "fp8", [65, 129], 3)
+
+
+def prefill(shape: Heads, dtype: str, tokens: int, *, start: int = 0) -> Case:
+    """One sequence's tokens, of which the first `start` are in the cache already."""
+    q, pool, table = _structs(shape, dtype, 1, start + tokens, tokens)
+    stages = range(2, hopper_prefill.MAX_STAGES + 1)
+    configs = [hopper_prefill.Config(*each) for each in product((64, 128), stages)]
+
+    def cudnn(q: Array, k: Array, v: Array, *_: Any) -> Array:
+        """Of pages in the pool's order: other numbers, but as many."""
+        k, v = (each.reshape(1, -1, *each.shape[2:]) for each in (k, v))
+        return jax.nn.dot_product_attention(
+            q, k[:, :tokens], v[:, :tokens], is_causal=True, implementation="cudnn"
+        )
+
+    return _case(
+        shape, dtype, (q, pool, table), [start + tokens],
+        kernel=hopper_prefill.NAME,
+        problem=hopper_prefill.tuned_as(shape.num_heads, pool),
+        name=f"{shape} T={tokens}{f' after {start}' if start else ''} {dtype} prefill attention",
+        run=hopper_prefill.paged_attention,
+        # cuDNN's has no FP8 cache, and its diagonal starts at the first key.
+        rivals={"cudnn": cudnn} if dtype == "bf16" and not start else {},
+        configs=[each for each in configs if hopper_prefill.unfit(each, pool) is None],
+    )  # fmt: skip
+
+
+def decode(shape: Heads, dtype: str, lengths: Sequence[int], tokens: int) -> Case:
+    """The last `tokens` of sequences of `lengths`."""
+    q, pool, table = _structs(shape, dtype, len(lengths), max(lengths), tokens)
+    capacity = table.shape[1] * PAGE_SIZE
+    heuristic = hopper_decode.heuristic(q, pool, capacity, False)
+    configs = {heuristic} | {
+        hopper_decode.Config(splits, None, stages)
+        for splits in (1, 2, 3, 4, 6, 8, 11, 16, 22, 32)
+        if splits * PAGE_SIZE <= capacity
+        for stages in {heuristic.stages, 4, 6}
+    }
+    return _case(
+        shape, dtype, (q, pool, table), lengths,
+        kernel=hopper_decode.NAME,
+        problem=hopper_decode.tuned_as(q, pool, capacity),
+        name=f"{shape} B={len(lengths)} S={max(lengths)} tokens={tokens} {dtype} decode attention",
+        run=hopper_decode.paged_attention,
+        rivals={},
+        configs=[each for each in configs if not hopper_decode.unfit(each, pool, capacity)],
+    )  # fmt: skip
+
+
+def _structs(shape: Heads, dtype: str, batch: int, length: int, tokens: int) -> Any:
+    """q, one of the two pools, and the page table."""
+    pages = -(-length // PAGE_SIZE)
+    pool = batch * pages, PAGE_SIZE, shape.num_kv_heads, shape.head_dim
+    struct = jax.ShapeDtypeStruct
+    q = struct((batch, tokens, shape.num_heads, shape.head_dim), BF16)
+    return q, struct(pool, KV_DTYPES[dtype]), struct((batch, pages), jnp.int32)
+
+
+def _case(
+    shape: Heads,
+    dtype: str,
+    structs: Any,
+    lengths: Sequence[int],
+    *,
+    run: Callable[..., Array],
+    rivals: Mapping[str, Callable[..., Array]],
+    **rest: Any,
+) -> Case:
+    q, pool, table = structs
+    batch, tokens = q.shape[:2]
+    scales = (K_SCALE, V_SCALE) if dtype == "fp8" else (1.0, 1.0)
+
+    def arguments(key: Array) -> tuple[Array, ...]:
+        """q, both pools, the page table in random order, starts and lengths."""
+        keys = jax.random.split(key, 4)
+        made = (jax.random.normal(each, pool.shape, BF16).astype(pool.dtype) for each in keys[:2])
+        pages = jax.random.permutation(keys[2], table.size).astype(jnp.int32)
+        ends = jnp.array(lengths, jnp.int32)
+        queries = jax.random.normal(keys[3], q.shape, BF16)
+        return queries, *made, pages.reshape(table.shape), ends - tokens, ends
+
+    def scaled(attend: Callable[..., Array]) -> Callable[..., Array]:
+        return lambda *arrays, **options: attend(*arrays, *scales, **options)
+
+    seen = sum(length - tokens + t + 1 for length in lengths for t in range(tokens))
+    read = sum(lengths) * shape.num_kv_heads * shape.head_dim * 2 * pool.dtype.itemsize
+    return Case(
+        operations=4 * seen * shape.num_heads * shape.head_dim,
+        bytes=read + 2 * q.size * q.dtype.itemsize + table.size * 4 + 8 * batch,
+        peak=BF16_OPERATIONS_PER_SECOND,
+        arguments=arguments,
+        run=scaled(run),
+        rivals={"xla": scaled(xla.paged_attention), **rivals},
+        reference=scaled(by_parts),
+        value=lambda y: y,
+        tolerance=TOLERANCE,
+        **rest,
+    )
+
+
+def by_parts(
+    q: Array, k_pages: Array, v_pages: Array, page_table: Array, starts: Array, lengths: Array,
+    k_scale: float, v_scale: float,
+) -> Array:  # fmt: skip
+    """The reference in float32, of a sequence and some of its tokens at a time."""
+    part = math.gcd(q.shape[1], REFERENCE_TOKENS)
+
+    def of_row(row: tuple[Array, ...]) -> Array:
+        q, table, start, length = row
+
+        def of_tokens(i: Array) -> Array:
+            some = lax.dynamic_slice_in_dim(q, i * part, part)
+            where = table[None], (start + i * part)[None], length[None]
+            one = reference.paged_attention(
+                some[None].astype(jnp.float32), k_pages, v_pages, *where, k_scale, v_scale
+            )
+            return one[0]
+
+        return lax.map(of_tokens, jnp.arange(q.shape[0] // part)).reshape(q.shape)
+
+    return lax.map(of_row, (q, page_table, starts, lengths))
