@@ -25,7 +25,7 @@ from llama_jax.fp8 import WeightFormat, quantize_per_token, scale_shape
 from llama_jax.kv_cache import KVCache, write_pages
 from pallas_kernels import e4m3
 from pallas_kernels.fp8_matmul import fp8_matmul
-from pallas_kernels.fp8_matmul.xla import MIN_ROWS_FOR_BF16, by_row_blocks
+from pallas_kernels.fp8_matmul.xla import MIN_ROWS_FOR_BF16, by_row_blocks, dot
 from pallas_kernels.paged_attention import paged_attention
 
 Activations = Literal["bf16", "dynamic", "static"]
@@ -317,8 +317,8 @@ class Llama(nn.Module):
 def dense(x: Array, weight: Array) -> Array:
     """x [m, in] @ weight [out, in].T in float32 sums, for unquantised weights.
 
-    A weight of another dtype than x, or a bfloat16 matrix-vector product on a CPU, goes by blocks
-    of rows: XLA would otherwise write out a widened copy of the whole weight.
+    A weight of another dtype than x, or few bfloat16 rows on a CPU, go by blocks of the weight's
+    rows: XLA would otherwise write out a copy of the whole weight.
     """
 
     def direct(x: Array, weight: Array) -> Array:
@@ -331,9 +331,10 @@ def dense(x: Array, weight: Array) -> Array:
     by_blocks = partial(by_row_blocks, weight_scale=None)
     if x.dtype != weight.dtype:
         return by_blocks(x, weight)
-    if x.dtype == jnp.float32 or x.shape[0] >= MIN_ROWS_FOR_BF16:
+    if x.dtype == jnp.float32:
         return direct(x, weight)
-    return lax.platform_dependent(x, weight, cpu=by_blocks, default=direct)
+    on_cpu = by_blocks if x.shape[0] < MIN_ROWS_FOR_BF16 else dot
+    return lax.platform_dependent(x, weight, cpu=on_cpu, default=direct)
 
 
 def abstract_params(spec: ModelSpec) -> Params:

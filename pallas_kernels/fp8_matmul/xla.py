@@ -27,12 +27,9 @@ from pallas_kernels.fp8_matmul.reference import (
 
 # What is widened at a time: in float32, what the level-2 caches of a few cores hold.
 _BLOCK_ELEMENTS = 1 << 20
-# From this many activation rows on, a bf16 matrix multiplication beats float32 on a CPU that has
-# bf16 dot products; a bf16 matrix-vector product is slow in XLA.
-MIN_ROWS_FOR_BF16 = 2
-# Up to this many activation rows, the weight goes first: oneDNN and Eigen copy the second operand
-# into another order before they multiply, which for few rows takes longer than the product.
-MAX_ROWS_BEHIND_WEIGHT = 64
+# From this many activation rows on, XLA multiplies in bf16 faster than in float32 on a CPU that has
+# bf16 dot products; before, putting the weight into their order takes longer than the product.
+MIN_ROWS_FOR_BF16 = 9
 # cuBLASLt's FP8 matmul is taken from this many rows on; with fewer, XLA widens the weight instead.
 MIN_ROWS_FOR_FP8_DOT = 16
 
@@ -85,22 +82,25 @@ def by_row_blocks(x: Array, weight: Array, weight_scale: Array | None) -> Array:
     is_exact = x.dtype == jnp.bfloat16 or (x.dtype == e4m3.DTYPE and not per_block)
     in_bf16 = x.shape[0] >= MIN_ROWS_FOR_BF16 and is_exact
     x = x.astype(jnp.bfloat16 if in_bf16 else jnp.float32)
-    weight_first = x.shape[0] <= MAX_ROWS_BEHIND_WEIGHT
-    dot = _weight_first_dot if weight_first else _dot
+    weight_first = _is_weight_first(x)
+
+    def product_with(x: Array, w: Array) -> Array:
+        w = w.astype(x.dtype)
+        return _dot(w, x) if weight_first else _dot(x, w)
 
     def product(start: Array | int, count: int) -> Array:
         w = lax.dynamic_slice_in_dim(weight, start, count)
         unit = e4m3.BITS_SCALE if w.dtype == jnp.int8 else 1.0
         w = e4m3.from_bits(w) if w.dtype == jnp.int8 else w.astype(jnp.float32)
         if weight_scale is None:
-            return dot(x, w)
+            return product_with(x, w)
         if per_block:
             scale = lax.dynamic_slice_in_dim(weight_scale, start // BLOCK, -(-count // BLOCK))
-            return dot(x, w * expand_scale(scale * unit, (count, columns)))
+            return product_with(x, w * expand_scale(scale * unit, (count, columns)))
         scale = lax.dynamic_slice_in_dim(weight_scale, start, count).reshape(count, -1) * unit
         groups = (jnp.split(each, scale.shape[1], axis=1) for each in (x, w))
         scales = (each[:, None] if weight_first else each for each in scale.T)
-        products = (dot(*pair) for pair in zip(*groups, strict=True))
+        products = (product_with(*pair) for pair in zip(*groups, strict=True))
         return reduce(operator.add, map(operator.mul, products, scales))
 
     # What does not depend on x, XLA would do for all layers of a model at its beginning, and keep
@@ -125,15 +125,24 @@ def by_row_blocks(x: Array, weight: Array, weight_scale: Array | None) -> Array:
     return lax.optimization_barrier(y).T if weight_first else y
 
 
-def _dot(x: Array, w: Array) -> Array:
-    """[m, k] x [n, k] -> float32 [m, n], products in x's dtype."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+def dot(x: Array, weight: Array) -> Array:
+    """x [m, in] @ weight [out, in].T in float32, both of one dtype; the order is the CPU's."""
+    if not _is_weight_first(x):
+        return _dot(x, weight)
+    # XLA would turn a transposed product into one with the operands exchanged.
+    return lax.optimization_barrier(_dot(weight, x)).T
+
+
+def _is_weight_first(x: Array) -> bool:
+    """Whether weight x activations is faster than the reverse: the second operand is copied into
+    another order first, and tiles have more rows than columns."""
+    return x.shape[0] <= 128 and (x.dtype == jnp.float32 or x.shape[0] >= 24)
+
+
+def _dot(a: Array, b: Array) -> Array:
+    """[m, k] x [n, k] -> float32 [m, n], products in their dtype."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(
-        x, w.astype(x.dtype), (((1,), (1,)), ((), ())),
+        a, b, (((1,), (1,)), ((), ())),
         precision=precision, preferred_element_type=jnp.float32,
     )  # fmt: skip
-
-
-def _weight_first_dot(x: Array, w: Array) -> Array:
-    """[m, k] x [n, k] -> float32 [n, m], products in x's dtype."""
-    return _dot(w.astype(x.dtype), x)
