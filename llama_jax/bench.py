@@ -282,12 +282,13 @@ def random_params(spec: ModelSpec, seed: int = 0) -> Params:
     spread = float(np.std(codes.view(e4m3.DTYPE).astype(np.float32)))
     normal = (rng.standard_normal(_TILE, np.float32) * 0.02).astype(jnp.bfloat16)
 
+    # Copies: an array of jax's own would keep all of the numbers that were repeated for it.
     def make(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> Array:
         if leaf.dtype == e4m3.DTYPE:
             bits = np.resize(codes, leaf.shape)
-            return jnp.asarray(bits if jax.default_backend() == "cpu" else bits.view(e4m3.DTYPE))
+            return jnp.array(bits if jax.default_backend() == "cpu" else bits.view(e4m3.DTYPE))
         if path[-1].key == "weight" and len(leaf.shape) == 2:
-            return jnp.asarray(np.resize(normal, leaf.shape).astype(leaf.dtype))
+            return jnp.array(np.resize(normal, leaf.shape), leaf.dtype)
         value = 0.02 / spread if path[-1].key == "weight_scale" else 1.0
         return jnp.full(leaf.shape, value, leaf.dtype)
 

@@ -29,7 +29,7 @@ def exact(x, codes, scale):
 
 @pytest.mark.parametrize("stored_as", ["float8", "bits"])
 @pytest.mark.parametrize("layout", ["row", "block"])
-@pytest.mark.parametrize("m", [1, 7, 65])
+@pytest.mark.parametrize("m", [1, 7, 129])
 @pytest.mark.parametrize("n", [1, 80, TWO_BLOCKS_AND_A_TAIL])
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_against_float64(implementation, n, m, layout, stored_as):
@@ -69,7 +69,7 @@ def test_groups_of_columns_with_row_scales_of_their_own(implementation, n, dtype
         np.testing.assert_allclose(y, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("m", [1, 16])
+@pytest.mark.parametrize("m", [1, 8, 16, 64, 129])
 def test_bfloat16_activations_lose_nothing_with_row_scales(m):
     x, codes, scale = operands(m, 600, 256)
     x = x.astype(jnp.bfloat16)

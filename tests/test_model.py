@@ -18,6 +18,7 @@ from llama_jax.model import (
     abstract_params,
     apply_rope,
     decode,
+    dense,
     init_params,
     logical_axes,
     prefill,
@@ -189,3 +190,13 @@ def test_one_declaration_gives_shapes_axes_and_values():
         jax.tree.map(lambda _: 0, axes, is_leaf=lambda a: isinstance(a, PartitionSpec))
     ) == jax.tree.structure(jax.tree.map(lambda _: 0, shapes))
     assert axes["layers_0"]["mlp"]["down_proj"]["weight"] == PartitionSpec("embed", "mlp")
+
+
+@pytest.mark.parametrize("m", [1, 8, 16, 64, 129])
+def test_unquantised_bfloat16_products_lose_nothing(m):
+    x, weight = (
+        jax.random.normal(jax.random.key(rows), (rows, 256), jnp.bfloat16) for rows in (m, 600)
+    )
+    expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    # Sums of 256 products reach 60; a product rounded to bfloat16 would move them by 0.01.
+    np.testing.assert_allclose(jax.jit(dense)(x, weight), expected, atol=1e-4)
