@@ -89,10 +89,12 @@ def cases(rows: Sequence[int] = ROWS, only: str = "") -> Iterator[Case]:
                 yield case
 
 
-def tiny_cases() -> Iterator[Case]:
-    """Some cases of each family, small enough for the simulator."""
+def tiny_cases(only: str = "") -> Iterator[Case]:
+    """As `cases`, some of each family that are small enough for the simulator."""
     for family in FAMILIES:
-        yield from import_module(family).tiny_cases()
+        for case in import_module(family).tiny_cases():
+            if re.search(only, case.name):
+                yield case
 
 
 def measure(
@@ -137,9 +139,9 @@ def inputs_of(case: Case) -> list[tuple[Array, ...]]:
     return [make(key) for key in jax.random.split(jax.random.key(0), count)]
 
 
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a copy of 1 GiB."""
-    inputs = [(jnp.full(2**28, i, jnp.int32),) for i in range(2)]
+def copy_bandwidth(size: int = 2**30) -> float:
+    """Bytes read and written per second by a copy of so many."""
+    inputs = [(jnp.full(size // 4, i, jnp.int32),) for i in range(2)]
     (seconds,) = measure({"copy": lambda x: x + 1}, inputs).values()
     return 2 * inputs[0][0].nbytes / seconds
 
@@ -190,7 +192,9 @@ def check(case: Case) -> str:
 def parser(description: str) -> argparse.ArgumentParser:
     """The arguments that choose cases."""
     made = argparse.ArgumentParser(description=description)
-    made.add_argument("--only", default="8B TP1", help="a regular expression, found in their names")
+    made.add_argument(
+        "--only", default="8B TP1|^tiny", help="a regular expression, found in their names"
+    )
     made.add_argument("--rows", type=int, nargs="+", default=ROWS, help="of activations")
     made.add_argument("--seconds", type=float, default=math.inf, help="begin no case after these")
     made.add_argument("--simulate", action="store_true", help="check tiny shapes without a GPU")
@@ -226,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--json", type=Path, help="also write the results to this file")
     chosen = options.parse_args(arguments)
     if chosen.simulate:
-        _, failures = each(map(on_simulator, tiny_cases()), check)
+        _, failures = each(map(on_simulator, tiny_cases(chosen.only)), check)
     elif reason := not_hopper():
         options.error(f"needs a Hopper GPU: {reason}. --simulate checks results without one.")
     else:

@@ -75,7 +75,8 @@ H200 = AbstractMesh(
 class Kernel:
     """One compiled Mosaic GPU kernel.
 
-    registers: per thread, what ptxas allots before warpgroups redistribute them.
+    threads: of a block. registers: per thread, what ptxas allots before warpgroups redistribute
+        them.
     spill_bytes: stores and loads of registers that did not fit, together.
     shared_bytes: dynamic shared memory of a block, barriers included.
     instructions: SASS opcode without its suffixes to the number of its occurrences in the listing
@@ -87,6 +88,7 @@ class Kernel:
     """
 
     name: str
+    threads: int
     registers: int
     spill_bytes: int
     shared_bytes: int
@@ -97,6 +99,11 @@ class Kernel:
 
     def count(self, opcode: str) -> int:
         return self.instructions.get(opcode, 0)
+
+    def loop(self, opcode: str) -> Mapping[str, int]:
+        """As `instructions`, of the shortest loop that `opcode` is in; empty if it is in none."""
+        found = (_counted(loop) for loop in _loops(self.sass.splitlines()))
+        return min((each for each in found if opcode in each), key=lambda c: c.total(), default={})
 
 
 def unavailable() -> str | None:
@@ -178,16 +185,50 @@ def _read(ptx: Path) -> Kernel:
     module = ptx.with_suffix(".before_layout_inference.txt").read_text()
     return Kernel(
         name=re.sub(r"_\d+$", "", ptx.stem),
+        threads=_only(r"\.maxntid (\d+), 1, 1", ptx.read_text()),
         registers=_only(r"Used (\d+) registers", log),
         spill_bytes=sum(int(size) for size in re.findall(r"(\d+) bytes spill", log)),
         shared_bytes=_only(r"dynamic_shared_memory_size %c(\d+)_i32", module),
-        instructions=collections.Counter(
-            re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", sass)
-        ),
+        instructions=_counted(sass.splitlines()),
         losses=tuple(line for line in log.splitlines() if "Performance Loss" in line),
         ptx=ptx.read_text(),
         sass=sass,
     )
+
+
+def _loops(sass: list[str]) -> Iterator[list[str]]:
+    """Bodies of natural loops: what reaches a jump back without passing the loop's head."""
+    blocks: list[list[str]] = [[]]
+    labels = {}
+    for line in sass:
+        if label := re.fullmatch(r"(\.L\S+):", line.strip()):
+            blocks.append([])
+            labels[label.group(1)] = len(blocks) - 1
+        elif re.search(r"/\*[0-9a-f]{4,}\*/", line):
+            blocks[-1].append(line)
+            if re.search(r"\b(BRA|EXIT)\b", line):
+                blocks.append([])
+    before: dict[int, set[int]] = collections.defaultdict(set)
+    for i, block in enumerate(blocks):
+        last = block[-1] if block else ""
+        if to := re.search(r"BRA\S* .*`\((\S+)\)", last):
+            before[labels[to.group(1)]].add(i)
+        if not re.search(r"\*/\s+(BRA `|EXIT)", last):  # neither is there a condition
+            before[i + 1].add(i)
+    for head in range(1, len(blocks)):
+        for end in (each for each in before[head] if each >= head):
+            body, open_ends = {head}, [end]
+            while open_ends:
+                if (block_index := open_ends.pop()) not in body:
+                    body.add(block_index)
+                    open_ends += before[block_index]
+            if 0 not in body:
+                yield [line for i in sorted(body) for line in blocks[i]]
+
+
+def _counted(sass: list[str]) -> collections.Counter[str]:
+    instruction = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)"
+    return collections.Counter(re.findall(instruction, "\n".join(sass)))
 
 
 def _only(pattern: str, text: str) -> int:

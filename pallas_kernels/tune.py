@@ -4,7 +4,6 @@ Writes the table that `pallas_kernels.tuned` reads, tuned/<device>.json, after e
 a run may be stopped; problems that it holds are measured again with `--again` alone.
 """
 
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -60,9 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.set_defaults(rows=ROWS)
     chosen = options.parse_args(arguments)
     if chosen.simulate:
-        tiny = map(bench.on_simulator, bench.tiny_cases())
-        found = (case for case in tiny if re.search(chosen.only, case.name))
-        _, failures = bench.each(found, check_configs)
+        tiny = map(bench.on_simulator, bench.tiny_cases(chosen.only))
+        _, failures = bench.each(tiny, check_configs)
     elif reason := not_hopper():
         options.error(f"needs a Hopper GPU to measure on: {reason}")
     else:

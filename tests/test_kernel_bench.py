@@ -4,12 +4,13 @@ import json
 import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import bench, sm90, tune, tuned
+from pallas_kernels import bench, report, sm90, tune, tuned
 from pallas_kernels.fp8_matmul import cases, hopper
 from pallas_kernels.fp8_matmul.hopper import Config
 from pallas_kernels.paged_attention import cases as attention_cases
@@ -41,20 +42,25 @@ def on_cpu(case, **changes):
     return replace(case, run=lambda *a, config=None: case.rivals["xla"](*a), **changes)
 
 
-@pytest.mark.slow
-def test_the_simulator_gives_right_results(capsys):
-    bench.main(["--simulate"])
-    names = [line.rsplit(maxsplit=1)[0] for line in capsys.readouterr().out.splitlines()]
-    expected = [" ".join((case.kernel, case.name)) for case in bench.tiny_cases()]
-    assert [" ".join(name.split()) for name in names] == expected
-
-
 @pytest.mark.parametrize("main", [bench.main, tune.main], ids=["bench", "tune"])
 def test_without_a_gpu_it_says_so(main, capsys):
     with pytest.raises(SystemExit) as stopped:
         main([])
     assert stopped.value.code == 2
     assert "JAX runs on cpu, not on a GPU" in capsys.readouterr().err
+
+
+def test_a_wrong_result_fails_the_check(monkeypatch, capsys):
+    case = cases.matmul(TINY, 64, "row")
+    wrong = replace(case, run=lambda *a, interpret: case.rivals["xla"](*a) * 2)
+    monkeypatch.setattr(bench, "tiny_cases", lambda only: [on_cpu(case, name="right"), wrong])
+    monkeypatch.setattr(bench, "on_simulator", lambda case: replace(case, run=partial(
+        case.run, **({} if case.name == "right" else {"interpret": None}))))  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        bench.main(["--simulate"])
+    assert stopped.value.code == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert "right" in printed[0] and "fp8_matmul is wrong for tiny" in printed[1]
 
 
 def test_a_measurement_is_checked_and_put_beside_the_floor(few_inputs):
@@ -80,6 +86,36 @@ def test_a_wrong_kernel_is_not_timed(few_inputs, factor):
     wrong = replace(case, run=lambda *a: case.rivals["xla"](*a) * jnp.bfloat16(factor))
     with pytest.raises(ValueError, match="fp8_matmul is wrong for tiny TP1 linear 256x384 m=64"):
         bench.run(wrong, bytes_per_second=1e9)
+
+
+REPORT = Path(__file__).parents[1] / "benchmarks/results/kernels_sm90a.json"
+
+
+def test_the_committed_report_has_every_kernel_without_spills():
+    document = json.loads(REPORT.read_text())
+    assert document["versions"].keys() == set(report.PACKAGES)
+    rows = document["kernels"]
+    assert {row["kernel"] for row in rows} == {
+        "fp8_matmul", "fp8_swiglu", "fp8_matmul_weight_only",
+        "paged_attention_prefill", "paged_attention_decode", "paged_attention_combine",
+    }  # fmt: skip
+    assert all(row["spill_bytes"] == 0 and row["blocks"] >= 1 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sm90.unavailable() is not None, reason=str(sm90.unavailable()))
+def test_the_report_of_the_same_code_is_the_committed_one(tmp_path, capsys):
+    path = tmp_path / "new" / "report.json"
+    only = "8B TP1 (qkv_proj.* row weight-only|heads .*B=8 S=8192 tokens=1 bf16)"
+    report.main(["--only", only, "--rows", "1", "--json", str(path)])
+    found, committed = (json.loads(each.read_text()) for each in (path, REPORT))
+    assert len(found["kernels"]) == 3
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    if found["versions"] == committed["versions"]:
+        names = {row["kernel"]: row for row in found["kernels"]}
+        for row in committed["kernels"]:
+            if row["case"] == names.get(row["kernel"], {}).get("case"):
+                assert row == names[row["kernel"]], "run `python -m pallas_kernels.report` again"
 
 
 def test_the_least_work_of_a_case():
