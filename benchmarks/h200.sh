@@ -38,7 +38,8 @@ llama_jax() { run -m llama_jax.cli "$@"; }
 
 check() {
     if [ $simulate ]; then bench --simulate; else
-        bench --check --only '^(8B|1B) TP1' --rows 1 7 64 65
+        bench --check --rows 1 65 \
+            --only '^8B TP1 (q|down|gate|qkv)_proj|^(8B|1B) TP1 heads.*( T=4096 | after | B=8 S=8192 )'
     fi
 }
 tune() {
