@@ -23,13 +23,14 @@ from jax import Array
 from llama_jax import compile_cache
 from llama_jax.compile_cache import CompileReport
 from llama_jax.config import LlamaConfig
-from llama_jax.engine import Engine, EngineOptions
+from llama_jax.engine import Engine
 from llama_jax.fp8 import WeightFormat
 from llama_jax.kv_cache import PAGE_SIZE
 from llama_jax.memory import MemoryPlan, plan_memory
 from llama_jax.model import ModelSpec, Params, abstract_params
 from llama_jax.request import Request
 from llama_jax.sampling import SamplingParams
+from llama_jax.scheduling import EngineOptions
 from pallas_kernels import e4m3
 
 _TILE = 1 << 22  # random numbers that are drawn once and repeated to fill larger arrays

@@ -26,11 +26,14 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from llama_jax import compile_cache
+from llama_jax.compile_cache import CompileReport
 from llama_jax.kv_cache import PAGE_SIZE
 from llama_jax.model import ModelSpec, Params
-from llama_jax.pages import Match, PagePool
+from llama_jax.pages import Match, PagePool, extend_chains
 from llama_jax.request import Request, Wanted
-from llama_jax.sampling import Sampled, host_rows
+from llama_jax.sampling import Sampled, host_rows, is_plain
+from llama_jax.scheduling import EngineCounts, EngineOptions, Stats, prefill_calls
 from llama_jax.speculation import Speculation
 from llama_jax.steps import (
     DecodeState,
@@ -43,92 +46,14 @@ from llama_jax.steps import (
     score_step,
 )
 
-# What a call of a prefill program costs besides its tokens, as a number of tokens: reading the
-# weights takes about as long as computing with them for so many.
-_TOKENS_PER_CALL = 128
 # How many waiting requests are looked at in a round.
 _LOOKAHEAD = 64
+# How many are admitted by one call.
+_ADMITTED_PER_CALL = 8
 
 
 class QueueFullError(RuntimeError):
     """More requests are waiting than `EngineOptions.max_waiting` allows."""
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """The sizes that programs are compiled for, and the rules of scheduling.
-
-    max_batch_size: rows; max_seq_len: tokens that prompt and output may have together.
-    num_pages: of the cache, by default enough for all rows at full length; at least one row's.
-    prefill_chunk: tokens of one prompt that go through at once; longer ones take several rounds.
-    prefill_budget: prompt tokens per round, so that rows that are decoding do not wait long; by
-        default `max_batch_size` chunks.
-    max_steps: tokens drawn per row in one round while nobody streams.
-    lookahead: tokens guessed per row and step, which the model then checks together; 0 for none.
-    max_waiting: requests that may queue. share_prefixes: whether sequences share pages.
-    batch_invariant: a request's tokens and logprobs are bit-equal alone and in any company: prompts
-        go through one at a time in chunks of fixed places, nothing is shared, and pages for the
-        whole length are reserved on admission.
-    """
-
-    max_batch_size: int = 8
-    max_seq_len: int = 8192
-    num_pages: int | None = None
-    prefill_chunk: int = 512
-    prefill_budget: int | None = None
-    max_steps: int = 8
-    lookahead: int = 0
-    max_waiting: int = 1_000_000
-    share_prefixes: bool = True
-    batch_invariant: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("max_batch_size", "max_seq_len", "prefill_chunk", "max_steps", "max_waiting"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.pool_size < self.pages_per_row:
-            raise ValueError(
-                f"num_pages {self.num_pages} cannot hold one sequence of max_seq_len "
-                f"{self.max_seq_len}: {self.pages_per_row} pages of {PAGE_SIZE} tokens are needed"
-            )
-
-    @property
-    def pages_per_row(self) -> int:
-        return -(-self.max_seq_len // PAGE_SIZE)
-
-    @property
-    def pool_size(self) -> int:
-        return self.num_pages or self.max_batch_size * self.pages_per_row
-
-    @property
-    def row_buckets(self) -> tuple[int, ...]:
-        """How many prompts one prefill call may take."""
-        return (1,) if self.batch_invariant else tuple(sorted({1, self.max_batch_size}))
-
-    @property
-    def chunk_buckets(self) -> tuple[int, ...]:
-        """How many tokens of each it may take."""
-        chunk = min(self.prefill_chunk, self.max_seq_len)
-        return tuple(sorted({max(1, chunk // 16), max(1, chunk // 4), chunk}))
-
-
-@dataclass
-class EngineCounts:
-    """What has happened so far. tokens: prompt tokens computed, tokens drawn; preempted: times that
-    a request had to give its pages back; rounds: launches of decode; guessed, accepted: tokens
-    guessed ahead, and those of them that stood."""
-
-    prefilled: int = 0
-    drawn: int = 0
-    preempted: int = 0
-    rounds: int = 0
-    guessed: int = 0
-    accepted: int = 0
-
-    @property
-    def acceptance_rate(self) -> float:
-        """The part of the guesses that stood."""
-        return self.accepted / self.guessed if self.guessed else 0.0
 
 
 @dataclass(eq=False)
@@ -149,12 +74,25 @@ class _Row:
     drawn: int
 
     @property
+    def left(self) -> int:
+        """Tokens that still have to go through prefill."""
+        return max(0, len(self.tokens) - self.stored)
+
+    @property
     def is_prefilling(self) -> bool:
         return self.stored < len(self.tokens)
 
     @property
     def is_decoding(self) -> bool:
         return not self.is_prefilling and self.drawn < self.limit
+
+
+@dataclass(frozen=True)
+class _Admission:
+    """A row to start. copied: a page to copy for it, and where to."""
+
+    row: _Row
+    copied: tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -212,6 +150,7 @@ class Engine:
         self._ids = itertools.count()
         self._waiting: deque[Request] = deque()
         self._state: DecodeState | None
+        self.pages = PagePool(options.pool_size, PAGE_SIZE)
         self._start_afresh()
 
     @property
@@ -257,17 +196,18 @@ class Engine:
     def cancel(self, request_id: int) -> bool:
         """End a request where it stands; False if it is not (or no longer) in the engine."""
         with self._lock:
-            for request in self._waiting:
-                if request.id == request_id:
-                    self._waiting.remove(request)
-                    request.finish_reason = "cancelled"
-                    return True
-            for row in self._running:
-                if row.request.id == request_id:
-                    row.request.finish_reason = "cancelled"
-                    self._leave(row)
-                    return True
-            return False
+            row = next((row for row in self._running if row.request.id == request_id), None)
+            waiting = (request for request in self._waiting if request.id == request_id)
+            request = row.request if row else next(waiting, None)
+            if request is None:
+                return False
+            request.cancel()
+            if row:
+                self._leave(row)
+            else:
+                self._waiting.remove(request)
+            _tell([request])
+            return True
 
     def step(self) -> list[Request]:
         """One round. Returns the requests that got tokens or results, or finished.
@@ -284,59 +224,75 @@ class Engine:
                 for _ in range(min(earlier, len(self._launches))):
                     changed += self._collect()
             except BaseException:
-                self._waiting.extendleft(row.request for row in reversed(self._running))
+                running = [row.request for row in self._running if row.request not in self._waiting]
+                self._waiting.extendleft(reversed(running))
                 self._start_afresh()
                 raise
-            return list(dict.fromkeys(changed))
+            changed = list(dict.fromkeys(changed))
+            _tell(changed)
+            return changed
 
     def run(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Submit requests and step until they are done; yields one whenever it has changed.
 
         Requests whose results are no longer wanted (the iterator is closed) are cancelled.
         """
-        unfinished = {request.id: request for request in map(self.submit, requests)}
+        changed: deque[Request] = deque()  # from any thread that takes steps
+        unfinished = set[int]()
         try:
+            for request in requests:
+                request.on_change = changed.append
+                unfinished.add(self.submit(request).id)
             while unfinished:
-                changed = {request.id for request in self.step()}
-                for request in list(unfinished.values()):
-                    if request.finish_reason:
-                        del unfinished[request.id]
-                    if request.finish_reason or request.id in changed:
+                self.step()
+                while changed:
+                    request = changed.popleft()
+                    if request.id in unfinished:
+                        if request.finish_reason:
+                            unfinished.remove(request.id)
                         yield request
         finally:
             for request_id in unfinished:
                 self.cancel(request_id)
 
-    def warmup(self, wanted: Sequence[Wanted] = ("tokens", "logprobs", "logits")) -> float:
+    def stats(self) -> Stats:
+        """What has happened so far."""
+        with self._lock:
+            return Stats(**vars(self.counts), **vars(self.pages.counts))
+
+    def warmup(self, wanted: Sequence[Wanted] = ("tokens", "logprobs", "logits")) -> CompileReport:
         """Compile what these kinds of requests need, several programs at a time; takes no step.
 
-        Returns the seconds taken. Programs in the persistent cache are fetched from there.
+        Returns what was compiled or fetched from the persistent cache, and the seconds it took.
         """
-        began = time.perf_counter()
+        began, before = time.perf_counter(), compile_cache.report()
         with self._lock:
             state = self._take_state()
             self._state = state
             calls = [
-                self._prefill_call(kind, [], size, width)
+                self._prefill_call(kind, [], shape)
                 for kind in wanted
-                for size in self.options.row_buckets
-                for width in self.options.chunk_buckets
+                for shape in self._shapes(kind)
             ]
             calls += [self._decode_call([], 0)] if "tokens" in wanted else []
-            jobs = [partial(admit.lower, state, *self._admission())]
+            jobs = [
+                partial(admit.lower, state, *self._admission([], plain)) for plain in (True, False)
+            ]
             jobs += [
                 partial(call.program.lower, self.params, state, *call.args, **call.static)
                 for call in calls
             ]
             with ThreadPoolExecutor() as pool:
                 list(pool.map(lambda lower: lower().compile(), jobs))
-        return time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        return replace(compile_cache.report().since(before), seconds=seconds)
 
     # Scheduling.
 
     def _start_afresh(self) -> None:
-        self.pages = PagePool(self.options.pool_size, PAGE_SIZE)
+        self.pages = PagePool(self.options.pool_size, PAGE_SIZE, self.pages.counts)
         self._running: list[_Row] = []  # in the order of their admission
+        self._numbers = list(range(self.options.max_batch_size))[::-1]  # rows that are free
         self._launches: deque[_Launch] = deque()
         self._state = None
         shape = (self.options.max_batch_size, self.options.pages_per_row)
@@ -344,27 +300,39 @@ class Engine:
 
     def _admit(self) -> None:
         """Give rows and pages to waiting requests, first come, first served."""
+        admitted: list[_Admission] = []
         for request in list(itertools.islice(self._waiting, _LOOKAHEAD)):
             if len(self._running) == self.options.max_batch_size:
-                return
+                break
             tokens = request.prompt[:-1] if request.wanted == "logprobs" else request.all_tokens
             found = Match((), None, 0)
             if self._shares and request.wanted != "logits":
-                found = self.pages.match(tokens[: _first_output(request, tokens)])
-                if self._is_coming(tokens, found):
+                known = tokens[: _first_output(request, tokens)]
+                found = self.pages.match(known, request.chains)
+                if self._is_coming(request, found):
                     continue
-            if not self._place(request, tokens, found):
-                return
+            admission = self._place(request, tokens, found)
+            if admission is None:
+                break
+            admitted.append(admission)
             self._waiting.remove(request)
+        plain = [each for each in admitted if _is_plain(each.row.request)]
+        for group in itertools.batched(plain, self._admitted_per_call):
+            self._state = admit(self._take_state(), *self._admission(group, plain=True))
+        for each in admitted:
+            if not _is_plain(each.row.request):
+                self._state = admit(self._take_state(), *self._admission([each], plain=False))
 
-    def _is_coming(self, tokens: list[int], found: Match) -> bool:
+    def _is_coming(self, request: Request, found: Match) -> bool:
         """Whether a prompt that is on its way will fill the next page that could be shared."""
-        end = (len(found.pages) + 1) * PAGE_SIZE
-        return end < len(tokens) and any(
-            row.is_prefilling and row.tokens[:end] == tokens[:end] for row in self._running
+        count = len(found.pages)
+        wanted = request.chains[count : count + 1]
+        return bool(wanted) and any(
+            row.is_prefilling and row.request.chains[count : count + 1] == wanted
+            for row in self._running
         )
 
-    def _place(self, request: Request, tokens: list[int], found: Match) -> bool:
+    def _place(self, request: Request, tokens: list[int], found: Match) -> _Admission | None:
         """Start a request if there are pages for its prompt, and one more for each that runs."""
         limit = 0
         if request.wanted == "tokens":
@@ -377,56 +345,58 @@ class Engine:
         self.pages.share([*found.pages, *source])
         if lacking + len(self._running) > self.pages.num_available:
             self.pages.release([*found.pages, *source])
+            if self._running or not source:
+                return None
             # A page that is copied from cannot be given up: with nothing running, do without it.
-            return bool(not self._running and source) and self._place(
+            return self._place(
                 request, tokens, Match(found.pages, None, len(found.pages) * PAGE_SIZE)
             )
         own = self.pages.take(lacking)
-        taken = {row.number for row in self._running}
-        number = next(i for i in range(self.options.max_batch_size) if i not in taken)
-        row = _Row(request, number, tokens, [*found.pages, *own], limit, found.num_tokens,
-                   len(request.token_ids))  # fmt: skip
+        row = _Row(request, self._numbers.pop(), tokens, [*found.pages, *own], limit,
+                   found.num_tokens, len(request.token_ids))  # fmt: skip
         self._running.append(row)
         self._note_pages(row)
-        copied = [*source, own[0]] if source else []
-        self._state = admit(self._take_state(), *self._admission(row, copied))
+        if self._shares:
+            extend_chains(request.chains, tokens, PAGE_SIZE)
+        # All pages are copied before any is written to, so that this one need not be kept.
         self.pages.release(source)
         self.pages.counts.queried += len(tokens)
         self.pages.counts.hit += found.num_tokens
         request.start_prompt(found.num_tokens)
         request.admitted_at = request.admitted_at or time.perf_counter()
-        return True
+        return _Admission(row, (source[0], own[0]) if source else None)
 
     def _launch_prefill(self) -> None:
-        """Chunks of prompts, in the order of admission, until the round's budget is spent."""
-        everything = self.options.max_batch_size * self.options.prefill_chunk
-        budget = self.options.prefill_budget or everything
-        rows = [row for row in self._running if row.is_prefilling]
-        for kind in dict.fromkeys(row.request.wanted for row in rows):
-            group = [row for row in rows if row.request.wanted == kind]
-            for call in self._calls(group):
-                if budget > 0:
-                    budget -= self._launch_chunk(kind, call)
+        """Chunks of prompts, first those admitted first, until the round's budget is spent."""
+        budget = self.options.prefill_budget
+        while budget > 0:
+            rows = []
+            for row in self._running:
+                if row.is_prefilling and budget > 0:
+                    rows.append(row)
+                    budget -= min(row.left, self.options.prefill_chunk)
+            if not rows:
+                return
+            for kind in dict.fromkeys(row.request.wanted for row in rows):
+                group = [row for row in rows if row.request.wanted == kind]
+                left = [row.left for row in group]
+                for members, shape in prefill_calls(left, self._shapes(kind)):
+                    self._launch_chunk(kind, [group[i] for i in members], shape)
 
-    def _calls(self, rows: list[_Row]) -> list[list[_Row]]:
-        """Rows that go through one call: all together, or one by one where padding them to the same
-        length would cost more."""
-        widest = self.options.row_buckets[-1]
-        widths = [bucket(_left(row), self.options.chunk_buckets) for row in rows]
-        together = max(widest * max(widths), _TOKENS_PER_CALL)
-        apart = sum(max(width, _TOKENS_PER_CALL) for width in widths)
-        return [rows] if widest > 1 and together < apart else [[row] for row in rows]
+    def _shapes(self, kind: Wanted) -> tuple[tuple[int, int], ...]:
+        """Logits of a whole vocabulary are large: those of one prompt at a time."""
+        shapes = self.options.call_shapes
+        return tuple(each for each in shapes if each[0] == 1) if kind == "logits" else shapes
 
-    def _launch_chunk(self, kind: Wanted, rows: list[_Row]) -> int:
-        """Launch one prefill call; returns how many tokens go through it."""
-        size = bucket(len(rows), self.options.row_buckets)
-        width = bucket(max(map(_left, rows)), self.options.chunk_buckets)
-        call = self._prefill_call(kind, rows, size, width)
+    def _launch_chunk(self, kind: Wanted, rows: list[_Row], shape: tuple[int, int]) -> None:
+        """The next tokens of each row, in one call."""
+        call = self._prefill_call(kind, rows, shape)
         starts = [row.stored for row in rows]
-        for row in rows:
-            row.stored += min(_left(row), width)
+        for row, start in zip(rows, starts, strict=True):
+            row.stored += min(row.left, shape[1])
             if self._shares:
-                self.pages.register(row.tokens[: row.stored], row.pages)
+                stored = row.tokens[: row.stored]
+                self.pages.register(stored, row.pages, start, row.request.chains)
         takers: dict[Wanted, Callable[..., list[Request]]] = {
             "tokens": self._take_first, "logprobs": self._take_logprobs, "logits": self._take_logits
         }  # fmt: skip
@@ -437,7 +407,7 @@ class Engine:
         self._launch(call, partial(takers[kind], parts))
         count = sum(stop - start for _, start, stop in parts)
         self.counts.prefilled += count
-        return count
+        self.counts.padding += shape[0] * shape[1] - count
 
     def _launch_decode(self) -> list[Request]:
         """Draw tokens for the rows that have their prompt behind them, after making room for them.
@@ -498,9 +468,11 @@ class Engine:
         if self._shares:
             stored = row.tokens[: row.stored]
             known = stored if row.is_prefilling else row.request.all_tokens[:-1]
-            self.pages.register(known, row.pages, min(len(known), len(stored)))
+            start = min(len(known), len(stored))
+            self.pages.register(known, row.pages, start, row.request.chains)
         self.pages.release(row.pages)
         self._running.remove(row)
+        self._numbers.append(row.number)
         self._table[row.number] = self.options.pool_size
 
     # Calls of compiled programs, in shapes from short lists.
@@ -516,22 +488,37 @@ class Engine:
         state, self._state = self._state, None
         return self._new_state() if state is None else state
 
-    def _admission(self, row: _Row | None = None, copied: Sequence[int] = ()) -> tuple[Any, ...]:
-        """Arguments of `admit` for one row, or for none. copied: a page to copy, and where to."""
-        request = row.request if row else Request([])
-        number, stored = (row.number, row.stored) if row else (self.options.max_batch_size, 0)
-        source, target = copied or (0, self.options.pool_size)
+    def _admission(self, admitted: Sequence[_Admission], plain: bool) -> tuple[Any, ...]:
+        """Arguments of `admit`. plain: see `sampling.is_plain`; others come one at a time."""
+        size = self._admitted_per_call if plain else 1
+        padding = size - len(admitted)
+        nobody, batch_size = Request([]), self.options.max_batch_size
+        requests = [each.row.request for each in admitted] + [nobody] * padding
+        copies = [each.copied or (0, self.options.pool_size) for each in admitted]
+        copies += [(0, self.options.pool_size)] * padding
         fresh = host_rows(
-            [request.params], [request.prompt], [request.stop_ids], self.spec.config.vocab_size,
-            [request.token_ids],
+            [request.params for request in requests], [request.prompt for request in requests],
+            [request.stop_ids for request in requests], self.spec.config.vocab_size,
+            [request.token_ids for request in requests], plain,
         )  # fmt: skip
-        text = np.zeros((1, self.options.pages_per_row * PAGE_SIZE), np.int32)
-        text[0, : len(request.all_tokens)] = request.all_tokens
-        text = text if self._speculation.uses_history else text[:, :0]
-        return _int32(number), _int32(stored), fresh, _int32(source), _int32(target), text
+        text = np.zeros((size, self.options.pages_per_row * PAGE_SIZE), np.int32)
+        if self._speculation.uses_history:
+            for i, request in enumerate(requests):
+                text[i, : len(request.all_tokens)] = request.all_tokens
+        else:
+            text = text[:, :0]
+        numbers = [each.row.number for each in admitted] + [batch_size] * padding
+        stored = [each.row.stored for each in admitted] + [0] * padding
+        sources, targets = zip(*copies, strict=True)
+        return _int32(numbers), _int32(stored), fresh, _int32(sources), _int32(targets), text
 
-    def _prefill_call(self, kind: Wanted, rows: Sequence[_Row], size: int, width: int) -> _Call:
-        """The next `width` tokens, at most, of each row; `size` rows with the padding."""
+    @property
+    def _admitted_per_call(self) -> int:
+        return min(_ADMITTED_PER_CALL, self.options.max_batch_size)
+
+    def _prefill_call(self, kind: Wanted, rows: Sequence[_Row], shape: tuple[int, int]) -> _Call:
+        """The next shape[1] tokens, at most, of each row; shape[0] rows with the padding."""
+        size, width = shape
         tokens, targets = np.zeros((2, size, width), np.int32)
         lengths, remaining = np.zeros((2, size), np.int32)
         numbers = np.full(size, self.options.max_batch_size, np.int32)
@@ -583,38 +570,48 @@ class Engine:
         ended = [(i, row) for i, (row, _, stop) in enumerate(parts) if stop == len(row.tokens)]
         if not ended:
             return []
-        host = _fetch(drawn, [row for _, row in ended])
+        asked = any(row.request.params.logprobs is not None for _, row in ended)
+        tokens, sampled = jax.device_get((drawn.tokens, drawn if asked else None))
+        now = time.perf_counter()
         for i, row in ended:
-            self._append(row, host, i)
+            self._extend(row, [int(tokens[i])], now, sampled, i)
         return [row.request for _, row in ended]
 
     def _take_drawn(self, bounds: Sequence[tuple[_Row, int]], drawn: Drawn) -> list[Request]:
-        counts, guessed, accepted = jax.device_get((drawn.counts, drawn.guessed, drawn.accepted))
-        self.counts.guessed += int(guessed.sum())
-        self.counts.accepted += int(accepted.sum())
-        host = _fetch(drawn.tokens, [row for row, _ in bounds])
+        asked = any(row.request.params.logprobs is not None for row, _ in bounds)
+        numbers, sampled = jax.device_get((drawn.numbers, drawn.sampled if asked else None))
+        counts, guessed, accepted = numbers[:3].tolist()
+        self.counts.guessed += sum(guessed)
+        self.counts.accepted += sum(accepted)
+        columns, now = numbers[3:].T.tolist(), time.perf_counter()
         for row, bound in bounds:
-            count = int(counts[row.number])
+            count = counts[row.number]
             row.stored -= bound - count
             row.drawn -= bound - count
-            for i in range(count):
-                self._append(row, host, (i, row.number))
+            self._extend(row, columns[row.number][:count], now, sampled, (slice(count), row.number))
         return [row.request for row, _ in bounds]
 
-    def _append(self, row: _Row, drawn: Sampled, at: Any) -> None:
-        """Hand a drawn token to its request, unless that has ended by the host's decision."""
+    def _extend(
+        self, row: _Row, token_ids: list[int], now: float, drawn: Sampled | None, at: Any
+    ) -> None:
+        """Hand drawn tokens to their request, unless that has ended by the host's decision.
+
+        drawn[at]: where they come from, for their logprobs.
+        """
         request = row.request
-        if request.finish_reason:
+        if request.finish_reason or not token_ids:
             return
-        now = time.perf_counter()
         request.first_token_at = request.first_token_at or now
-        wanted = request.params.logprobs
-        if wanted is not None:
-            request.logprobs.append(float(drawn.logprobs[at]))
-            pairs = zip(drawn.top_ids[at], drawn.top_logprobs[at], strict=True)
-            request.top.append([(int(i), float(value)) for i, value in pairs][:wanted])
-        request.append(int(drawn.tokens[at]), row.limit)
-        self.counts.drawn += 1
+        count = request.extend(token_ids, row.limit)
+        self.counts.drawn += count
+        if request.params.logprobs is not None:
+            assert drawn is not None
+            request.logprobs += np.atleast_1d(drawn.logprobs[at])[:count].tolist()
+            ids, values = (
+                np.atleast_2d(top[at])[:count, : request.params.logprobs].tolist()
+                for top in (drawn.top_ids, drawn.top_logprobs)
+            )
+            request.top += [list(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)]
         if request.finish_reason:
             request.finished_at = now
             self._leave(row)
@@ -654,22 +651,15 @@ def _first_output(request: Request, tokens: Sequence[int]) -> int:
     return request.score_from - 1 if request.wanted == "logprobs" else len(tokens) - 1
 
 
-def _left(row: _Row) -> int:
-    """Tokens that still have to go through prefill."""
-    return len(row.tokens) - row.stored
+def _is_plain(request: Request) -> bool:
+    return is_plain(request.params, request.stop_ids)
 
 
-def _fetch(drawn: Sampled, rows: Sequence[_Row]) -> Sampled:
-    """To the host, what the rows ask for: often the tokens alone."""
-    if all(row.request.params.logprobs is None for row in rows):
-        return drawn.replace(tokens=jax.device_get(drawn.tokens))
-    return jax.device_get(drawn)
+def _tell(changed: Iterable[Request]) -> None:
+    for request in changed:
+        if request.on_change:
+            request.on_change(request)
 
 
-def _int32(value: int) -> np.ndarray:
-    return np.array([value], np.int32)
-
-
-def bucket(count: int, sizes: Sequence[int]) -> int:
-    """The least of the ascending `sizes` that holds `count`, or the largest."""
-    return next((size for size in sizes if size >= count), sizes[-1])
+def _int32(values: Sequence[int]) -> np.ndarray:
+    return np.array(values, np.int32)

@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 
 from llama_jax import checkpoint, compile_cache
 from llama_jax.chat import encode_chat
+from llama_jax.compile_cache import CompileReport
 from llama_jax.config import token_ids
-from llama_jax.engine import Engine, EngineOptions
+from llama_jax.engine import Engine
 from llama_jax.kv_cache import KVDtype, storage_dtype
 from llama_jax.memory import plan_memory
 from llama_jax.model import Activations, ModelSpec, Params
@@ -28,6 +29,7 @@ from llama_jax.results import (
     TokenLogprob,
 )
 from llama_jax.sampling import SamplingParams, check_ids
+from llama_jax.scheduling import EngineOptions
 from llama_jax.scoring import (
     Question,
     answers,
@@ -350,9 +352,11 @@ class LLM:
             pass
         return np.stack([request.prompt_logits for request in requests])  # type: ignore[misc]
 
-    def warmup(self) -> float:
-        """Compile all that `generate`, `chat`, `stream`, `score` and `logits` need; returns the
-        seconds taken."""
+    def warmup(self) -> CompileReport:
+        """Compile all that `generate`, `chat`, `stream`, `score` and `logits` need.
+
+        Returns what was compiled or fetched from the persistent cache, and the seconds it took.
+        """
         return self.engine.warmup()
 
     def _run(

@@ -28,10 +28,11 @@ class OutOfPagesError(Exception):
 @dataclass(frozen=True)
 class Content:
     """What a page holds: `tokens`, after the full pages of `chain`; less than a page while it grows
-    or where a sequence ended in it."""
+    or where a sequence ended in it. end: the chain with a full page's own tokens."""
 
     chain: Chain
     tokens: tuple[int, ...]
+    end: Chain | None
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class PagePool:
     _kept: OrderedDict[int, None] = field(default_factory=OrderedDict)
     _content: dict[int, Content] = field(default_factory=dict)
     _children: dict[tuple[Chain, int], set[int]] = field(default_factory=lambda: defaultdict(set))
+    _full: dict[Chain, int] = field(default_factory=dict)  # full pages by their `Content.end`
 
     def __post_init__(self) -> None:
         self._free = list(range(self.num_pages - 1, -1, -1))
@@ -104,30 +106,43 @@ class PagePool:
                 else:
                     self._free.append(page)
 
-    def register(self, tokens: Sequence[int], pages: Sequence[int], start: int = 0) -> None:
+    def register(
+        self,
+        tokens: Sequence[int],
+        pages: Sequence[int],
+        start: int = 0,
+        chains: list[Chain] | None = None,
+    ) -> None:
         """The first `len(tokens)` tokens of a sequence now stand in `pages`, in order.
 
-        start: tokens of it that were registered before.
+        start: tokens of it that were registered before. chains: as in `match`.
         """
+        chains = extend_chains([] if chains is None else chains, tokens, self.page_size)
         first = start // self.page_size
-        chain = _chain(tokens, first, self.page_size)
         for number in range(first, -(-len(tokens) // self.page_size)):
             part = tuple(tokens[number * self.page_size : (number + 1) * self.page_size])
-            self._describe(pages[number], Content(chain, part))
-            chain = extend_chain(chain, part)
+            chain = chains[number - 1] if number else ROOT
+            end = chains[number] if len(part) == self.page_size else None
+            self._describe(pages[number], Content(chain, part, end))
 
-    def match(self, tokens: Sequence[int]) -> Match:
-        """The longest beginning of `tokens` that is in the cache."""
-        chain, pages, at = ROOT, list[int](), 0
-        while at < len(tokens):
-            wanted = tokens[at : at + self.page_size]
-            page, common = self._longest(chain, wanted)
-            if common < self.page_size:
-                return Match(tuple(pages), (page, common) if common else None, at + common)
-            pages.append(page)
-            chain = extend_chain(chain, wanted)
-            at += self.page_size
-        return Match(tuple(pages), None, at)
+    def match(self, tokens: Sequence[int], chains: list[Chain] | None = None) -> Match:
+        """The longest beginning of `tokens` that is in the cache.
+
+        chains: of the sequence, see `extend_chains`: what is missing of them is added, so that a
+        caller who keeps the list has them computed once.
+        """
+        chains = extend_chains([] if chains is None else chains, tokens, self.page_size)
+        pages: list[int] = []
+        for end in chains[: len(tokens) // self.page_size]:
+            if end not in self._full:
+                break
+            pages.append(self._full[end])
+        at = len(pages) * self.page_size
+        if at == len(tokens):
+            return Match(tuple(pages), None, at)
+        chain = chains[len(pages) - 1] if pages else ROOT
+        page, common = self._longest(chain, tokens[at : at + self.page_size])
+        return Match(tuple(pages), (page, common) if common else None, at + common)
 
     def owners(self, page: int) -> int:
         return self._owners[page]
@@ -140,6 +155,8 @@ class PagePool:
         assert not (owned & free or owned & kept or free & kept)
         assert len(owned) + len(free) + len(kept) == self.num_pages
         assert kept <= self._content.keys() and not free & self._content.keys()
+        full = {page: content.end for page, content in self._content.items() if content.end}
+        assert full == {page: end for end, page in self._full.items()}
 
     def _longest(self, chain: Chain, wanted: Sequence[int]) -> tuple[int, int]:
         """The page after `chain` that has the most tokens in common with `wanted`, and how many."""
@@ -162,9 +179,13 @@ class PagePool:
             self._forget(page)
         self._content[page] = content
         self._children[content.chain, content.tokens[0]].add(page)
+        if content.end is not None:
+            self._full[content.end] = page
 
     def _forget(self, page: int) -> None:
         content = self._content.pop(page)
+        if content.end is not None:
+            del self._full[content.end]
         key = (content.chain, content.tokens[0])
         self._children[key].discard(page)
         if not self._children[key]:
@@ -177,17 +198,18 @@ class PagePool:
         return page
 
 
-def extend_chain(chain: Chain, tokens: Sequence[int]) -> Chain:
-    """The chain after one more full page of `tokens`."""
-    return hashlib.blake2b(chain + np.asarray(tokens, np.int32).tobytes(), digest_size=16).digest()
+def extend_chains(chains: list[Chain], tokens: Sequence[int], page_size: int) -> list[Chain]:
+    """Add to `chains`, one after each full page of a sequence, those of `tokens` that are missing.
 
-
-def _chain(tokens: Sequence[int], count: int, page_size: int) -> Chain:
-    """The chain of the first `count` full pages of a sequence."""
-    chain = ROOT
-    for number in range(count):
-        chain = extend_chain(chain, tokens[number * page_size : (number + 1) * page_size])
-    return chain
+    chains: of a beginning of `tokens`, or of more than that; changed and returned.
+    """
+    first, count = len(chains), len(tokens) // page_size
+    if first < count:
+        missing = np.asarray(tokens[first * page_size : count * page_size], np.int32)
+        for page in missing.reshape(-1, page_size):
+            before = chains[-1] if chains else ROOT
+            chains.append(hashlib.blake2b(before + page.tobytes(), digest_size=16).digest())
+    return chains
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

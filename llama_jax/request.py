@@ -1,11 +1,12 @@
 """One request on its way through the engine: what was asked, and what has come of it so far."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
+from llama_jax.pages import Chain
 from llama_jax.sampling import SamplingParams
 from llama_jax.tokenizer import StreamDecoder
 
@@ -21,12 +22,16 @@ class Request:
         from `score_from` on; "logits" for float32 logits of every prompt token.
     is_streamed: the caller wants each token when it is drawn, rather than several at a time.
 
+    on_change: called by the engine whenever there is something new in the request.
+
     token_ids, logprobs, top: what was drawn, with natural-log probabilities where `params` asks
-        for them. `text` is all decoded text; `text[:released]` may be shown: what follows could
-        still turn out to be the beginning of a stop string.
+        for them. `text` is the decoded text, as it grows if the request is streamed or has stop
+        strings, else once it has ended; `text[:released]` may be shown: what follows could still
+        turn out to be the beginning of a stop string.
     prompt_logprobs, prompt_is_likeliest: float32 and bool, one per token from `score_from` on.
     prompt_logits: float32 [length, vocab]. num_cached: prompt tokens that were found in the cache
-    when it was admitted last. Times are of `time.perf_counter`.
+    when it was admitted last. chains: see `pages.extend_chains`, of all tokens or a beginning of
+    them. Times are of `time.perf_counter`.
     """
 
     prompt: list[int]
@@ -36,6 +41,7 @@ class Request:
     wanted: Wanted = "tokens"
     score_from: int = 1
     is_streamed: bool = False
+    on_change: "Callable[[Request], None] | None" = None
     id: int = -1
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -47,6 +53,7 @@ class Request:
     prompt_is_likeliest: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     prompt_logits: np.ndarray | None = None
     num_cached: int = 0
+    chains: list[Chain] = field(default_factory=list)
     admitted_at: float = 0.0
     first_token_at: float = 0.0
     finished_at: float = 0.0
@@ -62,21 +69,39 @@ class Request:
         self.prompt_is_likeliest = np.zeros(0, bool)
         self.prompt_logits = None
 
-    def append(self, token_id: int, limit: int) -> None:
-        """Take in a drawn token, then decide whether the request is finished.
+    def extend(self, token_ids: Sequence[int], limit: int) -> int:
+        """Take in drawn tokens until one of them ends the request; returns how many.
 
         limit: tokens that may be drawn in all.
         """
-        self.token_ids.append(token_id)
+        is_followed = self.is_streamed or bool(self.params.stop)
+        for count, token_id in enumerate(token_ids, 1):
+            self.token_ids.append(token_id)
+            reason: FinishReason | None = None
+            if token_id in self.stop_ids:
+                reason = "stop"
+            elif len(self.token_ids) >= limit:
+                reason = "length"
+            if is_followed:
+                self._decode(self.token_ids[-1:], reason)
+            elif reason:
+                self._decode(self.token_ids, reason)
+            if self.finish_reason:
+                return count
+        return len(token_ids)
+
+    def cancel(self) -> None:
+        is_followed = self.is_streamed or bool(self.params.stop)
+        self._decode([] if is_followed else self.token_ids, "cancelled")
+
+    def _decode(self, token_ids: Sequence[int], reason: FinishReason | None) -> None:
+        """Add the text of tokens, and end for a reason, or where the text ends."""
         searched_from = len(self.text)
-        if token_id in self.stop_ids:
-            self.finish_reason = "stop"
-        else:
-            self.text += self.decoder.push(token_id) if self.decoder else ""
-            if len(self.token_ids) >= limit:
-                self.finish_reason = "length"
-        if self.finish_reason and self.decoder:
-            self.text += self.decoder.flush()
+        if self.decoder:
+            shown = token_ids[:-1] if reason == "stop" else token_ids
+            self.text += "".join(map(self.decoder.push, shown))
+            self.text += self.decoder.flush() if reason else ""
+        self.finish_reason = reason
         self._cut_at_stop_string(searched_from)
         held = 0 if self.finish_reason else held_back(self.text, self.params.stop)
         self.released = len(self.text) - held

@@ -9,7 +9,7 @@ before any of it.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ from flax import struct
 from jax import Array, lax
 
 MAX_TOP_LOGPROBS = 20
+# Stop tokens of a row that are sent to the device as a list rather than a mask, see `is_plain`.
+_LISTED_STOPS = 16
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class SamplingParams:
         once, or per occurrence, for tokens in the output.
     logit_bias: token id to a number added to its logit.
     seed: what the row's random numbers come from; None takes a fresh one.
+    n: continuations of the prompt, which draw with `seed`, `seed` + 1 and so on.
     stop: strings that end the text and are cut from it. stop_token_ids: tokens that end it, besides
         the checkpoint's own, which `ignore_eos` switches off.
     logprobs: None for none, n for the chosen token's and the n likeliest's (at most 20).
@@ -51,6 +54,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
+    n: int = 1
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
@@ -73,6 +77,7 @@ class SamplingParams:
             ("frequency_penalty", math.isfinite(self.frequency_penalty), "finite"),
             ("logit_bias", not any(math.isnan(v) for v in self.logit_bias.values()), "free of NaN"),
             ("seed", self.seed is None or 0 <= self.seed < 2**32, "in [0, 2**32)"),
+            ("n", self.n >= 1, "at least 1"),
             ("stop", all(stop), "free of empty strings"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
              f"None or between 0 and {MAX_TOP_LOGPROBS}"),
@@ -122,23 +127,35 @@ def init_sampling(batch_size: int, vocab_size: int) -> SamplingState:
     return jax.tree.map(lambda a: jnp.repeat(a, batch_size, axis=0), row)
 
 
+def is_plain(params: SamplingParams, stop_ids: Collection[int]) -> bool:
+    """Whether a row needs nothing that is said of the whole vocabulary, but a few stop tokens."""
+    return len(stop_ids) <= _LISTED_STOPS and not (
+        params.logit_bias
+        or params.repetition_penalty != 1
+        or params.presence_penalty
+        or params.frequency_penalty
+    )
+
+
 def host_rows(
     params: Sequence[SamplingParams],
     prompts: Sequence[Sequence[int]],
-    stop_ids: Sequence[Iterable[int]],
+    stop_ids: Sequence[Collection[int]],
     vocab_size: int,
     drawn: Sequence[Sequence[int]] | None = None,
+    plain: bool = False,
 ) -> SamplingState:
     """The state of fresh rows, as numpy arrays: one row per element of the sequences.
 
-    drawn: tokens that were drawn already, where a request is taken up again.
+    drawn: tokens that were drawn already, where a request is taken up again. plain: for rows that
+    are, see `is_plain`: a few bytes in place of arrays over the vocabulary, until `full_rows`.
     Raises ValueError for token ids outside the vocabulary.
     """
 
     def column(name: str, dtype: type) -> np.ndarray:
         return np.array([getattr(p, name) for p in params], dtype)
 
-    shape = (len(params), vocab_size)
+    shape = (len(params), 0 if plain else vocab_size)
     bias: Any = np.zeros(shape, np.float32)
     counts: Any = np.zeros(shape, np.int32)
     stop_mask: Any = np.zeros(shape, bool)
@@ -147,10 +164,15 @@ def host_rows(
     for row, (p, prompt, stops) in enumerate(zip(params, prompts, stop_ids, strict=True)):
         check_ids("logit_bias", p.logit_bias, vocab_size)
         check_ids("stop_token_ids", p.stop_token_ids, vocab_size)
-        bias[row, list(p.logit_bias)] = list(p.logit_bias.values())
-        stop_mask[row, list(stops)] = True
-        prompt_mask[row, list(prompt)] = True
-        np.add.at(counts[row], list(drawn[row]), 1)
+        if not plain:
+            bias[row, list(p.logit_bias)] = list(p.logit_bias.values())
+            stop_mask[row, list(stops)] = True
+            prompt_mask[row, list(prompt)] = True
+            np.add.at(counts[row], list(drawn[row]), 1)
+    if plain:
+        stop_mask = np.full((len(params), _LISTED_STOPS), vocab_size, np.int32)
+        for row, stops in enumerate(stop_ids):
+            stop_mask[row, : len(stops)] = sorted(stops)
     fresh = np.random.SeedSequence().generate_state(len(params), np.uint32)
     seeds = [fresh[i] if p.seed is None else p.seed for i, p in enumerate(params)]
     columns: dict[str, Any] = {
@@ -173,6 +195,20 @@ def host_rows(
     }
     return SamplingState(
         **columns, logit_bias=bias, stop_mask=stop_mask, prompt_mask=prompt_mask, counts=counts
+    )
+
+
+def full_rows(rows: SamplingState, vocab_size: int) -> SamplingState:
+    """Rows of `host_rows` with all arrays over the vocabulary, also if they are plain."""
+    if rows.counts.shape[1]:
+        return rows
+    shape = (len(rows.seed), vocab_size)
+    numbers = jnp.arange(shape[0])[:, None]
+    return rows.replace(
+        logit_bias=jnp.zeros(shape, jnp.float32),
+        stop_mask=jnp.zeros(shape, bool).at[numbers, rows.stop_mask].set(True, mode="drop"),
+        prompt_mask=jnp.zeros(shape, bool),
+        counts=jnp.zeros(shape, jnp.int32),
     )
 
 

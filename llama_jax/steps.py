@@ -18,6 +18,7 @@ from llama_jax.model import ModelSpec, Params
 from llama_jax.sampling import (
     Sampled,
     SamplingState,
+    full_rows,
     init_sampling,
     is_stop,
     record,
@@ -48,14 +49,13 @@ class DecodeState(struct.PyTreeNode):
 
 
 class Drawn(struct.PyTreeNode):
-    """What rows drew: row b the first counts[b], int32 [batch], of its column in `tokens`, whose
-    arrays are as in `Sampled` with another axis, of steps, in front. guessed, accepted: int32
-    [batch], tokens guessed and those of them that stood."""
+    """What rows drew. numbers: int32 [3 + steps, batch], all that the host always wants, in one
+    transfer: how many tokens row b drew, how many were guessed for it and how many of these stood,
+    and from there on the tokens. sampled: the tokens with their logprobs, as in `Sampled` with
+    another axis, of steps, in front."""
 
-    counts: Array
-    tokens: Sampled
-    guessed: Array
-    accepted: Array
+    numbers: Array
+    sampled: Sampled
 
 
 def init_state(
@@ -108,11 +108,12 @@ def admit(
 ) -> DecodeState:
     """Give rows, int32 [b], to new requests; an index past the end is padding.
 
-    lengths: int32 [b], tokens that their pages hold already. sources, targets: int32 [b], pages to
-    copy for them first, see `kv_cache.copy_pages`. texts: int32 [b, capacity], see
-    `DecodeState.history`.
+    lengths: int32 [b], tokens that their pages hold already. fresh: of `sampling.host_rows`.
+    sources, targets: int32 [b], pages to copy for them first, see `kv_cache.copy_pages`. texts:
+    int32 [b, capacity], see `DecodeState.history`.
     """
     cache = copy_pages(state.cache, sources, targets)
+    fresh = full_rows(fresh, state.sampling.counts.shape[1])
     return state.replace(
         cache=cache.replace(lengths=cache.lengths.at[rows].set(lengths, mode="drop")),
         sampling=jax.tree.map(
@@ -202,34 +203,30 @@ def decode_steps(
         remaining=state.remaining - waiting,
     )
     capacity = max_steps * (1 + speculation.lookahead)
-    none = jnp.zeros(active.shape, jnp.int32)
     blank = jax.eval_shape(sample, jnp.zeros((len(active), spec.config.vocab_size)), state.sampling)
     empty = jax.tree.map(lambda a: jnp.zeros((capacity, *a.shape), a.dtype), blank)
 
-    def goes_on(carry: tuple[Array, DecodeState, Drawn]) -> Array:
-        i, state, _ = carry
+    def goes_on(carry: tuple[Array, DecodeState, Array, Sampled]) -> Array:
+        i, state, *_ = carry
         return (i < steps) & jnp.any(state.remaining > 0)
 
-    def body(carry: tuple[Array, DecodeState, Drawn]) -> tuple[Array, DecodeState, Drawn]:
-        i, state, so_far = carry
+    def body(
+        carry: tuple[Array, DecodeState, Array, Sampled],
+    ) -> tuple[Array, DecodeState, Array, Sampled]:
+        i, state, counts, sampled = carry
         state, drew, drawn, guessed = _decode(params, draft_params, state, spec, speculation)
-        places = so_far.counts + jnp.arange(len(drew))[:, None]
-        places = jnp.where(drew, places, capacity)
+        places = jnp.where(drew, counts[0] + jnp.arange(len(drew))[:, None], capacity)
         new = jnp.sum(drew, axis=0)
-        return i + 1, state, Drawn(
-            so_far.counts + new,
-            jax.tree.map(
-                lambda all_, these: all_.at[places, jnp.arange(len(new))].set(these, mode="drop"),
-                so_far.tokens, drawn,
-            ),
-            so_far.guessed + guessed,
-            so_far.accepted + jnp.maximum(new - 1, 0),
+        sampled = jax.tree.map(
+            lambda all_, these: all_.at[places, jnp.arange(len(new))].set(these, mode="drop"),
+            sampled, drawn,
         )  # fmt: skip
+        return i + 1, state, counts + jnp.stack([new, guessed, jnp.maximum(new - 1, 0)]), sampled
 
-    _, state, drawn = lax.while_loop(
-        goes_on, body, (jnp.int32(0), state, Drawn(none, empty, none, none))
-    )
-    return state.replace(remaining=state.remaining + waiting), drawn
+    none = jnp.zeros((3, len(active)), jnp.int32)
+    _, state, counts, sampled = lax.while_loop(goes_on, body, (jnp.int32(0), state, none, empty))
+    numbers = jnp.concatenate([counts, sampled.tokens])
+    return state.replace(remaining=state.remaining + waiting), Drawn(numbers, sampled)
 
 
 def _decode(

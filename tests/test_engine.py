@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from llama_jax.compile_cache import forbid_compile
-from llama_jax.engine import Engine, EngineOptions, QueueFullError
-from llama_jax.kv_cache import PAGE_SIZE
+from llama_jax.engine import Engine, QueueFullError
 from llama_jax.model import Llama, ModelSpec, init_params
 from llama_jax.request import Request
 from llama_jax.sampling import SamplingParams
+from llama_jax.scheduling import EngineOptions
 from tests.tiny import config, tokens
 
 VOCAB = 64
@@ -138,7 +138,7 @@ def test_samples_of_one_prompt_share_its_pages() -> None:
     engine = make(max_batch_size=4)
     samples = [Request(prompt(130), sampled(i)) for i in range(4)]
     finish(engine, *samples)
-    assert engine.counts.prefilled == 130 + 3 * 2  # two full pages shared, one token copied
+    assert engine.counts.prefilled == 130 + 3  # the others compute the last token alone
     alone = make(max_batch_size=1, share_prefixes=False)
     for request in samples:
         assert drawn(alone, Request(request.prompt, request.params)) == [request.token_ids]
@@ -332,7 +332,7 @@ def test_bit_equal_alone_and_in_any_company() -> None:
 
 def test_nothing_compiles_after_warm_up() -> None:
     engine = make(num_pages=6, max_steps=3)
-    assert engine.warmup() > 0
+    assert engine.warmup().seconds > 0
     with forbid_compile():
         finish(engine, *mixed(), Request(prompt(70), wanted="logits"),
                Request(prompt(200), wanted="logprobs"))  # fmt: skip
@@ -363,16 +363,3 @@ def test_the_queue_is_bounded() -> None:
 def test_impossible_requests(request_: Request, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make().submit(request_)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_batch_size": 0}, "max_batch_size must be at least 1, got 0"),
-        ({"max_seq_len": 256, "num_pages": 3}, f"4 pages of {PAGE_SIZE} tokens are needed"),
-    ],
-    ids=["no rows", "too few pages"],
-)
-def test_impossible_options(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        EngineOptions(**options)

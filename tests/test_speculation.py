@@ -53,7 +53,7 @@ def test_looked_up_guesses_change_no_token(
 def test_a_draft_models_guesses_change_no_token(expected: list[list[int]]) -> None:
     engine = with_draft(init_params(SMALL, seed=1), SMALL)
     assert drawn(engine, *mixed()) == expected
-    assert 0 < engine.counts.acceptance_rate < 0.5  # another random model: mostly wrong
+    assert 0 < engine.stats().acceptance_rate < 0.5  # another random model: mostly wrong
 
 
 def test_the_model_as_its_own_draft_is_always_right(expected: list[list[int]]) -> None:
@@ -73,7 +73,7 @@ def test_a_repetitive_text_takes_fewer_launches() -> None:
     (ids,) = drawn(engine, request)
     assert ids == [text[0]] * 40
     assert engine.counts.rounds < 15
-    assert engine.counts.acceptance_rate > 0.6
+    assert engine.stats().acceptance_rate > 0.6
 
 
 def test_stop_tokens_and_limits_end_inside_of_accepted_guesses(expected: list[list[int]]) -> None:

@@ -1,0 +1,87 @@
+"""Which prompts go through which calls, without a model, and options that make no sense."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llama_jax.kv_cache import PAGE_SIZE
+from llama_jax.scheduling import MAX_TOKENS_PER_CALL, EngineOptions, Stats, prefill_calls
+
+
+@given(
+    left=st.lists(st.integers(1, 3000), max_size=70),
+    max_batch_size=st.integers(1, 300),
+    prefill_chunk=st.sampled_from([1, 5, 512, 8192]),
+    batch_invariant=st.booleans(),
+)
+def test_every_prompt_is_in_one_call_that_holds_it(
+    left: list[int], max_batch_size: int, prefill_chunk: int, batch_invariant: bool
+) -> None:
+    options = EngineOptions(
+        max_batch_size, prefill_chunk=prefill_chunk, batch_invariant=batch_invariant
+    )
+    calls = prefill_calls(left, options.call_shapes)
+    assert sorted(i for members, _ in calls for i in members) == list(range(len(left)))
+    for members, shape in calls:
+        assert shape in options.call_shapes and len(members) <= shape[0]
+        assert shape[0] * shape[1] <= max(MAX_TOKENS_PER_CALL, prefill_chunk)
+        assert shape[0] == 1 or not batch_invariant
+
+
+def test_few_programs_are_compiled() -> None:
+    assert all(len(EngineOptions(size).call_shapes) <= 8 for size in range(1, 1025))
+
+
+def computed_per_token(lengths: np.ndarray, max_batch_size: int) -> float:
+    """Tokens that calls compute for each prompt token, `max_batch_size` prompts at a time."""
+    shapes, computed = EngineOptions(max_batch_size).call_shapes, 0
+    for start in range(0, len(lengths), max_batch_size):
+        left = lengths[start : start + max_batch_size].tolist()
+        while left:
+            for members, (prompts, tokens) in prefill_calls(left, shapes):
+                computed += prompts * tokens
+                for i in members:
+                    left[i] = max(0, left[i] - tokens)
+            left = [count for count in left if count]
+    return computed / int(lengths.sum())
+
+
+@pytest.mark.parametrize("max_batch_size", [8, 64, 256])
+def test_little_is_computed_for_nothing(max_batch_size: int) -> None:
+    rng, count = np.random.default_rng(0), 4 * max_batch_size
+    chats = np.clip(rng.lognormal(5.5, 1, count), 8, 4000).astype(int)
+    assert computed_per_token(chats, max_batch_size) < 1.15  # padding to fours: 1.4
+    assert computed_per_token(rng.integers(1, 513, count), max_batch_size) < 1.2
+    assert computed_per_token(np.full(count, 128), max_batch_size) == 1
+    assert computed_per_token(rng.integers(5, 40, count), max_batch_size) < 2  # 32 is the least
+
+
+def test_what_happened_in_words_and_in_between() -> None:
+    before = Stats(queried=100, drawn=10, rounds=2)
+    after = Stats(queried=1100, hit=250, drawn=60, rounds=12, guessed=40, accepted=30, preempted=1)
+    assert after.since(before) == Stats(
+        queried=1000, hit=250, drawn=50, rounds=10, guessed=40, accepted=30, preempted=1
+    )
+    assert str(after.since(before)) == (
+        "1,000 prompt tokens, 25% of them found in the cache · 50 tokens drawn in 10 rounds · "
+        "75% of 40 guesses accepted · 1 preemptions"
+    )
+    assert str(Stats()) == (
+        "0 prompt tokens, 0% of them found in the cache · 0 tokens drawn in 0 rounds"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_batch_size": 0}, "max_batch_size must be at least 1, got 0"),
+        ({"prefill_budget": 0}, "prefill_budget must be at least 1, got 0"),
+        ({"num_pages": 0}, "num_pages 0 cannot hold one sequence of max_seq_len 8192"),
+        ({"max_seq_len": 256, "num_pages": 3}, f"4 pages of {PAGE_SIZE} tokens are needed"),
+    ],
+    ids=["no rows", "no budget", "no pages", "too few pages"],
+)
+def test_impossible_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EngineOptions(**options)
