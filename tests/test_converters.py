@@ -409,9 +409,13 @@ def test_the_dialect_that_build_md_adds(tmp_path: Path, monkeypatch: pytest.Monk
         read_manifest(tmp_path / "o"), converted(tmp_path / "o"), variant.arrays(),
     )  # fmt: skip
     assert manifest.dialect == "acme"
-    assert_same_bytes(found[f"{Q}.weight"], arrays[f"{Q}.qweight"])
-    assert_same_bytes(found[f"{Q}.weight_scale"], arrays[f"{Q}.scale"])
-    assert_same_bytes(found[f"{tiny.DOWN}.weight"], arrays[f"{tiny.DOWN}.weight"])
+    for name, stored in {
+        f"{Q}.weight": f"{Q}.qweight",
+        f"{Q}.weight_scale": f"{Q}.scale",
+        f"{tiny.DOWN}.weight": f"{tiny.DOWN}.weight",
+        "lm_head.weight": "lm_head.weight",  # plain without being skipped
+    }.items():
+        assert_same_bytes(found[name.removeprefix("model.")], arrays[stored])
     unknown = replace(variant, config={"quantization_config": {"quant_method": "acme", "a": 1}})
     with pytest.raises(CheckpointError, match=r"quantization_config\.a = 1 is not known"):
         convert(unknown.write(tmp_path / "t"), tmp_path / "p", progress=False)

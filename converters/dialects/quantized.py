@@ -27,6 +27,7 @@ from converters.dialects.layout import (
     source_name,
     take,
 )
+from converters.safetensors_reader import StoredTensor
 from converters.source import Source
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.config import PARAM_DTYPES
@@ -77,10 +78,10 @@ def quantized_plan(
     for path, shape in weights.items():
         name = source_name(path)
         scheme = scheme_of(name) if is_linear(path) else None
-        stored = source.tensors.get(f"{name}.{scheme.weight if scheme else 'weight'}")
-        is_plain = stored is not None and stored.dtype.name in PARAM_DTYPES
-        if path == "lm_head" and is_plain:
+        if path == "lm_head" and _is_plain(source.tensors.get(f"{name}.weight")):
             scheme = None  # tools leave it out without saying so
+        stored = source.tensors.get(f"{name}.{scheme.weight if scheme else 'weight'}")
+        is_plain = _is_plain(stored)
         if stored is not None and is_linear(path) and is_plain != (scheme is None):
             says = "is not quantised" if scheme is None else "is FP8"
             raise CheckpointError(
@@ -133,6 +134,10 @@ def is_named(name: str, patterns: Iterable[str]) -> bool:
         or fnmatchcase(name, pattern)
         for pattern in patterns
     )
+
+
+def _is_plain(stored: StoredTensor | None) -> bool:
+    return stored is not None and stored.dtype.name in PARAM_DTYPES
 
 
 def _fp8_module(
