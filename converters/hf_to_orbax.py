@@ -10,6 +10,7 @@ from rich.filesize import decimal
 
 from converters.dialects import DIALECTS
 from converters.pipeline import convert
+from converters.resolve import locate
 from llama_jax.checkpoint import CheckpointError, Manifest
 from llama_jax.config import ConfigError
 
@@ -31,7 +32,7 @@ Examples:
 
 
 def main(
-    source: Annotated[Path, typer.Argument(help="Directory to read.")],
+    source: Annotated[str, typer.Argument(help="Directory to read, or a hub id.")],
     target: Annotated[Path, typer.Argument(help="Directory to make.")],
     quantize: Annotated[
         Literal["row", "tensor", "block"] | None,
@@ -51,7 +52,7 @@ def main(
 ) -> None:
     try:
         manifest = convert(
-            source,
+            locate(source),
             target,
             quantize=quantize,
             quantize_lm_head=quantize_lm_head,

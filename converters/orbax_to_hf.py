@@ -8,6 +8,7 @@ import typer
 from rich.filesize import decimal
 
 from converters.export import ExportFormat, export
+from converters.resolve import locate
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.config import ConfigError
 
@@ -25,7 +26,7 @@ Examples:
 
 
 def main(
-    source: Annotated[Path, typer.Argument(help="Checkpoint to read.")],
+    source: Annotated[str, typer.Argument(help="Checkpoint to read, or a hub id.")],
     target: Annotated[Path, typer.Argument(help="Directory to make.")],
     format: Annotated[
         ExportFormat,
@@ -36,7 +37,7 @@ def main(
     ] = False,
 ) -> None:
     try:
-        exported = export(source, target, format, overwrite=overwrite)
+        exported = export(locate(source), target, format, overwrite=overwrite)
     except (CheckpointError, ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error

@@ -24,6 +24,7 @@ from converters.orbax_writer import tree_metadata
 from converters.quantization_report import REPORT
 from converters.quantize import Layout, QuantizeOptions, report
 from converters.quantize import quantize as quantize_checkpoint
+from converters.source import published_name
 from converters.staging import staged
 from converters.writing import (
     byte_progress,
@@ -74,7 +75,7 @@ def convert(
         original, plan = quantize_checkpoint(opened, options, progress)
     manifest = Manifest(
         dialect=opened.dialect,
-        source=directory.name,
+        source=published_name(directory),
         config=opened.config,
         formats={path: module.format for path, module in plan.modules.items()},
         kv_scales=plan.kv_scales,

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from converters.pipeline import CONVERTER_VERSION, convert
 from converters.quantize import Layout
@@ -18,6 +18,7 @@ from converters.source import (
     QUANTIZATION_FILE,
     SAFETENSORS,
     TOKENIZER_FILES,
+    published_name,
 )
 from llama_jax.checkpoint import MANIFEST, CheckpointError
 
@@ -31,7 +32,17 @@ _WANTED = [
 ]
 # The same weights again where there are safetensors.
 _OLDER = [BIN_FILES, META_FILES, META_CONFIG, META_SCALES]
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def locate(path_or_id: str | Path) -> Path:
+    """The directory that a name means: the one at this path, or that of a hub id ("org/name"),
+    which is downloaded unless it was before.
+
+    Raises `CheckpointError` for a name that is neither, and for an id that cannot be downloaded.
+    """
+    path = Path(path_or_id).expanduser()
+    return path if path.exists() else _download(str(path_or_id))
 
 
 def resolve(
@@ -50,7 +61,7 @@ def resolve(
     Raises `CheckpointError` for a path that is nothing of this, for an id that cannot be
     downloaded, and for whatever `convert` refuses.
     """
-    path = Path(path_or_id).expanduser()
+    path = locate(path_or_id)
     if (path / MANIFEST).is_file():
         if quantize is not None:
             raise CheckpointError(
@@ -58,9 +69,7 @@ def resolve(
                 "the original again"
             )
         return path
-    name = path.resolve().name
-    if not path.exists():
-        path, name = _download(str(path_or_id)), str(path_or_id).partition("/")[2]
+    name = published_name(path.resolve()).rpartition("/")[2]
     target = _cache(cache_dir) / f"{name}-{_fingerprint(path, quantize)}"
     if not target.exists():
         try:
@@ -96,7 +105,7 @@ def _download(hub_id: str) -> Path:
         if not any(path.glob(SAFETENSORS)):
             path = Path(snapshot_download(hub_id, allow_patterns=[*_WANTED, *_OLDER]))
         return path
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"there is no directory {hub_id}, and it could not be downloaded from the Hugging Face "
             f"hub: {error}\nIf it is gated, log in with `hf auth login`; without a network, give "

@@ -82,6 +82,14 @@ def read_source(directory: Path) -> Source:
     )
 
 
+def published_name(directory: Path) -> str:
+    """Its own, or that of the repository ("org/name") whose snapshot it is in the hub's cache."""
+    repository = directory.parent.parent.name
+    if directory.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return directory.name
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file; raises `CheckpointError` naming the file if it is none, or if it
     is a link that leads out of the directory."""

@@ -51,7 +51,8 @@ class CheckpointError(ValueError):
 class Manifest:
     """What a converted checkpoint is.
 
-    dialect: the layout it was converted from. source: the name of that directory.
+    dialect: the layout it was converted from. source: the name of that directory, or
+        of the hub's repository.
     formats: how every module's weight is stored, by module path ("layers_0/mlp/up_proj").
     kv_scales: float (k, v) per layer for an FP8 cache, None when the checkpoint has none.
     generation: the contents of generation_config.json, {} without one.

@@ -221,7 +221,7 @@ def test_inspect_takes_the_memory_of_another_device(
 def test_inspect_explains_mistakes(run: Run, friendli: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for arguments, message in {
-        (tmp_path / "missing",): "missing is not a directory",
+        (tmp_path / "missing",): "missing is neither a directory nor",
         (friendli / "config.json",): "config.json is not a directory",
         (tmp_path / "empty",): "config.json is missing",
         (friendli, "--memory", "much"): "expected a size such as 80GiB",
@@ -306,11 +306,25 @@ def test_export_bf16(run: Run, friendli: Path, tmp_path: Path) -> None:
     assert {tensor.dtype.name for tensor in stored} == {"bfloat16"}
 
 
+def test_hub_ids_are_downloaded(
+    run: Run, friendli: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(hub_id: str, allow_patterns: list[str]) -> str:
+        assert hub_id == "org/name"
+        return str(friendli)
+
+    monkeypatch.setattr("converters.resolve.snapshot_download", download)
+    assert facts(run, "inspect", "org/name")["path"] == str(friendli)
+    assert facts(run, "convert", "org/name", tmp_path / "o")["dialect"] == "friendli"
+    facts(run, "export", "org/name", tmp_path / "out", "--format", "fp8")
+    assert read_checkpoint(tmp_path / "out").keys() >= {"model.layers.0.mlp.up_proj.weight_scale"}
+
+
 def test_export_explains_mistakes(run: Run, friendli: Path, tmp_path: Path) -> None:
     dense = SOURCES["dense"](tmp_path / "dense")
     for arguments, message in {
         (dense, tmp_path / "out", "--format", "fp8"): "no FP8 weights",
-        (tmp_path / "missing", tmp_path / "out", "--format", "fp8"): "missing is not a directory",
+        (tmp_path / "missing", tmp_path / "out", "--format", "fp8"): "missing is neither a",
         (friendli, friendli / "out", "--format", "fp8"): "lies inside the source",
         (friendli, tmp_path / "out", "--format", "gguf"): "gguf",
         (friendli, dense, "--format", "fp8", "--overwrite"): "is not an export of llama-jax",

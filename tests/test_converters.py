@@ -340,7 +340,7 @@ def test_resolve_converts_once_and_again_when_the_source_changes(tmp_path: Path)
 
 
 def test_resolve_of_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snapshot = tiny.write(tmp_path / "snapshots" / "abc", tiny.dense())
+    snapshot = tiny.write(tmp_path / "models--org--name" / "snapshots" / "abc", tiny.dense())
 
     def download(hub_id: str, allow_patterns: list[str]) -> str:
         assert hub_id == "org/name" and "*.safetensors" in allow_patterns
@@ -348,7 +348,8 @@ def test_resolve_of_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("converters.resolve.snapshot_download", download)
     found = resolve("org/name", tmp_path / "cache", progress=False)
-    assert found.name.startswith("name-") and read_manifest(found).dialect == "dense"
+    assert found.name.startswith("name-")
+    assert (read_manifest(found).dialect, read_manifest(found).source) == ("dense", "org/name")
 
 
 def test_resolve_of_nothing_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,6 +361,11 @@ def test_resolve_of_nothing_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         resolve("org/name", tmp_path)
     with pytest.raises(CheckpointError, match="neither a directory nor a Hugging Face hub id"):
         resolve(tmp_path / "nowhere", tmp_path)
+    with pytest.raises(CheckpointError, match="neither a directory nor a Hugging Face hub id"):
+        resolve("./nowhere", tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="could not be downloaded"):
+        resolve("not--a/name", tmp_path)
 
 
 def test_two_processes_share_one_conversion(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from llama_jax.cli.output import key_value_table, print_json, stderr, stdout
 
 if TYPE_CHECKING:
     from converters.compare import Comparison
-    from converters.opened import Opened
     from llama_jax.tokenizer import Tokenizer
 
 _DType = Literal["bfloat16", "float32"]
@@ -79,10 +78,12 @@ def compare(
         from converters.compare import Setting
         from converters.compare import compare as run
         from converters.layerwise import read_sequences, token_progress
+        from converters.opened import open_checkpoint
+        from converters.resolve import locate
         from llama_jax import compile_cache
         from llama_jax.tokenizer import load_tokenizer
     compile_cache.enable()
-    opened = _open(a), _open(b)
+    opened = open_checkpoint(locate(a)), open_checkpoint(locate(b))
     tokenizers = [load_tokenizer(each.directory) for each in opened]
     ids, other = (
         read_sequences(text, tokenizer, each.config, tokens, sequence_length)
@@ -102,14 +103,6 @@ def compare(
         print_json({"a": a, "b": b, "text": str(text), **result.to_dict(), "worst": places})
     else:
         _render(a, b, result.to_dict(), places)
-
-
-def _open(name: str) -> "Opened":
-    from converters.opened import open_checkpoint
-    from converters.resolve import resolve
-
-    directory = Path(name).expanduser()
-    return open_checkpoint(directory if directory.is_dir() else resolve(name))
 
 
 def _place(

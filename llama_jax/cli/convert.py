@@ -15,9 +15,7 @@ _QUANTISING, _REPORTING, _READING = "Quantising", "Report", "Texts"
 
 
 def convert(
-    source: Annotated[
-        Path, typer.Argument(help="A Hugging Face or Meta directory, or a converted checkpoint.")
-    ],
+    source: options.Source,
     target: Annotated[Path, typer.Argument(help="The directory to make.")],
     quantize: Annotated[
         Literal["row", "tensor", "block"] | None,
@@ -88,7 +86,7 @@ def convert(
     **Examples**
 
         llama-jax convert ./Meta-Llama-3.1-8B-Instruct-fp8 ./llama-8b
-        llama-jax convert ./Llama-3.1-8B-Instruct ./llama-8b --quantize row
+        llama-jax convert meta-llama/Llama-3.1-8B-Instruct ./llama-8b --quantize row
         llama-jax convert ./Llama-3.1-8B-Instruct ./llama-8b --quantize row \\
             --calibrate chats.txt --smooth 0.5 --report report.png --text book.txt
         llama-jax inspect ./llama-8b && llama-jax chat ./llama-8b
@@ -102,6 +100,7 @@ def convert(
             write_report,
         )
         from converters.quantize import QuantizeOptions
+        from converters.resolve import locate
         from llama_jax import compile_cache
     if report is not None:
         check_report_path(report)
@@ -115,8 +114,11 @@ def convert(
     elif quantize_lm_head or calibrate or smooth is not None or report or text:
         raise typer.BadParameter("these options go with --quantize row, tensor or block")
     compile_cache.enable()
+    directory = locate(source)
     began = time.perf_counter()
-    manifest = run(source, target, quantize=quantization, overwrite=overwrite, progress=not as_json)
+    manifest = run(
+        directory, target, quantize=quantization, overwrite=overwrite, progress=not as_json
+    )
     seconds = time.perf_counter() - began
     stored = Counter(
         f"{form.dtype}, a scale per {form.scale}" if form.scale else form.dtype

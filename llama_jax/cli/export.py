@@ -12,9 +12,7 @@ from llama_jax.cli.output import key_value_table, print_json, stderr, stdout
 
 
 def export(
-    source: Annotated[
-        Path, typer.Argument(help="A converted checkpoint, or a published one in any layout.")
-    ],
+    source: options.Source,
     target: Annotated[Path, typer.Argument(help="The Hugging Face directory to make.")],
     format: Annotated[
         Literal["bf16", "fp8"],
@@ -40,8 +38,10 @@ def export(
     """
     with stderr.status("starting JAX"):
         from converters.export import export as run
+        from converters.resolve import locate
+    directory = locate(source)
     began = time.perf_counter()
-    exported = run(source, target, format, overwrite=overwrite, progress=not as_json)
+    exported = run(directory, target, format, overwrite=overwrite, progress=not as_json)
     seconds = time.perf_counter() - began
     if as_json:
         print_json({"target": str(target), "format": format, **vars(exported), "seconds": seconds})

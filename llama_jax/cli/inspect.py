@@ -45,13 +45,7 @@ class _Kind:
 
 
 def inspect(
-    path: Annotated[
-        Path | None,
-        typer.Argument(
-            help="A converted checkpoint, or a published one in any layout.",
-            show_default=options.SHIPPED,
-        ),
-    ] = None,
+    model: options.Model = None,
     as_json: options.Json = False,
     dtype: options.DType = "bfloat16",
     kv_dtype: options.KVDtype = "bf16",
@@ -73,7 +67,7 @@ def inspect(
     **Examples**
 
         llama-jax inspect
-        llama-jax inspect ./Meta-Llama-3.1-8B-Instruct-fp8
+        llama-jax inspect ./Meta-Llama-3.1-8B-Instruct-fp8   # a hub id is downloaded first
         llama-jax inspect ./llama-8b --max-batch-size 32 --max-seq-len 4096 --kv-dtype fp8
         llama-jax inspect ./llama-70b --memory 105GB       # an H200, from a laptop
         llama-jax inspect ./llama-8b --json | jq .memory
@@ -81,10 +75,11 @@ def inspect(
     limit = None if memory is None else _parse_size(memory)
     with stderr.status("starting JAX"):
         from converters.opened import open_checkpoint
+        from converters.resolve import locate
         from llama_jax.kv_cache import storage_dtype
         from llama_jax.llm import DEFAULT_MAX_SEQ_LEN, SHIPPED_MODEL
         from llama_jax.memory import capacity, plan_memory
-    checkpoint = open_checkpoint(SHIPPED_MODEL if path is None else path)
+    checkpoint = open_checkpoint(locate(SHIPPED_MODEL if model is None else model))
     context = checkpoint.config.max_position_embeddings
     length = min(context, DEFAULT_MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
     if length > context:

@@ -29,6 +29,10 @@ ModelOption = Annotated[
         show_default=SHIPPED,
     ),
 ]
+Source = Annotated[
+    str,
+    typer.Argument(help="A converted checkpoint, a Hugging Face or Meta directory, or a hub id."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
 
