@@ -406,6 +406,7 @@ def llm() -> LLM:
     return LLM.load(verbose=False, max_seq_len=512, max_batch_size=16)
 
 
+@pytest.mark.slow
 def test_held_out_questions_are_answered_exactly(llm: LLM) -> None:
     chats = data.held_out_chats(evaluate.EVALUATION_SEED, per_kind=2)
     report = evaluate.evaluate(llm, "shipped", chats)

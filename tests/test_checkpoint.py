@@ -192,7 +192,9 @@ def test_resolve_finds_and_converts(
     assert read_manifest(found) == read_manifest(pristine)
 
 
-@pytest.mark.parametrize("name", ["base_bf16", "friendli_fmo03_fp8"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("base_bf16", marks=pytest.mark.slow), "friendli_fmo03_fp8"]
+)
 def test_logits_of_genuine_checkpoints(shared_data: Path, tmp_path: Path, name: str) -> None:
     source = shared_data / "checkpoints" / name
     convert(source, tmp_path / "out", progress=False)

@@ -30,7 +30,9 @@ def compiled(program, max_seq_len=1024, cache_dtype="bfloat16", spec=SPEC):
     return prefill.lower(params, cache, chunk, rows, spec=spec).compile(), cache
 
 
-@pytest.mark.parametrize("cache_dtype", ["bfloat16", "float32", "int8"])
+@pytest.mark.parametrize(
+    "cache_dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow), "int8"]
+)
 @pytest.mark.parametrize("program", ["prefill", "decode"])
 def test_the_cache_is_aliased_and_never_copied(program, cache_dtype):
     small, _ = compiled(program, 1024, cache_dtype)
@@ -53,6 +55,7 @@ def test_fp8_weights_are_not_widened_as_a_whole(program):
     assert not re.search(rf"(f16|bf16|f32|s16|s32)\[{columns},{out}\]", text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["prefill", "decode"])
 def test_temporaries_do_not_grow_with_depth(program):
     def temporaries(num_layers):

@@ -99,13 +99,18 @@ def test_greedy_tokens_are_the_models_own(expected: list[list[int]]) -> None:
     "changes",
     [
         {},
-        {"max_steps": 1},
-        {"max_batch_size": 8, "max_steps": 16},
-        {"prefill_chunk": 256},
-        {"prefill_chunk": 5, "prefill_budget": 5},
-        {"share_prefixes": False},
         {"num_pages": 5},
         {"batch_invariant": True},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in (
+                {"max_steps": 1},
+                {"max_batch_size": 8, "max_steps": 16},
+                {"prefill_chunk": 256},
+                {"prefill_chunk": 5, "prefill_budget": 5},
+                {"share_prefixes": False},
+            )
+        ),
     ],
     ids=str,
 )
@@ -330,6 +335,7 @@ def test_bit_equal_alone_and_in_any_company() -> None:
     assert together == [run(alone, [request])[0] for request in requests()]
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_warm_up() -> None:
     engine = make(num_pages=6, max_steps=3)
     assert engine.warmup().seconds > 0

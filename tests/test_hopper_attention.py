@@ -23,8 +23,13 @@ SMALL_PREFILL = hopper_prefill.Config(keys=64, stages=2)
 BF16, FP8 = jnp.bfloat16, e4m3.DTYPE
 HEAD_SHAPES = pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "dtype"),
-    [(1, 1, 128, BF16), (4, 1, 64, FP8), (6, 2, 64, BF16), (8, 1, 128, FP8), (16, 1, 64, BF16)],
-    ids=["1-1-128-bf16", "4-1-64-fp8", "6-2-64-bf16", "8-1-128-fp8", "16-1-64-bf16"],
+    [
+        pytest.param(1, 1, 128, BF16, id="1-1-128-bf16", marks=pytest.mark.slow),
+        pytest.param(4, 1, 64, FP8, id="4-1-64-fp8"),
+        pytest.param(6, 2, 64, BF16, id="6-2-64-bf16", marks=pytest.mark.slow),
+        pytest.param(8, 1, 128, FP8, id="8-1-128-fp8", marks=pytest.mark.slow),
+        pytest.param(16, 1, 64, BF16, id="16-1-64-bf16", marks=pytest.mark.slow),
+    ],
 )
 
 

@@ -104,8 +104,15 @@ def test_idle_rows_are_left_alone(params):
     jax.tree.map(np.testing.assert_array_equal, before, cache)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("scale", ["row", "block"])
+@pytest.mark.parametrize(
+    ("scale", "tied"),
+    [
+        ("row", True),
+        ("block", False),
+        pytest.param("row", False, marks=pytest.mark.slow),
+        pytest.param("block", True, marks=pytest.mark.slow),
+    ],
+)
 def test_fp8_weights_mean_code_times_scale(scale, tied):
     spec = fp8_spec(scale, config(tie_word_embeddings=tied, hidden_size=192))
     params = init_params(spec)

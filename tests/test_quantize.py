@@ -195,7 +195,9 @@ def with_outliers(params: Any, factor: float) -> Any:
     return {**params, **layers}
 
 
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize(
+    "dtype", [ml_dtypes.bfloat16, pytest.param(np.float16, marks=pytest.mark.slow)]
+)
 def test_smoothing_alone_changes_no_logit(dtype: Any) -> None:
     """1e-5, the order of sums; all factors are powers of two."""
     spec = ModelSpec(replace(SPEC.config, dtype=np.dtype(dtype).name), dtype="float32")

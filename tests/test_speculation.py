@@ -40,7 +40,7 @@ def expected() -> list[list[int]]:
     return drawn(make(), *mixed())
 
 
-@pytest.mark.parametrize("lookahead", [1, 4])
+@pytest.mark.parametrize("lookahead", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("changes", [{}, {"num_pages": 5}, {"batch_invariant": True}], ids=str)
 def test_looked_up_guesses_change_no_token(
     expected: list[list[int]], lookahead: int, changes: dict
@@ -132,6 +132,7 @@ def _next(ids):
     return jax.nn.softmax(logits, axis=-1)
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_warm_up() -> None:
     for engine in (make(lookahead=2), with_draft(init_params(SMALL), SMALL)):
         engine.warmup()
