@@ -7,13 +7,12 @@ without the model noticing.
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
 from llama_jax.config import LlamaConfig
-from pallas_kernels import e4m3
+from pallas_kernels import device, e4m3
 
 PAGE_SIZE = 64
 
@@ -25,7 +24,7 @@ def storage_dtype(kv_dtype: KVDtype, dtype: str) -> jnp.dtype:
     if kv_dtype == "bf16":
         return jnp.dtype(dtype)
     if kv_dtype == "fp8":
-        return jnp.dtype(jnp.int8 if jax.default_backend() == "cpu" else e4m3.DTYPE)
+        return jnp.dtype(jnp.int8 if device.platform() == "cpu" else e4m3.DTYPE)
     raise ValueError(f"kv_dtype must be 'bf16' or 'fp8', got {kv_dtype!r}")
 
 

@@ -1,5 +1,9 @@
 """What a program is being lowered for, as far as it is known while it is traced."""
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
 import jax
 
 HOPPER = "9.0"
@@ -24,6 +28,13 @@ def not_hopper() -> str | None:
     return None
 
 
+def platform() -> str:
+    """ "gpu" or "cpu", say, that is lowered for."""
+    if (abstract := jax.sharding.get_abstract_mesh().abstract_device) is not None:
+        return str(abstract.platform)
+    return jax.default_backend()
+
+
 def kind() -> str | None:
     """The GPU's name, "NVIDIA H200" say, that is lowered for; None where no GPU is known."""
     if (abstract := jax.sharding.get_abstract_mesh().abstract_device) is not None:
@@ -39,6 +50,11 @@ def is_local() -> bool:
     return jax.device_count() == 1 or bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def not_local() -> str | None:
+    """Why kernels cannot take the arrays as they lie, see `is_local`; None if they can."""
+    return None if is_local() else "arrays may be divided over devices: call it inside of shard_map"
+
+
 def multiprocessors() -> int:
     """How many the GPU has that is lowered for; an H200's number where no GPU is known."""
     if (abstract := jax.sharding.get_abstract_mesh().abstract_device) is not None:
@@ -46,3 +62,18 @@ def multiprocessors() -> int:
     if jax.default_backend() == "gpu":
         return int(jax.devices()[0].core_count)
     return H200_MULTIPROCESSORS
+
+
+def left_to_xla(reason: str) -> AbstractContextManager[Any, None]:
+    """A scope for XLA's formulation of an operation: the traced program, its compiled text and
+    profiles then say why no kernel runs."""
+    return jax.named_scope(_LEFT_TO_XLA + reason)
+
+
+def reason_in(scopes: Iterable[str]) -> str | None:
+    """That of the innermost `left_to_xla` among the names of scopes; None without any."""
+    reasons = [each for each in scopes if each.startswith(_LEFT_TO_XLA)]
+    return reasons[-1].removeprefix(_LEFT_TO_XLA) if reasons else None
+
+
+_LEFT_TO_XLA = "xla: "

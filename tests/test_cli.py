@@ -345,6 +345,8 @@ BAD_CALLS = [
     (["score", "missing.jsonl", "-", "--model", "MODEL"], 2, "missing.jsonl"),
     (["inspect", "missing"], 2, "missing is neither a directory nor"),
     (["inspect", "MODEL", "--max-seq-len", "100000"], 2, "512 tokens"),
+    (["inspect", "MODEL", "--device", "h200"], 2, "go with --paths"),
+    (["inspect", "MODEL", "--paths", "--preset", "llama-3.1-8b"], 2, "not both"),
     (["convert", "missing", "target"], 2, "missing is neither a directory nor"),
     (["convert", "./missing", "target"], 2, "./missing is neither a directory nor"),
     (["export", "no/such", "out", "--format", "fp8"], 2, "there is no directory no/such"),

@@ -187,6 +187,23 @@ def test_inspect_without_a_path_is_about_the_shipped_model(run: Run) -> None:
     assert code == 0 and "with chat template" in out and "It fits." in out
 
 
+def test_inspect_shows_paths_of_another_device(run: Run, friendli: Path) -> None:
+    sizes = ("--max-batch-size", "3", "--max-seq-len", "256", "--prefill-chunk", "32")
+    found = facts(run, "inspect", friendli, "--paths", "--device", "h200", *sizes)
+    assert set(found) == {"model", "device", "programs"} and found["device"] == "NVIDIA H200"
+    prefill, decode = found["programs"]
+    assert (prefill["phase"], prefill["name"]) == ("prefill", "prefill of 1 x 32 tokens")
+    assert (decode["phase"], decode["name"]) == ("decode", "decode of 3 rows")
+    assert set(decode["calls"][0]) == {"module", "matrices", "path", "operands", "why_not"}
+    attention = [call for call in decode["calls"] if not call["matrices"]]
+    assert {call["why_not"] for call in attention} == {"head_dim must be 64 or 128, got 16"}
+    _, out, _ = run("inspect", friendli, "--paths", *sizes)
+    lines = [line.split() for line in out.splitlines()]
+    assert ["device", "cpu"] in lines
+    assert sum(line[:4] == ["self_attn", "0-1", "xla", "(1)"] for line in lines) == 2
+    assert "(1) JAX runs on cpu, not on a GPU" in out
+
+
 def test_inspect_says_what_fits_and_is_right(run: Run, friendli: Path) -> None:
     def memory(batch: int, length: int, limit: int, *options: object) -> dict[str, Any]:
         size = ("--max-batch-size", batch, "--max-seq-len", length, "--memory", limit)

@@ -96,11 +96,8 @@ def _spec(
     activations: Any,
 ) -> tuple[Path | None, "ModelSpec"]:
     """What to measure, and where its parameters are: None for a preset, whose are made up."""
-    from llama_jax import bench as benchmark
     from llama_jax import checkpoint
-    from llama_jax.config import PRESETS
     from llama_jax.llm import SHIPPED_MODEL
-    from llama_jax.model import ModelSpec
 
     directory = None
     if preset is None:
@@ -108,13 +105,8 @@ def _spec(
 
         directory = resolve(SHIPPED_MODEL if model is None else model)
         spec = checkpoint.read_manifest(directory).spec(dtype, activations)
-    elif preset in PRESETS:
-        formats = benchmark.preset_spec(PRESETS[preset])
-        spec = ModelSpec(formats.config, formats.formats, dtype, activations)
     else:
-        raise typer.BadParameter(
-            f"there is {', '.join(PRESETS)}; got {preset!r}", param_hint="--preset"
-        )
+        spec = options.preset_spec(preset, dtype, activations)
     limit = spec.config.max_position_embeddings
     for workload in workloads:
         if workload.prompt_len + workload.new_tokens > limit:

@@ -12,7 +12,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from llama_jax.cli import options
-from llama_jax.cli.output import key_value_table, print_json, stderr, stdout
+from llama_jax.cli.output import key_value_table, print_json, runs, stderr, stdout
+from llama_jax.cli.paths import Device, show_paths
 
 if TYPE_CHECKING:
     from converters.dialects.layout import Module, Plan
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from llama_jax.memory import Capacity, MemoryPlan
 
 Range = tuple[float, float]
-_PREFILL_CHUNK = 512
+_PATHS = "Paths: with --paths"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
@@ -51,6 +52,9 @@ def inspect(
     kv_dtype: options.KVDtype = "bf16",
     max_seq_len: options.MaxSeqLen = None,
     max_batch_size: options.MaxBatchSize = 8,
+    prefill_chunk: Annotated[
+        int, typer.Option(min=1, help="Tokens of a prompt at once.", rich_help_panel="Loading")
+    ] = 512,
     memory: Annotated[
         str | None,
         typer.Option(
@@ -60,6 +64,29 @@ def inspect(
             rich_help_panel="Loading",
         ),
     ] = None,
+    paths: Annotated[
+        bool,
+        typer.Option(
+            help="Show instead which kernel, or XLA, takes each matmul and each attention.",
+            rich_help_panel=_PATHS,
+        ),
+    ] = False,
+    device: Annotated[
+        Device | None,
+        typer.Option(
+            help="Where it would run; needs no GPU.",
+            show_default="this device",
+            rich_help_panel=_PATHS,
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="FP8 weights in the shapes of a model, e.g. llama-3.1-8b, in place of MODEL.",
+            rich_help_panel=_PATHS,
+        ),
+    ] = None,
+    activations: options.Activations = "bf16",
 ) -> None:
     """Show what a checkpoint is: layout, config, formats and scales of the weights, tokenizer; and
     the memory it would take, here or on another device. Nothing is converted or loaded.
@@ -71,7 +98,12 @@ def inspect(
         llama-jax inspect ./llama-8b --max-batch-size 32 --max-seq-len 4096 --kv-dtype fp8
         llama-jax inspect ./llama-70b --memory 105GB       # an H200, from a laptop
         llama-jax inspect ./llama-8b --json | jq .memory
+        llama-jax inspect ./llama-8b --paths --device h200
     """
+    if (device or preset) and not paths:
+        raise typer.BadParameter("--device and --preset go with --paths")
+    if preset and model:
+        raise typer.BadParameter("give a MODEL or --preset, not both")
     limit = None if memory is None else _parse_size(memory)
     with stderr.status("starting JAX"):
         from converters.opened import open_checkpoint
@@ -79,20 +111,28 @@ def inspect(
         from llama_jax.kv_cache import storage_dtype
         from llama_jax.llm import DEFAULT_MAX_SEQ_LEN, SHIPPED_MODEL
         from llama_jax.memory import capacity, plan_memory
-    checkpoint = open_checkpoint(locate(SHIPPED_MODEL if model is None else model))
-    context = checkpoint.config.max_position_embeddings
+        from llama_jax.scheduling import EngineOptions
+    if preset:
+        spec, title = options.preset_spec(preset, dtype, activations), preset
+    else:
+        checkpoint = open_checkpoint(locate(SHIPPED_MODEL if model is None else model))
+        spec, title = checkpoint.spec(dtype, activations), str(checkpoint.directory)
+    context = spec.config.max_position_embeddings
     length = min(context, DEFAULT_MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
     if length > context:
         raise ValueError(f"--max-seq-len {length}: the model's context is {context} tokens")
+    if paths:
+        sizes = EngineOptions(max_batch_size, length, prefill_chunk=prefill_chunk)
+        show_paths(title, spec, sizes, kv_dtype, device, as_json)
+        return
     with stderr.status("planning"):
-        spec = checkpoint.spec(dtype)
         plan = plan_memory(
-            spec, max_batch_size, length, storage_dtype(kv_dtype, dtype), _PREFILL_CHUNK,
+            spec, max_batch_size, length, storage_dtype(kv_dtype, dtype), prefill_chunk,
             limit=limit,
         )  # fmt: skip
         capacities = {
             cache: capacity(
-                spec, max_batch_size, length, storage_dtype(cache, dtype), _PREFILL_CHUNK,
+                spec, max_batch_size, length, storage_dtype(cache, dtype), prefill_chunk,
                 plan.limit,
             )
             for cache in ("bf16", "fp8")
@@ -293,18 +333,7 @@ def _in_layers(numbers: Sequence[int]) -> str:
     """ " in layers 0, 2-30"; nothing for no layer."""
     if not numbers:
         return ""
-    return f" in layer{'s' if len(numbers) > 1 else ''} {_runs(numbers)}"
-
-
-def _runs(numbers: Sequence[int]) -> str:
-    """Ascending numbers, neighbours joined: "0, 2-30"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f" in layer{'s' if len(numbers) > 1 else ''} {runs(numbers)}"
 
 
 def _kv_words(scales: tuple[tuple[float, float], ...] | None) -> str:

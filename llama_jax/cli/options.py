@@ -9,6 +9,7 @@ from llama_jax.cli.output import note, stderr
 
 if TYPE_CHECKING:
     from llama_jax.llm import LLM
+    from llama_jax.model import ModelSpec
     from llama_jax.sampling import SamplingParams
 
 _LOADING, _SAMPLING = "Loading", "Sampling (default: what the checkpoint's generation_config says)"
@@ -100,6 +101,20 @@ Stop = Annotated[
 def model_name(model: str | None) -> str:
     """What to call a model in messages."""
     return "abacus" if model is None else Path(model).name or model
+
+
+def preset_spec(preset: str, dtype: Any, activations: Any) -> "ModelSpec":
+    """The shapes of a known model, with FP8 matrices."""
+    from llama_jax import bench
+    from llama_jax.config import PRESETS
+    from llama_jax.model import ModelSpec
+
+    if preset not in PRESETS:
+        raise typer.BadParameter(
+            f"there is {', '.join(PRESETS)}; got {preset!r}", param_hint="--preset"
+        )
+    formats = bench.preset_spec(PRESETS[preset])
+    return ModelSpec(formats.config, formats.formats, dtype, activations)
 
 
 def load(model: str | None, *, show_plan: bool, **settings: Any) -> "LLM":

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -63,6 +63,17 @@ def key_value_table(title: str, rows: Mapping[str, object]) -> Table:
     for name, value in rows.items():
         table.add_row(name, Text(str(value)))
     return table
+
+
+def runs(numbers: Sequence[int]) -> str:
+    """Ascending numbers, neighbours joined: "0, 2-30"."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and found[-1][-1] == number - 1:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in found)
 
 
 def print_json(value: Any) -> None:

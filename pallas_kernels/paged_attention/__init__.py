@@ -54,7 +54,9 @@ def paged_attention(
         case "reference":
             return reference.paged_attention(*arrays)
         case "xla":
-            return xla.paged_attention(*arrays)
+            refusal = f"{implementation} was asked for" if implementation else _why_not(q, k_pages)
+            with device.left_to_xla(str(refusal)):
+                return xla.paged_attention(*arrays)
         case "hopper" if implementation is None:
             # Beside a GPU, a program may still be lowered for the CPU.
             return lax.platform_dependent(*arrays, cuda=on_hopper, default=xla.paged_attention)
@@ -69,5 +71,8 @@ def paged_attention(
 def chosen(q: Array, k_pages: Array) -> Implementation:
     """What `implementation=None` stands for where a program is lowered for JAX's default device;
     given arrays or anything with their shape and dtype."""
-    refusal = device.not_hopper() or hopper.refusal(q, k_pages)
-    return "xla" if refusal or not device.is_local() else "hopper"
+    return "xla" if _why_not(q, k_pages) else "hopper"
+
+
+def _why_not(q: Array, k_pages: Array) -> str | None:
+    return device.not_hopper() or hopper.refusal(q, k_pages) or device.not_local()

@@ -1,0 +1,92 @@
+"""`llama-jax inspect --paths`: what `llama_jax.paths` read, for readers and for machines."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.table import Table
+
+from llama_jax.cli.output import key_value_table, print_json, runs, stderr, stdout
+
+if TYPE_CHECKING:
+    from llama_jax.kv_cache import KVDtype
+    from llama_jax.model import ModelSpec
+    from llama_jax.paths import Call, Program
+    from llama_jax.scheduling import EngineOptions
+
+Device = Literal["h200"]
+
+
+def show_paths(
+    title: str,
+    spec: "ModelSpec",
+    options: "EngineOptions",
+    kv_dtype: "KVDtype",
+    device: Device | None,
+    as_json: bool,
+) -> None:
+    """Trace the programs for `device`, None for this one, and print their calls."""
+    import jax
+
+    from llama_jax import paths
+    from pallas_kernels import device as target
+
+    mesh: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if device == "h200":
+        from pallas_kernels import sm90
+
+        mesh = jax.sharding.use_abstract_mesh(sm90.H200)
+    with stderr.status("tracing prefill and decode"), mesh:
+        name = target.kind() or target.platform()
+        found = [(each, paths.calls(each)) for each in paths.programs(spec, options, kv_dtype)]
+    if as_json:
+        programs = [
+            {"phase": each.phase, "name": each.name, "calls": [asdict(call) for call in calls]}
+            for each, calls in found
+        ]
+        print_json({"model": title, "device": name, "programs": programs})
+        return
+    sizes = f"{options.max_seq_len} tokens a row, cache in {kv_dtype}"
+    stdout.print(key_value_table(title, {"device": name, "sizes": sizes}))
+    for program, calls in found:
+        _print(program, calls)
+
+
+def _print(program: "Program", calls: Sequence["Call"]) -> None:
+    """Calls that differ in nothing but the layer share a line; reasons stand below, once each."""
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for call in calls:
+        key = (_words(call), call.path, ", ".join(call.operands[:2]), call.why_not or "")
+        groups.setdefault(key, []).extend(_layers(call))
+    reasons = list(dict.fromkeys(why for *_, why in groups if why))
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for column in ("what", "layers", "path", "first operands"):
+        table.add_column(column)
+    for (words, path, operands, why), layers in groups.items():
+        note = f" ({reasons.index(why) + 1})" if why else ""
+        table.add_row(words, runs(sorted(set(layers))), path + note, operands)
+    stdout.print(f"\n[bold]{program.name}[/bold]", highlight=False)
+    stdout.print(table)
+    for number, reason in enumerate(reasons, 1):
+        stdout.print(f"({number}) {reason}", style="dim", highlight=False, markup=False)
+    stdout.print(_launches(calls), highlight=False)
+
+
+def _words(call: "Call") -> str:
+    """What the call is for: the matrices that it reads, or else its module."""
+    names = [path.rpartition("/")[2] for path in call.matrices or (call.module,)]
+    return ", ".join(names) or "outside of the model"
+
+
+def _layers(call: "Call") -> list[int]:
+    layer = call.module.partition("/")[0]
+    return [int(layer.removeprefix("layers_"))] if layer.startswith("layers_") else []
+
+
+def _launches(calls: Sequence["Call"]) -> str:
+    layers = {layer for call in calls for layer in _layers(call)}
+    counts = Counter(layer for call in calls if call.path != "xla" for layer in _layers(call))
+    each = sorted({counts[layer] for layer in layers})
+    return f"Kernel launches in a layer: {' to '.join(map(str, {each[0]: 0, each[-1]: 0}))}."

@@ -1,0 +1,182 @@
+"""Which path each matmul and each attention takes, read from the traced programs.
+
+A kernel stands in a program's jaxpr by its name, and what is left to XLA stands there as products;
+name stacks say which module they belong to, and the flow of the parameters which matrices they
+read. Nothing is compiled or run, and no device is needed: `jax.sharding.use_abstract_mesh(
+pallas_kernels.sm90.H200)` around `programs` and `calls` asks what an H200 would run.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxprs_in_params
+
+from llama_jax.kv_cache import KVDtype, storage_dtype
+from llama_jax.model import ModelSpec, Params, abstract_params
+from llama_jax.scheduling import EngineOptions
+from llama_jax.steps import DecodeState, decode_steps, init_state, prefill_step
+from pallas_kernels import device, e4m3
+
+_KERNELS = ("mpmd_map", "pallas_call")
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled step and the shapes of its arguments, the second of which it is to donate.
+
+    name: with its sizes, for readers.
+    """
+
+    phase: Literal["prefill", "decode"]
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kernel's launch, or neighbouring products of one module that are left to XLA.
+
+    module: where it stands, "layers_0/self_attn"; "" outside of the model's modules.
+    matrices: those it reads, by module path: several in a fused launch, none in attention.
+    path: the kernel's name, or "xla". operands: of the launch or the first product, such as
+    "bf16[8,4096]". why_not: why XLA multiplies where there are kernels; None where there are none.
+    """
+
+    module: str
+    matrices: tuple[str, ...]
+    path: str
+    operands: tuple[str, ...]
+    why_not: str | None
+
+
+def programs(
+    spec: ModelSpec, options: EngineOptions, kv_dtype: KVDtype, prompts: int = 1
+) -> tuple[Program, Program]:
+    """`prefill_step` for `prompts` whole chunks and `decode_steps`, as the engine calls them on the
+    device that is lowered for."""
+    rows, chunk = options.max_batch_size, min(options.prefill_chunk, options.max_seq_len)
+    params, state = _stored(spec), _state(spec, options, storage_dtype(kv_dtype, spec.dtype))
+    table = _ints(rows, options.pages_per_row)
+    of_prompt, active = _ints(prompts), jax.ShapeDtypeStruct((rows,), jnp.bool_)
+    prefill = partial(prefill_step, spec=spec)
+    decode = partial(decode_steps, spec=spec, max_steps=options.max_steps)
+    given = (params, state, table)
+    appended = (_ints(prompts, chunk), of_prompt, of_prompt, of_prompt)
+    return (
+        Program("prefill", f"prefill of {prompts} x {chunk} tokens", prefill, given + appended),
+        Program("decode", f"decode of {rows} rows", decode, (*given, active, _ints())),
+    )
+
+
+def calls(program: Program) -> list[Call]:
+    """In the order of the program; a loop's body counts once, and both branches of a condition."""
+    traced = jax.jit(program.function).trace(*program.arguments)
+    names = [
+        frozenset({"/".join(key.key for key in path[1:-1])} if _is_matrix(path, leaf) else ())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(program.arguments)
+    ]
+    jaxpr = traced.jaxpr.jaxpr
+    modules = {
+        "/".join(name.split("/")[:depth]) for each in names for name in each for depth in (1, 2, 3)
+    }
+    found = _walk(jaxpr, dict(zip(jaxpr.invars, names, strict=True)), (), _platform(), modules)
+    return list(_merged(found))
+
+
+def _walk(
+    jaxpr: Jaxpr,
+    reads: dict[Var, frozenset[str]],
+    scopes: tuple[str, ...],
+    platform: str,
+    modules: set[str],
+) -> Iterator[Call]:
+    """reads: variables that hold matrices, or parts of them in any form, and whose."""
+
+    def of(atom: Any) -> frozenset[str]:
+        return reads.get(atom, frozenset()) if isinstance(atom, Var) else frozenset()
+
+    for eqn in jaxpr.eqns:
+        inner = (*scopes, *(scope.name for scope in eqn.source_info.name_stack.stack))
+        primitive = eqn.primitive.name
+        if primitive in _KERNELS or primitive == "dot_general":
+            is_kernel = primitive in _KERNELS
+            yield Call(
+                _module(inner, modules),
+                tuple(dict.fromkeys(name for atom in eqn.invars for name in sorted(of(atom)))),
+                str(eqn.params["name"]) if is_kernel else "xla",
+                tuple(atom.aval.str_short(short_dtypes=True) for atom in eqn.invars),
+                None if is_kernel else device.reason_in(inner),
+            )
+        elif bodies := list(_bodies(eqn, platform)):
+            # A loop's and a condition's own operands come before those of their bodies.
+            for body in bodies:
+                known = dict(zip(reversed(body.invars), map(of, reversed(eqn.invars))))  # noqa: B905
+                yield from _walk(body, known, inner, platform, modules)
+                for out, left in zip(reversed(eqn.outvars), reversed(body.outvars)):  # noqa: B905
+                    reads[out] = known.get(left, frozenset()) if isinstance(left, Var) else of(left)
+        elif primitive == "optimization_barrier":
+            reads.update(zip(eqn.outvars, map(of, eqn.invars), strict=True))
+        elif primitive != "gather":  # which looks embeddings up: activations
+            reads.update(dict.fromkeys(eqn.outvars, frozenset().union(*map(of, eqn.invars))))
+
+
+def _bodies(eqn: JaxprEqn, platform: str) -> Iterable[Jaxpr]:
+    """The jaxprs inside, of several for platforms only the one that will be lowered."""
+    if eqn.primitive.name == "while":
+        return (eqn.params["body_jaxpr"].jaxpr,)
+    if platforms := eqn.params.get("branches_platforms"):
+        chosen = next(i for i, each in enumerate(platforms) if each is None or platform in each)
+        return (eqn.params["branches"][chosen].jaxpr,)
+    return jaxprs_in_params(eqn.params)
+
+
+def _module(scopes: tuple[str, ...], modules: set[str]) -> str:
+    """The innermost module whose path the scopes spell."""
+    path = ""
+    for part in (part for scope in scopes for part in scope.split("/")):
+        if (longer := f"{path}/{part}".lstrip("/")) in modules:
+            path = longer
+    return path
+
+
+def _merged(found: Iterable[Call]) -> Iterator[Call]:
+    """Without XLA's further products of the same module and matrices."""
+    previous = None
+    for call in found:
+        key = (call.module, call.matrices, call.path, call.why_not)
+        if call.path != "xla" or key != previous:
+            yield call
+        previous = key
+
+
+def _platform() -> str:
+    """As `lax.platform_dependent` names it."""
+    return "cuda" if device.platform() == "gpu" else device.platform()
+
+
+def _is_matrix(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> bool:
+    return path[0].idx == 0 and path[-1].key == "weight" and len(leaf.shape) == 2
+
+
+def _stored(spec: ModelSpec) -> Params:
+    """The parameters as they lie on the device."""
+    fp8 = jnp.dtype(jnp.int8) if device.platform() == "cpu" else e4m3.DTYPE
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, fp8) if leaf.dtype == e4m3.DTYPE else leaf,
+        abstract_params(spec),
+    )
+
+
+def _state(spec: ModelSpec, options: EngineOptions, cache_dtype: jnp.dtype) -> DecodeState:
+    sizes = options.max_batch_size, options.max_seq_len, cache_dtype
+    placed = jax.eval_shape(lambda: init_state(spec, *sizes, num_pages=options.pool_size))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), placed)
+
+
+def _ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)

@@ -1,0 +1,93 @@
+"""What `paths` reads from the traced programs, here and for an H200."""
+
+import contextlib
+from dataclasses import replace
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llama_jax.config import LlamaConfig
+from llama_jax.model import ModelSpec, abstract_params
+from llama_jax.paths import Call, calls, programs
+from llama_jax.scheduling import EngineOptions
+from pallas_kernels import sm90
+from tests import tiny
+
+# Shapes that the kernels take.
+FITTING = tiny.config(hidden_size=256, intermediate_size=384, num_heads=4, num_kv_heads=2,
+                      head_dim=64, vocab_size=512, dtype="bfloat16")  # fmt: skip
+OPTIONS = EngineOptions(max_batch_size=2, max_seq_len=128, prefill_chunk=128)
+
+
+@cache
+def traced(
+    config: LlamaConfig = FITTING, device: str = "h200", dtype: str = "bfloat16"
+) -> dict[str, list[Call]]:
+    spec = ModelSpec(config, tiny.fp8_formats(config, input_scale=False), dtype, "dynamic")
+    on_h200 = jax.sharding.use_abstract_mesh(sm90.H200)
+    with on_h200 if device == "h200" else contextlib.nullcontext():
+        return {each.phase: calls(each) for each in programs(spec, OPTIONS, "bf16")}
+
+
+def matrices(config: LlamaConfig) -> set[str]:
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_params(ModelSpec(config)))
+    paths = {"/".join(key.key for key in path[:-1]) for path, leaf in leaves if leaf.ndim == 2}
+    return paths - {"lm_head" if config.tie_word_embeddings else "embed_tokens"}
+
+
+def of_module(found: list[Call], module: str) -> list[Call]:
+    return [call for call in found if call.module == module]
+
+
+@pytest.mark.parametrize("device", ["h200", "cpu"])
+def test_each_matrix_is_read_by_one_call(device: str) -> None:
+    for found in traced(FITTING, device).values():
+        read = [path for call in found for path in call.matrices]
+        assert sorted(read) == sorted(matrices(FITTING))
+
+
+def test_tied_embeddings_are_the_output_matrix() -> None:
+    config = replace(FITTING, tie_word_embeddings=True, num_layers=1)
+    (last,) = (call for call in traced(config, "cpu")["decode"] if not call.module)
+    assert last.matrices == ("embed_tokens",)
+
+
+def test_an_h200_takes_the_kernels() -> None:
+    found = traced()
+    for phase, kernels in (
+        ("prefill", ["paged_attention_prefill"]),
+        ("decode", ["paged_attention_decode", "paged_attention_combine"]),
+    ):
+        attention = [call for call in of_module(found[phase], "layers_1/self_attn")
+                     if not call.matrices]  # fmt: skip
+        assert [call.path for call in attention] == kernels
+        layers = [call for call in found[phase] if call.module.startswith("layers")]
+        assert all(call.path != "xla" and call.why_not is None for call in layers)
+    (logits,) = of_module(found["decode"], "lm_head")  # in bfloat16, for which there is no kernel
+    assert logits.path == "xla" and logits.operands == ("bf16[2,256]", "bf16[512,256]")
+    assert logits.why_not is None
+
+
+def test_a_cpu_leaves_everything_to_xla_and_says_why() -> None:
+    for found in traced(device="cpu").values():
+        assert {call.path for call in found} == {"xla"}
+        attention = of_module(found, "layers_0/self_attn")
+        assert {call.why_not for call in attention} == {"JAX runs on cpu, not on a GPU"}
+
+
+def test_refusals_are_named() -> None:
+    narrow = replace(FITTING, head_dim=32, hidden_size=192, num_layers=1)
+    (attention,) = of_module(traced(narrow)["prefill"], "layers_0/self_attn")
+    assert attention.why_not == "head_dim must be 64 or 128, got 32"
+    in_float32 = of_module(traced(dtype="float32")["decode"], "layers_0/self_attn")
+    assert "q must be bfloat16, got float32" in {call.why_not for call in in_float32}
+
+
+def test_programs_have_the_shapes_of_the_engine() -> None:
+    spec = ModelSpec(FITTING)
+    prefill, decode = programs(spec, OPTIONS, "bf16", prompts=2)
+    assert prefill.name == "prefill of 2 x 128 tokens" and decode.name == "decode of 2 rows"
+    state, _ = jax.eval_shape(decode.function, *decode.arguments)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, decode.arguments[1])
