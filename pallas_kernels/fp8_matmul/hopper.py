@@ -69,6 +69,7 @@ class Config:
         return self.tile_n * self.tile_m // (2 * WARPGROUP_ROWS)
 
 
+@functools.partial(jax.jit, static_argnames=("out_dtype", "config", "interpret"))
 def fp8_matmul(
     x: Array,
     weight: Array,
@@ -148,6 +149,7 @@ def fp8_matmul(
     )
 
 
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def swiglu(
     x: Array,
     gate: Array,

@@ -275,6 +275,7 @@ class _Part(NamedTuple):
     position: Array
 
 
+@functools.partial(jax.jit, static_argnames=("problem", "interpret"))
 def _launch(problem: _Problem, operands: _Operands, interpret: Any) -> list[Array]:
     """Sums over each split of K, float32 [splits, m, n_i]; scaled per block, but not per row."""
     config, rows = problem.config, problem.rows

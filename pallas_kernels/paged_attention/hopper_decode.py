@@ -164,6 +164,7 @@ def _ring_bytes(k_pages: Array) -> tuple[int, int]:
     return elements * k_pages.dtype.itemsize, elements * 2 if k_pages.dtype == e4m3.DTYPE else 0
 
 
+@functools.partial(jax.jit, static_argnames=("config", "is_batch_invariant", "interpret"))
 def paged_attention(
     q: Array,
     k_pages: Array,

@@ -9,6 +9,7 @@ while the other is in its softmax.
 Algorithm: FlashAttention-3 (Shah et al., 2024); online softmax (Milakov and Gimelshein, 2018).
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,6 +110,7 @@ def unfit(config: Config, k_pages: Array) -> str | None:
     return None
 
 
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def paged_attention(
     q: Array,
     k_pages: Array,
