@@ -40,10 +40,10 @@ from llama_jax.steps import (
     Drawn,
     admit,
     decode_steps,
-    init_state,
     logits_step,
     prefill_step,
     score_step,
+    state_builder,
 )
 
 # How many waiting requests are looked at in a round.
@@ -115,7 +115,7 @@ class _Launch:
 class Engine:
     """The compiled programs with the parameters, the device state, and the requests in between.
 
-    params, spec: as of `model.prefill`; cache_dtype, kv_scales, mesh: as of `steps.init_state`.
+    params, spec: as of `model.prefill`; cache_dtype, kv_scales, mesh: as of `steps.state_builder`.
     draft: parameters and spec of a smaller model with the same vocabulary that guesses tokens
     (`options.lookahead` at a time); without one they are looked up in the sequence itself.
     One call at a time goes on; those from other threads wait.
@@ -131,20 +131,16 @@ class Engine:
         mesh: Mesh | None = None,
         draft: tuple[Params, ModelSpec] | None = None,
     ) -> None:
-        if draft and draft[1].config.vocab_size != spec.config.vocab_size:
-            raise ValueError(
-                f"the draft model has {draft[1].config.vocab_size} tokens in its vocabulary, the "
-                f"model {spec.config.vocab_size}: they must be the same"
-            )
         self.params = params
         self._draft_params = draft and draft[0]
         self._speculation = Speculation(options.lookahead, draft and draft[1])
+        self._speculation.check(spec.config, options.max_seq_len)
         self.spec = spec
         self.options = options
         self.counts = EngineCounts()
-        self._new_state = partial(
-            init_state, spec, options.max_batch_size, options.max_seq_len, cache_dtype, kv_scales,
-            mesh, options.pool_size, self._speculation,
+        self._new_state = state_builder(
+            spec, options.max_batch_size, options.max_seq_len, cache_dtype, kv_scales, mesh,
+            options.pool_size, self._speculation,
         )  # fmt: skip
         self._lock = threading.RLock()
         self._ids = itertools.count()

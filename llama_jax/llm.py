@@ -10,15 +10,14 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from llama_jax import checkpoint, compile_cache
+from llama_jax import checkpoint, compile_cache, memory
 from llama_jax.chat import encode_chat
 from llama_jax.compile_cache import CompileReport
 from llama_jax.config import token_ids
 from llama_jax.engine import Engine
 from llama_jax.kv_cache import KVDtype, storage_dtype
-from llama_jax.memory import plan_memory
 from llama_jax.model import Activations, ModelSpec, Params
-from llama_jax.request import Request
+from llama_jax.request import Request, Wanted
 from llama_jax.results import (
     Generation,
     Perplexity,
@@ -29,7 +28,7 @@ from llama_jax.results import (
     TokenLogprob,
 )
 from llama_jax.sampling import SamplingParams, check_ids
-from llama_jax.scheduling import EngineOptions
+from llama_jax.scheduling import EngineOptions, Stats
 from llama_jax.scoring import (
     Question,
     answers,
@@ -38,11 +37,13 @@ from llama_jax.scoring import (
     score_of,
     score_request,
 )
+from llama_jax.speculation import Speculation
 from llama_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from llama_jax.tools import parse_tool_calls
 
 SHIPPED_MODEL = Path(__file__).parent / "abacus" / "checkpoint"
 DEFAULT_MAX_SEQ_LEN = 8192
+DEFAULT_LOOKAHEAD = 4
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int]
@@ -59,29 +60,25 @@ class LLM:
         *,
         manifest: checkpoint.Manifest,
         kv_dtype: KVDtype,
-        max_seq_len: int,
-        max_batch_size: int,
-        prefill_chunk: int,
+        options: EngineOptions,
         mesh: Mesh | None = None,
+        draft: tuple[Params, ModelSpec] | None = None,
     ) -> None:
         self.spec = spec
         self.tokenizer = tokenizer
         self.manifest = manifest
-        self.max_seq_len = max_seq_len
+        self.max_seq_len = options.max_seq_len
         self.default_sampling = _default_sampling(manifest.generation)
         eos = token_ids(manifest.generation.get("eos_token_id")) or spec.config.eos_token_ids
         self._stop_ids = frozenset(eos) or frozenset(tokenizer.eos_ids)
         self.engine = Engine(
             params,
             spec,
-            EngineOptions(
-                max_batch_size=max_batch_size,
-                max_seq_len=max_seq_len,
-                prefill_chunk=prefill_chunk,
-            ),
+            options,
             storage_dtype(kv_dtype, spec.dtype),
             manifest.kv_scales,
             mesh,
+            draft,
         )
 
     @classmethod
@@ -94,9 +91,10 @@ class LLM:
         kv_dtype: KVDtype = "bf16",
         max_seq_len: int | None = None,
         max_batch_size: int = 8,
-        prefill_chunk: int = 512,
+        draft: str | Path | None = None,
         mesh: Mesh | None = None,
         verbose: bool = True,
+        **scheduling: Any,
     ) -> "LLM":
         """Load a checkpoint: a converted one, a Hugging Face or Meta directory, or a hub id.
 
@@ -109,10 +107,16 @@ class LLM:
         kv_dtype: "bf16" (or rather `dtype`) or "fp8", of the key/value cache.
         max_seq_len: tokens that prompt and output may have together, at most the model's context;
             by default that, or 8192 if it is longer.
-        max_batch_size: sequences generated at the same time. prefill_chunk: tokens of a prompt
-            processed at once.
+        max_batch_size: sequences generated at the same time.
+        draft: a smaller model with the same vocabulary that guesses `lookahead` tokens (by default
+            4) for the model to check together; the tokens stay the same. `lookahead` without a
+            draft looks guesses up in the text so far.
         mesh: devices to shard over (`llama_jax.sharding`); by default the first device alone.
         verbose: print the memory plan.
+        scheduling: other fields of `scheduling.EngineOptions`: prefill_chunk, prefill_budget,
+            num_pages, max_steps, lookahead, max_waiting, share_prefixes, batch_invariant. By
+            default the cache has pages for all sequences at full length, or what there is memory
+            for.
 
         Raises `checkpoint.CheckpointError` for what cannot be read, `memory.DoesNotFitError` before
         anything is loaded, ValueError for settings.
@@ -125,33 +129,47 @@ class LLM:
         max_seq_len = min(limit, DEFAULT_MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
         if not 2 <= max_seq_len <= limit:
             raise ValueError(f"max_seq_len must be in [2, {limit}], got {max_seq_len}")
-        for name, value in (("max_batch_size", max_batch_size), ("prefill_chunk", prefill_chunk)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        kv_storage = storage_dtype(kv_dtype, dtype)
         spec = manifest.spec(dtype, activations)
-        plan = plan_memory(
-            spec,
-            max_batch_size=max_batch_size,
-            max_seq_len=max_seq_len,
-            kv_dtype=storage_dtype(kv_dtype, dtype),
-            prefill_chunk=prefill_chunk,
-            mesh=mesh,
-        )
+        draft_directory, draft_spec = None, None
+        if draft is not None:
+            draft_directory = checkpoint.resolve(draft)
+            draft_spec = checkpoint.read_manifest(draft_directory).spec(dtype)
+            scheduling.setdefault("lookahead", DEFAULT_LOOKAHEAD)
+        options = EngineOptions(max_batch_size, max_seq_len, **scheduling)
+        Speculation(options.lookahead, draft_spec).check(config, max_seq_len)
+        memory_limit = memory.device_memory_bytes(mesh.devices.flat[0] if mesh else None)
+
+        def plan(num_pages: int) -> memory.MemoryPlan:
+            return memory.plan_memory(
+                spec, max_batch_size, max_seq_len, kv_storage, options.prefill_chunk, mesh,
+                memory_limit, num_pages, draft_spec,
+            )  # fmt: skip
+
+        if options.num_pages is None:
+            num_pages = memory.fitting_pages(plan, options.pages_per_row, options.pool_size)
+            options = replace(options, num_pages=num_pages)
+        planned = plan(options.pool_size)
         if verbose:
-            plan.print()
-        plan.check()
-        on_cpu = jax.default_backend() == "cpu"
-        params = checkpoint.load_params(directory, spec, mesh=mesh, bits=on_cpu)
+            planned.print()
+        planned.check()
+
+        def load(directory: Path, spec: ModelSpec) -> Params:
+            bits = jax.default_backend() == "cpu"
+            return checkpoint.load_params(directory, spec, mesh=mesh, bits=bits)
+
+        drafting = None
+        if draft_directory and draft_spec:
+            drafting = load(draft_directory, draft_spec), draft_spec
         return cls(
-            params,
+            load(directory, spec),
             spec,
             load_tokenizer(directory),
             manifest=manifest,
             kv_dtype=kv_dtype,
-            max_seq_len=max_seq_len,
-            max_batch_size=max_batch_size,
-            prefill_chunk=prefill_chunk,
+            options=options,
             mesh=mesh,
+            draft=drafting,
         )
 
     @overload
@@ -170,7 +188,8 @@ class LLM:
 
         sampling: for all prompts, or one per prompt; the checkpoint's generation_config when None.
         on_finished: called each time one is done. A str gets a BOS token, token ids are taken as
-        they are.
+        they are. With `SamplingParams(n=4)` a prompt has four continuations, which share its pages:
+        `Generation.samples`.
         """
         single = isinstance(prompts, str)
         encoded = [self._prompt_ids(prompt) for prompt in ([prompts] if single else prompts)]
@@ -226,7 +245,10 @@ class LLM:
             ids = self._prompt_ids(prompt)
         else:
             ids = self._chat_ids(prompt, tools, template_kwargs)
-        request = self._request(ids, sampling or self.default_sampling, is_streamed=True)
+        sampling = sampling or self.default_sampling
+        if sampling.n > 1:
+            raise ValueError(f"one continuation can be streamed, n is {sampling.n}: use generate")
+        request = self._request(ids, sampling, is_streamed=True)
         return self._pieces(request, is_chat=not isinstance(prompt, str))
 
     @overload
@@ -359,12 +381,18 @@ class LLM:
             pass
         return np.stack([request.prompt_logits for request in requests])  # type: ignore[misc]
 
-    def warmup(self) -> CompileReport:
-        """Compile all that `generate`, `chat`, `stream`, `score` and `logits` need.
+    def warmup(self, wanted: Sequence[Wanted] = ("tokens", "logprobs", "logits")) -> CompileReport:
+        """Compile what `generate`, `chat` and `stream` need ("tokens"), `score`, `rank` and
+        `perplexity` ("logprobs"), and `logits`.
 
         Returns what was compiled or fetched from the persistent cache, and the seconds it took.
         """
-        return self.engine.warmup()
+        return self.engine.warmup(wanted)
+
+    def stats(self) -> Stats:
+        """Counters since the model was loaded: tokens read, shared and drawn, guesses and how many
+        were accepted, preemptions."""
+        return self.engine.stats()
 
     def _run(
         self,
@@ -376,11 +404,19 @@ class LLM:
             sampling = [sampling or self.default_sampling] * len(prompts)
         if len(sampling) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(sampling)} sampling settings")
-        requests = [self._request(*pair) for pair in zip(prompts, sampling, strict=True)]
-        for request in self.engine.run(requests):
-            if request.finish_reason and on_finished:
-                on_finished()
-        return [self._result(request) for request in requests]
+        groups = [
+            [self._request(prompt, each) for each in settings.of_samples()]
+            for prompt, settings in zip(prompts, sampling, strict=True)
+        ]
+        group_of = {request: i for i, group in enumerate(groups) for request in group}
+        unfinished = list(map(len, groups))
+        for request in self.engine.run(group_of):
+            if request.finish_reason:
+                unfinished[group_of[request]] -= 1
+                if on_finished and not unfinished[group_of[request]]:
+                    on_finished()
+        results = [list(map(self._result, group)) for group in groups]
+        return [replace(first, others=tuple(others)) for first, *others in results]
 
     def _pieces(self, request: Request, is_chat: bool) -> Iterator[Piece]:
         shown = 0
@@ -437,7 +473,8 @@ class LLM:
 
     def _with_tool_calls(self, result: Generation) -> Generation:
         reply = self.tokenizer.decode(result.token_ids, skip_special=False)
-        return replace(result, tool_calls=parse_tool_calls(reply))
+        others = tuple(map(self._with_tool_calls, result.others))
+        return replace(result, tool_calls=parse_tool_calls(reply), others=others)
 
     def _token_text(self, token_id: int) -> str:
         return self.tokenizer.decode([token_id], skip_special=False)

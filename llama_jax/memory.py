@@ -1,5 +1,6 @@
 """Will it fit? The bytes that a model needs on each device, before any of them is allocated."""
 
+import bisect
 import math
 import os
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from llama_jax.kv_cache import PAGE_SIZE, init_cache
 from llama_jax.model import ModelSpec, abstract_params
+from llama_jax.scheduling import MAX_TOKENS_PER_CALL
 from llama_jax.sharding import cache_shardings, param_shardings
 from pallas_kernels.fp8_matmul.xla import block_rows
 
@@ -35,7 +37,7 @@ class DoesNotFitError(MemoryError):
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the fullest device; on a mesh, what one device holds.
+    """Bytes on the fullest device; on a mesh, what one device holds, a draft model's included.
 
     weights and kv_cache are exact. workspace is an estimate: the temporaries of prefill and of
     decode (the larger), logits and sampling state. limit is what the device has.
@@ -49,6 +51,7 @@ class MemoryPlan:
     max_seq_len: int
     prefill_chunk: int
     devices: int = 1
+    num_pages: int | None = None
 
     @property
     def total(self) -> int:
@@ -83,7 +86,7 @@ class MemoryPlan:
         table.add_column("of the device", justify="right")
         parts = {
             "weights": self.weights,
-            f"KV cache, {self.max_batch_size} x {self.max_seq_len} tokens": self.kv_cache,
+            f"KV cache, {self._cache_size}": self.kv_cache,
             "workspace (estimate)": self.workspace,
             "total": self.total,
             "device": self.limit,
@@ -91,6 +94,12 @@ class MemoryPlan:
         for name, size in parts.items():
             table.add_row(name, decimal(size), f"{size / self.limit:.0%}")
         return table
+
+    @property
+    def _cache_size(self) -> str:
+        if self.num_pages is None:
+            return f"{self.max_batch_size} x {self.max_seq_len} tokens"
+        return f"{self.num_pages:,} pages of {PAGE_SIZE} tokens"
 
     def print(self) -> None:
         """The table, on stderr."""
@@ -118,28 +127,54 @@ def plan_memory(
     prefill_chunk: int,
     mesh: Mesh | None = None,
     limit: int | None = None,
+    num_pages: int | None = None,
+    draft: ModelSpec | None = None,
 ) -> MemoryPlan:
     """What `spec` takes with a cache of max_batch_size rows of max_seq_len tokens.
 
     kv_dtype: of the cache, as `kv_cache.init_cache` takes it. prefill_chunk: tokens of a row that
     go through the model at once, all rows together. limit: bytes on each device, in place of what
-    the devices that are here report.
+    the devices that are here report. num_pages: of the cache, instead of whole rows. draft: a model
+    that guesses tokens and has a cache of the same pages.
     """
     if limit is None:
         limit = device_memory_bytes(mesh.devices.flat[0] if mesh else None)
-    cache = jax.eval_shape(
-        lambda: init_cache(spec.config, max_batch_size, max_seq_len, jnp.dtype(kv_dtype))
-    )
+
+    def weights(spec: ModelSpec) -> int:
+        return _bytes_per_device(abstract_params(spec), param_shardings(spec, mesh))
+
+    def kv_cache(spec: ModelSpec) -> int:
+        dtype = jnp.dtype(kv_dtype)
+        cache = jax.eval_shape(
+            lambda: init_cache(spec.config, max_batch_size, max_seq_len, dtype, num_pages=num_pages)
+        )
+        return _bytes_per_device(cache, cache_shardings(spec.config, mesh))
+
+    specs = [spec, draft] if draft else [spec]
     return MemoryPlan(
-        weights=_bytes_per_device(abstract_params(spec), param_shardings(spec, mesh)),
-        kv_cache=_bytes_per_device(cache, cache_shardings(spec.config, mesh)),
+        weights=sum(map(weights, specs)),
+        kv_cache=sum(map(kv_cache, specs)),
         workspace=_workspace(spec, max_batch_size, min(prefill_chunk, max_seq_len), mesh),
         limit=limit,
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
         prefill_chunk=prefill_chunk,
         devices=mesh.size if mesh else 1,
+        num_pages=num_pages,
     )
+
+
+def fitting_pages(plan: Callable[[int], MemoryPlan], least: int, most: int) -> int:
+    """How many pages to make a cache of: `most`, if they fit, else what a twentieth less than the
+    limit has room for; at least `least`.
+
+    plan: the plan with so many pages.
+    """
+    first = plan(least)
+    if plan(most).total <= first.limit:
+        return most
+    more = _most(lambda n: plan(least + n).total, int(0.95 * first.limit), most - least)
+    return least + max(0, more)
 
 
 def capacity(
@@ -161,17 +196,16 @@ def capacity(
         return plan_memory(spec, rows, tokens, kv_dtype, prefill_chunk, limit=limit).total
 
     def longest(rows: int) -> int:
-        pages = _steps(lambda n: total(rows, shortest + n * PAGE_SIZE), limit)
+        pages = _most(lambda n: total(rows, shortest + n * PAGE_SIZE), limit, context // PAGE_SIZE)
         return 0 if pages < 0 else min(shortest + pages * PAGE_SIZE, context)
 
-    most = _steps(lambda n: total(1 + n, max_seq_len), limit) + 1
+    most = _most(lambda n: total(1 + n, max_seq_len), limit, 1 << 20) + 1
     return Capacity(longest(1), longest(max_batch_size), most)
 
 
-def _steps(size: Callable[[int], int], limit: int) -> int:
-    """The largest n with size(n) <= limit, or -1; each step must add the same."""
-    first = size(0)
-    return (limit - first) // (size(1) - first) if first <= limit else -1
+def _most(size: Callable[[int], int], limit: int, most: int) -> int:
+    """The largest n of 0 to `most` with size(n) <= limit, or -1; size must not fall."""
+    return bisect.bisect_right(range(most + 1), limit, key=size) - 1
 
 
 def device_memory_bytes(device: jax.Device | None = None) -> int:
@@ -257,5 +291,6 @@ def _workspace(spec: ModelSpec, batch_size: int, chunk: int, mesh: Mesh | None) 
         block_rows(columns) * columns for columns in (config.intermediate_size, config.hidden_size)
     )
     logits = config.vocab_size * (_SAMPLER_BYTES * batch_size + 8 * _SCORED_TOKENS)
-    tokens = batch_size * chunk // (mesh.shape["model"] if mesh else 1)
+    tokens = min(batch_size * chunk, max(chunk, MAX_TOKENS_PER_CALL))
+    tokens //= mesh.shape["model"] if mesh else 1
     return per_token * tokens + widened_block + logits

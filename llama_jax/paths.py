@@ -18,7 +18,7 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxprs_in_params
 from llama_jax.kv_cache import KVDtype, storage_dtype
 from llama_jax.model import ModelSpec, Params, abstract_params
 from llama_jax.scheduling import EngineOptions
-from llama_jax.steps import DecodeState, decode_steps, init_state, prefill_step
+from llama_jax.steps import DecodeState, decode_steps, prefill_step, state_builder
 from pallas_kernels import device, e4m3
 
 _KERNELS = ("mpmd_map", "pallas_call")
@@ -174,7 +174,7 @@ def _stored(spec: ModelSpec) -> Params:
 
 def _state(spec: ModelSpec, options: EngineOptions, cache_dtype: jnp.dtype) -> DecodeState:
     sizes = options.max_batch_size, options.max_seq_len, cache_dtype
-    placed = jax.eval_shape(lambda: init_state(spec, *sizes, num_pages=options.pool_size))
+    placed = jax.eval_shape(state_builder(spec, *sizes, num_pages=options.pool_size))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), placed)
 
 

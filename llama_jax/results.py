@@ -37,7 +37,8 @@ class Generation:
 
     text: without special tokens, cut before a stop string. token_ids: every token drawn, the stop
     token included. finish_reason: "stop" (a stop token or string) or "length". logprobs: one entry
-    per token if asked for. tool_calls: what the reply asks to be called (from `LLM.chat`).
+    per token if asked for. tool_calls: what the reply asks to be called (from `LLM.chat`). others:
+    the other continuations of the same prompt, where `SamplingParams.n` asked for several.
     """
 
     text: str
@@ -47,6 +48,12 @@ class Generation:
     logprobs: tuple[TokenLogprob, ...] | None
     timings: Timings
     tool_calls: tuple[ToolCall, ...] = ()
+    others: tuple["Generation", ...] = ()
+
+    @property
+    def samples(self) -> tuple["Generation", ...]:
+        """All continuations of the prompt, this one first."""
+        return (self, *self.others)
 
 
 @dataclass(frozen=True)

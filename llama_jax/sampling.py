@@ -10,7 +10,7 @@ before any of it.
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -85,6 +85,11 @@ class SamplingParams:
         for name, holds, expected in rules:
             if not holds:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+    def of_samples(self) -> list["SamplingParams"]:
+        """The settings of each of the `n` continuations, with a seed of its own."""
+        seeds = [None if self.seed is None else (self.seed + i) % 2**32 for i in range(self.n)]
+        return [replace(self, n=1, seed=seed) for seed in seeds]
 
 
 class SamplingState(struct.PyTreeNode):

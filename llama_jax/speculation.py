@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from llama_jax import model
+from llama_jax.config import LlamaConfig
 from llama_jax.kv_cache import KVCache
 from llama_jax.model import ModelSpec, Params
 from llama_jax.sampling import SamplingState, record, sample
@@ -36,6 +37,22 @@ class Speculation:
         if self.lookahead < 0 or (self.draft and not self.lookahead):
             raise ValueError(
                 f"lookahead must be at least {1 if self.draft else 0}, got {self.lookahead}"
+            )
+
+    def check(self, config: LlamaConfig, max_seq_len: int) -> None:
+        """Raise ValueError unless the draft can guess for a model of `config`."""
+        if self.draft is None:
+            return
+        draft = self.draft.config
+        if draft.vocab_size != config.vocab_size:
+            raise ValueError(
+                f"the draft model has {draft.vocab_size} tokens in its vocabulary, the model "
+                f"{config.vocab_size}: they must be the same"
+            )
+        if draft.max_position_embeddings < max_seq_len:
+            raise ValueError(
+                f"the draft model's context of {draft.max_position_embeddings} tokens is shorter "
+                f"than max_seq_len {max_seq_len}"
             )
 
     @property

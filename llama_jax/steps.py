@@ -4,6 +4,7 @@ Each takes the parameters and the device state, which it donates, and returns th
 host wants to know.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -58,7 +59,7 @@ class Drawn(struct.PyTreeNode):
     sampled: Sampled
 
 
-def init_state(
+def state_builder(
     spec: ModelSpec,
     batch_size: int,
     max_seq_len: int,
@@ -67,8 +68,11 @@ def init_state(
     mesh: Mesh | None = None,
     num_pages: int | None = None,
     speculation: Speculation = NO_SPECULATION,
-) -> DecodeState:
-    """Empty rows, made in place on their devices; arguments as `kv_cache.init_cache` takes them."""
+) -> Callable[[], DecodeState]:
+    """A program that makes empty rows, in place on their devices, and is compiled once.
+
+    Arguments as `kv_cache.init_cache` takes them.
+    """
     whole = NamedSharding(mesh, PartitionSpec()) if mesh else default_sharding()
 
     def build() -> DecodeState:
@@ -92,8 +96,7 @@ def init_state(
         cache=cache_shardings(spec.config, mesh),
         draft=cache_shardings(draft.config, mesh) if draft else None,
     )
-    state: DecodeState = jax.jit(build, out_shardings=shardings)()
-    return state
+    return jax.jit(build, out_shardings=shardings)
 
 
 @partial(jax.jit, donate_argnames="state")

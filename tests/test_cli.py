@@ -275,6 +275,22 @@ def test_generate_streams_a_prompt(run, model):
     assert json.loads(stopped)["finish_reason"] == "stop"
 
 
+@pytest.mark.slow
+def test_generate_samples_and_guesses_ahead(run, model):
+    options = ("--max-new-tokens", 6, "--temperature", 1, "--seed", 3, *SMALL)
+    arguments = ("generate", model, "--prompt", "hello " * 9, "--samples", 3, "--json", *options)
+    code, out, err = run(*arguments)
+    samples = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and "prompt tokens" in err and "18 tokens" in err
+    assert [each["sample"] for each in samples] == [0, 1, 2]
+    assert len({each["text"] for each in samples}) == 3
+    for how in (("--lookahead", 2), ("--draft", model)):
+        code, guessed, err = run(*arguments, *how)
+        assert code == 0 and guessed == out and "guesses accepted" in err
+    code, out, _ = run("chat", model, "-m", "hello", "--draft", model, "--json", *options)
+    assert code == 0 and json.loads(out)["acceptance_rate"] > 0.9
+
+
 def test_generate_from_a_file_into_a_file(run, model, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"id": 1, "prompt": "hello"}\n\n{"prompt": "again"}\n')
     arguments = ("generate", model, "--input", tmp_path / "in.jsonl", "--output",

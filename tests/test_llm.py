@@ -13,6 +13,7 @@ from llama_jax.compile_cache import forbid_compile
 from llama_jax.llm import LLM
 from llama_jax.model import Llama, init_params
 from llama_jax.sampling import SamplingParams
+from llama_jax.scheduling import EngineOptions
 from llama_jax.tokenizer import load_tokenizer
 from pallas_kernels import e4m3
 from tests.tiny import config, fp8_spec
@@ -30,7 +31,7 @@ def tokenizer(tmp_path_factory):
     return load_tokenizer(path)
 
 
-def make(tokenizer, spec=SPEC, generation=None, kv_dtype="bf16", max_batch_size=3):
+def make(tokenizer, spec=SPEC, generation=None, kv_dtype="bf16", max_batch_size=3, **options):
     params = init_params(spec)
     # Larger output weights make the distribution uneven enough to test sampling with.
     params["lm_head"]["weight"] = params["lm_head"]["weight"] * 12
@@ -39,8 +40,8 @@ def make(tokenizer, spec=SPEC, generation=None, kv_dtype="bf16", max_batch_size=
         "tests", "tests", spec.config, spec.formats, None, generation or {}, (), 0, ""
     )
     return LLM(
-        params, spec, tokenizer, manifest=manifest, kv_dtype=kv_dtype, max_seq_len=128,
-        max_batch_size=max_batch_size, prefill_chunk=32,
+        params, spec, tokenizer, manifest=manifest, kv_dtype=kv_dtype,
+        options=EngineOptions(max_batch_size, 128, **{"prefill_chunk": 32, **options}),
     )  # fmt: skip
 
 
@@ -242,21 +243,49 @@ def test_fp8_cache_stays_close(llm, tokenizer):
     assert 0 < error < 0.1
 
 
+def test_samples_draw_with_seeds_of_their_own_and_share_the_prompt(llm):
+    before, finished = llm.stats(), []
+    settings = SamplingParams(max_new_tokens=6, seed=2**32 - 1, n=3)
+    results = llm.generate(["p" * 99, "q" * 80], settings, lambda: finished.append(1))
+    stats = llm.stats().since(before)
+    assert len(finished) == 2
+    # Of 100 and 81 tokens, BOS included, only the last has to be computed for each sample. (All
+    # prompts begin with BOS, so that one may have been there before.)
+    assert 100 + 81 + 2 * 2 - 2 <= stats.prefilled <= 100 + 81 + 2 * 2
+    assert stats.prefilled + stats.hit == stats.queried == 3 * (100 + 81)
+    for prompt, result in zip(("p" * 99, "q" * 80), results, strict=True):
+        samples = [each.token_ids for each in result.samples]
+        assert len(set(samples)) == 3
+        seeds = (2**32 - 1, 0, 1)
+        alone = [dataclasses.replace(settings, n=1, seed=seed) for seed in seeds]
+        assert samples == [llm.generate(prompt, each).token_ids for each in alone]
+    unseeded = llm.generate("p", SamplingParams(max_new_tokens=6, n=2))
+    assert unseeded.token_ids != unseeded.others[0].token_ids
+    with pytest.raises(ValueError, match="n is 2: use generate"):
+        llm.stream("p", SamplingParams(n=2))
+
+
 def test_nothing_compiles_after_warm_up(tokenizer):
-    llm = make(tokenizer, max_batch_size=2)
-    llm.warmup()
+    """Whatever is asked for, in whatever mixture; an FP8 cache, and too few pages."""
+    llm = make(tokenizer, kv_dtype="fp8", max_batch_size=2, num_pages=3, prefill_chunk=4)
+    report = llm.warmup()
+    assert report.compiled + report.from_cache >= 13 and report.seconds > 0
     with forbid_compile():
         llm.generate(["a", "b" * 31, "c" * 100, "d" * 64, "e" * 33], [
             SamplingParams(temperature=0, max_new_tokens=3, logprobs=20),
             SamplingParams(top_k=5, seed=1, stop="q", logit_bias={5: 1.0}),
             SamplingParams(top_p=0.5, min_p=0.1, max_new_tokens=40, stop_token_ids=[3]),
             SamplingParams(repetition_penalty=1.2, presence_penalty=0.1, frequency_penalty=0.1),
-            SamplingParams(min_new_tokens=4, max_new_tokens=4),
+            SamplingParams(min_new_tokens=4, max_new_tokens=4, n=3),
         ])  # fmt: skip
+        llm.generate(["long" * 15, "longer" * 10], dataclasses.replace(GREEDY, max_new_tokens=60))
         list(llm.stream("again"))
         llm.chat([{"role": "user", "content": "hi"}], GREEDY)
         llm.score(["a", "b" * 70], ["c", "d"])
         llm.logits([[1, 2, 3]])
+        llm.rank("a", ["b", "c" * 40])
+        llm.perplexity("d" * 300, window=100, stride=50)
+    assert llm.stats().preempted > 0
     with pytest.raises(RuntimeError, match=r"jit\(<lambda>\)"), forbid_compile():
         jax.jit(lambda x: x + 1)(1.0)
 
@@ -272,6 +301,7 @@ def test_nothing_compiles_after_warm_up(tokenizer):
         (lambda llm: llm.generate("a", SamplingParams(stop_token_ids=[900])), "stop_token_ids"),
         (lambda llm: llm.generate("a", SamplingParams(logit_bias={512: 1.0})), "logit_bias"),
         (lambda llm: llm.generate(["a", "b"], [SamplingParams()]), "2 prompts but 1 sampling"),
+        (lambda llm: llm.generate("a", SamplingParams(n=0)), "n must be at least 1, got 0"),
         (lambda llm: llm.score("a", ""), "completion '' is empty"),
         (lambda llm: llm.score(["a"], ["b", "c"]), "1 prompts but 2 completions"),
         (lambda llm: llm.score("a" * 100, "b" * 100), "max_seq_len is 128"),

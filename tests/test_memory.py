@@ -19,10 +19,11 @@ from llama_jax.memory import (
     _room_in_cgroups,
     capacity,
     device_memory_bytes,
+    fitting_pages,
     plan_memory,
 )
 from llama_jax.model import ModelSpec, Params, abstract_params, prefill
-from llama_jax.steps import decode_steps, init_state, prefill_step, score_step
+from llama_jax.steps import decode_steps, prefill_step, score_step, state_builder
 from pallas_kernels import e4m3
 
 CONFIG_8B = PRESETS["llama-3.1-8b"]
@@ -115,6 +116,30 @@ def test_capacity_is_where_the_plan_stops_fitting(
     assert found.most == 0 or fits(found.most, length)
 
 
+def test_a_cache_has_as_many_pages_as_fit() -> None:
+    spec = ModelSpec(CONFIG_8B)
+
+    def plan(pages: int, gigabytes: float = 20) -> MemoryPlan:
+        limit = int(gigabytes * 10**9)
+        return plan_memory(spec, 8, 4096, BF16, 512, limit=limit, num_pages=pages)
+
+    found = fitting_pages(plan, 64, 512)
+    assert 64 < found < 512
+    assert plan(found).total <= 19 * 10**9 < plan(found + 1).total
+    assert fitting_pages(lambda pages: plan(pages, 80), 64, 512) == 512
+    assert fitting_pages(lambda pages: plan(pages, 1), 64, 512) == 64
+    per_token = bytes_per_token(CONFIG_8B, BF16)
+    assert plan(201).kv_cache - plan(200).kv_cache == PAGE_SIZE * per_token
+
+
+def test_a_draft_has_weights_and_a_cache_of_its_own() -> None:
+    spec, draft = ModelSpec(CONFIG_8B), ModelSpec(replace(CONFIG_8B, num_layers=2))
+    both = plan_memory(spec, 8, 4096, BF16, 512, num_pages=100, draft=draft)
+    parts = [plan_memory(each, 8, 4096, BF16, 512, num_pages=100) for each in (spec, draft)]
+    assert both.weights == sum(part.weights for part in parts)
+    assert both.kv_cache == sum(part.kv_cache for part in parts)
+
+
 def test_capacity_ends_at_the_models_context_and_at_nothing() -> None:
     config = replace(CONFIG_8B, num_layers=1, max_position_embeddings=1000)
     spec = ModelSpec(config)
@@ -197,7 +222,7 @@ def test_the_workspace_holds_what_the_steps_and_the_sampler_need(
     is_fp8: bool, batch: int, chunk: int
 ) -> None:
     spec, length = small_8b(is_fp8), 1024
-    state = jax.eval_shape(lambda: init_state(spec, batch, length, BF16))
+    state = jax.eval_shape(state_builder(spec, batch, length, BF16))
     params = stored(spec)
     tokens, rows, flags = ints((batch, chunk)), ints((batch,)), ints((batch,), jnp.bool_)
     table, steps = state.cache.page_table, ints(())

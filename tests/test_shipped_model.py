@@ -1,10 +1,14 @@
 """The model that ships, through `LLM`: right answers, tool calls, and what FP8 costs it."""
 
+import jax.numpy as jnp
 import pytest
 
-from llama_jax import LLM
+from llama_jax import LLM, memory
 from llama_jax.abacus import evaluate
 from llama_jax.abacus.tasks import CALCULATOR
+from llama_jax.kv_cache import PAGE_SIZE
+from llama_jax.llm import SHIPPED_MODEL
+from llama_jax.memory import plan_memory
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,32 @@ def test_a_conversation_has_turns(llm: LLM) -> None:
     messages.append({"role": "assistant", "content": llm.chat(messages).text})
     messages.append({"role": "user", "content": "What is 47 + 85?"})
     assert llm.chat(messages).text == "132"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{"draft": SHIPPED_MODEL}, {"lookahead": 3}], ids=str)
+def test_guessing_ahead_changes_no_reply(llm: LLM, how: dict) -> None:
+    settings = {"max_batch_size": 4, "max_seq_len": 512, "prefill_chunk": 128, "verbose": False}
+    guessing = LLM.load(**settings, **how)
+    asked = [[{"role": "user", "content": f"What is {n} + 85?"}] for n in (47, 12, 33)]
+    replies, expected = guessing.chat(asked), llm.chat(asked)
+    assert [reply.token_ids for reply in replies] == [reply.token_ids for reply in expected]
+    stats = guessing.stats()
+    # Guesses after the end of a short reply do not stand.
+    assert stats.guessed > 0 and (stats.acceptance_rate > 0.3 or "lookahead" in how)
+
+
+@pytest.mark.slow
+def test_a_cache_that_does_not_fit_has_fewer_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"max_batch_size": 32, "max_seq_len": 2048}
+    whole = LLM.load(**sizes, verbose=False)
+    pool = whole.engine.options.pool_size
+    assert pool == 32 * 2048 // PAGE_SIZE
+    plan = plan_memory(whole.spec, 32, 2048, jnp.dtype(jnp.bfloat16), 512)
+    monkeypatch.setattr(memory, "device_memory_bytes", lambda _: plan.total - plan.kv_cache // 2)
+    llm = LLM.load(**sizes, verbose=False)
+    assert 2048 // PAGE_SIZE <= llm.engine.options.pool_size < pool
+    assert ask(llm, "What is 47 + 85?") == "132"
 
 
 @pytest.mark.slow

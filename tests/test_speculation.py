@@ -174,6 +174,9 @@ def test_settings_that_make_no_sense() -> None:
         Speculation(-1)
     with pytest.raises(ValueError, match="lookahead must be at least 1, got 0"):
         with_draft(PARAMS, SPEC, lookahead=0)
-    other = ModelSpec(replace(SPEC.config, vocab_size=10), {}, "float32")
-    with pytest.raises(ValueError, match="10 tokens in its vocabulary, the model 64"):
-        with_draft({}, other)
+    for change, message in (
+        ({"vocab_size": 10}, "10 tokens in its vocabulary, the model 64"),
+        ({"max_position_embeddings": 255}, "context of 255 tokens is shorter than max_seq_len 256"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            with_draft({}, ModelSpec(replace(SPEC.config, **change), {}, "float32"))

@@ -62,6 +62,8 @@ def chat(
     activations: options.Activations = "bf16",
     kv_dtype: options.KVDtype = "bf16",
     max_seq_len: options.MaxSeqLen = None,
+    lookahead: options.Lookahead = None,
+    draft: options.Draft = None,
 ) -> None:
     """Talk with a model. Replies appear as they are written.
 
@@ -74,12 +76,14 @@ def chat(
         llama-jax chat -m "What is 47 + 85?"
         llama-jax chat -m "My name is Ada." -m "What is my name?" --json
         llama-jax chat meta-llama/Llama-3.1-8B-Instruct --system "Answer in French." --seed 1
+        llama-jax chat ./llama-70b --draft ./llama-8b
         llama-jax chat ./llama-8b --tools weather.json -m "How warm is it in Oslo?"
     """
     schemas = None if tools is None else _read_tools(tools)
     llm = options.load(
         model, show_plan=model is not None and not as_json, dtype=dtype, activations=activations,
-        kv_dtype=kv_dtype, max_seq_len=max_seq_len, max_batch_size=1,
+        kv_dtype=kv_dtype, max_seq_len=max_seq_len, max_batch_size=1, lookahead=lookahead,
+        draft=draft,
     )  # fmt: skip
     sampling = options.sampling_params(
         llm, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
@@ -90,6 +94,9 @@ def chat(
     if not as_json:
         stderr.print(f"[bold]{options.model_name(model)}[/bold]", highlight=False)
     if interactive:
+        with stderr.status("preparing"):
+            ready = llm.warmup(("tokens",))
+        note(f"ready: {ready}")
         note("/help shows the commands")
     turns = iter(message) if message is not None else _typed() if interactive else _piped()
     for turn in turns:
@@ -209,7 +216,7 @@ def _take_turn(
     show: Callable[[str], None],
 ) -> _Reply:
     """Ask and answer; both are added to the history, unless there was no answer."""
-    text, result, before = "", None, snapshot()
+    text, result, before = "", None, snapshot(llm)
     pieces = cast("Generator[Piece]", llm.stream([*history, message], sampling, tools=tools))
     waiting = stderr.status("reading")
     try:
@@ -227,7 +234,7 @@ def _take_turn(
         history += [message, {"role": "assistant", "tool_calls": result.tool_calls}]
     elif text:
         history += [message, _message("assistant", text)]
-    return _Reply(text, result, speed_since(before, result) if result else None)
+    return _Reply(text, result, speed_since(before, llm, result) if result else None)
 
 
 def _show(text: str) -> None:

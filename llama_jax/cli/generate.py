@@ -50,22 +50,26 @@ def generate(
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    samples: options.Samples = 1,
     dtype: options.DType = "bfloat16",
     activations: options.Activations = "bf16",
     kv_dtype: options.KVDtype = "bf16",
     max_seq_len: options.MaxSeqLen = None,
     max_batch_size: options.MaxBatchSize = 8,
+    lookahead: options.Lookahead = None,
+    draft: options.Draft = None,
 ) -> None:
     """Continue a text, or each line of a file. The prompts are taken as they are, without a chat
     format; see `chat` for that.
 
     A single prompt is streamed to stdout. With --json or --output there is a JSON object for each
-    prompt: the fields of the input line and text, finish_reason, prompt_tokens,
-    completion_tokens.
+    continuation: the fields of the input line and text, finish_reason, prompt_tokens,
+    completion_tokens, and with --samples sample, counted from 0.
 
     **Examples**
 
         llama-jax generate --prompt "Once upon a time" --temperature 0.8 --seed 1
+        llama-jax generate --prompt "Sort: 5, 3, 8" --samples 4 --temperature 1 --json
         llama-jax generate ./llama-8b --input prompts.txt --output texts.jsonl
         llama-jax generate ./llama-8b --input questions.jsonl --stop "\\n" --json | jq .text
     """
@@ -79,43 +83,50 @@ def generate(
     llm = options.load(
         model, show_plan=model is not None and not as_json, dtype=dtype, activations=activations,
         kv_dtype=kv_dtype, max_seq_len=max_seq_len,
-        max_batch_size=1 if prompt is not None else max_batch_size,
+        max_batch_size=max_batch_size if input is not None else min(samples, max_batch_size),
+        lookahead=lookahead, draft=draft,
     )  # fmt: skip
     sampling = options.sampling_params(
         llm, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop,
+        min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop, n=samples,
     )  # fmt: skip
-    if prompt is not None and output is None and not as_json:
+    if prompt is not None and samples == 1 and output is None and not as_json:
         _stream(llm, prompt, sampling)
         return
-    before, began = snapshot(), time.perf_counter()
+    before, began = snapshot(llm), time.perf_counter()
     with progress_bar() as bar:
         task = bar.add_task("generating", total=len(rows), unit="prompts")
         prompts = [row["prompt"] for row in rows]
         results = llm.generate(prompts, sampling, lambda: bar.advance(task))
     seconds = time.perf_counter() - began
+    made = [
+        (row, {"sample": i} if samples > 1 else {}, each)
+        for row, result in zip(rows, results, strict=True)
+        for i, each in enumerate(result.samples)
+    ]
     if output is None and not as_json:
-        for row, result in zip(rows, results, strict=True):
-            print(row["prompt"] + result.text)
+        for row, _, each in made:
+            print(row["prompt"] + each.text)
     else:
         with whole_file("-" if output is None else output) as file:
-            for row, result in zip(rows, results, strict=True):
-                file.write(json_line({**row, **_fields(result)}) + "\n")
-    compiled = snapshot().report.since(before.report)
-    tokens = sum(len(result.token_ids) for result in results)
-    rate = tokens / (seconds - compiled.seconds)
-    note(f"{len(results)} prompts, {tokens} tokens, {rate:,.0f} tok/s · {compiled}")
+            for row, number, each in made:
+                file.write(json_line({**row, **number, **_fields(each)}) + "\n")
+    after = snapshot(llm)
+    compiled, stats = after.report.since(before.report), after.stats.since(before.stats)
+    rate = stats.drawn / (seconds - compiled.seconds)
+    note(f"{len(results)} prompts, {stats.drawn} tokens, {rate:,.0f} tok/s · {compiled}")
+    note(str(stats))
 
 
 def _stream(llm: "LLM", prompt: str, sampling: "SamplingParams") -> None:
-    before, result = snapshot(), None
+    before, result = snapshot(llm), None
     for piece in llm.stream(prompt, sampling):
         sys.stdout.write(piece.text)
         sys.stdout.flush()
         result = piece.result
     print()
     assert result is not None
-    note(str(speed_since(before, result)))
+    note(str(speed_since(before, llm, result)))
 
 
 def _fields(result: "Generation") -> dict[str, Any]:

@@ -66,6 +66,25 @@ MaxBatchSize = Annotated[
     int, typer.Option(min=1, help="Sequences at the same time.", rich_help_panel=_LOADING)
 ]
 
+Lookahead = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Tokens to guess ahead for the model to check together: looked up in the text so far, "
+        "or drawn by --draft. Faster where guesses are right; the tokens stay the same.",
+        show_default="0, or 4 with --draft",
+        rich_help_panel=_LOADING,
+    ),
+]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="A smaller model with the same vocabulary that guesses tokens.",
+        rich_help_panel=_LOADING,
+    ),
+]
+
 MaxNewTokens = Annotated[
     int | None,
     typer.Option(help="Tokens to generate at most.", show_default="256", rich_help_panel=_SAMPLING),
@@ -91,6 +110,12 @@ RepetitionPenalty = Annotated[
 Seed = Annotated[
     int | None,
     typer.Option(help="Makes sampling repeatable.", rich_help_panel=_SAMPLING),
+]
+Samples = Annotated[
+    int,
+    typer.Option(
+        "--samples", "-n", min=1, help="Continuations of each prompt.", rich_help_panel=_SAMPLING
+    ),
 ]
 Stop = Annotated[
     list[str] | None,
@@ -118,12 +143,16 @@ def preset_spec(preset: str, dtype: Any, activations: Any) -> "ModelSpec":
 
 
 def load(model: str | None, *, show_plan: bool, **settings: Any) -> "LLM":
-    """`LLM.load`, with the progress of a conversion on stderr, and the memory plan or a spinner."""
+    """`LLM.load` with the settings that were given (not None), with the progress of a conversion on
+    stderr, and the memory plan or a spinner."""
     name = model_name(model)
     with stderr.status("starting JAX"):
         from converters.resolve import resolve
         from llama_jax.llm import LLM, SHIPPED_MODEL
     directory = resolve(SHIPPED_MODEL if model is None else model)
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if "draft" in settings:
+        settings["draft"] = resolve(settings["draft"])
     if show_plan:  # a spinner would draw over the table
         note(f"loading {name}")
         return LLM.load(directory, verbose=True, **settings)

@@ -144,13 +144,15 @@ def score(
         "tokens": tokens,
     }  # fmt: skip
     scored = partial(score_rows, llm, tokens=tokens, window=window, stride=stride)
-    before, began = snapshot(), time.perf_counter()
+    before, began = snapshot(llm), time.perf_counter()
     # What came from stdin cannot be read again, so there is nothing to resume.
     whole = output == "-" or input == "-"
     with whole_file(output) if whole else resumable_file(output, settings, overwrite) as file:
         summary = _write_scores(input, num_lines, file, scored)
-    compiled = snapshot().report.since(before.report)
-    _report(summary, time.perf_counter() - began - compiled.seconds, compiled, as_json)
+    after = snapshot(llm)
+    compiled, stats = after.report.since(before.report), after.stats.since(before.stats)
+    seconds = time.perf_counter() - began - compiled.seconds
+    _report(summary, seconds, compiled, stats.hit_rate, as_json)
 
 
 def _survey(path: str) -> tuple[int | None, str | None]:
@@ -221,7 +223,9 @@ def _progress(summary: _Summary, done: int, num_lines: int | None, seconds: floa
     return f"{summary.resumed + done} of {num_lines} lines · {rate} · {left:,.0f} s left"
 
 
-def _report(summary: _Summary, seconds: float, compiled: "CompileReport", as_json: bool) -> None:
+def _report(
+    summary: _Summary, seconds: float, compiled: "CompileReport", hit_rate: float, as_json: bool
+) -> None:
     figures = {
         "scored": summary.scored,
         "bad": summary.bad,
@@ -231,6 +235,7 @@ def _report(summary: _Summary, seconds: float, compiled: "CompileReport", as_jso
         "greedy": summary.greedy,
         "seconds": seconds,
         "tokens_per_second": summary.num_read / seconds,
+        "cache_hit_rate": hit_rate,
         "compile": vars(compiled),
     }
     if as_json:
@@ -241,7 +246,8 @@ def _report(summary: _Summary, seconds: float, compiled: "CompileReport", as_jso
         note(
             f"{summary.scored} scored, {summary.bad} bad{before} · {summary.num_tokens} tokens, "
             f"perplexity {mean}, {summary.greedy} greedy · "
-            f"{figures['tokens_per_second']:,.0f} tok/s · {compiled}"
+            f"{figures['tokens_per_second']:,.0f} tok/s, {hit_rate:.0%} of the tokens found in the "
+            f"cache · {compiled}"
         )
     if summary.bad and not as_json:
         note(f"the first bad one is {summary.first_error}")

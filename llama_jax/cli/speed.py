@@ -5,27 +5,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llama_jax.compile_cache import CompileReport
+    from llama_jax.llm import LLM
     from llama_jax.results import Generation
+    from llama_jax.scheduling import Stats
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What had been compiled at some moment; decode_seconds is the decode step's part of it."""
+    """What had been compiled at some moment; decode_seconds is the decode step's part of it. stats:
+    what the engine had done."""
 
     report: "CompileReport"
     decode_seconds: float
+    stats: "Stats"
 
 
 @dataclass(frozen=True)
 class Speed:
     """One reply. prefill_seconds and decode_seconds leave out `compile`, what was compiled
-    meanwhile; decode_tokens_per_second is None for a reply of one token, which prefill draws."""
+    meanwhile; decode_tokens_per_second is None for a reply of one token, which prefill draws, and
+    acceptance_rate where no tokens were guessed ahead."""
 
     prompt_tokens: int
     completion_tokens: int
     prefill_seconds: float
     decode_seconds: float
     compile: "CompileReport"
+    acceptance_rate: float | None = None
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -47,26 +53,31 @@ class Speed:
         parts = [f"prefill {self.prefill_tokens_per_second:,.0f} tok/s"]
         if self.decode_tokens_per_second is not None:
             parts.append(f"decode {self.decode_tokens_per_second:,.0f} tok/s")
+        if self.acceptance_rate is not None:
+            parts.append(f"{self.acceptance_rate:.0%} of guesses accepted")
         if self.compile.compiled + self.compile.from_cache:
             parts.append(str(self.compile))
         return " · ".join(parts)
 
 
-def snapshot() -> Snapshot:
+def snapshot(llm: "LLM") -> Snapshot:
     from llama_jax import compile_cache
 
-    return Snapshot(compile_cache.report(), compile_cache.seconds_of("decode_steps"))
+    decode_seconds = compile_cache.seconds_of("decode_steps")
+    return Snapshot(compile_cache.report(), decode_seconds, llm.stats())
 
 
-def speed_since(before: Snapshot, result: "Generation") -> Speed:
+def speed_since(before: Snapshot, llm: "LLM", result: "Generation") -> Speed:
     """The speed of a reply that was generated alone, and began after `before` was taken."""
-    after = snapshot()
+    after = snapshot(llm)
     compiled = after.report.since(before.report)
     compiling_decode = after.decode_seconds - before.decode_seconds
+    stats = after.stats.since(before.stats)
     return Speed(
         prompt_tokens=len(result.prompt_token_ids),
         completion_tokens=len(result.token_ids),
         prefill_seconds=result.timings.prefill - (compiled.seconds - compiling_decode),
         decode_seconds=result.timings.decode - compiling_decode,
         compile=compiled,
+        acceptance_rate=stats.acceptance_rate if stats.guessed else None,
     )
