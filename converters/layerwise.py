@@ -243,7 +243,7 @@ def _layer(
     inputs: dict[str, Array] = {}
 
     def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if isinstance(context.module, Linear):
+        if isinstance(context.module, Linear) and context.method_name == "operands":
             inputs["/".join(context.module.path[1:])] = args[0]
         return call(*args, **kwargs)
 

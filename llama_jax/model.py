@@ -8,10 +8,10 @@ of its axes; initialisation, sharding and the restore target of a checkpoint all
 (`abstract_params`, `logical_axes`). Shapes in comments: b batch, t tokens, d hidden_size.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,12 @@ from llama_jax.config import LlamaConfig
 from llama_jax.fp8 import WeightFormat, quantize_per_token, scale_shape
 from llama_jax.kv_cache import KVCache, write_pages
 from pallas_kernels import e4m3
-from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels.fp8_matmul import chosen, fp8_matmul, fp8_matmuls, swiglu
 from pallas_kernels.fp8_matmul.xla import MIN_ROWS_FOR_BF16, by_row_blocks, dot
 from pallas_kernels.paged_attention import paged_attention
 
 Activations = Literal["bf16", "dynamic", "static"]
+Implementation = Literal["reference", "xla", "hopper"]
 Params = Mapping[str, Any]
 
 
@@ -42,12 +43,16 @@ class ModelSpec:
     activations: what FP8 weights are multiplied with: "bf16" (activations as they are, in
         `dtype`), "dynamic" (e4m3fn, a scale per token) or "static" (e4m3fn, the checkpoint's
         input scale).
+    implementation: of attention and of products with FP8 weights, see `pallas_kernels`: None for
+        the best that runs on what is lowered for, else "reference", "xla", or "hopper", which
+        refuses what its kernels cannot take.
     """
 
     config: LlamaConfig
     formats: Mapping[str, WeightFormat] = field(default_factory=FrozenDict)
     dtype: str = "bfloat16"
     activations: Activations = "bf16"
+    implementation: Implementation | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "formats", FrozenDict(self.formats))
@@ -56,6 +61,11 @@ class ModelSpec:
         if self.activations not in ("bf16", "dynamic", "static"):
             raise ValueError(
                 f"activations must be 'bf16', 'dynamic' or 'static', got {self.activations!r}"
+            )
+        if self.implementation not in (None, *get_args(Implementation)):
+            raise ValueError(
+                "implementation must be 'reference', 'xla', 'hopper' or None, got "
+                f"{self.implementation!r}"
             )
         lacking = [
             path for path, stored in self.formats.items() if stored.scale and not stored.input_scale
@@ -160,53 +170,148 @@ class RMSNorm(nn.Module):
         return normed.astype(x.dtype) * weight.astype(x.dtype)
 
 
+class Stored(NamedTuple):
+    """A matrix [out, in] and, where it is quantised, its scales and perhaps that of its inputs."""
+
+    weight: Array
+    scale: Array | None = None
+    input_scale: Array | None = None
+
+    @property
+    def quantized(self) -> tuple[Array, Array]:
+        assert self.scale is not None
+        return self.weight, self.scale
+
+
+class Operands(NamedTuple):
+    """Of a product x @ matrix.T. x: [rows, in]; x_scale: of FP8 codes, see `fp8_matmul`."""
+
+    x: Array
+    x_scale: Array | None
+    matrix: Stored
+
+
 class Linear(nn.Module):
-    """x [..., in] @ weight [out, in].T, the weight in whatever format it is stored."""
+    """x [..., in] @ weight [out, in].T + residual [..., out], the weight in whatever format it is
+    stored."""
 
     spec: ModelSpec
+    in_features: int
     out_features: int
     axes: tuple[str, str]
 
+    def __call__(self, x: Array, residual: Array | None = None) -> Array:
+        return multiply(self.spec, self.operands(x), x, residual)
+
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        shape = (self.out_features, x.shape[-1])
-        stored = self.spec.format_of(self.path)
+    def stored(self) -> Stored:
+        shape, stored = (self.out_features, self.in_features), self.format
         weight = _parameter(self, "weight", shape, self.axes, stored.dtype)
-        rows = x.reshape(-1, x.shape[-1])
         if stored.scale is None:
-            y = dense(rows, weight)
-        else:
-            scales = scale_shape(shape, stored.scale, stored.column_groups)
-            axes = self.axes[: len(scales)]
-            scale = _parameter(self, "weight_scale", scales, axes, "float32")
-            x_scale = None
-            if stored.input_scale:
-                input_scale = _parameter(self, "input_scale", (), (), "float32")
-            if self.spec.activations == "dynamic":
-                rows, x_scale = quantize_per_token(rows, stored.activation_scale_ub)
-            elif self.spec.activations == "static":
-                rows, x_scale = e4m3.cast(rows.astype(jnp.float32) / input_scale), input_scale
-            y = fp8_matmul(rows, weight, scale, x_scale=x_scale)
-        return y.astype(x.dtype).reshape(*x.shape[:-1], self.out_features)
+            return Stored(weight)
+        scales = scale_shape(shape, stored.scale, stored.column_groups)
+        scale = _parameter(self, "weight_scale", scales, self.axes[: len(scales)], "float32")
+        if not stored.input_scale:
+            return Stored(weight, scale)
+        return Stored(weight, scale, _parameter(self, "input_scale", (), (), "float32"))
+
+    def operands(self, x: Array) -> Operands:
+        matrix, rows, x_scale = self.stored(), x.reshape(-1, self.in_features), None
+        if matrix.scale is not None and self.spec.activations == "dynamic":
+            rows, x_scale = quantize_per_token(rows, self.format.activation_scale_ub)
+        elif matrix.scale is not None and self.spec.activations == "static":
+            assert matrix.input_scale is not None
+            x_scale = matrix.input_scale
+            rows = e4m3.cast(rows.astype(jnp.float32) / x_scale)
+        return Operands(rows, x_scale, matrix)
+
+    @property
+    def format(self) -> WeightFormat:
+        return self.spec.format_of(self.path)
+
+
+def multiply(
+    spec: ModelSpec, operands: Operands, like: Array, residual: Array | None = None
+) -> Array:
+    """The product, plus a residual, in the dtype and with the leading axes of `like`.
+
+    A kernel adds the residual before it rounds; otherwise the product is rounded first.
+    """
+    x, x_scale, (weight, scale, _) = operands
+    shape, is_added = (*like.shape[:-1], weight.shape[0]), False
+    if scale is None:
+        y = dense(x, weight)
+    else:
+        rows = None if residual is None else residual.reshape(-1, weight.shape[0])
+        runs = chosen(x, weight, scale, like.dtype, rows, implementation=spec.implementation)
+        is_added = runs.startswith("hopper")
+        y = fp8_matmul(
+            x, weight, scale, x_scale=x_scale, residual=rows if is_added else None,
+            out_dtype=like.dtype, implementation=spec.implementation,
+        )  # fmt: skip
+    y = y.astype(like.dtype).reshape(shape)
+    return y if residual is None or is_added else y + residual
+
+
+def products(spec: ModelSpec, x: Array, linears: Sequence[Linear]) -> list[Array]:
+    """x [..., in] through each, in one launch where a kernel does that."""
+    operands = [linear.operands(x) for linear in linears]
+    if not _is_one_launch(spec, [linear.format for linear in linears], operands, x.dtype):
+        found = []
+        for linear, each in zip(linears, operands, strict=True):
+            with jax.named_scope(str(linear.name)):
+                found.append(multiply(spec, each, x))
+        return found
+    weights, scales = zip(*(each.matrix.quantized for each in operands), strict=True)
+    with jax.named_scope("+".join(str(linear.name) for linear in linears)):
+        ys = fp8_matmuls(
+            operands[0].x, weights, scales, x_scale=operands[0].x_scale, out_dtype=x.dtype,
+            implementation="hopper_weight_only",
+        )  # fmt: skip
+    return [y.reshape(*x.shape[:-1], -1) for y in ys]
+
+
+def _is_one_launch(
+    spec: ModelSpec,
+    formats: Sequence[WeightFormat],
+    operands: Sequence[Operands],
+    dtype: jnp.dtype,
+) -> bool:
+    """Whether what is multiplied is the same for all, and one kernel takes it."""
+    alike = {(stored.scale, stored.activation_scale_ub) for stored in formats}
+    if formats[0].scale is None or len(alike) > 1 or spec.activations == "static":
+        return False
+    return all(
+        chosen(x, *matrix.quantized, dtype, implementation=spec.implementation)
+        == "hopper_weight_only"
+        for x, _, matrix in operands
+    )
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; causal over its own tokens, or against a layer's cached pages."""
+    """Grouped-query attention, plus the residual; causal over its own tokens, or against a layer's
+    cached pages."""
 
     spec: ModelSpec
 
     @nn.compact
     def __call__(
-        self, x: Array, positions: Array, cache: LayerCache | None
+        self, x: Array, residual: Array, positions: Array, cache: LayerCache | None
     ) -> tuple[Array, LayerCache | None]:
-        config, heads = self.spec.config, (-1, self.spec.config.head_dim)
+        config, hidden = self.spec.config, self.spec.config.hidden_size
         q_size, kv_size = (
             count * config.head_dim for count in (config.num_heads, config.num_kv_heads)
         )
         linear = partial(Linear, self.spec)
-        q = linear(q_size, ("heads", "embed"), name="q_proj")(x).reshape(*x.shape[:2], *heads)
-        k = linear(kv_size, ("kv_heads", "embed"), name="k_proj")(x).reshape(*x.shape[:2], *heads)
-        v = linear(kv_size, ("kv_heads", "embed"), name="v_proj")(x).reshape(*x.shape[:2], *heads)
+        projections = (
+            linear(hidden, q_size, ("heads", "embed"), name="q_proj"),
+            linear(hidden, kv_size, ("kv_heads", "embed"), name="k_proj"),
+            linear(hidden, kv_size, ("kv_heads", "embed"), name="v_proj"),
+        )
+        q, k, v = (
+            y.reshape(*x.shape[:2], -1, config.head_dim)
+            for y in products(self.spec, x, projections)
+        )
         frequencies = rope_frequencies(config)
         q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
 
@@ -219,24 +324,56 @@ class Attention(nn.Module):
                 v=write_pages(cache.v, v, *where, cache.v_scale),
             )
             y = paged_attention(
-                q, cache.k, cache.v, *where, k_scale=cache.k_scale, v_scale=cache.v_scale
-            )
+                q, cache.k, cache.v, *where, k_scale=cache.k_scale, v_scale=cache.v_scale,
+                implementation=self.spec.implementation,
+            )  # fmt: skip
         y = y.reshape(*x.shape[:2], q_size)
-        return linear(config.hidden_size, ("embed", "heads"), name="o_proj")(y), cache
+        o_proj = linear(q_size, hidden, ("embed", "heads"), name="o_proj")
+        return o_proj(y, residual), cache
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU, plus the residual: down(silu(gate(x)) * up(x)) + residual."""
 
     spec: ModelSpec
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        config = self.spec.config
+    def __call__(self, x: Array, residual: Array) -> Array:
+        hidden, inner = self.spec.config.hidden_size, self.spec.config.intermediate_size
         linear = partial(Linear, self.spec)
-        gate = linear(config.intermediate_size, ("mlp", "embed"), name="gate_proj")(x)
-        up = linear(config.intermediate_size, ("mlp", "embed"), name="up_proj")(x)
-        return linear(config.hidden_size, ("embed", "mlp"), name="down_proj")(nn.silu(gate) * up)
+        gate = linear(hidden, inner, ("mlp", "embed"), name="gate_proj")
+        up = linear(hidden, inner, ("mlp", "embed"), name="up_proj")
+        down = linear(inner, hidden, ("embed", "mlp"), name="down_proj")
+        if _is_swiglu_fused(self.spec, x, gate, up, down):
+            rows, x_scale, matrix = gate.operands(x)
+            with jax.named_scope("gate_proj+up_proj"):
+                codes, scale = swiglu(
+                    rows, *matrix.quantized, *up.stored().quantized, x_scale=x_scale,
+                    implementation="hopper_fp8",
+                )  # fmt: skip
+            with jax.named_scope("down_proj"):
+                return multiply(self.spec, Operands(codes, scale, down.stored()), x, residual)
+        g, u = products(self.spec, x, (gate, up))
+        return down(nn.silu(g) * u, residual)
+
+
+def _is_swiglu_fused(spec: ModelSpec, x: Array, gate: Linear, up: Linear, down: Linear) -> bool:
+    """Whether one kernel computes silu(gate(x)) * up(x) and quantises it for down_proj, with a
+    scale per token and 128 columns, where otherwise it is one per token."""
+    formats = [linear.format for linear in (gate, up, down)]
+    if (
+        spec.activations != "dynamic"
+        or spec.implementation not in (None, "hopper")
+        or any(each.scale is None or each.activation_scale_ub for each in formats)
+        or formats[0].scale != formats[1].scale
+    ):
+        return False
+
+    def runs_in_fp8(linear: Linear, out_dtype: jnp.dtype | None) -> bool:
+        codes = jax.ShapeDtypeStruct((x.size // x.shape[-1], linear.in_features), e4m3.DTYPE)
+        return chosen(codes, *linear.stored().quantized, out_dtype) == "hopper_fp8"
+
+    return runs_in_fp8(gate, None) and runs_in_fp8(up, None) and runs_in_fp8(down, x.dtype)
 
 
 class Block(nn.Module):
@@ -249,10 +386,9 @@ class Block(nn.Module):
         self, x: Array, positions: Array, cache: LayerCache | None
     ) -> tuple[Array, LayerCache | None]:
         normed = RMSNorm(self.spec, name="input_layernorm")(x)
-        y, cache = Attention(self.spec, name="self_attn")(normed, positions, cache)
-        x = x + y
+        x, cache = Attention(self.spec, name="self_attn")(normed, x, positions, cache)
         normed = RMSNorm(self.spec, name="post_attention_layernorm")(x)
-        return x + MLP(self.spec, name="mlp")(normed), cache
+        return MLP(self.spec, name="mlp")(normed, x), cache
 
 
 class Llama(nn.Module):
@@ -267,7 +403,9 @@ class Llama(nn.Module):
         self.layers = [Block(self.spec) for _ in range(config.num_layers)]
         self.norm = RMSNorm(self.spec)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(self.spec, config.vocab_size, ("vocab", "embed"))
+            self.lm_head = Linear(
+                self.spec, config.hidden_size, config.vocab_size, ("vocab", "embed")
+            )
 
     def __call__(self, tokens: Array) -> Array:
         """Without a cache, for training and as a second opinion: int [b, t] -> float32 logits
@@ -339,18 +477,24 @@ def dense(x: Array, weight: Array) -> Array:
 
 def abstract_params(spec: ModelSpec) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct`s, nested by module name."""
-    return nn.unbox(_boxed_params(spec))
+    return nn.unbox(_boxed_params(_declaring(spec)))
 
 
 def logical_axes(spec: ModelSpec) -> Params:
     """The parameter tree with a `PartitionSpec` of logical axis names in place of each array."""
-    return nn.get_partition_spec(_boxed_params(spec))
+    return nn.get_partition_spec(_boxed_params(_declaring(spec)))
 
 
 def init_params(spec: ModelSpec, seed: int = 0) -> Params:
     """Random parameters in the formats of `spec`, for tests, benchmarks and training."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return nn.unbox(jax.jit(Llama(spec).init)(jax.random.key(seed), tokens)["params"])
+    init = jax.jit(Llama(_declaring(spec)).init)
+    return nn.unbox(init(jax.random.key(seed), tokens)["params"])
+
+
+def _declaring(spec: ModelSpec) -> ModelSpec:
+    """What declares the same parameters on any device, whatever runs with them."""
+    return replace(spec, implementation="xla")
 
 
 @cache

@@ -282,8 +282,12 @@ def test_lowering_for_an_h200_takes_the_kernel_where_there_is_one():
     assert kernels_in(fp8_matmuls, x[:64], *several, **few) == ["fp8_matmul_weight_only"]
     gate_up = weight, scale, weight, scale
     assert kernels_in(swiglu, x[:64], *gate_up, **few) == ["fp8_matmul_weight_only"]
-    named = {"implementation": "hopper", **few}
+    named = {"implementation": "hopper_fp8", **few}
     assert kernels_in(fp8_matmul, x[:64], weight, scale, **named) == ["fp8_matmul"]
+    best = {"implementation": "hopper", **few}
+    assert kernels_in(fp8_matmul, x[:64], weight, scale, **best) == ["fp8_matmul_weight_only"]
+    with pytest.raises(ValueError, match=r"cannot run: x must have 1 to 64 rows, got 65; x and"):
+        kernels_in(fp8_matmul, x.astype(BF16), weight, scale, implementation="hopper")
     wide = x[:64].astype(BF16)
     assert kernels_in(fp8_matmul, wide, weight, scale) == ["fp8_matmul_weight_only"]
     assert kernels_in(fp8_matmuls, wide, *several) == ["fp8_matmul_weight_only"]

@@ -154,7 +154,7 @@ def test_an_mlp_over_several_gpus_runs_the_kernels_on_its_shards():
 
     def mlp(x, x_scale, gate, gate_scale, up, up_scale, down, down_scale):
         codes, scale = swiglu(x, gate, gate_scale, up, up_scale, x_scale=x_scale)
-        y = fp8_matmul(codes, down, down_scale, x_scale=scale, implementation="hopper")
+        y = fp8_matmul(codes, down, down_scale, x_scale=scale, implementation="hopper_fp8")
         return jax.lax.psum(y, "model")
 
     x, gate, gate_scale, x_scale = arguments(m, inner, hidden)

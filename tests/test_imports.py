@@ -1,4 +1,4 @@
-"""Imports point one way: pallas_kernels <- llama_jax <- converters, cli, integrations."""
+"""Imports point one way: pallas_kernels <- llama_jax <- converters, cli."""
 
 import ast
 from pathlib import Path
@@ -23,12 +23,8 @@ def imports(path: Path) -> set[str]:
     ("package", "above", "exceptions"),
     [
         ("pallas_kernels", ("llama_jax", "converters"), set()),
-        (
-            "llama_jax",
-            ("converters", "llama_jax.cli", "llama_jax.integrations"),
-            {"llama_jax/checkpoint.py"},
-        ),
-        ("converters", ("llama_jax.cli", "llama_jax.integrations"), set()),
+        ("llama_jax", ("converters", "llama_jax.cli"), {"llama_jax/checkpoint.py"}),
+        ("converters", ("llama_jax.cli",), set()),
     ],
 )
 def test_nothing_imports_what_stands_above_it(package, above, exceptions):

@@ -91,7 +91,7 @@ def calibrate(
     largest: dict[str, float] = {}
 
     def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if isinstance(context.module, Linear):
+        if isinstance(context.module, Linear) and context.method_name == "operands":
             name = "model." + ".".join(context.module.path).replace("layers_", "layers.")
             largest[name] = max(largest.get(name, 0.0), float(jnp.max(jnp.abs(args[0]))))
         return call(*args, **kwargs)

@@ -1,8 +1,8 @@
 """FP8 matrix multiplication: activations times a float8_e4m3fn weight that stays float8."""
 
-from collections.abc import Sequence
-from types import ModuleType
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from jax import Array
 from pallas_kernels import device, e4m3
 from pallas_kernels.fp8_matmul import reference, xla
 
-Implementation = Literal["reference", "xla", "hopper", "hopper_weight_only"]
+Implementation = Literal["reference", "xla", "hopper", "hopper_fp8", "hopper_weight_only"]
 
 
 def fp8_matmul(
@@ -34,17 +34,18 @@ def fp8_matmul(
     x_scale: float32 [m, 1] (per token), [] (static) or [m, ceil(in / 128)] (per token and 128
         columns); required with float8 activations.
     residual: [m, out], bfloat16 or float32, added before the result is rounded to `out_dtype`.
-    implementation: None takes the first that can run: "hopper_weight_only", "hopper", "xla".
-        All but "reference" and "xla" need a Hopper GPU, a float8_e4m3fn weight with scales per row
-        or per block, and `in` a multiple of 128.
+    implementation: None takes the first that can run: "hopper_weight_only", "hopper_fp8", "xla";
+        "hopper" the first of its two kernels. `chosen` names it. All but "reference" and "xla" need
+        a Hopper GPU, a float8_e4m3fn weight with scales per row or per block, and `in` a multiple
+        of 128.
         "hopper_weight_only": at most 64 rows of x, bfloat16 or float8; `out` a multiple of 32.
-        "hopper": float8 x; `out` a multiple of 16, of 8 for float32 results; a residual of
+        "hopper_fp8": float8 x; `out` a multiple of 16, of 8 for float32 results; a residual of
         `out_dtype`.
     Returns [m, out] of `out_dtype`. With one scale per row the products are exact; with block
     scales and bfloat16 activations "xla" rounds code * scale to bfloat16 first; with `x_scale` per
-    128 columns "xla" and "hopper_weight_only" do so with x. "hopper" adds runs of 128 products with
-    the tensor cores' precision, about 14 bits, and with one scale per row all of them; a row does
-    not depend on how many there are, nor does it in "hopper_weight_only".
+    128 columns "xla" and "hopper_weight_only" do so with x. "hopper_fp8" adds runs of 128 products
+    with the tensor cores' precision, about 14 bits, and with one scale per row all of them; a row
+    does not depend on how many there are, nor does it in "hopper_weight_only".
     Raises ValueError for other shapes or dtypes, and if the named implementation cannot run.
     """
     _check(x, weight, weight_scale, x_scale)
@@ -52,11 +53,20 @@ def fp8_matmul(
     if residual is not None and residual.shape != shape:
         raise ValueError(f"residual must be {shape}, got {residual.shape}")
     weight_scale = _without_one_group(weight_scale, weight)
-    which = _choose(implementation, x, weight, weight_scale, dtype, residual)
+    which = chosen(x, weight, weight_scale, dtype, residual, implementation=implementation)
     if which == "hopper_weight_only":
         (y,) = _weight_only(x, (weight,), (weight_scale,), x_scale)
         return (y if residual is None else y + residual.astype(jnp.float32)).astype(dtype)
-    return _module(which).fp8_matmul(x, weight, weight_scale, x_scale, dtype, residual)
+    if which == "hopper_fp8":
+        from pallas_kernels.fp8_matmul import hopper
+
+        assert x_scale is not None
+        return hopper.fp8_matmul(x, weight, weight_scale, x_scale, dtype, residual)
+    arguments = x, weight, weight_scale, x_scale, dtype, residual
+    if which == "reference":
+        return reference.fp8_matmul(*arguments)
+    with _left_to_xla(implementation, x, weight, weight_scale, dtype, residual):
+        return xla.fp8_matmul(*arguments)
 
 
 def fp8_matmuls(
@@ -78,7 +88,7 @@ def fp8_matmuls(
         _check(x, weight, scale, x_scale)
     scales = [_without_one_group(*each) for each in zip(weight_scales, weights, strict=True)]
     pairs = list(zip(weights, scales, strict=True))
-    which = {_choose(implementation, x, *pair, dtype) for pair in pairs}
+    which = {chosen(x, *pair, dtype, implementation=implementation) for pair in pairs}
     if which == {"hopper_weight_only"} and len({scale.ndim for scale in scales}) == 1:
         return tuple(y.astype(dtype) for y in _weight_only(x, weights, scales, x_scale))
     return tuple(
@@ -117,55 +127,100 @@ def swiglu(
     if gate.shape[0] % reference.BLOCK:
         raise ValueError(f"out = {gate.shape[0]} must be a multiple of {reference.BLOCK}")
     gate_scale, up_scale = (_without_one_group(each, gate) for each in (gate_scale, up_scale))
-    which = _choose(implementation, x, gate, gate_scale, None)
+    which = chosen(x, gate, gate_scale, None, implementation=implementation)
     if which == "hopper_weight_only":
         g, u = _weight_only(x, (gate, up), (gate_scale, up_scale), x_scale)
         return reference.quantize_groups(jax.nn.silu(g) * u)
-    return _module(which).swiglu(x, gate, gate_scale, up, up_scale, x_scale)
+    if which == "hopper_fp8":
+        from pallas_kernels.fp8_matmul import hopper
+
+        assert x_scale is not None
+        return hopper.swiglu(x, gate, gate_scale, up, up_scale, x_scale)
+    arguments = x, gate, gate_scale, up, up_scale, x_scale
+    if which == "reference":
+        return reference.swiglu(*arguments)
+    with _left_to_xla(implementation, x, gate, gate_scale, None):
+        return xla.swiglu(*arguments)
 
 
-def _choose(
+def chosen(
+    x: Array | jax.ShapeDtypeStruct,
+    weight: Array,
+    weight_scale: Array,
+    out_dtype: jnp.dtype | None,
+    residual: Array | None = None,
+    *,
+    implementation: Implementation | None = None,
+) -> Implementation:
+    """What None or "hopper" stands for with these operands; any other name as it is. out_dtype:
+    None for `swiglu`.
+
+    Raises ValueError if what is named cannot run.
+    """
+    if implementation in ("reference", "xla"):
+        return implementation
+    if implementation not in (None, "hopper", *_KERNELS):
+        raise ValueError(
+            f"no implementation {implementation!r}: take one of {get_args(Implementation)}, or None"
+        )
+    refusals = _refusals(
+        x, weight, weight_scale, out_dtype, residual, implementation=implementation
+    )
+    if which := next((each for each, refusal in refusals.items() if refusal is None), None):
+        return which
+    if implementation is None:
+        return "xla"
+    raise ValueError(f"implementation {implementation!r} cannot run: {_in_words(refusals)}")
+
+
+def _refusals(
+    x: Array | jax.ShapeDtypeStruct,
+    weight: Array,
+    weight_scale: Array,
+    out_dtype: jnp.dtype | None,
+    residual: Array | None,
+    *,
+    implementation: Implementation | None,
+) -> Mapping[Implementation, str | None]:
+    """Why the kernels that an implementation stands for cannot run, in order; None if they can."""
+    kernels = (implementation,) if implementation in _KERNELS else _KERNELS
+    reason = device.not_hopper() or (device.not_local() if implementation is None else None)
+    if reason:
+        return dict.fromkeys(kernels, reason)
+    # Mosaic GPU takes a third of JAX's own time to import: only where it may run.
+    from pallas_kernels.fp8_matmul import hopper, hopper_weight_only
+
+    weight_scale = _without_one_group(weight_scale, weight)
+    is_fp8 = x.dtype == e4m3.DTYPE
+    wide = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if is_fp8 else x.dtype)
+    result = jnp.dtype(jnp.float32) if out_dtype is None else out_dtype
+    refusals: dict[Implementation, str | None] = {
+        "hopper_weight_only": hopper_weight_only.refusal(wide, weight, weight_scale, result),
+        "hopper_fp8": hopper.refusal(x, weight, weight_scale, out_dtype, residual),
+    }
+    return {each: refusals[each] for each in kernels}
+
+
+def _left_to_xla(
     implementation: Implementation | None,
     x: Array,
     weight: Array,
     weight_scale: Array,
     out_dtype: jnp.dtype | None,
     residual: Array | None = None,
-) -> Implementation:
-    """The named implementation, or None's. out_dtype: None for `swiglu`."""
-    if implementation in ("reference", "xla"):
-        return implementation
-    if implementation not in (None, "hopper", "hopper_weight_only"):
-        raise ValueError(
-            f"no implementation {implementation!r}: take one of {get_args(Implementation)}, or None"
-        )
-    reason = device.not_hopper()
-    if implementation is None and (reason or not device.is_local()):
-        return "xla"
-    # Mosaic GPU takes a third of JAX's own time to import: only where it may run.
-    from pallas_kernels.fp8_matmul import hopper, hopper_weight_only
-
-    wide = _widened(x)
-    why_not: dict[Implementation, str | None] = {
-        "hopper_weight_only": reason
-        or hopper_weight_only.refusal(
-            wide, weight, weight_scale, out_dtype or jnp.dtype(jnp.float32)
-        ),
-        "hopper": reason or hopper.refusal(x, weight, weight_scale, out_dtype, residual),
-    }
-    if implementation is None:
-        return next((each for each, refusal in why_not.items() if refusal is None), "xla")
-    if refusal := why_not[implementation]:
-        raise ValueError(f"implementation {implementation!r} cannot run: {refusal}")
-    return implementation
+) -> AbstractContextManager[Any, None]:
+    """The scope of XLA's formulation, with the reason why no kernel runs."""
+    if implementation:
+        return device.left_to_xla(f"{implementation} was asked for")
+    operands = x, weight, weight_scale, out_dtype, residual
+    return device.left_to_xla(_in_words(_refusals(*operands, implementation=None)))
 
 
-def _module(which: Implementation) -> ModuleType:
-    if which == "hopper":
-        from pallas_kernels.fp8_matmul import hopper
+def _in_words(refusals: Mapping[Implementation, str | None]) -> str:
+    return "; ".join(dict.fromkeys(each for each in refusals.values() if each))
 
-        return hopper
-    return reference if which == "reference" else xla
+
+_KERNELS: tuple[Implementation, ...] = ("hopper_weight_only", "hopper_fp8")
 
 
 def _weight_only(

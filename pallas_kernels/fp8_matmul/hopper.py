@@ -207,7 +207,7 @@ def swiglu(
 
 
 def refusal(
-    x: Array,
+    x: Array | jax.ShapeDtypeStruct,
     weight: Array,
     weight_scale: Array,
     out_dtype: jnp.dtype | None,

@@ -1,1 +1,0 @@
-"""Other people's tools with this engine inside. Each module needs an extra of its own."""

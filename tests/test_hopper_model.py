@@ -1,0 +1,107 @@
+"""The model through the kernels for Hopper, in JAX's GPU simulator and as traced for an H200."""
+
+from collections import Counter
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from llama_jax.kv_cache import init_cache
+from llama_jax.model import ModelSpec, extend, init_params, last_hidden, unembed
+from llama_jax.paths import calls, programs
+from llama_jax.scheduling import EngineOptions
+from pallas_kernels import device, sm90
+from pallas_kernels.fp8_matmul import hopper, hopper_weight_only
+from pallas_kernels.paged_attention import hopper as hopper_attention
+from tests import tiny
+
+CONFIG = tiny.config(hidden_size=128, intermediate_size=256, num_layers=1, num_heads=4,
+                     num_kv_heads=2, head_dim=64, vocab_size=128, dtype="bfloat16")  # fmt: skip
+PROMPT, ROWS = 40, 2  # tokens of each row: more than the weight-only kernel takes
+
+
+def spec_of(config=CONFIG, **settings):
+    return ModelSpec(config, tiny.fp8_formats(config, input_scale=False), **settings)
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """Kernels run in the simulator, as if on a Hopper GPU."""
+    monkeypatch.setattr(device, "not_hopper", lambda: None)
+    for module, name in (
+        (hopper, "fp8_matmul"), (hopper, "swiglu"), (hopper_weight_only, "fp8_matmuls"),
+        (hopper_attention, "paged_attention"),
+    ):  # fmt: skip
+        run = partial(getattr(module, name), interpret=plgpu.InterpretGPUParams(detect_races=True))
+        monkeypatch.setattr(module, name, run)
+
+
+def run(params, prefill_spec, decode_spec, cache_dtype):
+    """Logits after a prompt, and after a token more; not in one program, where kernels that run in
+    the simulator at the same time would wait for each other's threads."""
+    cache = init_cache(CONFIG, ROWS, 64, cache_dtype)
+    ids = tiny.tokens(ROWS, PROMPT + 1, vocab_size=CONFIG.vocab_size)
+    lengths = jnp.array([PROMPT, PROMPT - 3])
+    hidden, cache = extend(params, cache, ids[:, :-1], lengths, spec=prefill_spec)
+    first = unembed(params, last_hidden(hidden, lengths), spec=prefill_spec)
+    hidden, _ = extend(params, cache, ids[:, -1:], jnp.ones(ROWS, jnp.int32), spec=decode_spec)
+    return np.asarray(first), np.asarray(unembed(params, hidden[:, 0], spec=decode_spec))
+
+
+def distance(a, b):
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", ["row", "block"])
+def test_no_farther_from_float32_than_through_xla(scale, simulated):
+    """FP8 activations in prefill, bfloat16 in decode. The kernels' swiglu is quantised per 128
+    columns and they add the residual before they round: errors of other values, of one size."""
+    spec = ModelSpec(CONFIG, tiny.fp8_formats(CONFIG, scale, input_scale=False))
+    params = jax.tree.map(lambda a: a * 6 if a.dtype == jnp.bfloat16 else a, init_params(spec))
+    exact = replace(spec, dtype="float32", implementation="xla")
+    expected = run(params, exact, exact, "float32")
+    errors = {}
+    for name in ("xla", "hopper"):
+        named = replace(spec, implementation=name)
+        found = run(params, replace(named, activations="dynamic"), named, "bfloat16")
+        errors[name] = [distance(*pair) for pair in zip(found, expected, strict=True)]
+    assert not gpu_callbacks.get_races().races_found
+    for ours, theirs in zip(errors["hopper"], errors["xla"], strict=True):
+        assert ours < 1.3 * theirs < 0.1
+
+
+def launches(spec, **options):
+    """Of layer 0 by phase: the matrices that each kernel reads, and its name."""
+    options = EngineOptions(max_batch_size=2, max_seq_len=256, prefill_chunk=128, **options)
+    with jax.sharding.use_abstract_mesh(sm90.H200):
+        return {
+            each.phase: Counter(
+                ("+".join(path.rpartition("/")[2] for path in call.matrices), call.path)
+                for call in calls(each)
+                if call.module.startswith("layers_0")
+            )
+            for each in programs(spec, options, "bf16")
+        }
+
+
+DECODE = Counter([
+    ("q_proj+k_proj+v_proj", "fp8_matmul_weight_only"), ("", "paged_attention_decode"),
+    ("", "paged_attention_combine"), ("o_proj", "fp8_matmul_weight_only"),
+    ("gate_proj+up_proj", "fp8_matmul_weight_only"), ("down_proj", "fp8_matmul_weight_only"),
+])  # fmt: skip
+PREFILL = Counter([
+    ("q_proj", "fp8_matmul"), ("k_proj", "fp8_matmul"), ("v_proj", "fp8_matmul"),
+    ("", "paged_attention_prefill"), ("o_proj", "fp8_matmul"),
+    ("gate_proj+up_proj", "fp8_swiglu"), ("down_proj", "fp8_matmul"),
+])  # fmt: skip
+
+
+def test_launches_on_an_h200():
+    found = launches(spec_of(activations="dynamic"))
+    assert found == {"prefill": PREFILL, "decode": DECODE}
