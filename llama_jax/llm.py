@@ -309,13 +309,20 @@ class LLM:
         results = self._answers(self.perplexity_question(text, window, stride) for text in given)
         return results[0] if single else results
 
+    def generate_question(
+        self, prompt: Prompt, sampling: SamplingParams | None = None
+    ) -> Question[Generation]:
+        """What `generate` asks, for `scoring.answers`: for more prompts than fit in memory."""
+        request = self._request(self._prompt_ids(prompt), sampling or self.default_sampling)
+        return Question((request,), lambda requests: self._result(requests[0]))
+
     def score_question(self, prompt: Prompt, completion: Prompt) -> Question[Score]:
-        """What `score` asks, for `scoring.answers`: for more texts than fit in memory."""
+        """What `score` asks, see `generate_question`."""
         request = score_request(*self.pair_ids(prompt, completion))
         return Question((request,), lambda requests: score_of(requests[0]))
 
     def rank_question(self, prompt: Prompt, labels: Sequence[Prompt]) -> Question[Ranking]:
-        """What `rank` asks, see `score_question`."""
+        """What `rank` asks, see `generate_question`."""
         if isinstance(labels, str) or not labels:
             raise ValueError(f"labels must be a list of at least one, got {labels!r}")
         requests = [score_request(*self.pair_ids(prompt, label)) for label in labels]
@@ -324,7 +331,7 @@ class LLM:
     def perplexity_question(
         self, text: Prompt, window: int | None = None, stride: int | None = None
     ) -> Question[Perplexity]:
-        """What `perplexity` asks, see `score_question`."""
+        """What `perplexity` asks, see `generate_question`."""
         window = self.max_seq_len if window is None else window
         stride = window - 1 if stride is None else stride
         if window > self.max_seq_len:

@@ -120,12 +120,14 @@ def test_help_teaches_and_does_not_wait_for_jax():
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    for command in ("convert", "inspect", "generate", "chat", "score", "bench"):
+    for command in ("convert", "inspect", "generate", "chat", "score", "eval", "bench"):
         assert command in result.stdout
     assert 'llama-jax chat -m "What is 47 + 85?"' in result.stdout
 
 
-@pytest.mark.parametrize("command", ["convert", "inspect", "generate", "chat", "score", "bench"])
+@pytest.mark.parametrize(
+    "command", ["convert", "inspect", "generate", "chat", "score", "eval", "bench"]
+)
 def test_each_command_shows_examples_and_has_json(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0

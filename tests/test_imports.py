@@ -1,4 +1,4 @@
-"""Imports point one way: pallas_kernels <- llama_jax <- converters, cli."""
+"""Imports point one way: pallas_kernels <- llama_jax <- converters, cli, integrations."""
 
 import ast
 from pathlib import Path
@@ -23,8 +23,12 @@ def imports(path: Path) -> set[str]:
     ("package", "above", "exceptions"),
     [
         ("pallas_kernels", ("llama_jax", "converters"), set()),
-        ("llama_jax", ("converters", "llama_jax.cli"), {"llama_jax/checkpoint.py"}),
-        ("converters", ("llama_jax.cli",), set()),
+        (
+            "llama_jax",
+            ("converters", "llama_jax.cli", "llama_jax.integrations"),
+            {"llama_jax/checkpoint.py"},
+        ),
+        ("converters", ("llama_jax.cli", "llama_jax.integrations"), set()),
     ],
 )
 def test_nothing_imports_what_stands_above_it(package, above, exceptions):

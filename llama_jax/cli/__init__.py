@@ -17,6 +17,7 @@ from llama_jax.cli.bench import bench
 from llama_jax.cli.chat import chat
 from llama_jax.cli.compare import compare
 from llama_jax.cli.convert import convert
+from llama_jax.cli.eval import eval
 from llama_jax.cli.export import export
 from llama_jax.cli.generate import generate
 from llama_jax.cli.inspect import inspect
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, generate, score, convert, export, verify, inspect, compare, bench):
+for command in (chat, generate, score, eval, convert, export, verify, inspect, compare, bench):
     app.command()(command)
 
 

@@ -1,0 +1,228 @@
+"""lm-evaluation-harness (extra `eval`) with the model `llama_jax`.
+
+`python -m llama_jax.integrations.lm_eval` is the harness's own command line with that model in it.
+Texts become tokens, are cut to the context and end as with the harness's `hf` model, so figures can
+be compared; the engine forms the batches and computes what prompts share once.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llama_jax.chat import render_chat
+from llama_jax.llm import LLM, SHIPPED_MODEL
+from llama_jax.results import Generation
+from llama_jax.sampling import SamplingParams
+from llama_jax.scoring import Question, answers
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from tqdm import tqdm
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"{error.name} is missing, which the evaluation harness needs: pip install "
+        '"llama-jax[eval]"',
+        name=error.name,
+    ) from error
+
+# The sampling settings that a task's generation_kwargs may have, besides `until`, `do_sample`,
+# `temperature` and the names for the number of tokens.
+_SAMPLING = frozenset({
+    "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "min_new_tokens",
+})  # fmt: skip
+# Put behind a message that is to be continued, to find its end in the prompt. Where a template
+# strips messages the space goes.
+_END, _SPACE = "\N{REVERSED PILCROW SIGN}continued here\N{PILCROW SIGN}", " "
+
+
+@register_model("llama_jax")
+class LlamaJax(TemplateLM):
+    """A model for the harness. Its texts may name special tokens, as those of chats do."""
+
+    def __init__(
+        self,
+        pretrained: str | Path | LLM = SHIPPED_MODEL,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        **settings: Any,
+    ) -> None:
+        """pretrained, settings: as `LLM.load` takes them, or a loaded model.
+
+        max_batch_size: sequences at the same time. batch_size, device: what the harness says to
+        every model ("cuda:0" by default), not used: the engine forms its own batches, and JAX takes
+        the GPU if there is one, unless JAX_PLATFORMS says otherwise.
+        """
+        super().__init__()
+        if isinstance(pretrained, LLM):
+            self.llm = pretrained
+        else:
+            if max_batch_size is not None:
+                settings["max_batch_size"] = max_batch_size
+            self.llm = LLM.load(pretrained, **settings)
+        self.tokenizer = self.llm.tokenizer
+        # The harness's bootstrap would fork this process, whose threads hold locks.
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_ids[-1]
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos_id = self.tokenizer.bos_id
+        return self.eot_token_id if bos_id is None else bos_id
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that go into the model; the last one of a scored text is only looked up."""
+        return self.llm.max_seq_len - 1
+
+    @property
+    def max_gen_toks(self) -> int:
+        return 256
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness's cache of requests knows a chat template by."""
+        source = self.tokenizer.chat_template or self.tokenizer.kind
+        return "llama_jax-" + hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        ids = self.tokenizer.encode(string, parse_special=True)
+        bos_id = self.tokenizer.bos_id
+        if add_special_tokens is False or bos_id is None or ids[:1] == [bos_id]:
+            return ids
+        return [bos_id, *ids]
+
+    def apply_chat_template(
+        self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
+    ) -> str:
+        """Messages as a prompt; without `add_generation_prompt` the last one is to be continued."""
+        if add_generation_prompt:
+            return render_chat(self.tokenizer, chat_history)
+        *before, last = chat_history
+        marked = {**last, "content": last["content"] + _END + _SPACE}
+        text = render_chat(self.tokenizer, [*before, marked], add_generation_prompt=False)
+        prompt, end, after = text.rpartition(_END)
+        if not end:
+            raise ValueError(
+                f"the chat template does not show the end of the last message, {last['content']!r}"
+            )
+        return prompt if after.startswith(_SPACE) else prompt.rstrip()
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        questions = (self._score_question(*request) for request in requests)
+        return self._answers(
+            "loglikelihood",
+            [pair for pair, _, _ in requests],
+            questions,
+            lambda score: (score.total, score.is_greedy),
+            disable_tqdm,
+        )
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        texts = [request.args for request in requests]
+        # As `hf` does it: a first token, and after it the text with a first token of its own.
+        questions = (
+            self.llm.perplexity_question([self.prefix_token_id, *self.tok_encode(text)])
+            for (text,) in texts
+        )
+        return self._answers(
+            "loglikelihood_rolling", texts, questions, lambda found: found.total, disable_tqdm
+        )
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        arguments = [request.args for request in requests]
+        questions = (self._generate_question(*each) for each in arguments)
+        return self._answers(
+            "generate_until", arguments, questions, lambda reply: reply.text, disable_tqdm
+        )
+
+    def _answers[T, R](
+        self,
+        method: str,
+        arguments: Sequence[tuple[Any, ...]],
+        questions: Iterable[Question[T]],
+        result: Callable[[T], R],
+        disable_tqdm: bool,
+    ) -> list[R]:
+        """Results of a method in order; each goes to the harness's cache as soon as it is known."""
+        found = answers(self.llm.engine, questions)
+        progress = tqdm(found, method, total=len(arguments), disable=disable_tqdm)
+        results = []
+        for each, answer in zip(arguments, progress, strict=True):
+            results.append(result(answer))
+            self.cache_hook.add_partial(method, each, results[-1])
+        return results
+
+    def _score_question(
+        self, pair: tuple[str, str], context: list[int], continuation: list[int]
+    ) -> Question[Any]:
+        count = len(continuation)
+        if not 1 <= count <= self.max_length:
+            raise ValueError(
+                f"the continuation {pair[1]!r:.200} has {count} tokens after {pair[0][-100:]!r}: "
+                f"between 1 and {self.max_length} (max_seq_len - 1) are possible"
+            )
+        kept = (context + continuation)[-self.llm.max_seq_len :]
+        return self.llm.score_question(kept[:-count], continuation)
+
+    def _generate_question(
+        self, context: str, generation_kwargs: dict[str, Any]
+    ) -> Question[Generation]:
+        sampling = self._sampling(generation_kwargs)
+        room = self.max_length - sampling.max_new_tokens
+        if room < 1:
+            raise ValueError(
+                f"max_gen_toks {sampling.max_new_tokens} leaves no room for a prompt among "
+                f"{self.max_length} tokens: lower it, or load the model with a larger max_seq_len"
+            )
+        return self.llm.generate_question(self.tok_encode(context)[-room:], sampling)
+
+    def _sampling(self, generation_kwargs: dict[str, Any]) -> SamplingParams:
+        given = dict(normalize_gen_kwargs(generation_kwargs, self.max_gen_toks))
+        until = [text for text in given.pop("until") if text]
+        max_new_tokens, temperature = given.pop("max_gen_toks"), given.pop("temperature", 0.0)
+        del given["do_sample"]
+        if given.get("num_beams") == 1:
+            del given["num_beams"]
+        if unknown := sorted(given.keys() - _SAMPLING):
+            raise ValueError(
+                f"generation_kwargs: {unknown[0]} is not supported; besides until, do_sample, "
+                f"temperature and max_gen_toks there are {', '.join(sorted(_SAMPLING))}"
+            )
+        special = self.tokenizer.special_tokens
+        return replace(
+            self.llm.default_sampling,
+            max_new_tokens=max_new_tokens,
+            temperature=float(temperature),
+            stop=[text for text in until if text not in special],
+            stop_token_ids=[special[text] for text in until if text in special],
+            # The harness seeds numpy, so its --seed repeats a run.
+            seed=int(np.random.randint(2**32)) if temperature else 0,
+            **given,
+        )
+
+
+if __name__ == "__main__":
+    cli_evaluate()
