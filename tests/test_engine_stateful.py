@@ -1,20 +1,27 @@
 """The engine driven at random: whatever is submitted, stepped and cancelled in whatever order,
-every token is the one that the request gets on its own, and no page is lost."""
+every token is the one that the request gets on its own, and no page is lost. So too when it guesses
+ahead, scores texts in between, and steps fail."""
 
+from contextlib import suppress
 from functools import cache
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from llama_jax.engine import QueueFullError
+from llama_jax import engine as engine_module
+from llama_jax.engine import Engine, QueueFullError
+from llama_jax.model import init_params
 from llama_jax.request import Request
 from llama_jax.sampling import SamplingParams
-from tests.test_engine import drawn, make, prompt
+from tests.test_engine import drawn, finish, make, prompt
+from tests.test_speculation import SMALL, with_draft
 
 MAX_WAITING = 5
 POOL = 6  # pages; each of the three rows may come to need four
+SIZES = {"num_pages": POOL, "max_waiting": MAX_WAITING, "prefill_budget": 40}
 
 BEGINNINGS = st.tuples(st.sampled_from((0, 20, 64, 90, 128)), st.sampled_from((0, 1)))
 ENDINGS = st.tuples(st.sampled_from((1, 7, 40)), st.integers(2, 4))
@@ -36,6 +43,12 @@ def tokens_alone(text: tuple[int, ...], count: int, temperature: float, stop: in
     return tuple(drawn(alone_engine(), request)[0])
 
 
+@cache
+def logprobs_alone(text: tuple[int, ...]) -> np.ndarray:
+    (request,) = finish(alone_engine(), Request(list(text), wanted="logprobs"))
+    return request.prompt_logprobs
+
+
 def build(text, count: int, temperature: float, stop: int | None, is_streamed=False) -> Request:
     params = SamplingParams(max_new_tokens=count, temperature=temperature, seed=7)
     stops = frozenset() if stop is None else frozenset([stop])
@@ -45,19 +58,24 @@ def build(text, count: int, temperature: float, stop: int | None, is_streamed=Fa
 class EngineMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.engine = make(num_pages=POOL, max_waiting=MAX_WAITING, prefill_budget=40)
+        self.engine = self.make()
         self.wanted: dict[int, tuple[Request, tuple[int, ...]]] = {}
+
+    def make(self) -> Engine:
+        return make(**SIZES)
 
     @rule(beginning=BEGINNINGS, ending=ENDINGS, how=SETTINGS, is_streamed=st.booleans())
     def submit(self, beginning, ending, how, is_streamed) -> None:
         text = (*prompt(*beginning), *prompt(*ending))
-        request = build(text, *how, is_streamed)
-        if self.engine.num_waiting == MAX_WAITING:
+        self.hand_in(build(text, *how, is_streamed), tokens_alone(text, *how))
+
+    def hand_in(self, request: Request, wanted: tuple[int, ...]) -> None:
+        if self.engine.num_waiting >= MAX_WAITING:
             with pytest.raises(QueueFullError):
                 self.engine.submit(request)
             return
         self.engine.submit(request)
-        self.wanted[request.id] = request, tokens_alone(text, *how)
+        self.wanted[request.id] = request, wanted
 
     @rule(count=st.integers(1, 6))
     def step(self, count: int) -> None:
@@ -88,7 +106,7 @@ class EngineMachine(RuleBasedStateMachine):
         for page in range(POOL):
             assert self.engine.pages.owners(page) == owned.count(page)
         assert len(rows) <= 3 and len({row.number for row in rows}) == len(rows)
-        assert self.engine.num_waiting <= MAX_WAITING + len(rows)
+        assert self.engine.num_waiting <= MAX_WAITING + 3  # preempted, or running as a step failed
 
     def teardown(self) -> None:
         while self.engine.has_work:
@@ -101,8 +119,44 @@ class EngineMachine(RuleBasedStateMachine):
                 assert tuple(request.token_ids) == ids
 
 
-EngineMachine.TestCase.settings = settings(
-    max_examples=15, stateful_step_count=25, deadline=None, derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)  # fmt: skip
+class GuessingMachine(EngineMachine):
+    """Guesses are looked up; texts are scored in between, and steps fail."""
+
+    def make(self) -> Engine:
+        return make(**SIZES, lookahead=3)
+
+    @rule(beginning=BEGINNINGS, ending=ENDINGS, start=st.integers(1, 8))
+    def score(self, beginning, ending, start) -> None:
+        text = (*prompt(8), *prompt(*beginning), *prompt(*ending))
+        self.hand_in(Request(list(text), wanted="logprobs", score_from=start), ())
+
+    @rule()
+    def fail(self) -> None:
+        def failing(*_, **__) -> None:
+            raise ConnectionError
+
+        with pytest.MonkeyPatch.context() as patch, suppress(ConnectionError):
+            patch.setattr(engine_module, "decode_steps", failing)
+            self.engine.step()
+
+    @invariant()
+    def logprobs_are_right(self) -> None:
+        for request, _ in self.wanted.values():
+            if request.wanted == "logprobs" and request.finish_reason == "length":
+                alone = logprobs_alone(tuple(request.prompt))[request.score_from - 1 :]
+                np.testing.assert_allclose(request.prompt_logprobs, alone, atol=1e-5)
+
+
+class DraftMachine(GuessingMachine):
+    def make(self) -> Engine:
+        return with_draft(init_params(SMALL, seed=1), SMALL, **SIZES)
+
+
+for machine in (EngineMachine, GuessingMachine, DraftMachine):
+    machine.TestCase.settings = settings(
+        max_examples=15, stateful_step_count=25, deadline=None, derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )  # fmt: skip
 TestEngine = EngineMachine.TestCase
+TestGuessingEngine = pytest.mark.slow(GuessingMachine.TestCase)
+TestDraftingEngine = pytest.mark.slow(DraftMachine.TestCase)
