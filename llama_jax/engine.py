@@ -131,6 +131,9 @@ class Engine:
         mesh: Mesh | None = None,
         draft: tuple[Params, ModelSpec] | None = None,
     ) -> None:
+        if options.batch_invariant:
+            spec = replace(spec, is_batch_invariant=True)
+            draft = draft and (draft[0], replace(draft[1], is_batch_invariant=True))
         self.params = params
         self._draft_params = draft and draft[0]
         self._speculation = Speculation(options.lookahead, draft and draft[1])

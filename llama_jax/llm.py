@@ -16,7 +16,7 @@ from llama_jax.compile_cache import CompileReport
 from llama_jax.config import token_ids
 from llama_jax.engine import Engine
 from llama_jax.kv_cache import KVDtype, storage_dtype
-from llama_jax.model import Activations, ModelSpec, Params
+from llama_jax.model import Activations, Implementation, ModelSpec, Params
 from llama_jax.request import Request, Wanted
 from llama_jax.results import (
     Generation,
@@ -87,7 +87,8 @@ class LLM:
         path_or_id: str | Path = SHIPPED_MODEL,
         *,
         dtype: Literal["bfloat16", "float32"] = "bfloat16",
-        activations: Activations = "bf16",
+        activations: Activations = "auto",
+        implementation: Implementation | None = None,
         kv_dtype: KVDtype = "bf16",
         max_seq_len: int | None = None,
         max_batch_size: int = 8,
@@ -103,7 +104,10 @@ class LLM:
 
         dtype: of activations, cache and logits; "float32" means float32 throughout.
         activations: what FP8 weights are multiplied with: "bf16" (activations in `dtype`),
-            "dynamic" (e4m3fn per token) or "static" (e4m3fn by the checkpoint's input scales).
+            "dynamic" (e4m3fn per token) or "static" (e4m3fn by the checkpoint's input scales);
+            "auto" is "bf16", but "dynamic" for prompts on a GPU that computes in FP8.
+        implementation: of attention and FP8 matmuls, "xla", "hopper" (or an error) or "reference";
+            by default the best that runs here.
         kv_dtype: "bf16" (or rather `dtype`) or "fp8", of the key/value cache.
         max_seq_len: tokens that prompt and output may have together, at most the model's context;
             by default that, or 8192 if it is longer.
@@ -130,11 +134,13 @@ class LLM:
         if not 2 <= max_seq_len <= limit:
             raise ValueError(f"max_seq_len must be in [2, {limit}], got {max_seq_len}")
         kv_storage = storage_dtype(kv_dtype, dtype)
-        spec = manifest.spec(dtype, activations)
+        spec = replace(manifest.spec(dtype, activations), implementation=implementation)
+        spec.check_runs()
         draft_directory, draft_spec = None, None
         if draft is not None:
             draft_directory = checkpoint.resolve(draft)
-            draft_spec = checkpoint.read_manifest(draft_directory).spec(dtype)
+            draft_spec = checkpoint.read_manifest(draft_directory).spec(dtype, "auto")
+            draft_spec = replace(draft_spec, implementation=implementation)
             scheduling.setdefault("lookahead", DEFAULT_LOOKAHEAD)
         options = EngineOptions(max_batch_size, max_seq_len, **scheduling)
         Speculation(options.lookahead, draft_spec).check(config, max_seq_len)

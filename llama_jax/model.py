@@ -23,12 +23,19 @@ from jax import Array, lax
 from llama_jax.config import LlamaConfig
 from llama_jax.fp8 import WeightFormat, quantize_per_token, scale_shape
 from llama_jax.kv_cache import KVCache, write_pages
-from pallas_kernels import e4m3
-from pallas_kernels.fp8_matmul import chosen, fp8_matmul, fp8_matmuls, swiglu
+from pallas_kernels import device, e4m3
+from pallas_kernels.fp8_matmul import (
+    MAX_WEIGHT_ONLY_ROWS,
+    chosen,
+    fp8_matmul,
+    fp8_matmuls,
+    swiglu,
+)
 from pallas_kernels.fp8_matmul.xla import MIN_ROWS_FOR_BF16, by_row_blocks, dot
 from pallas_kernels.paged_attention import paged_attention
 
-Activations = Literal["bf16", "dynamic", "static"]
+Activations = Literal["auto", "bf16", "dynamic", "static"]
+Phase = Literal["prefill", "decode"]
 Implementation = Literal["reference", "xla", "hopper"]
 Params = Mapping[str, Any]
 
@@ -42,10 +49,11 @@ class ModelSpec:
     dtype: "bfloat16" or "float32", of the activations and the residual stream.
     activations: what FP8 weights are multiplied with: "bf16" (activations as they are, in
         `dtype`), "dynamic" (e4m3fn, a scale per token) or "static" (e4m3fn, the checkpoint's
-        input scale).
+        input scale); "auto" is for `extend` to decide, see `activations_in`.
     implementation: of attention and of products with FP8 weights, see `pallas_kernels`: None for
         the best that runs on what is lowered for, else "reference", "xla", or "hopper", which
         refuses what its kernels cannot take.
+    is_batch_invariant: a row's numbers are bit-equal whatever the other rows of the same call are.
     """
 
     config: LlamaConfig
@@ -53,14 +61,16 @@ class ModelSpec:
     dtype: str = "bfloat16"
     activations: Activations = "bf16"
     implementation: Implementation | None = None
+    is_batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "formats", FrozenDict(self.formats))
         if self.dtype not in ("bfloat16", "float32"):
             raise ValueError(f"dtype must be 'bfloat16' or 'float32', got {self.dtype!r}")
-        if self.activations not in ("bf16", "dynamic", "static"):
+        if self.activations not in get_args(Activations):
             raise ValueError(
-                f"activations must be 'bf16', 'dynamic' or 'static', got {self.activations!r}"
+                "activations must be 'auto', 'bf16', 'dynamic' or 'static', got "
+                f"{self.activations!r}"
             )
         if self.implementation not in (None, *get_args(Implementation)):
             raise ValueError(
@@ -74,6 +84,13 @@ class ModelSpec:
             raise ValueError(
                 f"activations='static' needs an input scale for each FP8 matrix; {lacking[0]} and "
                 f"{len(lacking) - 1} more have none. Use 'dynamic' or 'bf16'."
+            )
+
+    def check_runs(self) -> None:
+        """Raise ValueError if the named implementation cannot run on what is lowered for."""
+        if self.implementation == "hopper" and (reason := device.not_hopper()):
+            raise ValueError(
+                f"implementation='hopper' cannot run: {reason}. Leave it out for what can."
             )
 
     def format_of(self, path: tuple[str, ...]) -> WeightFormat:
@@ -325,6 +342,7 @@ class Attention(nn.Module):
             )
             y = paged_attention(
                 q, cache.k, cache.v, *where, k_scale=cache.k_scale, v_scale=cache.v_scale,
+                is_batch_invariant=self.spec.is_batch_invariant,
                 implementation=self.spec.implementation,
             )  # fmt: skip
         y = y.reshape(*x.shape[:2], q_size)
@@ -520,7 +538,7 @@ def prefill(
     in chunks: each call continues where the row stands. The cache is donated.
     Returns float32 logits [b, vocab] after each row's last real token, and the cache.
     """
-    hidden, cache = extend(params, cache, tokens, lengths, rows, spec=spec)
+    hidden, cache = extend(params, cache, tokens, lengths, rows, spec=spec, phase="prefill")
     return unembed(params, last_hidden(hidden, lengths), spec=spec), cache
 
 
@@ -539,7 +557,7 @@ def decode(
     Returns float32 logits [batch, vocab] and the cache.
     """
     lengths = jnp.ones_like(tokens) if active is None else active.astype(jnp.int32)
-    hidden, cache = extend(params, cache, tokens[:, None], lengths, spec=spec)
+    hidden, cache = extend(params, cache, tokens[:, None], lengths, spec=spec, phase="decode")
     return unembed(params, hidden[:, 0], spec=spec), cache
 
 
@@ -551,8 +569,10 @@ def extend(
     rows: Array | None = None,
     *,
     spec: ModelSpec,
+    phase: Phase,
 ) -> tuple[Array, KVCache]:
     """What `prefill` and `decode` share; returns hidden states [b, t, d] of every token."""
+    spec = replace(spec, activations=activations_in(phase, tokens.size, spec))
     rows = jnp.arange(tokens.shape[0]) if rows is None else rows
     starts = jnp.take(cache.lengths, rows, mode="clip")
     positions = starts[:, None] + jnp.arange(tokens.shape[1])
@@ -560,6 +580,19 @@ def extend(
         {"params": params}, tokens, positions, cache, rows, lengths, method="extend"
     )
     return extended
+
+
+def activations_in(phase: Phase, rows: int, spec: ModelSpec) -> Activations:
+    """Those of `spec`, and what "auto" stands for: "dynamic" where FP8 tensor cores compute, in
+    prefill and where more rows are decoded than the weight-only kernel takes; else "bf16".
+
+    rows: of the call, a static number; nothing here depends on what a batch holds.
+    """
+    if spec.activations != "auto":
+        return spec.activations
+    computes = phase == "prefill" or rows > MAX_WEIGHT_ONLY_ROWS
+    in_fp8 = spec.dtype == "bfloat16" and computes and device.has_fp8_tensor_cores()
+    return "dynamic" if in_fp8 else "bf16"
 
 
 def last_hidden(hidden: Array, lengths: Array) -> Array:

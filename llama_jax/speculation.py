@@ -111,7 +111,7 @@ def draft_tokens(
         cache, tokens, sampling = carry
         grows = i <= room
         hidden, cache = model.extend(
-            params, cache, tokens[:, None], grows.astype(jnp.int32), spec=spec
+            params, cache, tokens[:, None], grows.astype(jnp.int32), spec=spec, phase="decode"
         )
         drawn = sample(model.unembed(params, hidden[:, 0], spec=spec), sampling).tokens
         return (cache, drawn, record(sampling, drawn, grows)), drawn

@@ -152,8 +152,10 @@ def prefill_step(
     if speculation.draft:
         assert draft is not None and draft_params is not None
         draft = _follow(draft, cache)
-        _, draft = model.extend(draft_params, draft, tokens, lengths, rows, spec=speculation.draft)
-    hidden, cache = model.extend(params, cache, tokens, lengths, rows, spec=spec)
+        _, draft = model.extend(
+            draft_params, draft, tokens, lengths, rows, spec=speculation.draft, phase="prefill"
+        )
+    hidden, cache = model.extend(params, cache, tokens, lengths, rows, spec=spec, phase="prefill")
     hidden = model.last_hidden(hidden, lengths)
     vocab, last = spec.config.vocab_size, remaining > 0
     logits = lax.cond(
@@ -250,7 +252,7 @@ def _decode(
     guessed = jnp.where(active, jnp.minimum(guessed, state.remaining - 1), 0)
     fed = jnp.concatenate([state.tokens[:, None], guesses], axis=1)
     hidden, cache = model.extend(
-        params, state.cache, fed, jnp.where(active, 1 + guessed, 0), spec=spec
+        params, state.cache, fed, jnp.where(active, 1 + guessed, 0), spec=spec, phase="decode"
     )
     logits = model.unembed(params, hidden, spec=spec)
 
@@ -331,7 +333,7 @@ def score_step(
     `TOKENS_PER_LOGITS_BLOCK` tokens exist at a time.
     """
     cache = state.cache.replace(page_table=page_table)
-    hidden, cache = model.extend(params, cache, tokens, lengths, rows, spec=spec)
+    hidden, cache = model.extend(params, cache, tokens, lengths, rows, spec=spec, phase="prefill")
     count = tokens.size
     block = min(TOKENS_PER_LOGITS_BLOCK, count)
     padding = -count % block
@@ -363,5 +365,5 @@ def logits_step(
 ) -> tuple[DecodeState, Array]:
     """Append a chunk of each text; float32 logits [b, t, vocab] of every token."""
     cache = state.cache.replace(page_table=page_table)
-    hidden, cache = model.extend(params, cache, tokens, lengths, rows, spec=spec)
+    hidden, cache = model.extend(params, cache, tokens, lengths, rows, spec=spec, phase="prefill")
     return state.replace(cache=cache), model.unembed(params, hidden, spec=spec)

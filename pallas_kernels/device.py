@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 HOPPER = "9.0"
+FIRST_WITH_FP8 = 8.9
 H200_MULTIPROCESSORS = 132
 
 
@@ -26,6 +27,15 @@ def not_hopper() -> str | None:
     if capability != HOPPER:
         return f"{device.device_kind} has compute capability {capability}, not {HOPPER}"
     return None
+
+
+def has_fp8_tensor_cores() -> bool:
+    """Whether what is lowered for multiplies FP8 by FP8, as GPUs do since Ada and Hopper."""
+    if jax.sharding.get_abstract_mesh().abstract_device is not None:
+        return not_hopper() is None
+    if jax.default_backend() != "gpu":
+        return False
+    return float(getattr(jax.devices()[0], "compute_capability", 0)) >= FIRST_WITH_FP8
 
 
 def platform() -> str:

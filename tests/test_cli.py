@@ -341,8 +341,8 @@ def test_bench_json_is_complete(run, model, monkeypatch):
         assert m["fraction_of_copy"] == pytest.approx(read / m["decode_step_seconds"] / 1e9)
     assert report["model"] == "tiny-fp8" and report["copy_bytes_per_second"] == 1e9
     assert set(report) == {
-        "model", "dtype", "activations", "kv_dtype", "environment", "measurements",
-        "copy_bytes_per_second", "compile", "peak_memory",
+        "model", "dtype", "activations", "implementation", "kv_dtype", "environment",
+        "measurements", "copy_bytes_per_second", "compile", "peak_memory",
     }  # fmt: skip
     code, out, _ = run(
         "bench", model, "--batch", "1", "--prompt-len", "5", "--new-tokens", 2, "--dtype", "float32"

@@ -156,6 +156,14 @@ def test_batch_invariant_rows_are_bit_equal_alone():
     np.testing.assert_array_equal(run(slice(0, 1))[0], run(slice(0, 3))[0])
 
 
+@pytest.mark.slow
+def test_prefill_rows_are_bit_equal_alone():
+    q, k, v, *where = case(4, 1, 9, [120, 1, 55], [129, 10, 64])
+    together = prefill((q, k, v, *where))
+    alone = prefill((q[:1], k, v, *(a[:1] for a in where)))
+    np.testing.assert_array_equal(together[0], alone[0])
+
+
 @pytest.mark.parametrize(("tokens", "kernel"), [(8, "decode"), (9, "prefill")])
 def test_the_number_of_tokens_picks_the_kernel(tokens, kernel):
     arrays = case(4, 1, tokens, [0], [tokens])

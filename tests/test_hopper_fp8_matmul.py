@@ -189,6 +189,20 @@ def test_a_row_is_bit_equal_alone_and_in_any_tiling():
     np.testing.assert_array_equal(together[64:], alone)
 
 
+@pytest.mark.slow
+def test_a_row_of_swiglu_is_bit_equal_alone_and_in_a_batch():
+    x, gate, gate_scale, x_scale = operands(130, 128, 256)
+    _, up, up_scale, _ = operands(130, 128, 256, seed=1)
+
+    def run(rows):
+        arguments = x[rows], gate, gate_scale, up, up_scale, x_scale[rows]
+        codes, scale = hopper.swiglu(*arguments, **SIMULATED)
+        return codes.astype(F32)[-1], scale[-1]
+
+    for together, alone in zip(run(slice(0, 130)), run(slice(129, 130)), strict=True):
+        np.testing.assert_array_equal(together, alone)
+
+
 @pytest.mark.parametrize("promote", [False, True])
 @pytest.mark.parametrize("m", [1, 64, 65, 512, 2048, 8192])
 def test_the_heuristic_fits_a_multiprocessor(m, promote):

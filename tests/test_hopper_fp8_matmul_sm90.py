@@ -10,7 +10,13 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import e4m3, sm90
-from pallas_kernels.fp8_matmul import fp8_matmul, hopper, hopper_weight_only, swiglu
+from pallas_kernels.fp8_matmul import (
+    MAX_WEIGHT_ONLY_ROWS,
+    fp8_matmul,
+    hopper,
+    hopper_weight_only,
+    swiglu,
+)
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 from pallas_kernels.shapes import linears
 
@@ -137,7 +143,7 @@ def test_an_mlp_reads_its_weights_in_place(m, passes):
     assert text.count('custom_call_target="mosaic_gpu') == 2
     codes, scales = m * inner, m * inner // 128 * 4
     bound = codes + 2 * scales
-    if m <= hopper_weight_only.MAX_ROWS:  # float32: parts of both products along K, their sum
+    if m <= MAX_WEIGHT_ONLY_ROWS:  # float32: parts of both products along K, their sum
         splits = hopper_weight_only.heuristic_splits((inner, inner), hidden)
         bound += (splits * 2 + 1) * m * inner * 4
     assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * bound

@@ -11,8 +11,10 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from llama_jax.engine import Engine
 from llama_jax.kv_cache import init_cache
-from llama_jax.model import ModelSpec, extend, init_params, last_hidden, unembed
+from llama_jax.llm import LLM
+from llama_jax.model import ModelSpec, activations_in, extend, init_params, last_hidden, unembed
 from llama_jax.paths import calls, programs
 from llama_jax.scheduling import EngineOptions
 from pallas_kernels import device, sm90
@@ -47,9 +49,10 @@ def run(params, prefill_spec, decode_spec, cache_dtype):
     cache = init_cache(CONFIG, ROWS, 64, cache_dtype)
     ids = tiny.tokens(ROWS, PROMPT + 1, vocab_size=CONFIG.vocab_size)
     lengths = jnp.array([PROMPT, PROMPT - 3])
-    hidden, cache = extend(params, cache, ids[:, :-1], lengths, spec=prefill_spec)
+    hidden, cache = extend(params, cache, ids[:, :-1], lengths, spec=prefill_spec, phase="prefill")
     first = unembed(params, last_hidden(hidden, lengths), spec=prefill_spec)
-    hidden, _ = extend(params, cache, ids[:, -1:], jnp.ones(ROWS, jnp.int32), spec=decode_spec)
+    ones = jnp.ones(ROWS, jnp.int32)
+    hidden, _ = extend(params, cache, ids[:, -1:], ones, spec=decode_spec, phase="decode")
     return np.asarray(first), np.asarray(unembed(params, hidden[:, 0], spec=decode_spec))
 
 
@@ -78,7 +81,8 @@ def test_no_farther_from_float32_than_through_xla(scale, simulated):
 
 def launches(spec, **options):
     """Of layer 0 by phase: the matrices that each kernel reads, and its name."""
-    options = EngineOptions(max_batch_size=2, max_seq_len=256, prefill_chunk=128, **options)
+    sizes = {"max_batch_size": 2, "max_seq_len": 256, "prefill_chunk": 128} | options
+    options = EngineOptions(**sizes)
     with jax.sharding.use_abstract_mesh(sm90.H200):
         return {
             each.phase: Counter(
@@ -102,6 +106,52 @@ PREFILL = Counter([
 ])  # fmt: skip
 
 
-def test_launches_on_an_h200():
-    found = launches(spec_of(activations="dynamic"))
+FP8_DECODE = PREFILL - Counter([("", "paged_attention_prefill")]) + Counter([
+    ("", "paged_attention_decode"), ("", "paged_attention_combine"),
+])  # fmt: skip
+
+
+@pytest.mark.parametrize("activations", ["auto", "dynamic"])
+def test_launches_on_an_h200(activations):
+    found = launches(spec_of(activations=activations))
     assert found == {"prefill": PREFILL, "decode": DECODE}
+
+
+def test_many_rows_are_decoded_in_fp8():
+    assert launches(spec_of(activations="auto"), max_batch_size=65)["decode"] == FP8_DECODE
+
+
+def test_auto_activations():
+    spec = spec_of(activations="auto")
+    on_cpu = [activations_in(phase, 512, spec) for phase in ("prefill", "decode")]
+    assert on_cpu == ["bf16", "bf16"]
+    with jax.sharding.use_abstract_mesh(sm90.H200):
+        assert activations_in("prefill", 1, spec) == "dynamic"
+        assert activations_in("decode", 64, spec) == "bf16"
+        assert activations_in("decode", 65, spec) == "dynamic"
+        assert activations_in("prefill", 512, spec_of(activations="bf16")) == "bf16"
+        exact = spec_of(activations="auto", dtype="float32")
+        assert activations_in("prefill", 512, exact) == "bf16"
+
+
+def test_a_named_implementation_is_taken_or_refused():
+    assert {path for _, path in launches(spec_of(implementation="xla"))["decode"]} == {"xla"}
+    with pytest.raises(ValueError, match="'hopper' cannot run: x must have 1 to 64 rows, got 128"):
+        launches(spec_of(implementation="hopper", activations="bf16"))
+    with pytest.raises(ValueError, match="implementation='hopper' cannot run: JAX runs on cpu"):
+        LLM.load(implementation="hopper", verbose=False)
+
+
+def test_a_batch_invariant_engine_asks_the_kernels_for_it():
+    """The decode kernel's splits of 1024 keys: five for 4160, where otherwise there are as many as
+    keep the multiprocessors busy."""
+    options = EngineOptions(max_batch_size=1, max_seq_len=4160, batch_invariant=True)
+    engine = Engine({}, spec_of(), options, jnp.dtype("bfloat16"))
+
+    def parts(spec):
+        with jax.sharding.use_abstract_mesh(sm90.H200):
+            found = calls(programs(spec, options, "bf16")[1])
+        return {call.operands[0] for call in found if call.path == "paged_attention_combine"}
+
+    assert parts(engine.spec) == {"f32[5,1,2,1,64,8]"}
+    assert parts(spec_of()) != parts(engine.spec)

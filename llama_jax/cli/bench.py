@@ -1,6 +1,6 @@
 """`llama-jax bench`: how fast is it here?"""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,8 +29,9 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
     as_json: options.Json = False,
     dtype: options.DType = "bfloat16",
-    activations: options.Activations = "bf16",
+    activations: options.Activations = "auto",
     kv_dtype: options.KVDtype = "bf16",
+    implementation: options.Implementation = None,
 ) -> None:
     """Measure prefill and decode, and how close decoding comes to the memory's speed.
 
@@ -55,6 +56,8 @@ def bench(
     compile_cache.enable()
     workloads = [benchmark.Workload(*sizes, new_tokens) for sizes in product(batches, prompt_lens)]
     directory, spec = _spec(model, preset, workloads, dtype, activations)
+    spec = replace(spec, implementation=implementation)
+    spec.check_runs()
     cache_dtype = storage_dtype(kv_dtype, dtype)
     benchmark.plan(spec, workloads, cache_dtype).check()
     with stderr.status("measuring a copy"):
@@ -148,6 +151,7 @@ def _to_dict(name: str, spec: "ModelSpec", kv_dtype: str, report: "Report") -> d
         "model": name,
         "dtype": spec.dtype,
         "activations": spec.activations,
+        "implementation": spec.implementation,
         "kv_dtype": kv_dtype,
         "environment": asdict(report.environment),
         "measurements": measurements,

@@ -59,7 +59,7 @@ def chat(
     seed: options.Seed = None,
     stop: options.Stop = None,
     dtype: options.DType = "bfloat16",
-    activations: options.Activations = "bf16",
+    activations: options.Activations = "auto",
     kv_dtype: options.KVDtype = "bf16",
     max_seq_len: options.MaxSeqLen = None,
     lookahead: options.Lookahead = None,

@@ -48,7 +48,7 @@ def eval(
     system: Annotated[str | None, typer.Option(help="Instruction before everything.")] = None,
     as_json: options.Json = False,
     dtype: options.DType = "bfloat16",
-    activations: options.Activations = "bf16",
+    activations: options.Activations = "auto",
     kv_dtype: options.KVDtype = "bf16",
     max_seq_len: options.MaxSeqLen = None,
     max_batch_size: options.MaxBatchSize = 8,

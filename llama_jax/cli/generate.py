@@ -52,7 +52,7 @@ def generate(
     stop: options.Stop = None,
     samples: options.Samples = 1,
     dtype: options.DType = "bfloat16",
-    activations: options.Activations = "bf16",
+    activations: options.Activations = "auto",
     kv_dtype: options.KVDtype = "bf16",
     max_seq_len: options.MaxSeqLen = None,
     max_batch_size: options.MaxBatchSize = 8,

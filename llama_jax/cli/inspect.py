@@ -86,7 +86,7 @@ def inspect(
             rich_help_panel=_PATHS,
         ),
     ] = None,
-    activations: options.Activations = "bf16",
+    activations: options.Activations = "auto",
 ) -> None:
     """Show what a checkpoint is: layout, config, formats and scales of the weights, tokenizer; and
     the memory it would take, here or on another device. Nothing is converted or loaded.

@@ -42,10 +42,20 @@ DType = Annotated[
     typer.Option(help="Of activations, cache and logits.", rich_help_panel=_LOADING),
 ]
 Activations = Annotated[
-    Literal["bf16", "dynamic", "static"],
+    Literal["auto", "bf16", "dynamic", "static"],
     typer.Option(
         help="What FP8 weights are multiplied with: bf16 (activations in --dtype), dynamic (FP8 "
-        "with a scale per token) or static (FP8 with the checkpoint's scales).",
+        "with a scale per token) or static (FP8 with the checkpoint's scales); auto: bf16, but "
+        "dynamic for prompts on a GPU that computes in FP8.",
+        rich_help_panel=_LOADING,
+    ),
+]
+Implementation = Annotated[
+    Literal["reference", "xla", "hopper"] | None,
+    typer.Option(
+        help="Of attention and FP8 matmuls: XLA, or the kernels for Hopper, or an error where they "
+        "cannot run; reference is their definition in plain JAX.",
+        show_default="the best that runs here",
         rich_help_panel=_LOADING,
     ),
 ]

@@ -98,7 +98,7 @@ def score(
         bool, typer.Option("--json", help="Print the summary as JSON on stdout.")
     ] = False,
     dtype: options.DType = "bfloat16",
-    activations: options.Activations = "bf16",
+    activations: options.Activations = "auto",
     kv_dtype: options.KVDtype = "bf16",
     max_seq_len: options.MaxSeqLen = None,
     max_batch_size: options.MaxBatchSize = 8,

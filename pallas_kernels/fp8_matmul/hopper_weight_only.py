@@ -28,11 +28,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import e4m3, tuned
 from pallas_kernels.device import multiprocessors
+from pallas_kernels.fp8_matmul import MAX_WEIGHT_ONLY_ROWS
 from pallas_kernels.fp8_matmul.reference import BLOCK, is_per_block
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES, swizzled
 
 NAME = "fp8_matmul_weight_only"
-MAX_ROWS = 64
 COMPUTE_WARPGROUPS = 2
 LOADER = COMPUTE_WARPGROUPS
 WARPGROUP_ROWS = 64
@@ -110,8 +110,8 @@ def refusal(
     (m, k), n = x.shape, weight.shape[0]
     if x.dtype != jnp.bfloat16 or weight.dtype != e4m3.DTYPE:
         return f"x must be bfloat16 and weight float8_e4m3fn, got {x.dtype} and {weight.dtype}"
-    if not 1 <= m <= MAX_ROWS:
-        return f"x must have 1 to {MAX_ROWS} rows, got {m}"
+    if not 1 <= m <= MAX_WEIGHT_ONLY_ROWS:
+        return f"x must have 1 to {MAX_WEIGHT_ONLY_ROWS} rows, got {m}"
     if k % TILE_K:
         return f"in = {k} must be a multiple of {TILE_K}"
     if n % OUT_GRANULE:

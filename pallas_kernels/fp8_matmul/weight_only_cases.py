@@ -12,7 +12,12 @@ from jax import Array
 
 from pallas_kernels import e4m3
 from pallas_kernels.case import BF16_OPERATIONS_PER_SECOND, Case
-from pallas_kernels.fp8_matmul import hopper_weight_only, reference, xla
+from pallas_kernels.fp8_matmul import (
+    MAX_WEIGHT_ONLY_ROWS,
+    hopper_weight_only,
+    reference,
+    xla,
+)
 from pallas_kernels.fp8_matmul.hopper_weight_only import Config, configure, heuristic_cost
 from pallas_kernels.fp8_matmul.reference import BLOCK
 from pallas_kernels.shapes import linears
@@ -55,7 +60,7 @@ def launches() -> Iterator[Launch]:
 def cases(rows: Sequence[int]) -> Iterator[Case]:
     """Every launch, for those rows that the kernel takes; the fewest last, since splits are tuned
     once for all."""
-    few = sorted((m for m in rows if m <= hopper_weight_only.MAX_ROWS), reverse=True)
+    few = sorted((m for m in rows if m <= MAX_WEIGHT_ONLY_ROWS), reverse=True)
     for launch, layout, m in itertools.product(launches(), LAYOUTS, few):
         yield matmuls(launch, m, layout)
 
