@@ -56,6 +56,10 @@ def test_tied_embeddings_are_the_output_matrix() -> None:
 
 def test_an_h200_takes_the_kernels() -> None:
     found = traced()
+    attention, mlp = "layers_1/self_attn/", "layers_1/mlp/"
+    q_k_v = tuple(f"{attention}{name}_proj" for name in "qkv")
+    decode = {call.matrices for call in found["decode"]}
+    assert {q_k_v, (f"{mlp}gate_proj", f"{mlp}up_proj")} <= decode  # one launch each
     for phase, kernels in (
         ("prefill", ["paged_attention_prefill"]),
         ("decode", ["paged_attention_decode", "paged_attention_combine"]),
@@ -73,14 +77,16 @@ def test_an_h200_takes_the_kernels() -> None:
 def test_a_cpu_leaves_everything_to_xla_and_says_why() -> None:
     for found in traced(device="cpu").values():
         assert {call.path for call in found} == {"xla"}
-        attention = of_module(found, "layers_0/self_attn")
-        assert {call.why_not for call in attention} == {"JAX runs on cpu, not on a GPU"}
+        layers = [call for call in found if call.module.startswith("layers")]
+        assert {call.why_not for call in layers} == {"JAX runs on cpu, not on a GPU"}
 
 
 def test_refusals_are_named() -> None:
     narrow = replace(FITTING, head_dim=32, hidden_size=192, num_layers=1)
-    (attention,) = of_module(traced(narrow)["prefill"], "layers_0/self_attn")
-    assert attention.why_not == "head_dim must be 64 or 128, got 32"
+    found = {call.matrices: call for call in traced(narrow)["prefill"]}
+    assert found[()].why_not == "head_dim must be 64 or 128, got 32"
+    q_proj = found[("layers_0/self_attn/q_proj",)]
+    assert q_proj.path == "xla" and "192" in str(q_proj.why_not)
     in_float32 = of_module(traced(dtype="float32")["decode"], "layers_0/self_attn")
     assert "q must be bfloat16, got float32" in {call.why_not for call in in_float32}
 

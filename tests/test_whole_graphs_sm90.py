@@ -1,0 +1,138 @@
+"""Llama 3.1 8B's `prefill_step` and `decode_steps` as they are compiled for an H200."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import jax
+import pytest
+
+from llama_jax.bench import preset_spec
+from llama_jax.config import PRESETS
+from llama_jax.kv_cache import KVDtype
+from llama_jax.memory import plan_memory
+from llama_jax.model import Activations, ModelSpec
+from llama_jax.paths import Program, calls, programs
+from llama_jax.scheduling import EngineOptions
+from pallas_kernels import sm90
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sm90.unavailable() is not None, reason=str(sm90.unavailable())),
+]
+
+CONFIG = PRESETS["llama-3.1-8b"]
+OPTIONS = EngineOptions(max_batch_size=8, max_seq_len=8192, prefill_chunk=2048)
+# q, k and v, attention, o, gate and up, down. Few rows: q, k and v in one launch, attention in two.
+LAUNCHES = {"prefill": 7, "decode": 6}
+MOST_OF_XLA = {("prefill", "auto"): 14, ("decode", "auto"): 12, ("decode", "dynamic"): 17}
+GRAPHS = [("prefill", "auto"), ("decode", "auto"), ("decode", "dynamic")]
+
+
+def program(
+    phase: str, activations: Activations, kv_dtype: KVDtype, num_layers: int
+) -> tuple[ModelSpec, Program]:
+    formats = preset_spec(replace(CONFIG, num_layers=num_layers))
+    spec = ModelSpec(formats.config, formats.formats, "bfloat16", activations)
+    with jax.sharding.use_abstract_mesh(sm90.H200):
+        (found,) = (each for each in programs(spec, OPTIONS, kv_dtype) if each.phase == phase)
+    return spec, found
+
+
+@cache
+def compiled(
+    phase: str, activations: Activations, kv_dtype: KVDtype, num_layers: int
+) -> tuple[Any, str]:
+    """Memory and text."""
+    _, found = program(phase, activations, kv_dtype, num_layers)
+    executable = sm90.compile(found.function, *found.arguments, donate_argnums=1)
+    return executable.memory_analysis(), executable.as_text()
+
+
+def most_temporaries(phase: str) -> int:
+    """Prefill, per token: the MLP's codes with their scales, and three bfloat16 arrays like the
+    residual. Decode: six float32 arrays of all logits, which the sampler sorts."""
+    if phase == "decode":
+        return 6 * OPTIONS.max_batch_size * CONFIG.vocab_size * 4
+    codes = CONFIG.intermediate_size + CONFIG.intermediate_size // 128 * 4
+    return OPTIONS.prefill_chunk * (codes + 3 * CONFIG.hidden_size * 2)
+
+
+PASSED_ON = "parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call"
+
+
+def results(text: str) -> Iterator[tuple[str, str]]:
+    """Types of what instructions make, and their names: what exists in memory."""
+    fused = set(re.findall(r" fusion\(.*calls=%([\w.\-]+)", text))
+    for computation in re.split(r"\n(?=(?:ENTRY )?%[\w.\-]+ \()", text):
+        name = re.match(r"(?:ENTRY )?%([\w.\-]+) \(", computation)
+        if name and name.group(1) not in fused:
+            for line in computation.splitlines():
+                made = re.match(r"\s+(?:ROOT )?%[\w.\-]+ = (.*?) ([a-z][\w\-]*)\(", line)
+                if made and made.group(2) not in PASSED_ON:
+                    yield made.group(1), made.group(2)
+
+
+@pytest.mark.parametrize("kv_dtype", ["bf16", "fp8"])
+@pytest.mark.parametrize(("phase", "activations"), GRAPHS)
+def test_weights_and_cache_stay_where_they_are(
+    phase: str, activations: Activations, kv_dtype: KVDtype
+) -> None:
+    num_layers = 2
+    _, found = program(phase, activations, kv_dtype, num_layers)
+    memory, text = compiled(phase, activations, kv_dtype, num_layers)
+
+    params, state = found.arguments[:2]
+    donated = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    table = state.cache.page_table  # given anew with each call
+    assert memory.alias_size_in_bytes >= donated - table.size * 4
+    assert memory.temp_size_in_bytes < most_temporaries(phase)
+
+    # Nothing is made in the shape of a matrix or its transpose, in whatever type; and the cache is
+    # only written in place, by the fusions that scatter new keys and values.
+    made = list(results(text))
+    shapes = {leaf.shape for leaf in jax.tree.leaves(params) if len(leaf.shape) == 2}
+    for shape in shapes | {shape[::-1] for shape in shapes}:
+        assert not [each for each in made if f"[{shape[0]},{shape[1]}]" in each[0]]
+    pages = str(list(state.cache.k[0].shape)).replace(" ", "")
+    assert [kind for each, kind in made if pages in each] == ["fusion"] * 2 * num_layers
+    logits = OPTIONS.max_batch_size * CONFIG.vocab_size
+    copied = [re.search(r"\[([\d,]*)\]", each) for each, kind in made if kind.startswith("copy")]
+    for dims in filter(None, copied):
+        assert math.prod(int(size) for size in dims.group(1).split(",") if size) <= logits
+
+
+@pytest.mark.parametrize(("phase", "activations"), GRAPHS)
+def test_kernel_launches_of_a_layer(phase: str, activations: Activations) -> None:
+    """As traced, as compiled, and as wanted; and what XLA launches beside them."""
+    launches, others = [], []
+    for num_layers in (1, 2):
+        _, found = program(phase, activations, "fp8", num_layers)
+        with jax.sharding.use_abstract_mesh(sm90.H200):
+            traced = [call for call in calls(found) if call.path != "xla"]
+        _, text = compiled(phase, activations, "fp8", num_layers)
+        launches.append(text.count('custom_call_target="mosaic_gpu'))
+        others.append(sum(kind in ("fusion", "copy") for _, kind in results(text)))
+        assert launches[-1] == len(traced) == LAUNCHES[phase] * num_layers
+    xla = others[1] - others[0]
+    print(f"\n{phase}, {activations}: {LAUNCHES[phase]} kernels a layer, {xla} launches of XLA")
+    assert xla <= MOST_OF_XLA[phase, activations]
+
+
+@pytest.mark.parametrize(("phase", "activations"), GRAPHS[:2])
+def test_the_whole_model_takes_no_more_than_was_planned(
+    phase: str, activations: Activations
+) -> None:
+    spec, found = program(phase, activations, "fp8", CONFIG.num_layers)
+    memory, _ = compiled(phase, activations, "fp8", CONFIG.num_layers)
+    rows, length, chunk = OPTIONS.max_batch_size, OPTIONS.max_seq_len, OPTIONS.prefill_chunk
+    plan = plan_memory(spec, rows, length, found.arguments[1].cache.k[0].dtype, chunk, limit=1)
+    print(f"\n{found.name}: {memory.argument_size_in_bytes / 1e9:.2f} GB of arguments, "
+          f"{memory.temp_size_in_bytes / 1e6:.1f} MB of temporaries")  # fmt: skip
+    assert memory.temp_size_in_bytes < most_temporaries(phase)
+    taken = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    taken += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert plan.weights + plan.kv_cache < taken < plan.total
