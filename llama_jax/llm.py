@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from llama_jax import checkpoint, compile_cache, memory
 from llama_jax.chat import encode_chat
 from llama_jax.compile_cache import CompileReport
-from llama_jax.config import token_ids
+from llama_jax.config import LlamaConfig, token_ids
 from llama_jax.engine import Engine
 from llama_jax.kv_cache import KVDtype, storage_dtype
 from llama_jax.model import Activations, Implementation, ModelSpec, Params
@@ -36,6 +36,7 @@ from llama_jax.scoring import (
     rolling_windows,
     score_of,
     score_request,
+    window_and_stride,
 )
 from llama_jax.speculation import Speculation
 from llama_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
@@ -129,10 +130,7 @@ class LLM:
         directory = checkpoint.resolve(path_or_id)
         manifest = checkpoint.read_manifest(directory)
         config = manifest.config
-        limit = config.max_position_embeddings
-        max_seq_len = min(limit, DEFAULT_MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
-        if not 2 <= max_seq_len <= limit:
-            raise ValueError(f"max_seq_len must be in [2, {limit}], got {max_seq_len}")
+        max_seq_len = sequence_limit(config, max_seq_len)
         kv_storage = storage_dtype(kv_dtype, dtype)
         spec = replace(manifest.spec(dtype, activations), implementation=implementation)
         spec.check_runs()
@@ -319,7 +317,18 @@ class LLM:
         self, prompt: Prompt, sampling: SamplingParams | None = None
     ) -> Question[Generation]:
         """What `generate` asks, for `scoring.answers`: for more prompts than fit in memory."""
-        request = self._request(self._prompt_ids(prompt), sampling or self.default_sampling)
+        return self._continuation(self._prompt_ids(prompt), sampling)
+
+    def chat_question(
+        self, messages: Sequence[Message], sampling: SamplingParams | None = None
+    ) -> Question[Generation]:
+        """What `chat` asks, see `generate_question`."""
+        return self._continuation(self._chat_ids(messages, None, {}), sampling)
+
+    def _continuation(
+        self, ids: list[int], sampling: SamplingParams | None
+    ) -> Question[Generation]:
+        request = self._request(ids, sampling or self.default_sampling)
         return Question((request,), lambda requests: self._result(requests[0]))
 
     def score_question(self, prompt: Prompt, completion: Prompt) -> Question[Score]:
@@ -338,10 +347,7 @@ class LLM:
         self, text: Prompt, window: int | None = None, stride: int | None = None
     ) -> Question[Perplexity]:
         """What `perplexity` asks, see `generate_question`."""
-        window = self.max_seq_len if window is None else window
-        stride = window - 1 if stride is None else stride
-        if window > self.max_seq_len:
-            raise ValueError(f"window {window} is longer than max_seq_len, {self.max_seq_len}")
+        window, stride = window_and_stride(window, stride, self.max_seq_len)
         if isinstance(text, str):
             ids, read = self.tokenizer.encode(text, bos=True), text
         else:
@@ -519,6 +525,16 @@ class LLM:
                 + ". Shorten it, or load the model with a larger max_seq_len."
             )
         return list(ids)
+
+
+def sequence_limit(config: LlamaConfig, max_seq_len: int | None) -> int:
+    """`LLM.load`'s max_seq_len, or its default."""
+    limit = config.max_position_embeddings
+    if max_seq_len is None:
+        return min(limit, DEFAULT_MAX_SEQ_LEN)
+    if not 2 <= max_seq_len <= limit:
+        raise ValueError(f"max_seq_len must be in [2, {limit}], got {max_seq_len}")
+    return max_seq_len
 
 
 def _is_prompt(value: Prompt | Sequence[Prompt]) -> bool:

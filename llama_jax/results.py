@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +55,16 @@ class Generation:
     def samples(self) -> tuple["Generation", ...]:
         """All continuations of the prompt, this one first."""
         return (self, *self.others)
+
+
+def generation_fields(result: Generation) -> dict[str, Any]:
+    """A continuation as JSON has it."""
+    return {
+        "text": result.text,
+        "finish_reason": result.finish_reason,
+        "prompt_tokens": len(result.prompt_token_ids),
+        "completion_tokens": len(result.token_ids),
+    }
 
 
 @dataclass(frozen=True)

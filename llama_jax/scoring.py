@@ -9,6 +9,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -120,6 +121,19 @@ def score_of(request: Request) -> Score:
     )
 
 
+def window_and_stride(window: int | None, stride: int | None, max_seq_len: int) -> tuple[int, int]:
+    """Both as `rolling_windows` takes them; by default the longest of either."""
+    window = max_seq_len if window is None else window
+    stride = window - 1 if stride is None else stride
+    if window < 2:
+        raise ValueError(f"window must be at least 2, got {window}")
+    if window > max_seq_len:
+        raise ValueError(f"window {window} is longer than max_seq_len, {max_seq_len}")
+    if not 1 <= stride < window:
+        raise ValueError(f"stride must be in [1, window - 1 = {window - 1}], got {stride}")
+    return window, stride
+
+
 def rolling_windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """How to score a text that is longer than the model's context: (begin, first, end) of passes.
 
@@ -130,10 +144,6 @@ def rolling_windows(length: int, window: int, stride: int) -> Iterator[tuple[int
     loglikelihood_rolling, where the windows of a model of context c hold c + 1 tokens, the last of
     which is only looked up.
     """
-    if window < 2:
-        raise ValueError(f"window must be at least 2, got {window}")
-    if not 1 <= stride < window:
-        raise ValueError(f"stride must be in [1, window - 1 = {window - 1}], got {stride}")
     first = 1
     while first < length:
         end = min(window if first == 1 else first + stride, length)
@@ -164,8 +174,25 @@ def score_rows(
     """Each row with its scores, and how many tokens were read for it; in order, as they come.
 
     rows: with "prompt" and "completion", "prompt" and "choices" (a list of texts), or "text"; other
-    fields are kept. A row that cannot be scored gets the field "error", and so does an error in
-    the place of a row. tokens: add token_ids and logprobs. window, stride: as `LLM.perplexity`.
+    fields are kept. tokens: add token_ids and logprobs. window, stride: as `LLM.perplexity`.
+    """
+
+    def ask(row: dict[str, Any]) -> Question[Score] | Question[Ranking] | Question[Perplexity]:
+        return _ask(llm, row, window, stride)
+
+    return answer_rows(llm.engine, rows, ask, partial(result_fields, tokens=tokens))
+
+
+def answer_rows[T](
+    engine: Engine,
+    rows: Iterable[dict[str, Any] | ValueError],
+    ask: Callable[[dict[str, Any]], Question[T]],
+    fields: Callable[[T], dict[str, Any]],
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each row with the fields of its answer, and how many tokens were read for it; in order.
+
+    A row for which `ask` raises ValueError gets the field "error", and so does an error in the
+    place of a row; the others go on.
     """
 
     def question(row: dict[str, Any] | ValueError) -> Question[tuple[dict[str, Any], int]]:
@@ -173,19 +200,16 @@ def score_rows(
         try:
             if isinstance(row, ValueError):
                 raise row
-            asked = _ask(llm, row, window, stride)
+            asked = ask(row)
         except ValueError as error:
             failed = {**kept, "error": str(error)}, 0
             return Question((), lambda _: failed)
         return Question(
             asked.requests,
-            lambda requests: (
-                {**kept, **result_fields(asked.conclude(requests), tokens)},
-                asked.num_tokens,
-            ),
+            lambda requests: ({**kept, **fields(asked.conclude(requests))}, asked.num_tokens),
         )
 
-    return answers(llm.engine, map(question, rows))
+    return answers(engine, map(question, rows))
 
 
 def _ask(

@@ -13,7 +13,10 @@ import time
 import pytest
 
 from llama_jax import scoring
+from llama_jax.cli import score_ray
+from llama_jax.cli.output import parse_jsonl, read_jsonl
 from llama_jax.cli.resumable import resumable_file
+from llama_jax.cli.score import _survey
 from tests.test_cli import ROOT, SMALL, cache_directory, model, run, source  # noqa: F401
 
 PAIRS = [{"prompt": "hello", "completion": " you", "id": 7}, {"prompt": "a", "completion": "b"}]
@@ -280,3 +283,36 @@ def test_killed_again_and_again_it_loses_nothing_and_repeats_nothing(model, tmp_
     assert [row["id"] for row in found] == list(range(4000))
     assert all(("logprob" in row) == bool(row["id"] % 97) for row in found)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["cache", "in.jsonl", "out.jsonl"]
+
+
+@pytest.mark.parametrize("done", [0, 1, 5])
+@pytest.mark.parametrize("most_lines", [1, 3, 100])
+def test_pieces_of_a_file_are_the_whole(tmp_path, monkeypatch, done, most_lines):
+    monkeypatch.setattr(score_ray, "_MOST_BYTES", 100)
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(
+        b'\n{"a": 1}\r\n \t\n{"b": "\xc2\x85"}\n\xc2\xa0\n{"c": 1}\r{"d": 1}\n\n\n[1]\n'
+        b'{"e": "%s"}\n{"f": 1}\n{"g": 1}' % (b"x" * 200)
+    )
+    expected = [(number, str(row)) for number, row in read_jsonl(str(path))]
+    assert [number for number, _ in expected] == [2, 4, 5, 6, 9, 10, 11, 12]
+    assert _survey(str(path))[0] == len(expected)
+    found = []
+    for piece in score_ray.pieces(str(path), done, most_lines):
+        lines = path.read_bytes()[piece["begin"] : piece["end"]]
+        some = [(number, str(row)) for number, row in parse_jsonl(lines, piece["number"])]
+        assert 1 <= len(some) <= most_lines
+        found += some
+    assert found == expected[done:]
+
+
+def test_ray_is_not_there(run, model, pairs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    arguments = ("--model", model, *SMALL)
+    code, _, err = run("score", pairs, tmp_path / "o.jsonl", "--ray", "local", *arguments)
+    assert code == 2 and 'pip install "llama-jax[ray]"' in err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    code, _, err = run("score", "-", "-", "--ray", "local", *arguments)
+    assert code == 2 and "give a file, not stdin" in err
+    code, _, err = run("score", pairs, "-", "--actors", 2, *arguments)
+    assert code == 2 and "--actors needs --ray" in err

@@ -20,7 +20,6 @@ from llama_jax.cli.speed import snapshot, speed_since
 
 if TYPE_CHECKING:
     from llama_jax.llm import LLM
-    from llama_jax.results import Generation
     from llama_jax.sampling import SamplingParams
 
 
@@ -108,11 +107,13 @@ def generate(
         for row, _, each in made:
             print(row["prompt"] + each.text)
     else:
+        from llama_jax.results import generation_fields
+
         with whole_file("-" if output is None else output) as file:
             for row, number, each in made:
-                file.write(json_line({**row, **number, **_fields(each)}) + "\n")
-    after = snapshot(llm)
-    compiled, stats = after.report.since(before.report), after.stats.since(before.stats)
+                file.write(json_line({**row, **number, **generation_fields(each)}) + "\n")
+    meanwhile = snapshot(llm).since(before)
+    compiled, stats = meanwhile.report, meanwhile.stats
     rate = stats.drawn / (seconds - compiled.seconds)
     note(f"{len(results)} prompts, {stats.drawn} tokens, {rate:,.0f} tok/s · {compiled}")
     note(str(stats))
@@ -127,15 +128,6 @@ def _stream(llm: "LLM", prompt: str, sampling: "SamplingParams") -> None:
     print()
     assert result is not None
     note(str(speed_since(before, llm, result)))
-
-
-def _fields(result: "Generation") -> dict[str, Any]:
-    return {
-        "text": result.text,
-        "finish_reason": result.finish_reason,
-        "prompt_tokens": len(result.prompt_token_ids),
-        "completion_tokens": len(result.token_ids),
-    }
 
 
 def _read(path: str) -> list[dict[str, Any]]:

@@ -152,22 +152,29 @@ def preset_spec(preset: str, dtype: Any, activations: Any) -> "ModelSpec":
     return ModelSpec(formats.config, formats.formats, dtype, activations)
 
 
-def load(model: str | None, *, show_plan: bool, **settings: Any) -> "LLM":
-    """`LLM.load` with the settings that were given (not None), with the progress of a conversion on
-    stderr, and the memory plan or a spinner."""
-    name = model_name(model)
+def directory(model: str | None) -> Path:
+    """Where the converted checkpoint of a model is, with the progress of a conversion on stderr."""
     with stderr.status("starting JAX"):
         from converters.resolve import resolve
-        from llama_jax.llm import LLM, SHIPPED_MODEL
-    directory = resolve(SHIPPED_MODEL if model is None else model)
+        from llama_jax.llm import SHIPPED_MODEL
+    return resolve(SHIPPED_MODEL if model is None else model)
+
+
+def load(model: str | None, *, show_plan: bool, **settings: Any) -> "LLM":
+    """`LLM.load` of `directory` with the settings that were given (not None), with the memory plan
+    on stderr, or a spinner."""
+    name = model_name(model)
+    path = directory(model)
+    from llama_jax.llm import LLM
+
     settings = {name: value for name, value in settings.items() if value is not None}
     if "draft" in settings:
-        settings["draft"] = resolve(settings["draft"])
+        settings["draft"] = directory(settings["draft"])
     if show_plan:  # a spinner would draw over the table
         note(f"loading {name}")
-        return LLM.load(directory, verbose=True, **settings)
+        return LLM.load(path, verbose=True, **settings)
     with stderr.status(f"loading {name}"):
-        return LLM.load(directory, verbose=False, **settings)
+        return LLM.load(path, verbose=False, **settings)
 
 
 def sampling_params(llm: "LLM", **given: Any) -> "SamplingParams":

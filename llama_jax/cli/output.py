@@ -1,11 +1,13 @@
 """What the commands read and write: messages on stderr, results on stdout or in whole files."""
 
+import io
 import json
 import math
 import os
+import string
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -141,7 +143,21 @@ def read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
 
     A line that is not a JSON object in UTF-8 comes as the ValueError that says so.
     """
-    for number, line in _lines(path, "surrogateescape"):
+    return _parsed(_lines(path, "surrogateescape"))
+
+
+def parse_jsonl(
+    lines: bytes, first_number: int
+) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """Like `read_jsonl`, of some lines of a file, the first of which has this number."""
+    text = io.TextIOWrapper(io.BytesIO(lines), "utf-8", "surrogateescape", newline="\n")
+    return _parsed(_numbered(text, first_number))
+
+
+def _parsed(
+    lines: Iterable[tuple[int, str]],
+) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    for number, line in lines:
         try:
             line.encode()
             value = json.loads(line, parse_constant=_refuse_constant)
@@ -168,13 +184,13 @@ def _lines(path: str, errors: str) -> Iterator[tuple[int, str]]:
     if path == "-":
         yield from _numbered(sys.stdin)
         return
-    with open(path, encoding="utf-8", errors=errors) as file:
+    with open(path, encoding="utf-8", errors=errors, newline="\n") as file:
         yield from _numbered(file)
 
 
-def _numbered(file: TextIO) -> Iterator[tuple[int, str]]:
-    for number, line in enumerate(file, 1):
-        if line.strip():
+def _numbered(file: TextIO, first_number: int = 1) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(file, first_number):
+        if line.strip(string.whitespace):
             yield number, line.rstrip("\r\n")
 
 

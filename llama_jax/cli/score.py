@@ -25,12 +25,16 @@ from llama_jax.cli.output import (
     whole_file,
 )
 from llama_jax.cli.resumable import ResumableFile, resumable_file
-from llama_jax.cli.speed import snapshot
+from llama_jax.cli.score_ray import score_lines
+from llama_jax.cli.speed import Snapshot, snapshot
 
 if TYPE_CHECKING:
-    from llama_jax.compile_cache import CompileReport
+    from llama_jax.llm import LLM
 
 Row = dict[str, Any] | ValueError
+# Number of a line, the row with its scores, how many tokens were read for it.
+_Scored = tuple[int, dict[str, Any], int]
+_CLUSTER = "Cluster"
 # Seconds between two notes on the progress where no bar can be drawn.
 _NOTE_EVERY = 60.0
 
@@ -102,6 +106,23 @@ def score(
     kv_dtype: options.KVDtype = "bf16",
     max_seq_len: options.MaxSeqLen = None,
     max_batch_size: options.MaxBatchSize = 8,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Score on this Ray cluster: local (this machine), auto, or HOST:PORT.",
+            rich_help_panel=_CLUSTER,
+        ),
+    ] = None,
+    actors: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Models loaded in the cluster.",
+            show_default="one per GPU, or per machine without",
+            rich_help_panel=_CLUSTER,
+        ),
+    ] = None,
 ) -> None:
     """How likely is each text?
 
@@ -120,39 +141,74 @@ def score(
     Lines are read and written as a stream, in order. OUT.jsonl appears when it is whole; until then
     its lines stand in OUT.jsonl.partial, and the same command goes on from there if it was stopped.
 
+    With --ray the actors of a cluster score pieces of the file (extra `ray`): each machine has to
+    see IN.jsonl and MODEL. Only whole pieces, at most 1024 lines, are written. A run may be begun
+    with --ray and continued without, or the other way round.
+
     **Examples**
 
         echo '{"prompt": "2 + 2 =", "completion": " 4"}' | llama-jax score - -
         llama-jax score answers.jsonl scored.jsonl --model ./llama-8b --max-batch-size 64
         llama-jax score documents.jsonl scored.jsonl --window 2048 --stride 1024 --json
+        llama-jax score answers.jsonl scored.jsonl --model /shared/llama-8b --ray auto
     """
     if output == "-" and as_json:
         raise typer.BadParameter("--json needs stdout for the summary: write OUT.jsonl to a file")
+    if ray is None and actors is not None:
+        raise typer.BadParameter("--actors needs --ray")
+    if ray is not None and input == "-":
+        raise typer.BadParameter("--ray reads IN.jsonl on each machine: give a file, not stdin")
     check_output(output, overwrite)
     num_lines, digest = _survey(input)
-    llm = options.load(
-        model, show_plan=model is not None and not as_json, dtype=dtype, activations=activations,
-        kv_dtype=kv_dtype, max_seq_len=max_seq_len, max_batch_size=max_batch_size,
-    )  # fmt: skip
-    from llama_jax.scoring import score_rows
-
-    llm.perplexity_question([0, 0], window, stride)  # says what is wrong with these
-    manifest = hashlib.blake2b(llm.manifest.to_json().encode(), digest_size=16)
-    settings = {
-        "input": digest, "model": manifest.hexdigest(), "dtype": dtype, "activations": activations,
-        "kv_dtype": kv_dtype, "max_seq_len": llm.max_seq_len, "window": window, "stride": stride,
-        "tokens": tokens,
+    loading: dict[str, Any] = {
+        "dtype": dtype, "activations": activations, "kv_dtype": kv_dtype,
+        "max_seq_len": max_seq_len, "max_batch_size": max_batch_size,
     }  # fmt: skip
-    scored = partial(score_rows, llm, tokens=tokens, window=window, stride=stride)
-    before, began = snapshot(llm), time.perf_counter()
+    asked: dict[str, Any] = {"tokens": tokens, "window": window, "stride": stride}
+    scored: Callable[[int], Iterable[_Scored]]
+    llm = None
+    if ray is None:
+        llm = options.load(model, show_plan=model is not None and not as_json, **loading)
+        manifest = llm.manifest
+        scored = partial(_score_here, llm, input, **asked)
+    else:
+        from llama_jax.checkpoint import read_manifest
+
+        assert num_lines is not None
+        manifest = read_manifest(options.directory(model))
+        scored = partial(score_lines, ray, actors, input, num_lines, model, asked, loading)
+    from llama_jax.llm import sequence_limit
+    from llama_jax.scoring import window_and_stride
+
+    max_seq_len = sequence_limit(manifest.config, max_seq_len)
+    window_and_stride(window, stride, max_seq_len)  # says what is wrong with these
+    checksum = hashlib.blake2b(manifest.to_json().encode(), digest_size=16)
+    settings = {
+        "input": digest, "model": checksum.hexdigest(), "dtype": dtype, "activations": activations,
+        "kv_dtype": kv_dtype, "max_seq_len": max_seq_len, **asked,
+    }  # fmt: skip
+    before, began = snapshot(llm) if llm else None, time.perf_counter()
     # What came from stdin cannot be read again, so there is nothing to resume.
     whole = output == "-" or input == "-"
     with whole_file(output) if whole else resumable_file(output, settings, overwrite) as file:
         summary = _write_scores(input, num_lines, file, scored)
-    after = snapshot(llm)
-    compiled, stats = after.report.since(before.report), after.stats.since(before.stats)
-    seconds = time.perf_counter() - began - compiled.seconds
-    _report(summary, seconds, compiled, stats.hit_rate, as_json)
+    seconds = time.perf_counter() - began
+    _report(summary, seconds, snapshot(llm).since(before) if llm and before else None, as_json)
+
+
+def _score_here(llm: "LLM", input: str, done: int, **asked: Any) -> Iterator[_Scored]:
+    """Score the lines after the first `done`."""
+    from llama_jax.scoring import score_rows
+
+    numbers: deque[int] = deque()
+
+    def rows() -> Iterator[Row]:
+        for number, row in itertools.islice(read_jsonl(input), done, None):
+            numbers.append(number)
+            yield row
+
+    for row, num_tokens in score_rows(llm, rows(), **asked):
+        yield numbers.popleft(), row, num_tokens
 
 
 def _survey(path: str) -> tuple[int | None, str | None]:
@@ -173,26 +229,23 @@ def _write_scores(
     input: str,
     num_lines: int | None,
     output: ResumableFile | TextIO,
-    scored: Callable[[Iterable[Row]], Iterable[tuple[dict[str, Any], int]]],
+    scored: Callable[[int], Iterable[_Scored]],
 ) -> _Summary:
     """Score the lines that the output lacks, and write them as they come.
 
-    scored: rows with their scores, and how many tokens were read for each, in order.
+    scored: gives those after the first so many, in order.
     """
     summary = _Summary()
     if isinstance(output, ResumableFile):
         for line in output.lines():
             summary.add(json.loads(line))
     summary.resumed = summary.scored + summary.bad
-    rows = itertools.islice(read_jsonl(input), summary.resumed, None)
     with progress_bar() as bar:
         task = bar.add_task(
             "scoring", total=num_lines, completed=summary.resumed, unit="tokens", units=0
         )
-        numbers: deque[int] = deque()
         began = noted = time.monotonic()
-        for done, (row, num_tokens) in enumerate(scored(_noting(rows, numbers)), 1):
-            number = numbers.popleft()
+        for done, (number, row, num_tokens) in enumerate(scored(summary.resumed), 1):
             if "error" in row:
                 row["error"] = f"{input}, line {number}: {row['error']}"
             output.write(json_line(row) + "\n")
@@ -207,13 +260,6 @@ def _write_scores(
     return summary
 
 
-def _noting(rows: Iterable[tuple[int, Row]], numbers: deque[int]) -> Iterator[Row]:
-    """The rows, and the number of each at the end of `numbers`."""
-    for number, row in rows:
-        numbers.append(number)
-        yield row
-
-
 def _progress(summary: _Summary, done: int, num_lines: int | None, seconds: float) -> str:
     """done: lines of this run, in so many seconds."""
     rate = f"{done / seconds:,.1f} lines/s, {summary.num_read / seconds:,.0f} tok/s"
@@ -223,9 +269,9 @@ def _progress(summary: _Summary, done: int, num_lines: int | None, seconds: floa
     return f"{summary.resumed + done} of {num_lines} lines · {rate} · {left:,.0f} s left"
 
 
-def _report(
-    summary: _Summary, seconds: float, compiled: "CompileReport", hit_rate: float, as_json: bool
-) -> None:
+def _report(summary: _Summary, seconds: float, here: Snapshot | None, as_json: bool) -> None:
+    """here: what this process did in that time; None where actors did it."""
+    seconds -= here.report.seconds if here else 0.0
     figures = {
         "scored": summary.scored,
         "bad": summary.bad,
@@ -235,8 +281,8 @@ def _report(
         "greedy": summary.greedy,
         "seconds": seconds,
         "tokens_per_second": summary.num_read / seconds,
-        "cache_hit_rate": hit_rate,
-        "compile": vars(compiled),
+        "cache_hit_rate": here and here.stats.hit_rate,
+        "compile": here and vars(here.report),
     }
     if as_json:
         print_json(figures)
@@ -246,8 +292,12 @@ def _report(
         note(
             f"{summary.scored} scored, {summary.bad} bad{before} · {summary.num_tokens} tokens, "
             f"perplexity {mean}, {summary.greedy} greedy · "
-            f"{figures['tokens_per_second']:,.0f} tok/s, {hit_rate:.0%} of the tokens found in the "
-            f"cache · {compiled}"
+            f"{figures['tokens_per_second']:,.0f} tok/s"
+            + (
+                f", {here.stats.hit_rate:.0%} of the tokens found in the cache · {here.report}"
+                if here
+                else ""
+            )
         )
     if summary.bad and not as_json:
         note(f"the first bad one is {summary.first_error}")

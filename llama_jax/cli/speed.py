@@ -19,6 +19,14 @@ class Snapshot:
     decode_seconds: float
     stats: "Stats"
 
+    def since(self, earlier: "Snapshot") -> "Snapshot":
+        """What has happened after `earlier`."""
+        return Snapshot(
+            self.report.since(earlier.report),
+            self.decode_seconds - earlier.decode_seconds,
+            self.stats.since(earlier.stats),
+        )
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -69,10 +77,9 @@ def snapshot(llm: "LLM") -> Snapshot:
 
 def speed_since(before: Snapshot, llm: "LLM", result: "Generation") -> Speed:
     """The speed of a reply that was generated alone, and began after `before` was taken."""
-    after = snapshot(llm)
-    compiled = after.report.since(before.report)
-    compiling_decode = after.decode_seconds - before.decode_seconds
-    stats = after.stats.since(before.stats)
+    meanwhile = snapshot(llm).since(before)
+    compiled, compiling_decode = meanwhile.report, meanwhile.decode_seconds
+    stats = meanwhile.stats
     return Speed(
         prompt_tokens=len(result.prompt_token_ids),
         completion_tokens=len(result.token_ids),
