@@ -564,13 +564,20 @@ class Engine:
         launch = self._launches.popleft()
         return launch.take(launch.outputs)
 
+    def _fetch(self, outputs: Any) -> Any:
+        """Outputs of a call, on the host."""
+        began = time.perf_counter()
+        fetched = jax.device_get(outputs)
+        self.counts.waited += time.perf_counter() - began
+        return fetched
+
     def _take_first(self, parts: Sequence[tuple[_Row, int, int]], drawn: Sampled) -> list[Request]:
         """The tokens that came with the ends of prompts; the rows are in the order of the call."""
         ended = [(i, row) for i, (row, _, stop) in enumerate(parts) if stop == len(row.tokens)]
         if not ended:
             return []
         asked = any(row.request.params.logprobs is not None for _, row in ended)
-        tokens, sampled = jax.device_get((drawn.tokens, drawn if asked else None))
+        tokens, sampled = self._fetch((drawn.tokens, drawn if asked else None))
         now = time.perf_counter()
         for i, row in ended:
             self._extend(row, [int(tokens[i])], now, sampled, i)
@@ -578,7 +585,7 @@ class Engine:
 
     def _take_drawn(self, bounds: Sequence[tuple[_Row, int]], drawn: Drawn) -> list[Request]:
         asked = any(row.request.params.logprobs is not None for row, _ in bounds)
-        numbers, sampled = jax.device_get((drawn.numbers, drawn.sampled if asked else None))
+        numbers, sampled = self._fetch((drawn.numbers, drawn.sampled if asked else None))
         counts, guessed, accepted = numbers[:3].tolist()
         self.counts.guessed += sum(guessed)
         self.counts.accepted += sum(accepted)
@@ -618,7 +625,7 @@ class Engine:
     def _take_logprobs(
         self, parts: Sequence[tuple[_Row, int, int]], outputs: tuple[Array, Array]
     ) -> list[Request]:
-        logprobs, likeliest = jax.device_get(outputs)
+        logprobs, likeliest = self._fetch(outputs)
         for i, (row, start, stop) in enumerate(parts):
             first = max(0, row.request.score_from - 1 - start)
             wanted = slice(first, max(first, stop - start))
@@ -631,7 +638,7 @@ class Engine:
         return [row.request for row, _, _ in parts]
 
     def _take_logits(self, parts: Sequence[tuple[_Row, int, int]], outputs: Array) -> list[Request]:
-        logits = jax.device_get(outputs)
+        logits = self._fetch(outputs)
         for i, (row, start, stop) in enumerate(parts):
             before = [] if start == 0 else [row.request.prompt_logits]
             row.request.prompt_logits = np.concatenate([*before, logits[i, : stop - start]])

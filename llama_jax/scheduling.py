@@ -106,7 +106,8 @@ def prefill_calls(
 class EngineCounts:
     """prefilled: prompt tokens computed; padding: what their calls computed besides, for nothing.
     drawn: tokens drawn. rounds: launches of decode. preempted: times that a request had to give its
-    pages back. guessed, accepted: tokens guessed ahead, and those of them that stood."""
+    pages back. guessed, accepted: tokens guessed ahead, and those of them that stood. waited:
+    seconds in which the host did nothing but wait for the device."""
 
     prefilled: int = 0
     padding: int = 0
@@ -115,6 +116,7 @@ class EngineCounts:
     preempted: int = 0
     guessed: int = 0
     accepted: int = 0
+    waited: float = 0.0
 
 
 @dataclass

@@ -39,5 +39,5 @@ def test_every_stage_at_tiny_sizes(tmp_path):
     names = [" ".join(line.rsplit(maxsplit=1)[0].split()) for line in checked]
     assert names == [f"{case.kernel} {case.name}" for case in bench.tiny_cases()]
     assert "configurations are right" in (tmp_path / "simulated_tune.txt").read_text()
-    for stage in ("elementwise", "model"):
+    for stage in ("elementwise", "model", "throughput"):
         assert json.loads((tmp_path / f"simulated_{stage}.json").read_text())

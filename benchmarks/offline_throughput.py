@@ -1,0 +1,280 @@
+"""The engine's throughput where TensorRT-LLM publishes figures for 8B in FP8, and in scoring.
+
+    python benchmarks/offline_throughput.py --json FILE       8B, random weights, on a GPU
+    python benchmarks/offline_throughput.py --tiny            any machine, sizes that say nothing
+
+FP8 weights, activations and cache, prompts of random tokens that have nothing in common, always
+more of them waiting than the engine can take; no tokenizer. The published figures are output tokens
+per second over a run of thousands of requests; here the beginning is skipped: the first requests
+come at every stage of their output (their prompts hold what they would have drawn), and the clock
+starts when all of these are decoding. Every workload has an equal part of --seconds; nothing may
+compile meanwhile.
+
+In the table: rows, how many requests were worked on at the same time, on average. padding: the part
+of the tokens in prefill's calls that was computed for nothing. host: the part of the time in which
+the host worked, rather than waited for the device; near 100 % it is what limits. ratio: output over
+what is published. For scoring, "of peak" counts the multiplications and additions of all matrices
+and of causal attention, over the data sheet's FP8 rate.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from llama_jax import compile_cache
+from llama_jax.bench import environment, preset_spec, random_params
+from llama_jax.config import PRESETS, LlamaConfig
+from llama_jax.engine import Engine
+from llama_jax.kv_cache import PAGE_SIZE, storage_dtype
+from llama_jax.memory import MemoryPlan, fitting_pages, plan_memory
+from llama_jax.model import ModelSpec, abstract_params
+from llama_jax.request import Request
+from llama_jax.sampling import SamplingParams
+from llama_jax.scheduling import EngineOptions
+from pallas_kernels.case import FP8_OPERATIONS_PER_SECOND
+
+# Output tokens/s of Llama 3.1 8B in FP8 on one H200, by input and output tokens: TensorRT-LLM 1.0,
+# docs/source/performance/perf-overview.md.
+PUBLISHED = {(128, 128): 27_911, (1000, 1000): 17_744, (2048, 2048): 12_194, (20_000, 2000): 1_804}
+PUBLISHED_FOR = "llama-3.1-8b"
+SCORED_TOKENS = 2048
+TINY = LlamaConfig(
+    vocab_size=512, hidden_size=64, intermediate_size=128, num_layers=1, num_heads=4,
+    num_kv_heads=2, head_dim=16, rope_theta=500_000.0, rope_scaling=None,
+    max_position_embeddings=1024, dtype="bfloat16",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Requests with input_tokens in their prompt that draw output_tokens; with 0 of these, texts
+    whose every token but the first is scored."""
+
+    input_tokens: int
+    output_tokens: int
+
+    @property
+    def name(self) -> str:
+        if self.output_tokens:
+            return f"{self.input_tokens}/{self.output_tokens}"
+        return f"score {self.input_tokens}"
+
+    @property
+    def length(self) -> int:
+        return self.input_tokens + self.output_tokens
+
+    def requests(self, vocab_size: int, num_rows: int) -> Iterator[Request]:
+        """Without end. The first `num_rows` stand at every stage of their output, those that are
+        nearly done in front."""
+        rng = np.random.default_rng(0)
+        for i in count():
+            drawn = max(0, num_rows - 1 - i) * self.output_tokens // num_rows
+            prompt = rng.integers(0, vocab_size, self.input_tokens + drawn).tolist()
+            if self.output_tokens:
+                left = self.output_tokens - drawn
+                yield Request(prompt, SamplingParams(temperature=0, seed=0, max_new_tokens=left))
+            else:
+                yield Request(prompt, wanted="logprobs")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What happened in `seconds` of a workload, as the head of this file describes it.
+
+    is_steady: whether all of the first requests were decoding, or done, when the clock started;
+        if not, half of the workload's time was over.
+    """
+
+    workload: Workload
+    is_steady: bool
+    seconds: float
+    output_tokens: int
+    input_tokens: int
+    mean_rows: float
+    padding_share: float
+    host_share: float
+    preempted: int
+    operations: float
+
+    @property
+    def output_per_second(self) -> float:
+        return self.output_tokens / self.seconds
+
+    @property
+    def input_per_second(self) -> float:
+        return self.input_tokens / self.seconds
+
+    @property
+    def operations_per_second(self) -> float:
+        return self.operations / self.seconds
+
+
+def run(engine: Engine, workload: Workload, seconds: float) -> Result:
+    """Keep the engine busy with a workload for so many seconds."""
+    options = engine.options
+    mean_pages = (workload.input_tokens + workload.output_tokens // 2) // PAGE_SIZE + 1
+    num_rows = max(1, min(options.max_batch_size, options.pool_size // mean_pages))
+    new = workload.requests(engine.spec.config.vocab_size, num_rows)
+    unfinished = {engine.submit(next(new)) for _ in range(num_rows)}
+    starting = set(unfinished)
+    began = last = time.perf_counter()
+    start, row_seconds = None, 0.0
+    while start is None or last < began + seconds:
+        while engine.num_waiting < min(options.max_batch_size, 64):
+            unfinished.add(engine.submit(next(new)))
+        changed = engine.step()
+        unfinished -= {request for request in changed if request.finish_reason}
+        starting -= {request for request in changed if request.finish_reason or request.token_ids}
+        now = time.perf_counter()
+        row_seconds += engine.num_running * (now - last)
+        last = now
+        if start is None and (not starting or now > began + seconds / 2):
+            start, row_seconds, before = now, 0.0, engine.stats()
+            is_steady = not starting
+    happened, elapsed = engine.stats().since(before), last - start
+    for request in unfinished:
+        engine.cancel(request.id)
+    while engine.has_work:
+        engine.step()
+    return Result(
+        workload=workload,
+        is_steady=is_steady,
+        seconds=elapsed,
+        output_tokens=happened.drawn,
+        input_tokens=happened.prefilled,
+        mean_rows=row_seconds / elapsed,
+        padding_share=happened.padding / max(1, happened.prefilled + happened.padding),
+        host_share=1 - happened.waited / elapsed,
+        preempted=happened.preempted,
+        operations=happened.prefilled * operations_per_token(engine.spec, workload.input_tokens),
+    )
+
+
+def operations_per_token(spec: ModelSpec, length: int) -> float:
+    """Multiplications and additions for a token of a scored text, on average over its length."""
+    config, params = spec.config, abstract_params(spec)
+    embedding = config.vocab_size * config.hidden_size
+    weights = [leaf.size for leaf in jax.tree.leaves(params) if len(leaf.shape) == 2]
+    matrices = sum(weights) - (0 if config.tie_word_embeddings else embedding)
+    attention = config.num_layers * config.num_heads * config.head_dim * length
+    return 2.0 * (matrices + attention)
+
+
+def make_engine(config: LlamaConfig, max_batch_size: int, max_seq_len: int) -> Engine:
+    """Random weights, and a cache that fills the device's memory, if rows can fill it."""
+    formats = preset_spec(config)
+    spec = ModelSpec(formats.config, formats.formats, activations="auto")
+    options = EngineOptions(max_batch_size, max_seq_len)
+    cache_dtype = storage_dtype("fp8", spec.dtype)
+
+    def plan(num_pages: int) -> MemoryPlan:
+        return plan_memory(
+            spec, max_batch_size, max_seq_len, cache_dtype, options.prefill_chunk,
+            num_pages=num_pages,
+        )  # fmt: skip
+
+    num_pages = fitting_pages(plan, options.pages_per_row, options.pool_size)
+    plan(num_pages).check()
+    options = replace(options, num_pages=num_pages)
+    return Engine(random_params(spec), spec, options, cache_dtype)
+
+
+def to_dict(result: Result, published: int | None) -> dict[str, Any]:
+    rates = {
+        "output_per_second": result.output_per_second,
+        "input_per_second": result.input_per_second,
+        "operations_per_second": result.operations_per_second,
+        "published_output_per_second": published,
+    }
+    return asdict(result) | rates
+
+
+def row(result: Result, max_batch_size: int, published: int | None) -> str:
+    output = f"{result.output_per_second:,.0f}" if result.output_tokens else ""
+    rows = f"{result.mean_rows:.0f} of {max_batch_size}"
+    beside = f"{published:,}" if published else ""
+    ratio = f"{result.output_per_second / published:.2f}" if published else ""
+    if not result.output_tokens and jax.default_backend() == "gpu":
+        ratio = f"{result.operations_per_second / FP8_OPERATIONS_PER_SECOND:.0%} of peak"
+    return (
+        f"{result.workload.name:<12}{output:>10}{result.input_per_second:>10,.0f}{rows:>12}"
+        f"{result.padding_share:>9.0%}{result.host_share:>6.0%}{result.preempted:>10,}"
+        f"{beside:>11}  {ratio}" + ("" if result.is_steady else "  not steady: more --seconds")
+    )
+
+
+def workload(text: str) -> Workload:
+    try:
+        input_tokens, output_tokens = map(int, text.split("/"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected IN/OUT, as in 1000/1000, got {text!r}"
+        ) from None
+    if input_tokens < 1 or output_tokens < 1:
+        raise argparse.ArgumentTypeError(f"both numbers must be at least 1, got {text!r}")
+    return Workload(input_tokens, output_tokens)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description="Measure the engine's offline throughput.")
+    option = options.add_argument
+    option("--preset", choices=PRESETS, default=PUBLISHED_FOR, help="whose shapes")
+    option("--lengths", type=workload, nargs="+", metavar="IN/OUT", help="tokens per request")
+    option("--max-batch-size", type=int, default=256, help="rows (8 with --tiny)")
+    option("--seconds", type=float, default=300, help="for all workloads, once all is compiled")
+    option("--json", type=Path, help="also write the results to this file")
+    option("--tiny", action="store_true", help="a model and lengths for any machine")
+    chosen = options.parse_args()
+    if chosen.tiny:
+        config, name, max_batch_size = TINY, "tiny", 8
+        workloads = [Workload(16, 16), Workload(100, 100), Workload(500, 50), Workload(128, 0)]
+    else:
+        config, name, max_batch_size = PRESETS[chosen.preset], chosen.preset, chosen.max_batch_size
+        workloads = [*(Workload(*each) for each in PUBLISHED), Workload(SCORED_TOKENS, 0)]
+    if chosen.lengths:
+        workloads = [*chosen.lengths, workloads[-1]]
+    max_seq_len = max(each.length for each in workloads)
+    if max_seq_len > config.max_position_embeddings:
+        options.error(
+            f"{max_seq_len} tokens are more than the model's context of "
+            f"{config.max_position_embeddings}"
+        )
+    for argument in ("seconds", "max_batch_size"):
+        if getattr(chosen, argument) <= 0:
+            flag = "--" + argument.replace("_", "-")
+            options.error(f"{flag} must be above 0, got {getattr(chosen, argument)}")
+    compile_cache.enable()
+    engine = make_engine(config, max_batch_size, max_seq_len)
+    ready = engine.warmup(("tokens", "logprobs"))
+    pages = engine.options.pool_size
+    print(f"{name}: cache of {pages:,} pages of {PAGE_SIZE} tokens; {ready}")
+    print(
+        f"{'':<12}{'output/s':>10}{'input/s':>10}{'rows':>12}{'padding':>9}{'host':>6}"
+        f"{'preempted':>10}{'published':>11}  ratio"
+    )
+    document = {
+        "model": name, "environment": asdict(environment()), "compile": asdict(ready),
+        "max_batch_size": max_batch_size, "num_pages": pages, "page_size": PAGE_SIZE,
+        "results": [],
+    }  # fmt: skip
+    for each in workloads:
+        with compile_cache.forbid_compile():
+            result = run(engine, each, chosen.seconds / len(workloads))
+        published = PUBLISHED.get((each.input_tokens, each.output_tokens))
+        published = published if name == PUBLISHED_FOR else None
+        print(row(result, max_batch_size, published), flush=True)
+        document["results"].append(to_dict(result, published))
+        if chosen.json:
+            chosen.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
