@@ -63,7 +63,7 @@ def _print(program: "Program", calls: Sequence["Call"]) -> None:
     reasons = list(dict.fromkeys(why for *_, why in groups if why))
     table = Table(box=None, pad_edge=False, header_style="dim")
     for column in ("what", "layers", "path", "first operands"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for (words, path, operands, why), layers in groups.items():
         note = f" ({reasons.index(why) + 1})" if why else ""
         table.add_row(words, runs(sorted(set(layers))), path + note, operands)
