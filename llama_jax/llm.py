@@ -141,13 +141,14 @@ class LLM:
             draft_spec = replace(draft_spec, implementation=implementation)
             scheduling.setdefault("lookahead", DEFAULT_LOOKAHEAD)
         options = EngineOptions(max_batch_size, max_seq_len, **scheduling)
-        Speculation(options.lookahead, draft_spec).check(config, max_seq_len)
+        speculation = Speculation(options.lookahead, draft_spec)
+        speculation.check(config, max_seq_len)
         memory_limit = memory.device_memory_bytes(mesh.devices.flat[0] if mesh else None)
 
         def plan(num_pages: int) -> memory.MemoryPlan:
             return memory.plan_memory(
                 spec, max_batch_size, max_seq_len, kv_storage, options.prefill_chunk, mesh,
-                memory_limit, num_pages, draft_spec,
+                memory_limit, num_pages, speculation,
             )  # fmt: skip
 
         if options.num_pages is None:
@@ -328,8 +329,13 @@ class LLM:
     def _continuation(
         self, ids: list[int], sampling: SamplingParams | None
     ) -> Question[Generation]:
-        request = self._request(ids, sampling or self.default_sampling)
-        return Question((request,), lambda requests: self._result(requests[0]))
+        settings = (sampling or self.default_sampling).of_samples()
+
+        def conclude(requests: Sequence[Request]) -> Generation:
+            first, *others = map(self._result, requests)
+            return replace(first, others=tuple(others))
+
+        return Question(tuple(self._request(ids, each) for each in settings), conclude)
 
     def score_question(self, prompt: Prompt, completion: Prompt) -> Question[Score]:
         """What `score` asks, see `generate_question`."""
@@ -416,19 +422,14 @@ class LLM:
             sampling = [sampling or self.default_sampling] * len(prompts)
         if len(sampling) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(sampling)} sampling settings")
-        groups = [
-            [self._request(prompt, each) for each in settings.of_samples()]
-            for prompt, settings in zip(prompts, sampling, strict=True)
-        ]
-        group_of = {request: i for i, group in enumerate(groups) for request in group}
-        unfinished = list(map(len, groups))
-        for request in self.engine.run(group_of):
+        questions = [self._continuation(*pair) for pair in zip(prompts, sampling, strict=True)]
+        asked_by = {request: question for question in questions for request in question.requests}
+        for request in self.engine.run(list(asked_by)):
             if request.finish_reason:
-                unfinished[group_of[request]] -= 1
-                if on_finished and not unfinished[group_of[request]]:
+                question = asked_by.pop(request)
+                if on_finished and asked_by.keys().isdisjoint(question.requests):
                     on_finished()
-        results = [list(map(self._result, group)) for group in groups]
-        return [replace(first, others=tuple(others)) for first, *others in results]
+        return [question.answer() for question in questions]
 
     def _pieces(self, request: Request, is_chat: bool) -> Iterator[Piece]:
         shown = 0

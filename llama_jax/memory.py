@@ -18,16 +18,18 @@ from llama_jax.kv_cache import PAGE_SIZE, init_cache
 from llama_jax.model import ModelSpec, abstract_params
 from llama_jax.scheduling import MAX_TOKENS_PER_CALL
 from llama_jax.sharding import cache_shardings, param_shardings
+from llama_jax.speculation import NO_SPECULATION, Speculation
 from pallas_kernels.fp8_matmul.xla import block_rows
 
 # Bytes per token of the intermediate size: the MLP's arrays that are live at the same time, in
 # float32 where weights are widened block by block, else in bfloat16. Per head and token: scores
 # against a block of keys, and the queries. Per row and word of the vocabulary: sampling settings,
-# and the logits on their way through the sampler. Fitted to XLA's own memory analysis of the
-# compiled steps (tests/test_memory.py holds them against it).
+# and the logits on their way through the sampler; per guess and word, its logits. Fitted to XLA's
+# own memory analysis of the compiled steps (tests/test_memory.py holds them against it).
 _MLP_WIDE, _MLP_NARROW = 36, 12
 _HEAD_BYTES = 4 * 1024
 _SAMPLER_BYTES = 40
+_GUESS_BYTES = 6
 _SCORED_TOKENS = 64
 
 
@@ -128,14 +130,14 @@ def plan_memory(
     mesh: Mesh | None = None,
     limit: int | None = None,
     num_pages: int | None = None,
-    draft: ModelSpec | None = None,
+    speculation: Speculation = NO_SPECULATION,
 ) -> MemoryPlan:
     """What `spec` takes with a cache of max_batch_size rows of max_seq_len tokens.
 
     kv_dtype: of the cache, as `kv_cache.init_cache` takes it. prefill_chunk: tokens of a row that
     go through the model at once, all rows together. limit: bytes on each device, in place of what
-    the devices that are here report. num_pages: of the cache, instead of whole rows. draft: a model
-    that guesses tokens and has a cache of the same pages.
+    the devices that are here report. num_pages: of the cache, instead of whole rows. speculation:
+    its draft has a cache of the same pages, and what it guesses has logits.
     """
     if limit is None:
         limit = device_memory_bytes(mesh.devices.flat[0] if mesh else None)
@@ -150,11 +152,12 @@ def plan_memory(
         )
         return _bytes_per_device(cache, cache_shardings(spec.config, mesh))
 
-    specs = [spec, draft] if draft else [spec]
+    specs = [spec, speculation.draft] if speculation.draft else [spec]
+    guesses = max_batch_size * speculation.lookahead
     return MemoryPlan(
         weights=sum(map(weights, specs)),
         kv_cache=sum(map(kv_cache, specs)),
-        workspace=_workspace(spec, max_batch_size, min(prefill_chunk, max_seq_len), mesh),
+        workspace=_workspace(spec, max_batch_size, min(prefill_chunk, max_seq_len), guesses, mesh),
         limit=limit,
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
@@ -279,7 +282,9 @@ def _bytes_per_device(arrays: object, shardings: object) -> int:
     return sum(sizes)
 
 
-def _workspace(spec: ModelSpec, batch_size: int, chunk: int, mesh: Mesh | None) -> int:
+def _workspace(
+    spec: ModelSpec, batch_size: int, chunk: int, guesses: int, mesh: Mesh | None
+) -> int:
     config = spec.config
     is_fp8 = any(stored.scale for stored in spec.formats.values())
     wide = is_fp8 or spec.dtype == "float32"
@@ -290,7 +295,9 @@ def _workspace(spec: ModelSpec, batch_size: int, chunk: int, mesh: Mesh | None) 
     widened_block = 6 * max(
         block_rows(columns) * columns for columns in (config.intermediate_size, config.hidden_size)
     )
-    logits = config.vocab_size * (_SAMPLER_BYTES * batch_size + 8 * _SCORED_TOKENS)
+    logits = config.vocab_size * (
+        _SAMPLER_BYTES * batch_size + _GUESS_BYTES * guesses + 8 * _SCORED_TOKENS
+    )
     tokens = min(batch_size * chunk, max(chunk, MAX_TOKENS_PER_CALL))
     tokens //= mesh.shape["model"] if mesh else 1
     return per_token * tokens + widened_block + logits

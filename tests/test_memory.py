@@ -23,6 +23,7 @@ from llama_jax.memory import (
     plan_memory,
 )
 from llama_jax.model import ModelSpec, Params, abstract_params, prefill
+from llama_jax.speculation import Speculation
 from llama_jax.steps import decode_steps, prefill_step, score_step, state_builder
 from pallas_kernels import e4m3
 
@@ -134,7 +135,7 @@ def test_a_cache_has_as_many_pages_as_fit() -> None:
 
 def test_a_draft_has_weights_and_a_cache_of_its_own() -> None:
     spec, draft = ModelSpec(CONFIG_8B), ModelSpec(replace(CONFIG_8B, num_layers=2))
-    both = plan_memory(spec, 8, 4096, BF16, 512, num_pages=100, draft=draft)
+    both = plan_memory(spec, 8, 4096, BF16, 512, num_pages=100, speculation=Speculation(1, draft))
     parts = [plan_memory(each, 8, 4096, BF16, 512, num_pages=100) for each in (spec, draft)]
     assert both.weights == sum(part.weights for part in parts)
     assert both.kv_cache == sum(part.kv_cache for part in parts)
@@ -213,6 +214,21 @@ def test_the_workspace_holds_what_compiled_prefill_needs(is_fp8: bool) -> None:
     needed = step.compile().memory_analysis().temp_size_in_bytes
     estimate = plan_memory(spec, batch, length, BF16, chunk).workspace
     assert needed <= estimate <= 5 * needed
+
+
+@pytest.mark.slow
+def test_the_workspace_holds_the_logits_of_guesses() -> None:
+    spec, batch, guessing = small_8b(False), 16, Speculation(8)
+    state = jax.eval_shape(state_builder(spec, batch, 64, BF16, speculation=guessing))
+    flags, table = ints((batch,), jnp.bool_), state.cache.page_table
+
+    step = decode_steps.lower(
+        stored(spec), state, table, flags, ints(()), spec=spec, max_steps=8, speculation=guessing
+    )
+    needed = step.compile().memory_analysis().temp_size_in_bytes
+    needed += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.sampling))
+    plan = plan_memory(spec, batch, 64, BF16, 1, speculation=guessing)
+    assert needed <= plan.workspace <= 3 * needed
 
 
 @pytest.mark.slow
