@@ -159,6 +159,7 @@ def test_the_command_prints_figures(eval_command):
     ("arguments", "message"),
     [
         ((), "give --tasks NAME"),
+        (("--tasks", "choice", "--limit", "0"), "--limit must be above 0"),
         (("--tasks", "choice,no_such_task"), "--tasks no_such_task: the harness has no such task"),
         (("--tasks", "missing.yaml"), "missing.yaml: there is no such file"),
         (("--tasks", "choice", "--include-path", "missing"), "missing is not a directory"),

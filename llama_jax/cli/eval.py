@@ -66,6 +66,8 @@ def eval(
     """
     if not tasks:
         raise typer.BadParameter("give --tasks NAME,...; `lm-eval ls tasks` lists them")
+    if limit == 0:
+        raise typer.BadParameter("--limit must be above 0")
     for path in include_path or ():
         if not path.is_dir():
             raise NotADirectoryError(f"--include-path {path} is not a directory")

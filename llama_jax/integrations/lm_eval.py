@@ -153,7 +153,8 @@ class LlamaJax(TemplateLM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         arguments = [request.args for request in requests]
-        questions = (self._generate_question(*each) for each in arguments)
+        # Mistakes in any task come before the first reply.
+        questions = [self._generate_question(*each) for each in arguments]
         return self._answers(
             "generate_until", arguments, questions, lambda reply: reply.text, disable_tqdm
         )
