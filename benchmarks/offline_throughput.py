@@ -127,7 +127,7 @@ def run(engine: Engine, workload: Workload, seconds: float) -> Result:
     starting = set(unfinished)
     began = last = time.perf_counter()
     start, row_seconds = None, 0.0
-    while start is None or last < began + seconds:
+    while start in (None, last) or last < began + seconds:
         while engine.num_waiting < min(options.max_batch_size, 64):
             unfinished.add(engine.submit(next(new)))
         changed = engine.step()
