@@ -25,13 +25,11 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 from flax.core import FrozenDict
 from jax import Array
-from jax.sharding import Mesh
 
 from llama_jax import array_file
 from llama_jax.config import ConfigError, LlamaConfig
 from llama_jax.fp8 import WeightFormat
-from llama_jax.model import Activations, ModelSpec, Params, abstract_params
-from llama_jax.sharding import param_shardings
+from llama_jax.model import Activations, ModelSpec, Params, abstract_params, param_shardings
 from pallas_kernels import e4m3
 
 FORMAT_VERSION = 2
@@ -140,12 +138,10 @@ def resolve(path_or_id: str | Path, cache_dir: str | Path | None = None) -> Path
     return convert_once(path_or_id, cache_dir)
 
 
-def load_params(
-    directory: str | Path, spec: ModelSpec, mesh: Mesh | None = None, *, bits: bool = False
-) -> Params:
+def load_params(directory: str | Path, spec: ModelSpec, *, bits: bool = False) -> Params:
     """Restore the parameters of a converted checkpoint, each array straight to its devices.
 
-    Returns the tree `abstract_params(spec)`, sharded by `param_shardings(spec, mesh)`. With `bits`
+    Returns the tree `abstract_params(spec)`, sharded by `param_shardings(spec)`. With `bits`
     float8_e4m3fn arrays come as int8 bit patterns of the same bytes, which is what compiled
     programs want on a CPU (see `pallas_kernels.e4m3`).
     Raises `CheckpointError` naming the parameter that is missing, damaged, or of another shape or
@@ -157,7 +153,7 @@ def load_params(
     target = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         expected,
-        param_shardings(spec, mesh),
+        param_shardings(spec),
     )
     handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=_restore_gb(expected))
     with ocp.Checkpointer(handler) as checkpointer:

@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 
 from llama_jax import compile_cache
 from llama_jax.compile_cache import CompileReport
@@ -115,7 +114,7 @@ class _Launch:
 class Engine:
     """The compiled programs with the parameters, the device state, and the requests in between.
 
-    params, spec: as of `model.prefill`; cache_dtype, kv_scales, mesh: as of `steps.state_builder`.
+    params, spec: as of `forward.prefill`; cache_dtype, kv_scales: as of `steps.state_builder`.
     draft: parameters and spec of a smaller model with the same vocabulary that guesses tokens
     (`options.lookahead` at a time); without one they are looked up in the sequence itself.
     One call at a time goes on; those from other threads wait.
@@ -128,12 +127,13 @@ class Engine:
         options: EngineOptions,
         cache_dtype: jnp.dtype,
         kv_scales: tuple[tuple[float, float], ...] | None = None,
-        mesh: Mesh | None = None,
         draft: tuple[Params, ModelSpec] | None = None,
     ) -> None:
         if options.batch_invariant:
             spec = replace(spec, is_batch_invariant=True)
             draft = draft and (draft[0], replace(draft[1], is_batch_invariant=True))
+        if draft and draft[1].mesh != spec.mesh:
+            raise ValueError("the draft model's spec must have the same mesh as the model's")
         self.params = params
         self._draft_params = draft and draft[0]
         self._speculation = Speculation(options.lookahead, draft and draft[1])
@@ -142,7 +142,7 @@ class Engine:
         self.options = options
         self.counts = EngineCounts()
         self._new_state = state_builder(
-            spec, options.max_batch_size, options.max_seq_len, cache_dtype, kv_scales, mesh,
+            spec, options.max_batch_size, options.max_seq_len, cache_dtype, kv_scales,
             options.pool_size, self._speculation,
         )  # fmt: skip
         self._lock = threading.RLock()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from pallas_kernels import e4m3
 from pallas_kernels.fp8_matmul.reference import BLOCK, expand_scale
@@ -94,15 +94,20 @@ def dequantize(codes: Array, scale: Array) -> Array:
     return e4m3.load(codes) * expand_scale(scale, (codes.shape[0], codes.shape[1]))
 
 
-def quantize_per_token(x: Array, upper_bound: float | None = None) -> tuple[Array, Array]:
+def quantize_per_token(
+    x: Array, upper_bound: float | None = None, divided_over: str | None = None
+) -> tuple[Array, Array]:
     """Dynamic activation quantisation over the last axis, scale = absmax / 448.
 
     x: [..., features]. Returns codes, float8_e4m3fn [..., features], and scales, float32 [..., 1];
     a token of zeros gets scale 1. With `upper_bound`, absmax is at most that (what lies beyond is
     clipped), and scales are at least 1 / (448 * 512): FBGEMM's `quantize_fp8_per_row`.
+    divided_over: the mesh axis whose devices hold parts of the features, inside of shard_map.
     """
     x = x.astype(jnp.float32)
     absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    if divided_over:
+        absmax = lax.pmax(absmax, divided_over)
     if upper_bound is None:
         scale = _scale_of(absmax)
     else:

@@ -62,7 +62,6 @@ class LLM:
         manifest: checkpoint.Manifest,
         kv_dtype: KVDtype,
         options: EngineOptions,
-        mesh: Mesh | None = None,
         draft: tuple[Params, ModelSpec] | None = None,
     ) -> None:
         self.spec = spec
@@ -78,7 +77,6 @@ class LLM:
             options,
             storage_dtype(kv_dtype, spec.dtype),
             manifest.kv_scales,
-            mesh,
             draft,
         )
 
@@ -132,13 +130,13 @@ class LLM:
         config = manifest.config
         max_seq_len = sequence_limit(config, max_seq_len)
         kv_storage = storage_dtype(kv_dtype, dtype)
-        spec = replace(manifest.spec(dtype, activations), implementation=implementation)
+        spec = replace(manifest.spec(dtype, activations), implementation=implementation, mesh=mesh)
         spec.check_runs()
         draft_directory, draft_spec = None, None
         if draft is not None:
             draft_directory = checkpoint.resolve(draft)
             draft_spec = checkpoint.read_manifest(draft_directory).spec(dtype, "auto")
-            draft_spec = replace(draft_spec, implementation=implementation)
+            draft_spec = replace(draft_spec, implementation=implementation, mesh=mesh)
             scheduling.setdefault("lookahead", DEFAULT_LOOKAHEAD)
         options = EngineOptions(max_batch_size, max_seq_len, **scheduling)
         speculation = Speculation(options.lookahead, draft_spec)
@@ -147,7 +145,7 @@ class LLM:
 
         def plan(num_pages: int) -> memory.MemoryPlan:
             return memory.plan_memory(
-                spec, max_batch_size, max_seq_len, kv_storage, options.prefill_chunk, mesh,
+                spec, max_batch_size, max_seq_len, kv_storage, options.prefill_chunk,
                 memory_limit, num_pages, speculation,
             )  # fmt: skip
 
@@ -161,7 +159,7 @@ class LLM:
 
         def load(directory: Path, spec: ModelSpec) -> Params:
             bits = jax.default_backend() == "cpu"
-            return checkpoint.load_params(directory, spec, mesh=mesh, bits=bits)
+            return checkpoint.load_params(directory, spec, bits=bits)
 
         drafting = None
         if draft_directory and draft_spec:
@@ -173,7 +171,6 @@ class LLM:
             manifest=manifest,
             kv_dtype=kv_dtype,
             options=options,
-            mesh=mesh,
             draft=drafting,
         )
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Sharding
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
 from llama_jax.kv_cache import PAGE_SIZE, init_cache
-from llama_jax.model import ModelSpec, abstract_params
+from llama_jax.model import ModelSpec, abstract_params, param_shardings
 from llama_jax.scheduling import MAX_TOKENS_PER_CALL
-from llama_jax.sharding import cache_shardings, param_shardings
+from llama_jax.sharding import cache_shardings
 from llama_jax.speculation import NO_SPECULATION, Speculation
 from pallas_kernels.fp8_matmul.xla import block_rows
 
@@ -127,7 +127,6 @@ def plan_memory(
     max_seq_len: int,
     kv_dtype: jnp.dtype,
     prefill_chunk: int,
-    mesh: Mesh | None = None,
     limit: int | None = None,
     num_pages: int | None = None,
     speculation: Speculation = NO_SPECULATION,
@@ -139,11 +138,12 @@ def plan_memory(
     the devices that are here report. num_pages: of the cache, instead of whole rows. speculation:
     its draft has a cache of the same pages, and what it guesses has logits.
     """
+    mesh = spec.mesh
     if limit is None:
         limit = device_memory_bytes(mesh.devices.flat[0] if mesh else None)
 
     def weights(spec: ModelSpec) -> int:
-        return _bytes_per_device(abstract_params(spec), param_shardings(spec, mesh))
+        return _bytes_per_device(abstract_params(spec), param_shardings(spec))
 
     def kv_cache(spec: ModelSpec) -> int:
         dtype = jnp.dtype(kv_dtype)
@@ -157,7 +157,7 @@ def plan_memory(
     return MemoryPlan(
         weights=sum(map(weights, specs)),
         kv_cache=sum(map(kv_cache, specs)),
-        workspace=_workspace(spec, max_batch_size, min(prefill_chunk, max_seq_len), guesses, mesh),
+        workspace=_workspace(spec, max_batch_size, min(prefill_chunk, max_seq_len), guesses),
         limit=limit,
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
@@ -282,9 +282,7 @@ def _bytes_per_device(arrays: object, shardings: object) -> int:
     return sum(sizes)
 
 
-def _workspace(
-    spec: ModelSpec, batch_size: int, chunk: int, guesses: int, mesh: Mesh | None
-) -> int:
+def _workspace(spec: ModelSpec, batch_size: int, chunk: int, guesses: int) -> int:
     config = spec.config
     is_fp8 = any(stored.scale for stored in spec.formats.values())
     wide = is_fp8 or spec.dtype == "float32"
@@ -299,5 +297,5 @@ def _workspace(
         _SAMPLER_BYTES * batch_size + _GUESS_BYTES * guesses + 8 * _SCORED_TOKENS
     )
     tokens = min(batch_size * chunk, max(chunk, MAX_TOKENS_PER_CALL))
-    tokens //= mesh.shape["model"] if mesh else 1
+    tokens //= spec.mesh.shape["model"] if spec.mesh else 1
     return per_token * tokens + widened_block + logits

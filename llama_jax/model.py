@@ -19,13 +19,14 @@ import numpy as np
 from flax import linen as nn
 from flax.core import FrozenDict
 from jax import Array, lax
+from jax.sharding import Mesh
 
 from llama_jax.config import LlamaConfig
 from llama_jax.fp8 import WeightFormat, quantize_per_token, scale_shape
 from llama_jax.kv_cache import KVCache, write_pages
+from llama_jax.sharding import default_sharding, divided_over, sharding_of
 from pallas_kernels import device, e4m3
 from pallas_kernels.fp8_matmul import (
-    MAX_WEIGHT_ONLY_ROWS,
     chosen,
     fp8_matmul,
     fp8_matmuls,
@@ -54,6 +55,7 @@ class ModelSpec:
         the best that runs on what is lowered for, else "reference", "xla", or "hopper", which
         refuses what its kernels cannot take.
     is_batch_invariant: a row's numbers are bit-equal whatever the other rows of the same call are.
+    mesh: the devices that share the work (`sharding.make_mesh`); None for the default device alone.
     """
 
     config: LlamaConfig
@@ -62,6 +64,7 @@ class ModelSpec:
     activations: Activations = "bf16"
     implementation: Implementation | None = None
     is_batch_invariant: bool = False
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "formats", FrozenDict(self.formats))
@@ -169,7 +172,12 @@ class Embedding(nn.Module):
         self.weight = _parameter(self, "weight", shape, ("vocab", "embed"), dtype)
 
     def __call__(self, tokens: Array) -> Array:
-        return jnp.take(self.weight, tokens, axis=0, mode="clip").astype(self.spec.dtype)
+        axis = divided_over("vocab")
+        if axis is None:
+            return jnp.take(self.weight, tokens, axis=0, mode="clip").astype(self.spec.dtype)
+        here = tokens - lax.axis_index(axis) * self.weight.shape[0]
+        x = self.weight.at[here].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        return lax.psum(x.astype(self.spec.dtype), axis)
 
 
 class RMSNorm(nn.Module):
@@ -188,11 +196,15 @@ class RMSNorm(nn.Module):
 
 
 class Stored(NamedTuple):
-    """A matrix [out, in] and, where it is quantised, its scales and perhaps that of its inputs."""
+    """A matrix [out, in] and, where it is quantised, its scales and perhaps that of its inputs.
+
+    summed_over: the mesh axis whose devices have some columns each, so that products are sums.
+    """
 
     weight: Array
     scale: Array | None = None
     input_scale: Array | None = None
+    summed_over: str | None = None
 
     @property
     def quantized(self) -> tuple[Array, Array]:
@@ -224,18 +236,22 @@ class Linear(nn.Module):
     def stored(self) -> Stored:
         shape, stored = (self.out_features, self.in_features), self.format
         weight = _parameter(self, "weight", shape, self.axes, stored.dtype)
+        matrix = Stored(weight, summed_over=divided_over(self.axes[1]))
         if stored.scale is None:
-            return Stored(weight)
+            return matrix
         scales = scale_shape(shape, stored.scale, stored.column_groups)
         scale = _parameter(self, "weight_scale", scales, self.axes[: len(scales)], "float32")
+        matrix = matrix._replace(scale=scale)
         if not stored.input_scale:
-            return Stored(weight, scale)
-        return Stored(weight, scale, _parameter(self, "input_scale", (), (), "float32"))
+            return matrix
+        return matrix._replace(input_scale=_parameter(self, "input_scale", (), (), "float32"))
 
     def operands(self, x: Array) -> Operands:
         matrix, rows, x_scale = self.stored(), x.reshape(-1, self.in_features), None
         if matrix.scale is not None and self.spec.activations == "dynamic":
-            rows, x_scale = quantize_per_token(rows, self.format.activation_scale_ub)
+            rows, x_scale = quantize_per_token(
+                rows, self.format.activation_scale_ub, matrix.summed_over
+            )
         elif matrix.scale is not None and self.spec.activations == "static":
             assert matrix.input_scale is not None
             x_scale = matrix.input_scale
@@ -252,21 +268,26 @@ def multiply(
 ) -> Array:
     """The product, plus a residual, in the dtype and with the leading axes of `like`.
 
-    A kernel adds the residual before it rounds; otherwise the product is rounded first.
+    A kernel adds the residual before it rounds; otherwise the product is rounded first, after it is
+    summed over devices.
     """
-    x, x_scale, (weight, scale, _) = operands
-    shape, is_added = (*like.shape[:-1], weight.shape[0]), False
+    x, x_scale, (weight, scale, _, summed_over) = operands
+    is_added = False
     if scale is None:
         y = dense(x, weight)
     else:
-        rows = None if residual is None else residual.reshape(-1, weight.shape[0])
+        rows = None
+        if residual is not None and not summed_over:
+            rows = residual.reshape(-1, weight.shape[0])
         runs = chosen(x, weight, scale, like.dtype, rows, implementation=spec.implementation)
-        is_added = runs.startswith("hopper")
+        is_added = rows is not None and runs.startswith("hopper")
         y = fp8_matmul(
             x, weight, scale, x_scale=x_scale, residual=rows if is_added else None,
             out_dtype=like.dtype, implementation=spec.implementation,
         )  # fmt: skip
-    y = y.astype(like.dtype).reshape(shape)
+    if summed_over:
+        y = lax.psum(y.astype(like.dtype), summed_over)
+    y = y.astype(like.dtype).reshape(*like.shape[:-1], weight.shape[0])
     return y if residual is None or is_added else y + residual
 
 
@@ -512,96 +533,30 @@ def init_params(spec: ModelSpec, seed: int = 0) -> Params:
 
 def _declaring(spec: ModelSpec) -> ModelSpec:
     """What declares the same parameters on any device, whatever runs with them."""
-    return replace(spec, implementation="xla")
+    return replace(spec, implementation="xla", mesh=None)
+
+
+def param_shardings(spec: ModelSpec) -> Params:
+    """The tree `abstract_params(spec)` with a Sharding for each array.
+
+    Without a mesh everything lies on the default device. A dimension that the mesh axis does not
+    divide (block scales of a narrow matrix, a handful of kv heads over many devices) is not split:
+    every device of that axis then holds all of it, which `memory.plan_memory` counts.
+    """
+    mesh, abstract = spec.mesh, abstract_params(spec)
+    shardings: Params
+    if mesh is None:
+        shardings = jax.tree.map(lambda _: default_sharding(), abstract)
+    else:
+        shardings = jax.tree.map(
+            lambda leaf, axes: sharding_of(mesh, tuple(axes), leaf.shape),
+            abstract,
+            logical_axes(spec),
+        )
+    return shardings
 
 
 @cache
 def _boxed_params(spec: ModelSpec) -> Params:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(Llama(spec).init, jax.random.key(0), tokens)["params"]
-
-
-@partial(jax.jit, static_argnames="spec", donate_argnames="cache")
-def prefill(
-    params: Params,
-    cache: KVCache,
-    tokens: Array,
-    lengths: Array,
-    rows: Array | None = None,
-    *,
-    spec: ModelSpec,
-) -> tuple[Array, KVCache]:
-    """Append a chunk of each prompt to the cache.
-
-    tokens: int32 [b, t]; lengths: int32 [b], how many of them are real (0 leaves a row alone);
-    rows: int32 [b], the cache rows they belong to, all in order when None. Long prompts go through
-    in chunks: each call continues where the row stands. The cache is donated.
-    Returns float32 logits [b, vocab] after each row's last real token, and the cache.
-    """
-    hidden, cache = extend(params, cache, tokens, lengths, rows, spec=spec, phase="prefill")
-    return unembed(params, last_hidden(hidden, lengths), spec=spec), cache
-
-
-@partial(jax.jit, static_argnames="spec", donate_argnames="cache")
-def decode(
-    params: Params,
-    cache: KVCache,
-    tokens: Array,
-    active: Array | None = None,
-    *,
-    spec: ModelSpec,
-) -> tuple[Array, KVCache]:
-    """Append one token to each active row of the cache.
-
-    tokens: int32 [batch]; active: bool [batch], all when None. The cache is donated.
-    Returns float32 logits [batch, vocab] and the cache.
-    """
-    lengths = jnp.ones_like(tokens) if active is None else active.astype(jnp.int32)
-    hidden, cache = extend(params, cache, tokens[:, None], lengths, spec=spec, phase="decode")
-    return unembed(params, hidden[:, 0], spec=spec), cache
-
-
-def extend(
-    params: Params,
-    cache: KVCache,
-    tokens: Array,
-    lengths: Array,
-    rows: Array | None = None,
-    *,
-    spec: ModelSpec,
-    phase: Phase,
-) -> tuple[Array, KVCache]:
-    """What `prefill` and `decode` share; returns hidden states [b, t, d] of every token."""
-    spec = replace(spec, activations=activations_in(phase, tokens.size, spec))
-    rows = jnp.arange(tokens.shape[0]) if rows is None else rows
-    starts = jnp.take(cache.lengths, rows, mode="clip")
-    positions = starts[:, None] + jnp.arange(tokens.shape[1])
-    extended: Any = Llama(spec).apply(
-        {"params": params}, tokens, positions, cache, rows, lengths, method="extend"
-    )
-    return extended
-
-
-def activations_in(phase: Phase, rows: int, spec: ModelSpec) -> Activations:
-    """Those of `spec`, and what "auto" stands for: "dynamic" where FP8 tensor cores compute, in
-    prefill and where more rows are decoded than the weight-only kernel takes; else "bf16".
-
-    rows: of the call, a static number; nothing here depends on what a batch holds.
-    """
-    if spec.activations != "auto":
-        return spec.activations
-    computes = phase == "prefill" or rows > MAX_WEIGHT_ONLY_ROWS
-    in_fp8 = spec.dtype == "bfloat16" and computes and device.has_fp8_tensor_cores()
-    return "dynamic" if in_fp8 else "bf16"
-
-
-def last_hidden(hidden: Array, lengths: Array) -> Array:
-    """The state of each row's last real token: [b, t, d] and int32 [b] to [b, d]."""
-    last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    return jnp.take_along_axis(hidden, last, axis=1)[:, 0]
-
-
-def unembed(params: Params, hidden: Array, *, spec: ModelSpec) -> Array:
-    """Hidden states [..., d] of `extend` to float32 logits [..., vocab]."""
-    logits: Array = Llama(spec).apply({"params": params}, hidden, method="unembed")  # type: ignore[assignment]
-    return logits

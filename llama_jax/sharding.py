@@ -2,7 +2,7 @@
 
 Tensor parallelism as in Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053): heads, the MLP's
 inner features and the vocabulary are split over "model", the hidden features stay whole. Over
-"data" parameters are repeated; batches may be split over it.
+"data" parameters are repeated.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDev
 
 from llama_jax.config import LlamaConfig
 from llama_jax.kv_cache import KVCache
-from llama_jax.model import ModelSpec, Params, abstract_params, logical_axes
 
 RULES: Mapping[str, str] = MappingProxyType(
     {"vocab": "model", "heads": "model", "kv_heads": "model", "mlp": "model"}
@@ -39,26 +38,6 @@ def make_mesh(
     return Mesh(np.array(devices[: data * model]).reshape(data, model), ("data", "model"))
 
 
-def param_shardings(spec: ModelSpec, mesh: Mesh | None) -> Params:
-    """The tree `abstract_params(spec)` with a Sharding for each array.
-
-    Without a mesh everything lies on the default device. A dimension that the mesh axis does not
-    divide (block scales of a narrow matrix, a handful of kv heads over many devices) is not split:
-    every device of that axis then holds all of it, which `memory.plan_memory` counts.
-    """
-    abstract = abstract_params(spec)
-    shardings: Params
-    if mesh is None:
-        shardings = jax.tree.map(lambda _: default_sharding(), abstract)
-    else:
-        shardings = jax.tree.map(
-            lambda leaf, axes: _sharding(mesh, tuple(axes), leaf.shape),
-            abstract,
-            logical_axes(spec),
-        )
-    return shardings
-
-
 def cache_shardings(config: LlamaConfig, mesh: Mesh | None) -> KVCache:
     """A `KVCache` with a Sharding for each array: pages split by kv heads, the rest whole."""
     if mesh is None:
@@ -66,10 +45,15 @@ def cache_shardings(config: LlamaConfig, mesh: Mesh | None) -> KVCache:
     else:
         # Only the size of the kv heads' dimension matters to the rule.
         shape = (1, 1, config.num_kv_heads, config.head_dim)
-        pages = _sharding(mesh, (None, None, "kv_heads", None), shape)
-        rest = NamedSharding(mesh, PartitionSpec())
+        pages = sharding_of(mesh, (None, None, "kv_heads", None), shape)
+        rest = whole_on(mesh)
     layers = (pages,) * config.num_layers
     return KVCache(layers, layers, rest, rest, rest, rest)  # type: ignore[arg-type]
+
+
+def whole_on(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
 
 
 def default_sharding() -> Sharding:
@@ -77,7 +61,16 @@ def default_sharding() -> Sharding:
     return SingleDeviceSharding(jax.config.jax_default_device or jax.devices()[0])
 
 
-def _sharding(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+def divided_over(axis: str) -> str | None:
+    """The mesh axis over which devices share the dimension of a logical axis: inside of shard_map,
+    where each sees its part alone; None elsewhere, and for what is whole on each device."""
+    placed = RULES.get(axis)
+    return placed if placed in jax.sharding.get_abstract_mesh().manual_axes else None
+
+
+def sharding_of(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """Of an array of `shape` with logical axes. A dimension that the mesh axis does not divide is
+    whole on every device."""
     placed = (RULES.get(axis) if axis else None for axis in axes)
     divided = (
         name if name and size % mesh.shape[name] == 0 else None

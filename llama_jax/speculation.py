@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from llama_jax import model
+from llama_jax import forward
 from llama_jax.config import LlamaConfig
 from llama_jax.kv_cache import KVCache
 from llama_jax.model import ModelSpec, Params
@@ -110,10 +110,10 @@ def draft_tokens(
     ) -> tuple[tuple[KVCache, Array, SamplingState], Array]:
         cache, tokens, sampling = carry
         grows = i <= room
-        hidden, cache = model.extend(
+        hidden, cache = forward.extend(
             params, cache, tokens[:, None], grows.astype(jnp.int32), spec=spec, phase="decode"
         )
-        drawn = sample(model.unembed(params, hidden[:, 0], spec=spec), sampling).tokens
+        drawn = sample(forward.unembed(params, hidden[:, 0], spec=spec), sampling).tokens
         return (cache, drawn, record(sampling, drawn, grows)), drawn
 
     (cache, _, _), drawn = lax.scan(step, (cache, tokens, sampling), jnp.arange(lookahead + 1))

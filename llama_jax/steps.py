@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from llama_jax import model
+from llama_jax import forward
 from llama_jax.kv_cache import KVCache, copy_pages, init_cache
 from llama_jax.model import ModelSpec, Params
 from llama_jax.sampling import (
@@ -25,7 +24,7 @@ from llama_jax.sampling import (
     record,
     sample,
 )
-from llama_jax.sharding import cache_shardings, default_sharding
+from llama_jax.sharding import cache_shardings, default_sharding, whole_on
 from llama_jax.speculation import NO_SPECULATION, Speculation, draft_tokens, look_up
 
 # Tokens whose logits exist at one time while scoring: 64 of 128,256 words in float32 are 33 MB.
@@ -65,7 +64,6 @@ def state_builder(
     max_seq_len: int,
     cache_dtype: jnp.dtype,
     kv_scales: tuple[tuple[float, float], ...] | None = None,
-    mesh: Mesh | None = None,
     num_pages: int | None = None,
     speculation: Speculation = NO_SPECULATION,
 ) -> Callable[[], DecodeState]:
@@ -73,7 +71,7 @@ def state_builder(
 
     Arguments as `kv_cache.init_cache` takes them.
     """
-    whole = NamedSharding(mesh, PartitionSpec()) if mesh else default_sharding()
+    whole = whole_on(spec.mesh) if spec.mesh else default_sharding()
 
     def build() -> DecodeState:
         scales = None if kv_scales is None else jnp.array(kv_scales, jnp.float32)
@@ -93,8 +91,8 @@ def state_builder(
     draft = speculation.draft
     shardings = jax.tree.map(lambda _: whole, jax.eval_shape(build))
     shardings = shardings.replace(
-        cache=cache_shardings(spec.config, mesh),
-        draft=cache_shardings(draft.config, mesh) if draft else None,
+        cache=cache_shardings(spec.config, spec.mesh),
+        draft=cache_shardings(draft.config, spec.mesh) if draft else None,
     )
     return jax.jit(build, out_shardings=shardings)
 
@@ -146,21 +144,21 @@ def prefill_step(
 
     page_table: int32 [batch, pages_per_row]; tokens: int32 [b, t]; lengths, rows: int32 [b];
     remaining: int32 [b], tokens to draw from here on, 0 where the prompt goes on. See
-    `model.prefill`. draft_params: of `speculation.draft`, which takes in the same chunk.
+    `forward.prefill`. draft_params: of `speculation.draft`, which takes in the same chunk.
     """
     cache, draft = state.cache.replace(page_table=page_table), state.draft
     if speculation.draft:
         assert draft is not None and draft_params is not None
         draft = _follow(draft, cache)
-        _, draft = model.extend(
+        _, draft = forward.extend(
             draft_params, draft, tokens, lengths, rows, spec=speculation.draft, phase="prefill"
         )
-    hidden, cache = model.extend(params, cache, tokens, lengths, rows, spec=spec, phase="prefill")
-    hidden = model.last_hidden(hidden, lengths)
+    hidden, cache = forward.extend(params, cache, tokens, lengths, rows, spec=spec, phase="prefill")
+    hidden = forward.last_hidden(hidden, lengths)
     vocab, last = spec.config.vocab_size, remaining > 0
     logits = lax.cond(
         jnp.any(last),
-        lambda: model.unembed(params, hidden, spec=spec),
+        lambda: forward.unembed(params, hidden, spec=spec),
         lambda: jnp.zeros((len(rows), vocab), jnp.float32),
     )
     of_rows = jax.tree.map(lambda a: jnp.take(a, rows, axis=0, mode="clip"), state.sampling)
@@ -251,10 +249,10 @@ def _decode(
     state, guesses, guessed = _guess(draft_params, state, speculation)
     guessed = jnp.where(active, jnp.minimum(guessed, state.remaining - 1), 0)
     fed = jnp.concatenate([state.tokens[:, None], guesses], axis=1)
-    hidden, cache = model.extend(
+    hidden, cache = forward.extend(
         params, state.cache, fed, jnp.where(active, 1 + guessed, 0), spec=spec, phase="decode"
     )
-    logits = model.unembed(params, hidden, spec=spec)
+    logits = forward.unembed(params, hidden, spec=spec)
 
     def draw(
         carry: tuple[SamplingState, Array, Array, Array], at: tuple[Array, Array, Array]
@@ -333,7 +331,7 @@ def score_step(
     `TOKENS_PER_LOGITS_BLOCK` tokens exist at a time.
     """
     cache = state.cache.replace(page_table=page_table)
-    hidden, cache = model.extend(params, cache, tokens, lengths, rows, spec=spec, phase="prefill")
+    hidden, cache = forward.extend(params, cache, tokens, lengths, rows, spec=spec, phase="prefill")
     count = tokens.size
     block = min(TOKENS_PER_LOGITS_BLOCK, count)
     padding = -count % block
@@ -342,7 +340,7 @@ def score_step(
 
     def score_block(part: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden, targets = part
-        logits = model.unembed(params, hidden, spec=spec)
+        logits = forward.unembed(params, hidden, spec=spec)
         chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
         return chosen - jax.nn.logsumexp(logits, axis=-1), targets == jnp.argmax(logits, axis=-1)
 
@@ -365,5 +363,5 @@ def logits_step(
 ) -> tuple[DecodeState, Array]:
     """Append a chunk of each text; float32 logits [b, t, vocab] of every token."""
     cache = state.cache.replace(page_table=page_table)
-    hidden, cache = model.extend(params, cache, tokens, lengths, rows, spec=spec, phase="prefill")
-    return state.replace(cache=cache), model.unembed(params, hidden, spec=spec)
+    hidden, cache = forward.extend(params, cache, tokens, lengths, rows, spec=spec, phase="prefill")
+    return state.replace(cache=cache), forward.unembed(params, hidden, spec=spec)

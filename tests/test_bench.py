@@ -7,8 +7,9 @@ import pytest
 
 from llama_jax import bench, compile_cache
 from llama_jax.bench import Workload
+from llama_jax.forward import prefill
 from llama_jax.kv_cache import init_cache
-from llama_jax.model import abstract_params, prefill
+from llama_jax.model import abstract_params
 from pallas_kernels import e4m3
 from tests.tiny import config, fp8_formats, fp8_spec
 

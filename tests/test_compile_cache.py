@@ -22,7 +22,8 @@ import jax.numpy as jnp
 jnp.arange(3) + 1
 from llama_jax import compile_cache
 from llama_jax.kv_cache import init_cache
-from llama_jax.model import init_params, prefill
+from llama_jax.forward import prefill
+from llama_jax.model import init_params
 from tests.tiny import fp8_spec
 directory = compile_cache.enable()
 spec = fp8_spec()

@@ -16,9 +16,9 @@ from converters.dialects.layout import pieces
 from converters.pipeline import convert
 from converters.source import read_source
 from llama_jax.checkpoint import CheckpointError, load_params, read_manifest
+from llama_jax.forward import prefill
 from llama_jax.fp8 import WeightFormat, dequantize
 from llama_jax.kv_cache import init_cache
-from llama_jax.model import prefill
 from tests import tiny_checkpoints as tiny
 from tests.tiny_checkpoints import DOWN, VARIANTS, Arrays, Q, Variant
 

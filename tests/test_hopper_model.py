@@ -12,9 +12,10 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from llama_jax.engine import Engine
+from llama_jax.forward import activations_in, extend, last_hidden, unembed
 from llama_jax.kv_cache import init_cache
 from llama_jax.llm import LLM
-from llama_jax.model import ModelSpec, activations_in, extend, init_params, last_hidden, unembed
+from llama_jax.model import ModelSpec, init_params
 from llama_jax.paths import calls, programs
 from llama_jax.scheduling import EngineOptions
 from pallas_kernels import device, sm90

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from llama_jax import memory
 from llama_jax.config import PRESETS
+from llama_jax.forward import prefill
 from llama_jax.fp8 import WeightFormat
 from llama_jax.kv_cache import PAGE_SIZE, bytes_per_token, init_cache
 from llama_jax.memory import (
@@ -22,7 +23,7 @@ from llama_jax.memory import (
     fitting_pages,
     plan_memory,
 )
-from llama_jax.model import ModelSpec, Params, abstract_params, prefill
+from llama_jax.model import ModelSpec, Params, abstract_params
 from llama_jax.speculation import Speculation
 from llama_jax.steps import decode_steps, prefill_step, score_step, state_builder
 from pallas_kernels import e4m3

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from llama_jax.forward import decode, prefill
 from llama_jax.fp8 import dequantize
 from llama_jax.kv_cache import init_cache
 from llama_jax.model import (
@@ -17,11 +18,9 @@ from llama_jax.model import (
     ModelSpec,
     abstract_params,
     apply_rope,
-    decode,
     dense,
     init_params,
     logical_axes,
-    prefill,
     rope_frequencies,
 )
 from pallas_kernels import e4m3

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,28 +10,29 @@ from jax.sharding import PartitionSpec as P
 
 from converters.pipeline import convert
 from llama_jax.checkpoint import read_manifest
-from llama_jax.model import abstract_params
-from llama_jax.sharding import cache_shardings, make_mesh, param_shardings
+from llama_jax.model import abstract_params, param_shardings
+from llama_jax.sharding import cache_shardings, make_mesh
 from tests import tiny_checkpoints as tiny
 
 FOUR_DEVICES = """
 import sys
+from dataclasses import replace
 import jax, jax.numpy as jnp, numpy as np
 from llama_jax.checkpoint import load_params, read_manifest
 from llama_jax.kv_cache import init_cache
 from llama_jax.memory import plan_memory
-from llama_jax.model import prefill
+from llama_jax.forward import prefill
 from llama_jax.sharding import cache_shardings, make_mesh
 
 assert jax.device_count() == 4
 for directory, split in zip(sys.argv[1:], (make_mesh(4), make_mesh(2, data=2)), strict=True):
     manifest = read_manifest(directory)
-    spec = manifest.spec("float32")
     tokens = jnp.arange(20, dtype=jnp.int32).reshape(2, 10)
     lengths = jnp.array([10, 7], jnp.int32)
     results = []
     for mesh in (None, split):
-        params = load_params(directory, spec, mesh, bits=True)
+        spec = replace(manifest.spec("float32"), mesh=mesh)
+        params = load_params(directory, spec, bits=True)
         cache = init_cache(spec.config, 2, 64, jnp.float32)
         cache = jax.device_put(cache, cache_shardings(spec.config, mesh))
         logits, cache = prefill(params, cache, tokens, lengths, spec=spec)
@@ -44,7 +46,7 @@ for directory, split in zip(sys.argv[1:], (make_mesh(4), make_mesh(2, data=2)), 
             held = sum(
                 leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params)
             )
-            plan = plan_memory(spec, 2, 64, jnp.dtype(jnp.float32), 16, mesh)
+            plan = plan_memory(spec, 2, 64, jnp.dtype(jnp.float32), 16)
             assert plan.weights == held, (plan.weights, held)
             assert plan.devices == mesh.size
     np.testing.assert_allclose(results[1], results[0], atol=1e-4, rtol=0)
@@ -70,6 +72,15 @@ def test_four_devices_hold_the_parts_and_give_the_same_logits(tmp_path: Path) ->
     convert(dense, tmp_path / "a", quantize="block", progress=False)
     convert(static, tmp_path / "b", progress=False)
     run_with_devices(4, FOUR_DEVICES, tmp_path / "a", tmp_path / "b")
+
+
+def test_devices_sum_and_gather_what_they_must_and_no_more() -> None:
+    run_with_devices(4, "from tests import four_devices; four_devices.check_communication()")
+
+
+@pytest.mark.slow
+def test_each_storage_format_divides_over_devices() -> None:
+    run_with_devices(4, "from tests import four_devices; four_devices.check_formats()")
 
 
 TWO_DEVICES_LLM = """
@@ -102,7 +113,7 @@ def test_rules(tmp_path: Path) -> None:
             progress=False)  # fmt: skip
     spec = read_manifest(tmp_path / "o").spec()
     devices = jax.devices() * 4  # the rules look at the mesh's shape alone
-    shardings = param_shardings(spec, make_mesh(4, devices=devices))
+    shardings = param_shardings(replace(spec, mesh=make_mesh(4, devices=devices)))
     layer = shardings["layers_1"]
     assert layer["self_attn"]["q_proj"]["weight"].spec == P("model", None)
     assert layer["self_attn"]["o_proj"]["weight"].spec == P(None, "model")
@@ -123,7 +134,7 @@ def test_rules(tmp_path: Path) -> None:
 def test_without_a_mesh_everything_is_on_one_device(tmp_path: Path) -> None:
     convert(tiny.write(tmp_path / "s", tiny.dense()), tmp_path / "o", progress=False)
     spec = read_manifest(tmp_path / "o").spec()
-    shardings = param_shardings(spec, None)
+    shardings = param_shardings(spec)
     assert jax.tree.structure(shardings) == jax.tree.structure(abstract_params(spec))
     assert {s.device_set == {jax.devices()[0]} for s in jax.tree.leaves(shardings)} == {True}
 
