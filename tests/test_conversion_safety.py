@@ -41,6 +41,7 @@ from converters.pipeline import convert
 source, target, whole, ending, times, seconds = sys.argv[1:]
 parent = str(Path(target).parent)
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 rng = random.Random(0)
 seconds = float(seconds)
 
