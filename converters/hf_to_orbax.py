@@ -11,8 +11,7 @@ from rich.filesize import decimal
 from converters.dialects import DIALECTS
 from converters.pipeline import convert
 from converters.resolve import locate
-from llama_jax.checkpoint import CheckpointError, Manifest
-from llama_jax.config import ConfigError
+from llama_jax.checkpoint import Manifest
 
 HELP = f"""Convert a Hugging Face checkpoint of Llama into an Orbax directory.
 
@@ -59,7 +58,7 @@ def main(
             overwrite=overwrite,
             progress=not as_json,
         )
-    except (CheckpointError, ConfigError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
     print(manifest.to_json() if as_json else summary(manifest, target))
@@ -79,6 +78,6 @@ def summary(manifest: Manifest, target: Path) -> str:
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False)
+    app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
     app.command(help=HELP)(main)
     app()

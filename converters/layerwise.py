@@ -65,7 +65,7 @@ def read_sequences(
     if length < 2 or tokens < length:
         raise ValueError(
             f"{tokens} tokens in sequences of {length}: a sequence needs at least 2 tokens, and "
-            "there must be at least one"
+            "there must be one; take more tokens or a smaller sequence length"
         )
     try:
         with path.open(encoding="utf-8") as file:

@@ -6,9 +6,9 @@ from converters.hf_to_orbax import main
 
 HELP = """Convert a checkpoint of Llama as Meta distributes it into an Orbax directory.
 
-SOURCE is a directory with params.json, all of consolidated.*.pth, tokenizer.model and, of an FP8
-checkpoint, fp8_scales_*.pt. Nothing that the files contain is run. TARGET appears when it is whole;
-an interrupted conversion leaves nothing that could be mistaken for a checkpoint.
+SOURCE is a directory with params.json, all of `consolidated.*.pth`, tokenizer.model and, of an FP8
+checkpoint, `fp8_scales_*.pt`. Nothing that the files contain is run. TARGET appears when it is
+whole; an interrupted conversion leaves nothing that could be mistaken for a checkpoint.
 
 Examples:
 
@@ -18,6 +18,6 @@ Examples:
 """
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False)
+    app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
     app.command(help=HELP)(main)
     app()

@@ -9,8 +9,6 @@ from rich.filesize import decimal
 
 from converters.export import ExportFormat, export
 from converters.resolve import locate
-from llama_jax.checkpoint import CheckpointError
-from llama_jax.config import ConfigError
 
 HELP = """Write a checkpoint as a Hugging Face directory that transformers and vLLM load.
 
@@ -38,13 +36,13 @@ def main(
 ) -> None:
     try:
         exported = export(locate(source), target, format, overwrite=overwrite)
-    except (CheckpointError, ConfigError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
     print(f"{target}: {decimal(exported.total_bytes)} in {', '.join(exported.shards)}")
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False)
+    app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
     app.command(help=HELP)(main)
     app()

@@ -40,14 +40,14 @@ def check_paths(
         raise CheckpointError(f"{target} lies inside the source {source}: choose another target")
     if not target.exists():
         return
+    if not is_kind(target):
+        raise FileExistsError(
+            f"{target} exists already and is not {kind}, so it is never overwritten. Remove it "
+            "yourself or choose another target."
+        )
     if not overwrite:
         raise FileExistsError(
             f"{target} exists already. Choose another target, or overwrite it (--overwrite)."
-        )
-    if not is_kind(target):
-        raise FileExistsError(
-            f"{target} is not {kind}, so it is not overwritten. Remove it yourself or choose "
-            "another target."
         )
 
 

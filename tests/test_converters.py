@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -401,6 +402,27 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         main(source, tmp_path / "o")
     assert stopped.value.exit_code == 1
     assert "exists already" in capsys.readouterr().err
+    with pytest.raises(typer.Exit):
+        main(source, tmp_path / "p", quantize_lm_head=True)
+    assert "quantize_lm_head needs quantize" in capsys.readouterr().err
+
+
+def test_the_scripts_run_as_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny.write_meta(tmp_path / "s", tiny.meta_parts(tiny.meta(), 2))
+    converted, exported, again = (str(tmp_path / name) for name in ("o", "e", "a"))
+    for module, arguments in (
+        ("meta_to_orbax", [str(source), converted, "--quantize", "row"]),
+        ("orbax_to_hf", [converted, exported, "--format", "fp8"]),
+        ("hf_to_orbax", [exported, again]),
+    ):
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        monkeypatch.delitem(sys.modules, f"converters.{module}", raising=False)
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_module(f"converters.{module}", run_name="__main__")
+        assert not stopped.value.code
+    before, after = (read_manifest(Path(directory)) for directory in (converted, again))
+    assert after.dialect == "compressed-tensors"
+    assert (after.formats, after.checksums) == (before.formats, before.checksums)
 
 
 def test_the_dialect_that_build_md_adds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
