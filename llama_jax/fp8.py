@@ -82,11 +82,18 @@ def encode(weight: Array, scale: Array) -> Array:
     scale: float32, one per row or per block (`scale_shape`), all positive.
     """
     if scale.ndim == 1:
-        return e4m3.cast(weight.astype(jnp.float32) / scale[:, None])
+        return e4m3.cast(_quotient(weight, scale[:, None]))
     blocks = _in_blocks(weight)
-    codes = e4m3.cast(blocks.astype(jnp.float32) / scale[:, None, :, None])
+    codes = e4m3.cast(_quotient(blocks, scale[:, None, :, None]))
     codes = codes.reshape(blocks.shape[0] * BLOCK, blocks.shape[2] * BLOCK)
     return codes[: weight.shape[0], : weight.shape[1]]
+
+
+def _quotient(x: Array, scale: Array) -> Array:
+    """x / scale in float32. By a mere broadcast XLA would multiply with reciprocals, which moves
+    what lies in the middle between two codes to the wrong one."""
+    x = x.astype(jnp.float32)
+    return x / jnp.where(jnp.isnan(x), x, scale)
 
 
 def dequantize(codes: Array, scale: Array) -> Array:

@@ -46,7 +46,9 @@ def our_logits(
     )
     lengths = jnp.full(len(IDS), IDS.shape[1])
     params = load_params(directory, spec)
-    hidden, _ = extend(params, cache, jnp.asarray(IDS, jnp.int32), lengths, spec=spec)
+    hidden, _ = extend(
+        params, cache, jnp.asarray(IDS, jnp.int32), lengths, spec=spec, phase="prefill"
+    )
     return np.asarray(unembed(params, hidden, spec=spec))
 
 

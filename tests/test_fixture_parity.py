@@ -41,7 +41,9 @@ def logits(directory: Path, ids: np.ndarray, activations: str, fp8_cache: bool) 
     scales = jnp.asarray(manifest.kv_scales, jnp.float32) if fp8_cache else None
     cache = init_cache(spec.config, *ids.shape, "int8" if fp8_cache else "float32", scales)
     lengths = jnp.full(len(ids), ids.shape[1])
-    hidden, _ = extend(params, cache, jnp.asarray(ids, jnp.int32), lengths, spec=spec)
+    hidden, _ = extend(
+        params, cache, jnp.asarray(ids, jnp.int32), lengths, spec=spec, phase="prefill"
+    )
     return np.asarray(unembed(params, hidden, spec=spec))
 
 
