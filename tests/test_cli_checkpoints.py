@@ -111,7 +111,7 @@ def test_inspect_json_is_complete(run: Run, friendli: Path) -> None:
     assert set(found["quantized"]) == {"matrices", "with_input_scale", "not_quantized"}
     assert set(found["memory"]) == {
         "weights", "kv_cache", "workspace", "total", "limit", "fits", "capacity", "max_batch_size",
-        "max_seq_len", "prefill_chunk", "devices",
+        "max_seq_len", "prefill_chunk", "devices", "num_pages",
     }  # fmt: skip
     assert found["kv_scales"] is None
     assert "error" in found["tokenizer"]  # the tests' stands in for one
