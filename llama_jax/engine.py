@@ -300,6 +300,7 @@ class Engine:
     def _admit(self) -> None:
         """Give rows and pages to waiting requests, first come, first served."""
         admitted: list[_Admission] = []
+        on_their_way = [row.request for row in self._running if row.is_prefilling]
         for request in list(itertools.islice(self._waiting, _LOOKAHEAD)):
             if len(self._running) == self.options.max_batch_size:
                 break
@@ -308,12 +309,13 @@ class Engine:
             if self._shares and request.wanted != "logits":
                 known = tokens[: _first_output(request, tokens)]
                 found = self.pages.match(known, request.chains)
-                if self._is_coming(request, found):
+                if _is_coming(request, found, on_their_way):
                     continue
             admission = self._place(request, tokens, found)
             if admission is None:
                 break
             admitted.append(admission)
+            on_their_way.append(request)
             self._waiting.remove(request)
         plain = [each for each in admitted if _is_plain(each.row.request)]
         for group in itertools.batched(plain, self._admitted_per_call):
@@ -321,15 +323,6 @@ class Engine:
         for each in admitted:
             if not _is_plain(each.row.request):
                 self._state = admit(self._take_state(), *self._admission([each], plain=False))
-
-    def _is_coming(self, request: Request, found: Match) -> bool:
-        """Whether a prompt that is on its way will fill the next page that could be shared."""
-        count = len(found.pages)
-        wanted = request.chains[count : count + 1]
-        return bool(wanted) and any(
-            row.is_prefilling and row.request.chains[count : count + 1] == wanted
-            for row in self._running
-        )
 
     def _place(self, request: Request, tokens: list[int], found: Match) -> _Admission | None:
         """Start a request if there are pages for its prompt, and one more for each that runs."""
@@ -655,6 +648,13 @@ class Engine:
 def _first_output(request: Request, tokens: Sequence[int]) -> int:
     """The first token whose output is wanted; those before it need not be computed again."""
     return request.score_from - 1 if request.wanted == "logprobs" else len(tokens) - 1
+
+
+def _is_coming(request: Request, found: Match, on_their_way: list[Request]) -> bool:
+    """Whether a prompt that is on its way will fill the next page that could be shared."""
+    count = len(found.pages)
+    wanted = request.chains[count : count + 1]
+    return bool(wanted) and any(other.chains[count : count + 1] == wanted for other in on_their_way)
 
 
 def _is_plain(request: Request) -> bool:
