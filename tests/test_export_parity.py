@@ -58,6 +58,9 @@ def transformers_logits(directory: Path, *, weights_alone: bool = False) -> np.n
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    quantization = json.loads((directory / "config.json").read_text()).get("quantization_config")
+    if quantization and quantization["kv_cache_scheme"]:
+        assert hasattr(model.model.layers[0].self_attn, "k_scale"), "the cache will not be rounded"
     for module in model.modules() if weights_alone else ():
         module.quantization_enabled = False
     with torch.no_grad():
