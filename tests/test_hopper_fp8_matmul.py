@@ -105,6 +105,24 @@ def test_scales(x_layout, weight_layout):
     assert no_races()
 
 
+def test_scales_of_x_pass_through_the_ring_again():
+    arrays = operands(70, 64, 512, "grouped")
+    y = hopper.fp8_matmul(*arrays, F32, config=NARROW, **SIMULATED)
+    np.testing.assert_allclose(y, exact(*arrays), atol=1e-4)
+    assert no_races()
+
+
+@pytest.mark.slow
+def test_a_long_ring_leaves_room_for_one_part_of_the_result():
+    """128 x 64 float32 are stored in two parts, each after the residual was loaded there."""
+    arrays = operands(70, 128, 1152, "grouped")
+    config = Config(tile_m=128, tile_n=64, stages=8)
+    residual = scales(70, 128)
+    y = hopper.fp8_matmul(*arrays, F32, residual, config=config, **SIMULATED)
+    np.testing.assert_allclose(y, exact(*arrays) + residual, atol=1e-3)
+    assert no_races()
+
+
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_extreme_scales(size):
     x, weight, weight_scale, x_scale = operands(7, 64, 128)

@@ -95,6 +95,14 @@ def test_residual(dtype):
     check(lambda *a: hopper.fp8_matmul(*a[:4], dtype, a[4]), *arguments(2048, 4096, 4096), residual)
 
 
+@pytest.mark.parametrize("is_added", [False, True])
+def test_float32_beside_a_long_ring_and_scales_of_x(is_added):
+    structs = arguments(512, 1024, 3584, x_layout="grouped")
+    assert hopper.heuristic(512, 1024, promote=True).stages == hopper.MAX_STAGES
+    residual = [jax.ShapeDtypeStruct((512, 1024), F32)] if is_added else []
+    check(lambda *a: hopper.fp8_matmul(*a[:4], F32, *a[4:]), *structs, *residual)
+
+
 def test_promoted_by_choice():
     config = hopper.Config(tile_m=128, tile_n=128, stages=4, cluster=2, promote=True)
     structs = arguments(2048, 4096, 4096)

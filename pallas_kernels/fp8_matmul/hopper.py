@@ -91,7 +91,9 @@ def fp8_matmul(
     # Stored at a time: what a swizzle spans, and a divisor of n, as tiles of TMA have to be.
     width = math.gcd(columns, 128 // out_dtype.itemsize, problem.n)
     parts = columns // width
-    slots = min(2, parts)
+    # One, where float32 results and scales of x along K meet a long ring.
+    room = SHARED_MEMORY_BYTES - ring_bytes(problem.config, x_grouped=problem.x_grouped)
+    slots = min(2, parts, room // (2 * WARPGROUP_ROWS * width * out_dtype.itemsize))
 
     def part(tile: _Tile, i: int) -> tuple[Any, Array]:
         """Where it lies in the result, and its slot."""
@@ -275,8 +277,14 @@ def heuristic(m: int, n: int, *, promote: bool, weights: int = 1) -> Config:
 
 def most_stages(tile_m: int, tile_n: int, weights: int) -> int:
     """How deep a ring of tiles shared memory holds."""
-    tiles = (tile_m + weights * tile_n) * TILE_K
+    tiles = ring_bytes(Config(tile_m, tile_n, stages=1), weights)
     return min(MAX_STAGES, (SHARED_MEMORY_BYTES - MAX_STAGING_BYTES) // tiles)
+
+
+def ring_bytes(config: Config, weights: int = 1, *, x_grouped: bool = False) -> int:
+    """Shared memory for the tiles in flight, and for their scales of x if those change along K."""
+    scales = 4 * config.tile_m if x_grouped else 0
+    return config.stages * ((config.tile_m + weights * config.tile_n) * TILE_K + scales)
 
 
 def unfit(config: Config, *, promote: bool, weights: int = 1) -> str | None:
@@ -284,7 +292,7 @@ def unfit(config: Config, *, promote: bool, weights: int = 1) -> str | None:
 
     promote: sums are added up in registers, by choice or because scales change along K.
     """
-    ring = config.stages * (config.tile_m + weights * config.tile_n) * TILE_K
+    ring = ring_bytes(config, weights)
     if config.tile_m not in (64, 128):
         return f"tile_m must be 64 or 128, got {config.tile_m}"
     if config.tile_n not in (64, 128, 256):
@@ -596,7 +604,10 @@ def _compute(
             for each in refs.weight_scales
         ]
         plgpu.barrier_wait(ring.filled.at[slot])
-        x_scale = _load(ring.x_scale.at[slot, of_x], PER_ROW) if problem.x_grouped else None
+        x_scale = None
+        if problem.x_grouped:
+            x_scale = _load(ring.x_scale.at[slot, of_x], PER_ROW)
+            plgpu.commit_smem()  # read before the copy engine, another proxy, overwrites it
 
         def product(weight: Any) -> Array:
             def within(sums: Any) -> Array:
