@@ -48,8 +48,10 @@ def llama_jax_runner() -> Run:
 
     from llama_jax import bench, compile_cache
     from llama_jax.config import PRESETS
+    from llama_jax.memory import share_one_arena
     from llama_jax.request import Request
 
+    share_one_arena()  # as the commands do
     compile_cache.enable()
     spec = bench.preset_spec(PRESETS[PRESET])
     params = bench.random_params(spec)

@@ -1,5 +1,8 @@
+import ctypes
 import io
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -255,3 +258,34 @@ def test_the_workspace_holds_what_the_steps_and_the_sampler_need(
 
 def ints(shape: tuple[int, ...], dtype: jnp.dtype = jnp.int32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
+
+
+THREADS = """
+import ctypes, sys, threading
+from llama_jax.memory import share_one_arena
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.fdopen.restype = ctypes.c_void_p
+if sys.argv[1] == "shared":
+    share_one_arena()
+together = threading.Barrier(8)
+def allocate():
+    together.wait()
+    libc.free(ctypes.c_void_p(libc.malloc(1000)))
+    together.wait()
+threads = [threading.Thread(target=allocate) for _ in range(8)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+out = ctypes.c_void_p(libc.fdopen(1, b"w"))
+libc.malloc_info(0, out)
+libc.fflush(out)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="glibc's allocator")
+def test_threads_share_one_arena() -> None:
+    def arenas(how: str) -> int:
+        command = [sys.executable, "-c", THREADS, how]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+        return run.stdout.count("<heap nr=")
+
+    assert 1 <= arenas("shared") < arenas("apart")

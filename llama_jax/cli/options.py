@@ -166,7 +166,9 @@ def load(model: str | None, *, show_plan: bool, **settings: Any) -> "LLM":
     name = model_name(model)
     path = directory(model)
     from llama_jax.llm import LLM
+    from llama_jax.memory import share_one_arena
 
+    share_one_arena()
     settings = {name: value for name, value in settings.items() if value is not None}
     if "draft" in settings:
         settings["draft"] = directory(settings["draft"])
