@@ -79,15 +79,14 @@ def enable(directory: str | Path | None = None) -> Path | None:
 def report() -> CompileReport:
     """What this process has compiled since this module was imported."""
     with _lock:
-        seconds = sum(end - start for start, end, _ in _spans)
+        seconds = sum(end - start for start, end in _spans)
         return CompileReport(_counts[_BACKEND] - _counts[_HIT], _counts[_HIT], seconds)
 
 
-def seconds_of(program: str) -> float:
-    """The part of `report().seconds` that went into one jitted function, by its name."""
-    names = (program, f"jit({program})")
+def seconds_between(start: float, end: float) -> float:
+    """The part of `report().seconds` between two moments of `time.time`."""
     with _lock:
-        return sum(end - start for start, end, name in _spans if name in names)
+        return sum(max(0.0, min(end, until) - max(start, since)) for since, until in _spans)
 
 
 @contextlib.contextmanager
@@ -128,7 +127,7 @@ _TIMED = (
 )
 _lock = threading.Lock()
 _counts = {_HIT: 0, _BACKEND: 0}
-_spans: list[tuple[float, float, str]] = []  # start, end, function
+_spans: list[tuple[float, float]] = []  # start and end, of `time.time`
 _compiled: list[str] = []
 
 
@@ -148,7 +147,7 @@ def _on_span(event: str, start_time: float, end_time: float, **details: str | in
             _compiled.append(str(details.get("fun_name")))
         while _spans and _spans[-1][1] > start_time:
             start_time = min(start_time, _spans.pop()[0])
-        _spans.append((start_time, end_time, str(details.get("fun_name"))))
+        _spans.append((start_time, end_time))
 
 
 jax.monitoring.register_event_listener(_on_event)

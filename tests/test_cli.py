@@ -145,6 +145,14 @@ def test_chat_prints_the_reply_alone_on_stdout(run, model):
     assert "cut after 8 tokens" in err
 
 
+def test_the_speed_of_a_reply_leaves_out_what_was_compiled_meanwhile(run, model):
+    lengths = ("--max-new-tokens", 8, "--max-seq-len", 320)  # of no other test: it compiles
+    code, out, _ = run("chat", model, "-m", "hello", "--json", *lengths)
+    reply = json.loads(out)
+    assert code == 0 and reply["compile"]["compiled"] + reply["compile"]["from_cache"] > 0
+    assert reply["prefill_seconds"] > 0 and reply["decode_seconds"] > 0
+
+
 def test_chat_json_keeps_the_history_over_turns(run, model):
     arguments = ("--max-new-tokens", 8, "--json", *SMALL)
     code, out, err = run("chat", model, "-m", "hello", "-m", "again", *arguments)
@@ -240,7 +248,7 @@ def test_tool_calls_are_shown_and_answered(conversation, monkeypatch, tmp_path):
     def stream(self, messages, sampling, *, tools):
         asked.append((messages, tools))
         reply = ("", (call,)) if len(asked) == 1 else ("four", ())
-        timings = Timings(prefill=1.0, decode=1.0)
+        timings = Timings(prefill=1e-6, decode=1e-6)  # no longer than the call has taken
         yield Piece(reply[0], Generation(reply[0], (1,), "stop", (1,), None, timings, reply[1]))
 
     monkeypatch.setattr("llama_jax.llm.LLM.stream", stream)

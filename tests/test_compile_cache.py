@@ -140,8 +140,9 @@ def test_nested_spans_count_once(monkeypatch):
     record(compiling + "jaxpr_to_mlir_module_duration", 8, 11, fun_name="jit(other)")
     record("/jax/something/else", 11, 12)
     assert compile_cache.report().since(before) == CompileReport(0, 0, 10)
-    assert compile_cache.seconds_of("outer") == 7
-    assert compile_cache.seconds_of("inner") == 0
+    assert compile_cache.seconds_between(0, 11) == 10
+    assert compile_cache.seconds_between(4, 7) == 2
+    assert compile_cache.seconds_between(5, 6) == compile_cache.seconds_between(12, 13) == 0
 
 
 def test_report_in_words():

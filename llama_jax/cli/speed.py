@@ -1,5 +1,6 @@
 """How fast a reply came, without the time that compiling took."""
 
+import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +13,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What had been compiled at some moment; decode_seconds is the decode step's part of it. stats:
-    what the engine had done."""
+    """What had been compiled at some moment, and what the engine had done."""
 
     report: "CompileReport"
-    decode_seconds: float
     stats: "Stats"
 
     def since(self, earlier: "Snapshot") -> "Snapshot":
         """What has happened after `earlier`."""
-        return Snapshot(
-            self.report.since(earlier.report),
-            self.decode_seconds - earlier.decode_seconds,
-            self.stats.since(earlier.stats),
-        )
+        return Snapshot(self.report.since(earlier.report), self.stats.since(earlier.stats))
 
 
 @dataclass(frozen=True)
@@ -71,20 +66,24 @@ class Speed:
 def snapshot(llm: "LLM") -> Snapshot:
     from llama_jax import compile_cache
 
-    decode_seconds = compile_cache.seconds_of("decode_steps")
-    return Snapshot(compile_cache.report(), decode_seconds, llm.stats())
+    return Snapshot(compile_cache.report(), llm.stats())
 
 
 def speed_since(before: Snapshot, llm: "LLM", result: "Generation") -> Speed:
-    """The speed of a reply that was generated alone, and began after `before` was taken."""
+    """The speed of a reply that was generated alone, began after `before` was taken and has just
+    ended. Decode is launched, and compiled, before the first token is read."""
+    from llama_jax.compile_cache import seconds_between
+
+    ended, timings = time.time(), result.timings
+    first_token = ended - timings.decode
     meanwhile = snapshot(llm).since(before)
-    compiled, compiling_decode = meanwhile.report, meanwhile.decode_seconds
     stats = meanwhile.stats
     return Speed(
         prompt_tokens=len(result.prompt_token_ids),
         completion_tokens=len(result.token_ids),
-        prefill_seconds=result.timings.prefill - (compiled.seconds - compiling_decode),
-        decode_seconds=result.timings.decode - compiling_decode,
-        compile=compiled,
+        prefill_seconds=timings.prefill
+        - seconds_between(first_token - timings.prefill, first_token),
+        decode_seconds=timings.decode - seconds_between(first_token, ended),
+        compile=meanwhile.report,
         acceptance_rate=stats.acceptance_rate if stats.guessed else None,
     )
