@@ -61,9 +61,20 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in _KINDS.items():
+            _check_kind(name, getattr(self, name), kind)
+        for name, kind in _OPTIONAL_KINDS.items():
+            if getattr(self, name) is not None:
+                _check_kind(name, getattr(self, name), kind)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for each in stop:
+            _check_kind("stop", each, str)
+        for token_id in (*self.stop_token_ids, *self.logit_bias):
+            _check_kind("stop_token_ids and the keys of logit_bias", token_id, int)
+        for bias in self.logit_bias.values():
+            _check_kind("logit_bias", bias, float)
         rules = (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens,
@@ -90,6 +101,37 @@ class SamplingParams:
         """The settings of each of the `n` continuations, with a seed of its own."""
         seeds = [None if self.seed is None else (self.seed + i) % 2**32 for i in range(self.n)]
         return [replace(self, n=1, seed=seed) for seed in seeds]
+
+
+# The types of `SamplingParams`' fields.
+_KINDS: Mapping[str, type] = {
+    "max_new_tokens": int,
+    "min_new_tokens": int,
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "logit_bias": Mapping,
+    "n": int,
+    "stop": Sequence,
+    "stop_token_ids": Sequence,
+    "ignore_eos": bool,
+}
+_OPTIONAL_KINDS: Mapping[str, type] = {"seed": int, "logprobs": int}  # or None
+
+
+def _check_kind(name: str, value: Any, kind: type) -> None:
+    """Raise TypeError unless a setting is of its type: True is no number, "3" is none, 2.5 no int.
+
+    numpy's numbers are numbers.
+    """
+    accepted: Any = {int: (int, np.integer), float: (int, float, np.integer, np.floating)}
+    is_bool = isinstance(value, bool | np.bool_)
+    if not isinstance(value, accepted.get(kind, kind)) or is_bool != (kind is bool):
+        raise TypeError(f"{name}: expected {kind.__name__}, got {value!r} ({type(value).__name__})")
 
 
 class SamplingState(struct.PyTreeNode):

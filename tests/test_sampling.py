@@ -163,6 +163,32 @@ def test_bad_settings_are_named(name, value):
         SamplingParams(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 2.5), ("max_new_tokens", "3"), ("max_new_tokens", True),
+        ("temperature", "0.5"), ("temperature", None), ("top_k", 2.7), ("top_p", "1"),
+        ("seed", 1.0), ("n", 2.0), ("logprobs", True), ("ignore_eos", 1), ("ignore_eos", "no"),
+        ("stop", 7), ("stop", ["a", 3]), ("stop", [None]), ("stop_token_ids", 7),
+        ("stop_token_ids", ["7"]), ("stop_token_ids", [1.5]), ("stop_token_ids", [True]),
+        ("logit_bias", [1, 2]), ("logit_bias", {"12": 1.0}), ("logit_bias", {1.5: 1.0}),
+        ("logit_bias", {True: 1.0}), ("logit_bias", {3: "x"}), ("logit_bias", {3: None}),
+    ],
+)  # fmt: skip
+def test_settings_of_a_wrong_type_are_named(name, value):
+    # `max_new_tokens=2.5` once kept the engine decoding for ever: 2.5 tokens are never reached.
+    with pytest.raises(TypeError, match=rf"{name}.*: expected"):
+        SamplingParams(**{name: value})
+
+
+def test_numbers_of_numpy_are_settings_too():
+    params = SamplingParams(
+        max_new_tokens=np.int64(3), temperature=np.float32(0.5), top_p=1, seed=np.uint32(7),
+        stop_token_ids=np.array([1, 2]).tolist(), logit_bias={np.int32(4): np.float64(1)},
+    )  # fmt: skip
+    assert state(params).step.shape == (1,)
+
+
 def test_ids_outside_the_vocabulary_are_named():
     with pytest.raises(ValueError, match=r"logit_bias: token id 50 is not in \[0, 50\)"):
         state(SamplingParams(logit_bias={VOCAB: 1.0}))
