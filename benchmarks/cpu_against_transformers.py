@@ -74,10 +74,14 @@ def llama_jax_runner() -> Run:
             for _ in engine.run([request]):
                 pass
             return sizes.prompt_len / (time.perf_counter() - began)
-        prefill_seconds, _, step_seconds = bench.run_once(engine, sizes)
         if workload["kind"] == "prefill":
-            return sizes.batch_size * sizes.prompt_len / prefill_seconds
-        return sizes.batch_size / step_seconds
+            first = bench.run_once(engine, sizes, new_tokens=1)
+            return sizes.batch_size * sizes.prompt_len / first.prefill_seconds
+        short, long = (
+            bench.run_once(engine, sizes, new_tokens).seconds
+            for new_tokens in (sizes.short_output, sizes.new_tokens)
+        )
+        return sizes.batch_size * sizes.measured_steps / (long - short)
 
     return run
 

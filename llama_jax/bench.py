@@ -2,6 +2,10 @@
 
 Decoding reads every weight and every stored key and value once per step, so the memory's bandwidth
 bounds it. The yardstick is a copy of a large array, measured in the same run on the same device.
+
+Times are wall clock. A decode step is the difference of two runs with outputs of different length,
+over the difference of the lengths: how the engine overlaps the first tokens with the first steps
+cancels out. A GPU's profiler says what a step's kernels take, and so how long the device waits.
 """
 
 import os
@@ -12,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,7 +36,7 @@ from llama_jax.model import ModelSpec, Params, abstract_params
 from llama_jax.request import Request
 from llama_jax.sampling import SamplingParams
 from llama_jax.scheduling import EngineOptions
-from pallas_kernels import e4m3
+from pallas_kernels import device_trace, e4m3
 
 _TILE = 1 << 22  # random numbers that are drawn once and repeated to fill larger arrays
 
@@ -50,6 +55,15 @@ class Workload:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
     @property
+    def short_output(self) -> int:
+        """The shorter of the two output lengths whose difference is the time of decode steps."""
+        return max(1, self.new_tokens // 2)
+
+    @property
+    def measured_steps(self) -> int:
+        return self.new_tokens - self.short_output
+
+    @property
     def max_seq_len(self) -> int:
         """Tokens that each row has room for: whole pages."""
         return -(-(self.prompt_len + self.new_tokens) // PAGE_SIZE) * PAGE_SIZE
@@ -57,12 +71,14 @@ class Workload:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One workload, after compilation. Seconds are medians.
+    """One workload, after compilation. Seconds are medians of the wall clock's.
 
-    prefill_seconds: all prompts through the model. first_token_seconds: that, and before it the
-        rows' settings on their way to the device.
-    decode_step_seconds: one token for each row, on the host, averaged over a run.
-    weight_bytes, kv_bytes: what a decode step has to read; the cache halfway through the output.
+    first_token_seconds: from submitting the prompts until the host has the first token of each,
+        in runs that draw no other. prefill_seconds: the part of it after the rows' settings are on
+        their way to the device.
+    decode_step_seconds: one token for each row, by the difference of two output lengths.
+    weight_bytes, kv_bytes: what a decode step has to read, on average over the measured steps.
+    device: a decode step by the device's own clock, None where it keeps no record.
     """
 
     workload: Workload
@@ -71,6 +87,7 @@ class Measurement:
     decode_step_seconds: float
     weight_bytes: int
     kv_bytes: int
+    device: "DeviceStep | None" = None
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -84,6 +101,34 @@ class Measurement:
     @property
     def decode_bytes_per_second(self) -> float:
         return (self.weight_bytes + self.kv_bytes) / self.decode_step_seconds
+
+    @property
+    def idle_share(self) -> float | None:
+        """The part of a decode step in which the device computes nothing."""
+        if self.device is None:
+            return None
+        return max(0.0, 1 - self.device.busy_seconds / self.decode_step_seconds)
+
+
+@dataclass(frozen=True)
+class DeviceStep:
+    """A decode step in the device's own record, by the difference of two profiled runs.
+
+    busy_seconds: during which any kernel or copy runs. kernels: what they are and take in a step,
+    with counts and totals divided by the number of steps.
+    """
+
+    busy_seconds: float
+    kernels: tuple["StepKernel", ...]
+
+
+@dataclass(frozen=True)
+class StepKernel:
+    """count, seconds: launches of a kernel in a decode step, and what they take together."""
+
+    name: str
+    count: float
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -173,18 +218,26 @@ def measure(
     prefill_chunk: int,
     repeats: int,
 ) -> Measurement:
-    """Run a workload once to compile it, then `repeats` times, in the engine that `LLM` runs."""
+    """Run a workload once to compile it, then `repeats` times with each of three output lengths, in
+    the engine that `LLM` runs, and on a GPU twice more under the profiler."""
     engine = make_engine(params, spec, workload, kv_dtype, prefill_chunk)
-    run_once(engine, workload)
-    runs = [run_once(engine, workload) for _ in range(repeats)]
-    prefill, first_token, step = (statistics.median(times) for times in zip(*runs, strict=True))
+    run_once(engine, workload, workload.new_tokens)
+    first, short, long = (
+        [run_once(engine, workload, length) for _ in range(repeats)]
+        for length in (1, workload.short_output, workload.new_tokens)
+    )
     return Measurement(
         workload=workload,
-        prefill_seconds=prefill,
-        first_token_seconds=first_token,
-        decode_step_seconds=step,
+        prefill_seconds=statistics.median(run.prefill_seconds for run in first),
+        first_token_seconds=statistics.median(run.first_token_seconds for run in first),
+        decode_step_seconds=(
+            statistics.median(run.seconds for run in long)
+            - statistics.median(run.seconds for run in short)
+        )
+        / workload.measured_steps,
         weight_bytes=decode_weight_bytes(spec, workload.batch_size),
         kv_bytes=kv_bytes(spec.config, kv_dtype, workload),
+        device=device_step(engine, workload),
     )
 
 
@@ -201,22 +254,50 @@ def make_engine(
     return Engine(params, spec, options, kv_dtype)
 
 
-def run_once(engine: Engine, workload: Workload) -> tuple[float, float, float]:
-    """Seconds of prefill, to the first tokens, and of a decode step: see `Measurement`."""
+@dataclass(frozen=True)
+class Run:
+    """Seconds of one pass over a workload: see `Measurement`; `seconds` is all of it."""
+
+    prefill_seconds: float
+    first_token_seconds: float
+    seconds: float
+
+
+def run_once(engine: Engine, workload: Workload, new_tokens: int) -> Run:
+    """Continue the workload's prompts by `new_tokens` tokens each."""
     size = (workload.batch_size, workload.prompt_len)
     prompts = np.random.default_rng(0).integers(0, engine.spec.config.vocab_size, size)
-    greedy = SamplingParams(temperature=0.0, seed=0, max_new_tokens=workload.new_tokens)
+    greedy = SamplingParams(temperature=0.0, seed=0, max_new_tokens=new_tokens)
     requests = [Request(prompt, greedy) for prompt in prompts.tolist()]
     began = time.perf_counter()
     for _ in engine.run(requests):
         pass
+    seconds = time.perf_counter() - began
     prefilled = max(request.first_token_at for request in requests)
-    finished = max(request.finished_at for request in requests)
-    return (
-        prefilled - max(request.admitted_at for request in requests),
-        prefilled - began,
-        (finished - prefilled) / (workload.new_tokens - 1),
+    admitted = max(request.admitted_at for request in requests)
+    return Run(prefilled - admitted, prefilled - began, seconds)
+
+
+def device_step(engine: Engine, workload: Workload) -> DeviceStep | None:
+    """A decode step as the device records it: two profiled runs, and what the longer has more."""
+    if not device_trace.is_kept():
+        return None
+    short, long = (
+        device_trace.record(partial(run_once, engine, workload, length))
+        for length in (workload.short_output, workload.new_tokens)
     )
+    before = {kernel.name: kernel for kernel in device_trace.by_name(short)}
+    kernels = []
+    for kernel in device_trace.by_name(long):
+        earlier = before.get(kernel.name)
+        count = kernel.count - (earlier.count if earlier else 0)
+        seconds = kernel.total - (earlier.total if earlier else 0.0)
+        if count > 0:
+            steps = workload.measured_steps
+            kernels.append(StepKernel(kernel.name, count / steps, seconds / steps))
+    busy = device_trace.busy_seconds(long) - device_trace.busy_seconds(short)
+    kernels.sort(key=lambda kernel: -kernel.seconds)
+    return DeviceStep(busy / workload.measured_steps, tuple(kernels))
 
 
 def decode_weight_bytes(spec: ModelSpec, batch_size: int) -> int:
@@ -232,8 +313,8 @@ def decode_weight_bytes(spec: ModelSpec, batch_size: int) -> int:
 
 
 def kv_bytes(config: LlamaConfig, kv_dtype: jnp.dtype, workload: Workload) -> int:
-    """Bytes of keys and values that a decode step reads, on average over the output."""
-    length = workload.prompt_len + workload.new_tokens // 2
+    """Bytes of keys and values that a decode step reads, on average over the measured steps."""
+    length = workload.prompt_len + (workload.short_output + workload.new_tokens) // 2
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     return workload.batch_size * length * per_token * jnp.dtype(kv_dtype).itemsize
 

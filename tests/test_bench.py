@@ -10,7 +10,8 @@ from llama_jax.bench import Workload
 from llama_jax.forward import prefill
 from llama_jax.kv_cache import init_cache
 from llama_jax.model import abstract_params
-from pallas_kernels import e4m3
+from pallas_kernels import device_trace, e4m3
+from pallas_kernels.device_trace import Event
 from tests.tiny import config, fp8_formats, fp8_spec
 
 ONE_LAYER = config(num_layers=1)
@@ -50,6 +51,76 @@ def test_report_is_complete_and_consistent(report):
     assert all(vars(report.environment).values())
 
 
+class Clock:
+    """Time passes only where a test says so."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+class FakeEngine:
+    """Takes 2 s for settings, 3 s for a prompt and, as an engine that overlaps its rounds, hands
+    over the first token only with the step after; 0.5 s for each step."""
+
+    def __init__(self, clock):
+        self.clock, self.spec, self.lengths = clock, fp8_spec(config=ONE_LAYER), []
+
+    def run(self, requests):
+        length = requests[0].params.max_new_tokens
+        self.lengths.append(length)
+        self.clock.now += 2
+        for request in requests:
+            request.admitted_at = self.clock.now
+        self.clock.now += 3
+        if length > 1:
+            self.clock.now += 0.5
+        for request in requests:
+            request.first_token_at = self.clock.now
+        self.clock.now += 0.5 * max(0, length - 2)
+        yield requests[0]
+
+
+def test_a_step_is_the_difference_of_two_lengths_and_the_first_token_is_timed_alone(monkeypatch):
+    clock = Clock()
+    engine = FakeEngine(clock)
+    monkeypatch.setattr(bench, "time", clock)
+    monkeypatch.setattr(bench, "make_engine", lambda *_: engine)
+    workload = Workload(2, 5, 9)
+    m = bench.measure(None, engine.spec, workload, jnp.dtype("int8"), 8, repeats=3)
+    assert (m.prefill_seconds, m.first_token_seconds, m.decode_step_seconds) == (3, 5, 0.5)
+    assert (m.device, m.idle_share) == (None, None)
+    assert set(engine.lengths) == {1, 4, 9}
+
+
+def test_a_device_that_keeps_a_record_says_what_a_step_is_made_of(monkeypatch):
+    """A prompt of one matmul; a step of two matmuls, an attention, and a gap."""
+    clock = Clock()
+    engine = FakeEngine(clock)
+    monkeypatch.setattr(bench, "time", clock)
+    monkeypatch.setattr(bench, "make_engine", lambda *_: engine)
+
+    def record(run):
+        run()
+        events = [Event("matmul", 0.0, 1.0)]
+        for i in range(engine.lengths[-1] - 1):
+            start = 1.0 + 0.5 * i
+            events += [Event("matmul", start, 0.125), Event("matmul", start + 0.125, 0.125)]
+            events.append(Event("attention", start + 0.25, 0.125))
+        return events
+
+    monkeypatch.setattr(device_trace, "record", record)
+    monkeypatch.setattr(device_trace, "is_kept", lambda: True)
+    m = bench.measure(None, engine.spec, Workload(2, 5, 9), jnp.dtype("int8"), 8, repeats=1)
+    assert m.device.busy_seconds == pytest.approx(0.375)
+    assert m.idle_share == pytest.approx(0.25)
+    assert [(k.name, k.count, k.seconds) for k in m.device.kernels] == [
+        ("matmul", pytest.approx(2), pytest.approx(0.25)),
+        ("attention", pytest.approx(1), pytest.approx(0.125)),
+    ]
+
+
 def test_nothing_compiles_while_a_known_workload_is_measured(report):
     spec = fp8_spec(config=ONE_LAYER)
     params = bench.random_params(spec)
@@ -71,10 +142,10 @@ def test_bytes_of_a_decode_step():
     assert bench.decode_weight_bytes(fp8_spec(), 3) == layers + norm + head + 3 * row
     tied = fp8_spec(config=config(tie_word_embeddings=True))
     assert bench.decode_weight_bytes(tied, 3) == layers + norm + head
-    # keys and values of 2 layers with 2 heads of 16; (10 + 4 / 2) tokens in each of 3 rows
+    # keys and values of 2 layers with 2 heads of 16; 10 + (2 + 4) / 2 tokens in each of 3 rows
     workload = Workload(3, 10, 4)
-    assert bench.kv_bytes(config(), jnp.dtype("int8"), workload) == 3 * 12 * 2 * 2 * 2 * 16
-    assert bench.kv_bytes(config(), jnp.dtype("bfloat16"), workload) == 3 * 12 * 2 * 2 * 2 * 16 * 2
+    assert bench.kv_bytes(config(), jnp.dtype("int8"), workload) == 3 * 13 * 2 * 2 * 2 * 16
+    assert bench.kv_bytes(config(), jnp.dtype("bfloat16"), workload) == 3 * 13 * 2 * 2 * 2 * 16 * 2
 
 
 @pytest.mark.parametrize("scale", ["row", "block"])

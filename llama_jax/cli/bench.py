@@ -11,7 +11,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from llama_jax.cli import options
-from llama_jax.cli.output import key_value_table, print_json, stderr, stdout
+from llama_jax.cli.output import key_value_table, note, print_json, stderr, stdout
 
 if TYPE_CHECKING:
     from llama_jax.bench import Measurement, Report, Workload
@@ -32,19 +32,26 @@ def bench(
     activations: options.Activations = "auto",
     kv_dtype: options.KVDtype = "bf16",
     implementation: options.Implementation = None,
+    kernels: Annotated[
+        bool,
+        typer.Option("--kernels", help="Also list a decode step's kernels by time (on a GPU)."),
+    ] = False,
 ) -> None:
     """Measure prefill and decode, and how close decoding comes to the memory's speed.
 
-    Each combination of --batch and --prompt-len is run once to compile it, then three times. GB/s:
-    the bytes that a decode step has to read (weights, and keys and values so far) over its median
-    time; "of copy": that over a large device copy measured in the same run, bytes read plus bytes
-    written.
+    Each combination of --batch and --prompt-len is run once to compile it, then three times for
+    each of three output lengths: one token gives the time to the first token, and the difference of
+    the other two a decode step. GB/s: the bytes that a step has to read (weights, and keys and
+    values so far) over its time; "of copy": that over a large device copy measured in the same run,
+    bytes read plus bytes written. On a GPU two more runs under the profiler say how long the device
+    computes in a step ("busy"), and for which part of it it waits ("idle").
 
     **Examples**
 
         llama-jax bench
         llama-jax bench ./llama-8b --batch 1,16,64 --prompt-len 1024 --kv-dtype fp8
         llama-jax bench --preset llama-3.1-8b --json > before.json
+        llama-jax bench --preset llama-3.1-8b --batch 1 --kernels
     """
     if model is not None and preset is not None:
         raise typer.BadParameter("give a MODEL or --preset, not both")
@@ -80,6 +87,8 @@ def bench(
         print_json(_to_dict(name, spec, kv_dtype, report))
     else:
         _render(name, spec, kv_dtype, report)
+        if kernels:
+            _render_kernels(report)
 
 
 def _numbers(option: str, text: str) -> list[int]:
@@ -144,6 +153,8 @@ def _to_dict(name: str, spec: "ModelSpec", kv_dtype: str, report: "Report") -> d
             "decode_kv_bytes": m.kv_bytes,
             "decode_bytes_per_second": m.decode_bytes_per_second,
             "fraction_of_copy": report.fraction_of_copy(m),
+            "device": None if m.device is None else asdict(m.device),
+            "idle_share": m.idle_share,
         }
         for m in report.measurements
     ]
@@ -164,9 +175,11 @@ def _to_dict(name: str, spec: "ModelSpec", kv_dtype: str, report: "Report") -> d
 def _render(name: str, spec: "ModelSpec", kv_dtype: str, report: "Report") -> None:
     title = f"{name} on {report.environment.device}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    has_record = any(m.device for m in report.measurements)
     for column in (
         "batch", "prompt", "prefill\ntok/s", "first\ntoken, ms", "decode\ntok/s", "step\nms",
         "read per\nstep", "GB/s", "of\ncopy",
+        *(("busy\nms", "idle") if has_record else ()),
     ):  # fmt: skip
         table.add_column(column, justify="right", no_wrap=True)
     for m in report.measurements:
@@ -180,6 +193,7 @@ def _render(name: str, spec: "ModelSpec", kv_dtype: str, report: "Report") -> No
             decimal(m.weight_bytes + m.kv_bytes),
             f"{m.decode_bytes_per_second / 1e9:,.2f}",
             f"{report.fraction_of_copy(m):.0%}",
+            *((f"{m.device.busy_seconds * 1e3:,.2f}", f"{m.idle_share:.0%}") if m.device else ()),
         )
     kind = "on the device" if report.peak_memory.kind == "device" else "resident set of the process"
     e = report.environment
@@ -193,3 +207,21 @@ def _render(name: str, spec: "ModelSpec", kv_dtype: str, report: "Report") -> No
     }
     stdout.print(table)
     stdout.print(key_value_table("", rows))
+
+
+def _render_kernels(report: "Report") -> None:
+    """A table for each workload: the kernels of a decode step, what takes longest first."""
+    for m in report.measurements:
+        title = f"a decode step, batch {m.workload.batch_size}, prompt {m.workload.prompt_len}"
+        if m.device is None:
+            note(f"{title}: this device keeps no record of its kernels")
+            continue
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in ("us", "share", "launches"):
+            table.add_column(column, justify="right")
+        table.add_column("kernel", overflow="fold")
+        for kernel in m.device.kernels:
+            share = kernel.seconds / m.device.busy_seconds
+            cells = (f"{kernel.seconds * 1e6:,.1f}", f"{share:.1%}", f"{kernel.count:,.1f}")
+            table.add_row(*cells, kernel.name)
+        stdout.print(table)
