@@ -28,6 +28,7 @@ from jax import Array
 
 from llama_jax import array_file
 from llama_jax.config import ConfigError, LlamaConfig
+from llama_jax.errors import CheckpointError as CheckpointError
 from llama_jax.fp8 import WeightFormat
 from llama_jax.model import Activations, ModelSpec, Params, abstract_params, param_shardings
 from pallas_kernels import e4m3
@@ -39,10 +40,6 @@ PARAMS = "params"
 _RESTORE_GB = 4
 
 Damage = Literal["missing", "damaged", "extra"]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is damaged, incomplete, or laid out in a way that is not supported."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from llama_jax.errors import ConfigError as ConfigError
+
 PARAM_DTYPES = ("bfloat16", "float16", "float32")
 
 # Keys of a transformers config.json that do not change what the forward pass computes.
@@ -45,10 +47,6 @@ _HF_FIXED: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1.0, None),
 }
 _ROPE_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-class ConfigError(ValueError):
-    """A configuration that is incomplete, contradictory or not implemented."""
 
 
 @dataclass(frozen=True)

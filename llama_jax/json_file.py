@@ -1,0 +1,183 @@
+"""Reads the JSON files of a checkpoint, whatever lies in their place.
+
+A schema is any type that msgspec converts to, usually a `msgspec.Struct`. Types are strict: "1" is
+no number, true is no number, and 1.0 is no integer. `json` parses and msgspec only checks, so that
+NaN, Infinity and numbers of any length reach the check with the name of their field.
+"""
+
+import json
+import os
+import re
+import stat
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from llama_jax.errors import CheckpointError
+
+# Parsed JSON can take twenty times the room of its text, so this is 350 MB. The largest files are
+# the tokenizer.json of large vocabularies, which are all text.
+MAX_BYTES = 16 * 1024 * 1024
+_MAX_DEPTH = 64
+_SHOWN = 80
+_CONTAINERS = (dict, list)
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
+
+
+def read_json[T](path: Path, schema: type[T], max_bytes: int = MAX_BYTES) -> T:
+    """The contents of a JSON file as `schema`.
+
+    Raises `CheckpointError` naming the file, and the field if one is at fault, with what was found
+    and what is expected.
+    """
+    return convert(parse(read_bytes(path, max_bytes), path), schema, path)
+
+
+def read_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """The JSON object in a file, its values unchecked. Raises as `read_json` does."""
+    return read_json(path, dict[str, Any], max_bytes)
+
+
+def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
+    """A text file in UTF-8. Raises `CheckpointError` naming the file."""
+    return _decoded(read_bytes(path, max_bytes), path)
+
+
+def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """A whole file. Raises `CheckpointError` naming it where it is missing, unreadable, too large,
+    or no regular file: a FIFO or a device would be read for ever."""
+    try:
+        # Not to wait for a FIFO's writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise CheckpointError(f"{path} is {_kind(status.st_mode)}, expected a file")
+            if status.st_size > max_bytes:
+                raise CheckpointError(
+                    f"{path} has {status.st_size} bytes; such a file has at most {max_bytes}"
+                )
+            with open(descriptor, "rb", closefd=False) as file:
+                return file.read(max_bytes)
+        finally:
+            os.close(descriptor)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def parse(raw: bytes, where: Path | str) -> Any:
+    """The value of a JSON text in UTF-8. where: names the text in errors.
+
+    Raises `CheckpointError` for what is no JSON, is nested deeper than 64 levels, says two things
+    under one name, or holds half a surrogate pair, which UTF-8 has no bytes for.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+            raise CheckpointError(f"{where}: {shown(name)} appears twice; remove one of them")
+        return found
+
+    text = _decoded(raw, where)
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(
+            f"{where} is not valid JSON: {error}. It is truncated or damaged: download it again."
+        ) from error
+    except CheckpointError:
+        raise
+    except RecursionError:
+        value = None
+        depth = _MAX_DEPTH + 1
+    except ValueError as error:  # Python's limit on the digits of an integer
+        raise CheckpointError(f"{where} holds a number of thousands of digits") from error
+    else:
+        depth = _depth(value)
+    if depth > _MAX_DEPTH:
+        raise CheckpointError(f"{where} is nested more than {_MAX_DEPTH} levels deep")
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise CheckpointError(f"{where} holds {half!a}, half a character") from error
+    return value
+
+
+def convert[T](value: Any, schema: type[T], where: Path | str) -> T:
+    """A parsed value as `schema`. where: names the file in errors.
+
+    Raises `CheckpointError` naming the field, what it is and what is expected.
+    """
+    try:
+        return msgspec.convert(value, schema)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{where}: {_explained(str(error), value)}") from error
+
+
+def shown(value: Any) -> str:
+    """A value for a message: in one line, in characters that any terminal takes, and short."""
+    try:
+        text = value if isinstance(value, str) and value.isidentifier() else ascii(value)
+    except (RecursionError, ValueError):  # nested deeply, an integer of thousands of digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
+
+
+def _decoded(raw: bytes, where: Path | str) -> str:
+    if raw.startswith(_UTF16) or b"\0" in raw[:4]:
+        raise CheckpointError(f"{where} is UTF-16 or UTF-32, expected UTF-8")
+    if raw.startswith(b"\xef\xbb\xbf"):
+        raise CheckpointError(f"{where} begins with a byte order mark, expected UTF-8 without one")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{where} is not UTF-8: byte {error.start} is no text") from error
+
+
+def _depth(value: Any) -> int:
+    """Levels of objects and lists in each other, counted up to one more than are allowed."""
+    level = [value] if type(value) in _CONTAINERS else []
+    for depth in range(_MAX_DEPTH + 1):
+        children = (node.values() if type(node) is dict else node for node in level)
+        level = [node for each in children for node in each if type(node) in _CONTAINERS]
+        if not level:
+            return depth
+    return _MAX_DEPTH + 1
+
+
+def _explained(message: str, value: Any) -> str:
+    """msgspec's message in our words, with the value that it is about."""
+    what, _, place = message.partition(" - at ")
+    steps = place.strip("`").removeprefix("$")
+    found, rest = value, steps
+    while match := _STEP.match(rest):
+        found = found[match[1]] if match[1] else found[int(match[2])]
+        rest = rest[match.end() :]
+    name = steps.removeprefix(".") or "its JSON"
+    what = what.replace("`", "").replace(" | ", " or ").replace("array", "list")
+    expected, _, got = what.removeprefix("Expected ").partition(", got ")
+    if what.startswith("Object missing required field "):
+        lacking = what.rpartition(" ")[2]
+        return f"{f'{name}.' if steps else ''}{lacking} is missing"
+    if what.startswith("Object contains unknown field "):
+        return f"{f'{name}.' if steps else ''}{what.rpartition(' ')[2]} is not known"
+    if rest:  # somewhere in an object of any keys: msgspec does not say where
+        return f"{name} is {got or 'out of range'}, expected {expected}"
+    if not what.startswith("Expected "):
+        expected = f"another value ({what.lower()})"
+    return f"{name} is {shown(found)}, expected {expected}"
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "a directory"
+    return "a FIFO" if stat.S_ISFIFO(mode) else "a device or socket"
