@@ -1,6 +1,6 @@
 """Llama 3.1's forward pass in float64 numpy, written from the published formulas alone."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,19 +9,23 @@ from llama_jax.config import LlamaConfig
 
 
 def forward(
-    params: Mapping[str, Any], config: LlamaConfig, ids: np.ndarray
+    params: Mapping[str, Any],
+    config: LlamaConfig,
+    ids: np.ndarray,
+    rounded: Callable[[str, np.ndarray], np.ndarray] = lambda path, x: x,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Logits [sequences, length, vocab], and what was seen on the way.
 
-    params: unquantised. Seen are the inputs of each matrix by its path ("layers_0/mlp/up_proj"),
-    [sequences, length, in], and "layers_0/k" (rotated) and "layers_0/v", [sequences, length,
-    kv_heads, head_dim].
+    params: matrices may be FP8 codes with a scale per row or per 128 x 128 block.
+    Seen are the inputs of each matrix by its path ("layers_0/mlp/up_proj"), [sequences, length,
+    in], and "layers_0/k" (rotated) and "layers_0/v", [sequences, length, kv_heads, head_dim].
+    rounded: gets such a path and such an array, and returns what is computed with in its place.
     """
     seen: dict[str, np.ndarray] = {}
 
     def linear(x: np.ndarray, path: str) -> np.ndarray:
         seen[path] = x
-        return x @ _weight(params, path).T
+        return rounded(path, x) @ _weight(params, path).T
 
     batch, length = ids.shape
     causal = np.tril(np.ones((length, length), bool))
@@ -35,6 +39,7 @@ def forward(
         )
         q, k = _rotate(q, config), _rotate(k, config)
         seen[f"{layer}/k"], seen[f"{layer}/v"] = k, v
+        k, v = rounded(f"{layer}/k", k), rounded(f"{layer}/v", v)
         group = config.num_heads // config.num_kv_heads
         k, v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
         scores = np.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(config.head_dim)
@@ -46,13 +51,26 @@ def forward(
         gate = linear(h, f"{layer}/mlp/gate_proj")
         h = gate / (1 + np.exp(-gate)) * linear(h, f"{layer}/mlp/up_proj")
         x = x + linear(h, f"{layer}/mlp/down_proj")
-    return linear(_norm(x, _weight(params, "norm"), config), "lm_head"), seen
+    output = "embed_tokens" if config.tie_word_embeddings else "lm_head"
+    return linear(_norm(x, _weight(params, "norm"), config), output), seen
+
+
+def read(params: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    """The arrays of the module of that path."""
+    for name in path.split("/"):
+        params = params[name]
+    return params
 
 
 def _weight(params: Mapping[str, Any], path: str) -> np.ndarray:
-    for name in path.split("/"):
-        params = params[name]
-    return np.asarray(params["weight"], np.float64)
+    module = read(params, path)
+    weight = np.asarray(module["weight"], np.float64)
+    if "weight_scale" not in module:
+        return weight
+    scale = np.asarray(module["weight_scale"], np.float64)
+    if scale.ndim == 1:
+        return weight * scale[:, None]
+    return weight * np.kron(scale, np.ones((128, 128)))[: weight.shape[0], : weight.shape[1]]
 
 
 def _norm(x: np.ndarray, weight: np.ndarray, config: LlamaConfig) -> np.ndarray:

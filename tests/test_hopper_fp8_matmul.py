@@ -1,5 +1,6 @@
 """The Hopper FP8 x FP8 kernels in JAX's GPU simulator, against float64."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -199,21 +200,48 @@ def test_swiglu_then_down_is_the_mlp():
     assert error < 0.04  # e4m3fn's rounding, 2^-4 at most and a third of that on average
 
 
-def test_a_row_is_bit_equal_alone_and_in_any_tiling():
-    x, weight, weight_scale, x_scale = operands(65, 128, 256)
-    run = partial(hopper.fp8_matmul, **SIMULATED)
-    together = run(x, weight, weight_scale, x_scale, F32, config=WIDE)
-    alone = run(x[64:], weight, weight_scale, x_scale[64:], F32, config=NARROW)
-    np.testing.assert_array_equal(together[64:], alone)
+def rounding_along_k(m, n, seed=0):
+    """Codes of x [m, 512] and of a weight [n, 512] whose sums over 128 columns are exact in
+    float32, in any order, so that the order in which the host adds up within a step of the
+    simulator cannot be seen; the sum of those four is rounded, and shows the kernel's own order.
+    """
+    sizes = np.repeat(2.0 ** np.array([5, -6, 0, 3]), 128)
+    codes = (
+        jnp.asarray(np.asarray(integers(rows, 512, seed=each), np.float32) * sizes, e4m3.DTYPE)
+        for rows, each in ((m, seed), (n, seed + 1))
+    )
+    return *codes, scales(n, seed=seed), scales(m, 1, seed=seed)
+
+
+def steps_reversed(x, weight, weight_scale, x_scale):
+    return (
+        *(jnp.concatenate(jnp.split(a, 4, axis=1)[::-1], 1) for a in (x, weight)),
+        weight_scale,
+        x_scale,
+    )
+
+
+@pytest.mark.parametrize("promote", [False, True])
+def test_a_row_is_bit_equal_alone_and_in_any_tiling(promote):
+    arrays = x, weight, weight_scale, x_scale = rounding_along_k(65, 128)
+
+    def run(config, *arrays):
+        config = replace(config, promote=promote)
+        return np.asarray(hopper.fp8_matmul(*arrays, F32, config=config, **SIMULATED))[-1]
+
+    together = run(WIDE, *arrays)
+    np.testing.assert_array_equal(together, run(NARROW, x[64:], weight, weight_scale, x_scale[64:]))
+    assert np.any(together != run(WIDE, *steps_reversed(*arrays)))  # another order, other numbers
 
 
 @pytest.mark.slow
 def test_a_row_of_swiglu_is_bit_equal_alone_and_in_a_batch():
-    x, gate, gate_scale, x_scale = operands(130, 128, 256)
-    _, up, up_scale, _ = operands(130, 128, 256, seed=1)
+    x, gate, gate_scale, x_scale = rounding_along_k(130, 128)
+    _, up, up_scale, _ = rounding_along_k(130, 128, seed=2)
 
     def run(rows):
-        arguments = x[rows], gate, gate_scale, up, up_scale, x_scale[rows]
+        # Scaled so that silu is not at its ends.
+        arguments = x[rows], gate, gate_scale * 2**-18, up, up_scale, x_scale[rows]
         codes, scale = hopper.swiglu(*arguments, **SIMULATED)
         return codes.astype(F32)[-1], scale[-1]
 
