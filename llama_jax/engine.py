@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -31,7 +32,7 @@ from llama_jax.kv_cache import PAGE_SIZE
 from llama_jax.model import ModelSpec, Params
 from llama_jax.pages import Match, PagePool, extend_chains
 from llama_jax.request import Request, Wanted
-from llama_jax.sampling import Sampled, host_rows, is_plain
+from llama_jax.sampling import Sampled, SamplingParams, SamplingState, host_rows, is_plain
 from llama_jax.scheduling import EngineCounts, EngineOptions, Stats, prefill_calls
 from llama_jax.speculation import Speculation
 from llama_jax.steps import (
@@ -88,10 +89,16 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Admission:
-    """A row to start. copied: a page to copy for it, and where to."""
+    """A row to start. copied: a page to copy for it, and where to. fresh: its settings, of
+    `sampling.host_rows`."""
 
     row: _Row
     copied: tuple[int, int] | None
+    fresh: SamplingState
+
+    @property
+    def is_plain(self) -> bool:
+        return not self.fresh.counts.size
 
 
 @dataclass(frozen=True)
@@ -105,10 +112,10 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Launch:
-    """The outputs of a call on their way, and what takes them in: returns requests that changed."""
+    """The outputs of a call on their way, and what takes them in."""
 
     outputs: Any
-    take: Callable[[Any], list[Request]]
+    take: Callable[[Any], None]
 
 
 class Engine:
@@ -141,6 +148,7 @@ class Engine:
         self.spec = spec
         self.options = options
         self.counts = EngineCounts()
+        self._changed: dict[Request, None] = {}  # those whose `on_change` is still to be called
         self._new_state = state_builder(
             spec, options.max_batch_size, options.max_seq_len, cache_dtype, kv_scales,
             options.pool_size, self._speculation,
@@ -154,7 +162,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running or self._launches)
+        return bool(self._waiting or self._running or self._launches or self._changed)
 
     @property
     def num_waiting(self) -> int:
@@ -167,7 +175,8 @@ class Engine:
     def submit(self, request: Request) -> Request:
         """Queue a request; it is its own handle and changes as `step` works on it.
 
-        Raises `QueueFullError`, and ValueError for a prompt without room for what is wanted.
+        Raises `QueueFullError`, and ValueError for a prompt without room for what is wanted, or
+        with ids that the model has not.
         """
         with self._lock:
             least, room = (1, 1) if request.wanted == "tokens" else (2, 0)
@@ -178,6 +187,9 @@ class Engine:
                     f"a prompt of {len(request.prompt)} tokens: between {least} and "
                     f"{self.options.max_seq_len - room} are possible"
                 )
+            vocab_size, ids = self.spec.config.vocab_size, np.asarray(request.prompt)
+            if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocab_size:
+                raise ValueError(f"the prompt must consist of token ids in [0, {vocab_size})")
             if not 1 <= request.score_from <= len(request.prompt):
                 raise ValueError(f"score_from {request.score_from} is not inside the prompt")
             if len(self._waiting) >= self.options.max_waiting:
@@ -195,41 +207,42 @@ class Engine:
     def cancel(self, request_id: int) -> bool:
         """End a request where it stands; False if it is not (or no longer) in the engine."""
         with self._lock:
-            row = next((row for row in self._running if row.request.id == request_id), None)
-            waiting = (request for request in self._waiting if request.id == request_id)
-            request = row.request if row else next(waiting, None)
+            everywhere = itertools.chain((row.request for row in self._running), self._waiting)
+            request = next((each for each in everywhere if each.id == request_id), None)
             if request is None:
                 return False
-            request.cancel()
-            if row:
-                self._leave(row)
-            else:
-                self._waiting.remove(request)
-            _tell([request])
+            try:
+                request.cancel()
+            finally:
+                self._remove(request)
+                self._changed[request] = None
+            self._tell([request])
             return True
 
     def step(self) -> list[Request]:
         """One round. Returns the requests that got tokens or results, or finished.
 
-        If a program fails, or the call is interrupted, running requests go back to the queue with
-        what they have, and the cache starts afresh.
+        What the work for one request raises (its text, its `on_change`, its settings) ends that
+        request with the error as its result. If a program fails, or the call is interrupted,
+        running requests go back to the queue with what they have, and the cache starts afresh.
         """
         with self._lock:
             try:
                 earlier = len(self._launches)
                 self._admit()
-                changed = self._launch_decode()
+                self._launch_decode()
                 self._launch_prefill()
                 for _ in range(min(earlier, len(self._launches))):
-                    changed += self._collect()
+                    self._collect()
             except BaseException:
-                running = [row.request for row in self._running if row.request not in self._waiting]
-                self._waiting.extendleft(reversed(running))
+                running = (row.request for row in self._running)
+                unfinished = [each for each in running if not each.finish_reason]
+                self._waiting.extendleft(
+                    each for each in reversed(unfinished) if each not in self._waiting
+                )
                 self._start_afresh()
                 raise
-            changed = list(dict.fromkeys(changed))
-            _tell(changed)
-            return changed
+            return self._tell(list(self._changed))
 
     def run(self, requests: Iterable[Request]) -> Iterator[Request]:
         """Submit requests and step until they are done; yields one whenever it has changed.
@@ -286,6 +299,43 @@ class Engine:
         seconds = time.perf_counter() - began
         return replace(compile_cache.report().since(before), seconds=seconds)
 
+    # What concerns one request alone.
+
+    @contextmanager
+    def _alone(self, request: Request, ends_by: type[BaseException] = Exception) -> Iterator[None]:
+        """What is raised inside ends `request`, and nothing else.
+
+        ends_by: BaseException where an interrupt would leave the request's text half done. It ends
+        the request and goes on to the caller.
+        """
+        try:
+            yield
+        except ends_by as error:
+            request.fail(error)
+            request.finished_at = time.perf_counter()
+            self._remove(request)
+            self._changed[request] = None
+            if not isinstance(error, Exception):
+                raise
+
+    def _remove(self, request: Request) -> None:
+        """Take a request that has ended from wherever it is."""
+        row = next((row for row in self._running if row.request is request), None)
+        if row:
+            self._leave(row)
+        elif request in self._waiting:
+            self._waiting.remove(request)
+
+    def _tell(self, changed: list[Request]) -> list[Request]:
+        """Call the `on_change` of requests that have changed; one that raises is not called again,
+        one that is interrupted is."""
+        for request in changed:
+            if request in self._changed and request.on_change:
+                with self._alone(request):
+                    request.on_change(request)
+            self._changed.pop(request, None)
+        return changed
+
     # Scheduling.
 
     def _start_afresh(self) -> None:
@@ -304,25 +354,24 @@ class Engine:
         for request in list(itertools.islice(self._waiting, _LOOKAHEAD)):
             if len(self._running) == self.options.max_batch_size:
                 break
-            tokens = request.prompt[:-1] if request.wanted == "logprobs" else request.all_tokens
-            found = Match((), None, 0)
-            if self._shares and request.wanted != "logits":
-                known = tokens[: _first_output(request, tokens)]
-                found = self.pages.match(known, request.chains)
-                if _is_coming(request, found, on_their_way):
-                    continue
-            admission = self._place(request, tokens, found)
-            if admission is None:
-                break
-            admitted.append(admission)
-            on_their_way.append(request)
-            self._waiting.remove(request)
-        plain = [each for each in admitted if _is_plain(each.row.request)]
-        for group in itertools.batched(plain, self._admitted_per_call):
-            self._state = admit(self._take_state(), *self._admission(group, plain=True))
-        for each in admitted:
-            if not _is_plain(each.row.request):
-                self._state = admit(self._take_state(), *self._admission([each], plain=False))
+            with self._alone(request):
+                tokens = request.prompt[:-1] if request.wanted == "logprobs" else request.all_tokens
+                found = Match((), None, 0)
+                if self._shares and request.wanted != "logits":
+                    known = tokens[: _first_output(request, tokens)]
+                    found = self.pages.match(known, request.chains)
+                    if _is_coming(request, found, on_their_way):
+                        continue
+                admission = self._place(request, tokens, found)
+                if admission is None:
+                    break
+                self._waiting.remove(request)
+                admitted.append(admission)
+                on_their_way.append(request)
+        for plain, size in ((True, self._admitted_per_call), (False, 1)):
+            group = [each for each in admitted if each.is_plain == plain]
+            for part in itertools.batched(group, size):
+                self._state = admit(self._take_state(), *self._admission(part, plain))
 
     def _place(self, request: Request, tokens: list[int], found: Match) -> _Admission | None:
         """Start a request if there are pages for its prompt, and one more for each that runs."""
@@ -343,6 +392,11 @@ class Engine:
             return self._place(
                 request, tokens, Match(found.pages, None, len(found.pages) * PAGE_SIZE)
             )
+        try:
+            fresh = self._settings(request)
+        except Exception:
+            self.pages.release([*found.pages, *source])
+            raise
         own = self.pages.take(lacking)
         row = _Row(request, self._numbers.pop(), tokens, [*found.pages, *own], limit,
                    found.num_tokens, len(request.token_ids))  # fmt: skip
@@ -356,7 +410,15 @@ class Engine:
         self.pages.counts.hit += found.num_tokens
         request.start_prompt(found.num_tokens)
         request.admitted_at = request.admitted_at or time.perf_counter()
-        return _Admission(row, (source[0], own[0]) if source else None)
+        return _Admission(row, (source[0], own[0]) if source else None, fresh)
+
+    def _settings(self, request: Request) -> SamplingState:
+        """The row of `sampling.host_rows`."""
+        return host_rows(
+            [request.params], [request.prompt], [request.stop_ids], self.spec.config.vocab_size,
+            [request.token_ids], [request.eos_ids],
+            plain=is_plain(request.params, request.stop_ids, request.eos_ids),
+        )  # fmt: skip
 
     def _launch_prefill(self) -> None:
         """Chunks of prompts, first those admitted first, until the round's budget is spent."""
@@ -389,7 +451,7 @@ class Engine:
             if self._shares:
                 stored = row.tokens[: row.stored]
                 self.pages.register(stored, row.pages, start, row.request.chains)
-        takers: dict[Wanted, Callable[..., list[Request]]] = {
+        takers: dict[Wanted, Callable[..., None]] = {
             "tokens": self._take_first, "logprobs": self._take_logprobs, "logits": self._take_logits
         }  # fmt: skip
         if kind == "tokens":
@@ -401,12 +463,8 @@ class Engine:
         self.counts.prefilled += count
         self.counts.padding += shape[0] * shape[1] - count
 
-    def _launch_decode(self) -> list[Request]:
-        """Draw tokens for the rows that have their prompt behind them, after making room for them.
-
-        Returns requests that changed while room was made.
-        """
-        changed: list[Request] = []
+    def _launch_decode(self) -> None:
+        """Draw tokens for the rows that have their prompt behind them, after making room."""
         steps = self._steps()
         while steps:
             most = steps * (1 + self.options.lookahead)
@@ -419,14 +477,14 @@ class Engine:
                 break
             if self._launches:
                 while self._launches:
-                    changed += self._collect()
+                    self._collect()
                 steps = min(steps, self._steps())
             elif steps > 1:
                 steps = 1
             else:
                 self._preempt(self._running[-1])
         if not steps or not bounds:
-            return changed
+            return
         for row, count in lacking:
             row.pages += self.pages.take(count)
             self._note_pages(row)
@@ -436,7 +494,6 @@ class Engine:
             row.drawn += count
         self._launch(call, partial(self._take_drawn, bounds))
         self.counts.rounds += 1
-        return changed
 
     def _decoding(self) -> list[_Row]:
         return [row for row in self._running if row.request.wanted == "tokens" and row.is_decoding]
@@ -469,7 +526,7 @@ class Engine:
 
     # Calls of compiled programs, in shapes from short lists.
 
-    def _launch(self, call: _Call, take: Callable[[Any], list[Request]]) -> None:
+    def _launch(self, call: _Call, take: Callable[[Any], None]) -> None:
         """The state is donated: if the program fails, `step` starts afresh."""
         self._state, outputs = call.program(
             self.params, self._take_state(), *call.args, **call.static
@@ -483,20 +540,18 @@ class Engine:
     def _admission(self, admitted: Sequence[_Admission], plain: bool) -> tuple[Any, ...]:
         """Arguments of `admit`. plain: see `sampling.is_plain`; others come one at a time."""
         size = self._admitted_per_call if plain else 1
-        padding = size - len(admitted)
-        nobody, batch_size = Request([]), self.options.max_batch_size
-        requests = [each.row.request for each in admitted] + [nobody] * padding
+        padding, batch_size = size - len(admitted), self.options.max_batch_size
         copies = [each.copied or (0, self.options.pool_size) for each in admitted]
         copies += [(0, self.options.pool_size)] * padding
-        fresh = host_rows(
-            [request.params for request in requests], [request.prompt for request in requests],
-            [request.stop_ids for request in requests], self.spec.config.vocab_size,
-            [request.token_ids for request in requests], plain,
-        )  # fmt: skip
+        vocab_size = self.spec.config.vocab_size
+        nobody = host_rows([SamplingParams(seed=0)], [()], [()], vocab_size, plain=plain)
+        rows = [each.fresh for each in admitted] + [nobody] * padding
+        fresh = jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
         text = np.zeros((size, self.options.pages_per_row * PAGE_SIZE), np.int32)
         if self._speculation.uses_history:
-            for i, request in enumerate(requests):
-                text[i, : len(request.all_tokens)] = request.all_tokens
+            for i, each in enumerate(admitted):
+                tokens = each.row.request.all_tokens
+                text[i, : len(tokens)] = tokens
         else:
             text = text[:, :0]
         numbers = [each.row.number for each in admitted] + [batch_size] * padding
@@ -553,9 +608,9 @@ class Engine:
 
     # Results.
 
-    def _collect(self) -> list[Request]:
+    def _collect(self) -> None:
         launch = self._launches.popleft()
-        return launch.take(launch.outputs)
+        launch.take(launch.outputs)
 
     def _fetch(self, outputs: Any) -> Any:
         """Outputs of a call, on the host."""
@@ -564,19 +619,18 @@ class Engine:
         self.counts.waited += time.perf_counter() - began
         return fetched
 
-    def _take_first(self, parts: Sequence[tuple[_Row, int, int]], drawn: Sampled) -> list[Request]:
+    def _take_first(self, parts: Sequence[tuple[_Row, int, int]], drawn: Sampled) -> None:
         """The tokens that came with the ends of prompts; the rows are in the order of the call."""
         ended = [(i, row) for i, (row, _, stop) in enumerate(parts) if stop == len(row.tokens)]
         if not ended:
-            return []
+            return
         asked = any(row.request.params.logprobs is not None for _, row in ended)
         tokens, sampled = self._fetch((drawn.tokens, drawn if asked else None))
         now = time.perf_counter()
         for i, row in ended:
             self._extend(row, [int(tokens[i])], now, sampled, i)
-        return [row.request for _, row in ended]
 
-    def _take_drawn(self, bounds: Sequence[tuple[_Row, int]], drawn: Drawn) -> list[Request]:
+    def _take_drawn(self, bounds: Sequence[tuple[_Row, int]], drawn: Drawn) -> None:
         asked = any(row.request.params.logprobs is not None for row, _ in bounds)
         numbers, sampled = self._fetch((drawn.numbers, drawn.sampled if asked else None))
         counts, guessed, accepted = numbers[:3].tolist()
@@ -588,7 +642,6 @@ class Engine:
             row.stored -= bound - count
             row.drawn -= bound - count
             self._extend(row, columns[row.number][:count], now, sampled, (slice(count), row.number))
-        return [row.request for row, _ in bounds]
 
     def _extend(
         self, row: _Row, token_ids: list[int], now: float, drawn: Sampled | None, at: Any
@@ -600,46 +653,53 @@ class Engine:
         request = row.request
         if request.finish_reason or not token_ids:
             return
+        self._changed[request] = None
         request.first_token_at = request.first_token_at or now
-        count = request.extend(token_ids, row.limit)
-        self.counts.drawn += count
-        if request.params.logprobs is not None:
-            assert drawn is not None
-            request.logprobs += np.atleast_1d(drawn.logprobs[at])[:count].tolist()
-            ids, values = (
-                np.atleast_2d(top[at])[:count, : request.params.logprobs].tolist()
-                for top in (drawn.top_ids, drawn.top_logprobs)
-            )
-            request.top += [list(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)]
-        if request.finish_reason:
-            request.finished_at = now
-            self._leave(row)
+        with self._alone(request, ends_by=BaseException):
+            count = request.extend(token_ids, row.limit)
+            self.counts.drawn += count
+            if request.params.logprobs is not None:
+                assert drawn is not None
+                request.logprobs += np.atleast_1d(drawn.logprobs[at])[:count].tolist()
+                ids, values = (
+                    np.atleast_2d(top[at])[:count, : request.params.logprobs].tolist()
+                    for top in (drawn.top_ids, drawn.top_logprobs)
+                )
+                pairs = zip(ids, values, strict=True)
+                request.top += [list(zip(*pair, strict=True)) for pair in pairs]
+            if request.finish_reason:
+                request.finished_at = now
+                self._leave(row)
 
     def _take_logprobs(
         self, parts: Sequence[tuple[_Row, int, int]], outputs: tuple[Array, Array]
-    ) -> list[Request]:
+    ) -> None:
         logprobs, likeliest = self._fetch(outputs)
         for i, (row, start, stop) in enumerate(parts):
-            first = max(0, row.request.score_from - 1 - start)
-            wanted = slice(first, max(first, stop - start))
             request = row.request
-            request.prompt_logprobs = np.append(request.prompt_logprobs, logprobs[i, wanted])
-            request.prompt_is_likeliest = np.append(
-                request.prompt_is_likeliest, likeliest[i, wanted]
-            )
-            self._end_prompt(row, stop)
-        return [row.request for row, _, _ in parts]
+            first = max(0, request.score_from - 1 - start)
+            wanted = slice(first, max(first, stop - start))
+            with self._alone(request):
+                request.prompt_logprobs = np.append(request.prompt_logprobs, logprobs[i, wanted])
+                request.prompt_is_likeliest = np.append(
+                    request.prompt_is_likeliest, likeliest[i, wanted]
+                )
+                self._end_prompt(row, stop)
 
-    def _take_logits(self, parts: Sequence[tuple[_Row, int, int]], outputs: Array) -> list[Request]:
+    def _take_logits(self, parts: Sequence[tuple[_Row, int, int]], outputs: Array) -> None:
         logits = self._fetch(outputs)
         for i, (row, start, stop) in enumerate(parts):
-            before = [] if start == 0 else [row.request.prompt_logits]
-            row.request.prompt_logits = np.concatenate([*before, logits[i, : stop - start]])
-            self._end_prompt(row, stop)
-        return [row.request for row, _, _ in parts]
+            request = row.request
+            with self._alone(request):
+                before = [] if start == 0 else [request.prompt_logits]
+                request.prompt_logits = np.concatenate([*before, logits[i, : stop - start]])
+                self._end_prompt(row, stop)
 
     def _end_prompt(self, row: _Row, stop: int) -> None:
-        if stop == len(row.tokens) and not row.request.finish_reason:
+        if row.request.finish_reason:
+            return
+        self._changed[row.request] = None
+        if stop == len(row.tokens):
             row.request.finish_reason = "length"
             row.request.finished_at = time.perf_counter()
             self._leave(row)
@@ -655,16 +715,6 @@ def _is_coming(request: Request, found: Match, on_their_way: list[Request]) -> b
     count = len(found.pages)
     wanted = request.chains[count : count + 1]
     return bool(wanted) and any(other.chains[count : count + 1] == wanted for other in on_their_way)
-
-
-def _is_plain(request: Request) -> bool:
-    return is_plain(request.params, request.stop_ids)
-
-
-def _tell(changed: Iterable[Request]) -> None:
-    for request in changed:
-        if request.on_change:
-            request.on_change(request)
 
 
 def _int32(values: Sequence[int]) -> np.ndarray:

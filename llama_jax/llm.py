@@ -192,11 +192,14 @@ class LLM:
         on_finished: called each time one is done. A str gets a BOS token, token ids are taken as
         they are. With `SamplingParams(n=4)` a prompt has four continuations, which share its pages:
         `Generation.samples`.
+
+        What is raised in the work for one continuation, such as decoding its text, ends it alone:
+        its `Generation.error` says what it was. For a str it is raised.
         """
         single = isinstance(prompts, str)
         encoded = [self._prompt_ids(prompt) for prompt in ([prompts] if single else prompts)]
         results = self._run(encoded, sampling, on_finished)
-        return results[0] if single else results
+        return _only(results) if single else results
 
     @overload
     def chat(
@@ -228,7 +231,7 @@ class LLM:
         conversations = [messages] if single else messages
         prompts = [self._chat_ids(each, tools, template_kwargs) for each in conversations]
         results = [self._with_tool_calls(result) for result in self._run(prompts, sampling)]
-        return results[0] if single else results
+        return _only(results) if single else results
 
     def stream(
         self,
@@ -426,13 +429,15 @@ class LLM:
                 question = asked_by.pop(request)
                 if on_finished and asked_by.keys().isdisjoint(question.requests):
                     on_finished()
-        return [question.answer() for question in questions]
+        return [question.conclude(question.requests) for question in questions]
 
     def _pieces(self, request: Request, is_chat: bool) -> Iterator[Piece]:
         shown = 0
         for _ in self.engine.run([request]):
             text = request.text[shown : request.released]
             shown = request.released
+            if request.error:
+                raise request.error
             if request.finish_reason:
                 result = self._result(request)
                 yield Piece(text, self._with_tool_calls(result) if is_chat else result)
@@ -446,45 +451,73 @@ class LLM:
         check_ids("logit_bias", sampling.logit_bias, vocab_size)
         check_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
         own = frozenset() if sampling.ignore_eos else self._stop_ids
+        names = self._stop_names(sampling.stop)
         return Request(
             prompt,
             sampling,
             StreamDecoder(self.tokenizer),
-            own | set(sampling.stop_token_ids),
+            own | set(sampling.stop_token_ids) | names.keys(),
+            self._stop_ids,
+            names,
             is_streamed=is_streamed,
         )
 
+    def _stop_names(self, stops: Sequence[str]) -> dict[int, str]:
+        """The special tokens that stop strings name, by id.
+
+        Raises ValueError for such a name with text around it: the token leaves no text, so that
+        the string would never be found.
+        """
+        special, visible = self.tokenizer.special_tokens, self.tokenizer.visible_ids
+        for stop in stops:
+            for name, token_id in special.items():
+                if name in stop and stop not in special and token_id not in visible:
+                    raise ValueError(
+                        f"stop: {stop!r} contains the special token {name!r}, which leaves no text "
+                        "that it could be found in: name the token alone"
+                    )
+        return {special[stop]: stop for stop in stops if stop in special}
+
     def _result(self, request: Request) -> Generation:
-        logprobs = None
-        if request.params.logprobs is not None:
-            logprobs = tuple(
-                TokenLogprob(
-                    token_id,
-                    self._token_text(token_id),
-                    logprob,
-                    tuple((i, self._token_text(i), value) for i, value in top),
+        logprobs, error = None, request.error
+        if request.params.logprobs is not None and not error:
+            try:
+                logprobs = tuple(
+                    map(self._token_logprob, request.token_ids, request.logprobs, request.top)
                 )
-                for token_id, logprob, top in zip(
-                    request.token_ids, request.logprobs, request.top, strict=True
-                )
-            )
+            except Exception as raised:  # this continuation's alone
+                error = raised
         assert request.finish_reason is not None
+        first = request.first_token_at or request.finished_at
         return Generation(
             text=request.text,
             token_ids=tuple(request.token_ids),
-            finish_reason=request.finish_reason,
+            finish_reason="error" if error else request.finish_reason,
             prompt_token_ids=tuple(request.prompt),
             logprobs=logprobs,
             timings=Timings(
-                prefill=request.first_token_at - request.admitted_at,
-                decode=request.finished_at - request.first_token_at,
+                prefill=first - (request.admitted_at or first),
+                decode=request.finished_at - first,
             ),
+            stop_reason=request.stop_reason,
+            error=error,
         )
 
     def _with_tool_calls(self, result: Generation) -> Generation:
-        reply = self.tokenizer.decode(result.token_ids, skip_special=False)
-        others = tuple(map(self._with_tool_calls, result.others))
-        return replace(result, tool_calls=parse_tool_calls(reply), others=others)
+        result = replace(result, others=tuple(map(self._with_tool_calls, result.others)))
+        if result.error:
+            return result
+        try:
+            reply = self.tokenizer.decode(result.token_ids, skip_special=False)
+            return replace(result, tool_calls=parse_tool_calls(reply))
+        except Exception as error:  # this continuation's alone
+            return replace(result, finish_reason="error", error=error)
+
+    def _token_logprob(
+        self, token_id: int, logprob: float, top: Sequence[tuple[int, float]]
+    ) -> TokenLogprob:
+        likeliest = tuple((i, self._token_text(i), value) for i, value in top)
+        return TokenLogprob(token_id, self._token_text(token_id), logprob, likeliest)
 
     def _token_text(self, token_id: int) -> str:
         return self.tokenizer.decode([token_id], skip_special=False)
@@ -533,6 +566,14 @@ def sequence_limit(config: LlamaConfig, max_seq_len: int | None) -> int:
     if not 2 <= max_seq_len <= limit:
         raise ValueError(f"max_seq_len must be in [2, {limit}], got {max_seq_len}")
     return max_seq_len
+
+
+def _only(results: Sequence[Generation]) -> Generation:
+    """The result of a call for one prompt, or its error."""
+    (result,) = results
+    if result.error:
+        raise result.error
+    return result
 
 
 def _is_prompt(value: Prompt | Sequence[Prompt]) -> bool:

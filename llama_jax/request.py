@@ -1,6 +1,7 @@
 """One request on its way through the engine: what was asked, and what has come of it so far."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,20 +11,27 @@ from llama_jax.pages import Chain
 from llama_jax.sampling import SamplingParams
 from llama_jax.tokenizer import StreamDecoder
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 Wanted = Literal["tokens", "logprobs", "logits"]
 
 
 @dataclass(eq=False)
 class Request:
-    """What was asked for, in the first three fields and the defaults after them, and the results.
+    """What was asked for, up to `on_change`, and the results.
 
+    stop_ids: tokens that end the text, and are not part of it. eos_ids: those that the model ends
+        its replies with, which are not drawn before `params.min_new_tokens` even where
+        `params.ignore_eos` keeps them out of `stop_ids`. stop_names: the special tokens among
+        `stop_ids` that `params.stop` names.
     wanted: "tokens" continues the prompt; "logprobs" asks how likely the prompt's own tokens are,
         from `score_from` on; "logits" for float32 logits of every prompt token.
     is_streamed: the caller wants each token when it is drawn, rather than several at a time.
 
     on_change: called by the engine whenever there is something new in the request.
 
+    finish_reason: "stop" by a stop token or string, "length" by the limit of tokens, "cancelled",
+        or "error" where something raised `error` in the work for this request alone. stop_reason:
+        the string, or the id of `params`, that stopped it; None for the model's own end.
     token_ids, logprobs, top: what was drawn, with natural-log probabilities where `params` asks
         for them. `text` is the decoded text, as it grows if the request is streamed or has stop
         strings, else once it has ended; `text[:released]` may be shown: what follows could still
@@ -38,6 +46,8 @@ class Request:
     params: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.0, seed=0))
     decoder: StreamDecoder | None = None
     stop_ids: frozenset[int] = frozenset()
+    eos_ids: frozenset[int] = frozenset()
+    stop_names: Mapping[int, str] = field(default_factory=dict)
     wanted: Wanted = "tokens"
     score_from: int = 1
     is_streamed: bool = False
@@ -49,6 +59,8 @@ class Request:
     text: str = ""
     released: int = 0
     finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: BaseException | None = None
     prompt_logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     prompt_is_likeliest: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     prompt_logits: np.ndarray | None = None
@@ -74,45 +86,73 @@ class Request:
 
         limit: tokens that may be drawn in all.
         """
-        is_followed = self.is_streamed or bool(self.params.stop)
         for count, token_id in enumerate(token_ids, 1):
-            self.token_ids.append(token_id)
-            reason: FinishReason | None = None
-            if token_id in self.stop_ids:
-                reason = "stop"
-            elif len(self.token_ids) >= limit:
-                reason = "length"
-            if is_followed:
-                self._decode(self.token_ids[-1:], reason)
-            elif reason:
-                self._decode(self.token_ids, reason)
+            self._append(token_id, limit)
             if self.finish_reason:
                 return count
         return len(token_ids)
 
     def cancel(self) -> None:
-        is_followed = self.is_streamed or bool(self.params.stop)
-        self._decode([] if is_followed else self.token_ids, "cancelled")
+        """End it where it stands, with the text so far, as far as that can be decoded."""
+        self.finish_reason = "cancelled"
+        with suppress(Exception):
+            self._decode([] if self._is_followed else self.token_ids, is_end=True)
+            self.released = len(self.text)
 
-    def _decode(self, token_ids: Sequence[int], reason: FinishReason | None) -> None:
-        """Add the text of tokens, and end for a reason, or where the text ends."""
-        searched_from = len(self.text)
-        if self.decoder:
-            shown = token_ids[:-1] if reason == "stop" else token_ids
-            self.text += "".join(map(self.decoder.push, shown))
-            self.text += self.decoder.flush() if reason else ""
-        self.finish_reason = reason
-        self._cut_at_stop_string(searched_from)
+    def fail(self, error: BaseException) -> None:
+        """End it with `error` as its result."""
+        self.error = error
+        if self.finish_reason != "cancelled":
+            self.finish_reason = "error"
+
+    @property
+    def _is_followed(self) -> bool:
+        """Whether the text is decoded token by token."""
+        return self.is_streamed or bool(self.params.stop)
+
+    def _append(self, token_id: int, limit: int) -> None:
+        """One more token, its text, and whether one or the other is the end.
+
+        Before there are more than `min_new_tokens` tokens, neither is. A stop string may begin
+        earlier.
+        """
+        self.token_ids.append(token_id)
+        may_stop = len(self.token_ids) > self.params.min_new_tokens
+        is_stop = may_stop and token_id in self.stop_ids
+        is_end = is_stop or len(self.token_ids) >= limit
+        searched = len(self.text)
+        if self._is_followed:
+            self._decode([] if is_stop else [token_id], is_end)
+        elif is_end:
+            self._decode(self.token_ids[:-1] if is_stop else self.token_ids, is_end)
+        if may_stop and (found := first_stop(self.text, self.params.stop, searched)):
+            at, self.stop_reason = found
+            self.text = self.text[:at]
+            self.finish_reason = "stop"
+        elif is_stop:
+            is_eos = token_id in self.eos_ids and not self.params.ignore_eos
+            self.stop_reason = None if is_eos else self.stop_names.get(token_id, token_id)
+            self.finish_reason = "stop"
+        elif is_end:
+            self.finish_reason = "length"
         held = 0 if self.finish_reason else held_back(self.text, self.params.stop)
         self.released = len(self.text) - held
 
-    def _cut_at_stop_string(self, searched_from: int) -> None:
-        longest = max((len(stop) for stop in self.params.stop), default=0)
-        start = max(0, searched_from - longest + 1)
-        hits = [at for stop in self.params.stop if (at := self.text.find(stop, start)) >= 0]
-        if hits:
-            self.text = self.text[: min(hits)]
-            self.finish_reason = "stop"
+    def _decode(self, token_ids: Sequence[int], is_end: bool) -> None:
+        if self.decoder:
+            self.text += "".join(map(self.decoder.push, token_ids))
+            self.text += self.decoder.flush() if is_end else ""
+
+
+def first_stop(text: str, stops: Sequence[str], searched: int) -> tuple[int, str] | None:
+    """Where in `text` the first stop string begins that ends after `searched` characters, and
+    which one it is; of several at one place the first."""
+    hits = [
+        (at, stop)
+        for stop in stops
+        if (at := text.find(stop, max(0, searched - len(stop) + 1))) >= 0
+    ]
+    return min(hits, key=lambda hit: hit[0], default=None)
 
 
 def held_back(text: str, stops: Sequence[str]) -> int:

@@ -37,9 +37,12 @@ class Generation:
     """One continuation.
 
     text: without special tokens, cut before a stop string. token_ids: every token drawn, the stop
-    token included. finish_reason: "stop" (a stop token or string) or "length". logprobs: one entry
-    per token if asked for. tool_calls: what the reply asks to be called (from `LLM.chat`). others:
-    the other continuations of the same prompt, where `SamplingParams.n` asked for several.
+    token included. finish_reason: "stop" (a stop token or string), "length" or "error".
+    stop_reason: the string of `SamplingParams.stop` or the id of `stop_token_ids` that ended it;
+    None for the checkpoint's own stop tokens, and for "length". logprobs: one entry per token if
+    asked for. tool_calls: what the reply asks to be called (from `LLM.chat`). others: the other
+    continuations of the same prompt, where `SamplingParams.n` asked for several. error: what was
+    raised in the work for this continuation alone, which has what there was of it by then.
     """
 
     text: str
@@ -50,6 +53,8 @@ class Generation:
     timings: Timings
     tool_calls: tuple[ToolCall, ...] = ()
     others: tuple["Generation", ...] = ()
+    stop_reason: int | str | None = None
+    error: BaseException | None = None
 
     @property
     def samples(self) -> tuple["Generation", ...]:
@@ -59,11 +64,13 @@ class Generation:
 
 def generation_fields(result: Generation) -> dict[str, Any]:
     """A continuation as JSON has it."""
+    error = {} if result.error is None else {"error": f"{result.error!r}"}
     return {
         "text": result.text,
         "finish_reason": result.finish_reason,
         "prompt_tokens": len(result.prompt_token_ids),
         "completion_tokens": len(result.token_ids),
+        **error,
     }
 
 

@@ -28,8 +28,9 @@ _LISTED_STOPS = 16
 class SamplingParams:
     """How to continue one prompt.
 
-    max_new_tokens, min_new_tokens: bounds on the number of generated tokens; stop tokens are not
-        drawn before `min_new_tokens`.
+    max_new_tokens, min_new_tokens: bounds on the number of generated tokens. Before there are
+        `min_new_tokens`, stop tokens are not drawn (the checkpoint's own neither, even with
+        `ignore_eos`) and stop strings do not end the text.
     temperature: 0 is greedy. top_k: 0 keeps all tokens; ties with the k-th are kept. top_p: mass
         of the nucleus, in (0, 1]. min_p: least probability relative to the likeliest token.
     repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or
@@ -38,8 +39,9 @@ class SamplingParams:
     logit_bias: token id to a number added to its logit.
     seed: what the row's random numbers come from; None takes a fresh one.
     n: continuations of the prompt, which draw with `seed`, `seed` + 1 and so on.
-    stop: strings that end the text and are cut from it. stop_token_ids: tokens that end it, besides
-        the checkpoint's own, which `ignore_eos` switches off.
+    stop: strings that end the text and are cut from it, with what comes after; the name of a
+        special token, which leaves no text, is that token. stop_token_ids: tokens that end it,
+        besides the checkpoint's own, which `ignore_eos` switches off.
     logprobs: None for none, n for the chosen token's and the n likeliest's (at most 20).
     """
 
@@ -138,7 +140,8 @@ class SamplingState(struct.PyTreeNode):
     """The settings and the history of each row. Shapes: [batch], or [batch, vocab] where noted.
 
     step counts the tokens generated; counts [batch, vocab] how often each was; prompt_mask
-    [batch, vocab] marks the prompt's tokens; stop_mask [batch, vocab] the tokens that end the text.
+    [batch, vocab] marks the prompt's tokens; stop_mask, int8 [batch, vocab], the tokens that end
+    the text with 2, and those that only may not be drawn before `min_new_tokens` with 1.
     """
 
     temperature: Array
@@ -174,10 +177,13 @@ def init_sampling(batch_size: int, vocab_size: int) -> SamplingState:
     return jax.tree.map(lambda a: jnp.repeat(a, batch_size, axis=0), row)
 
 
-def is_plain(params: SamplingParams, stop_ids: Collection[int]) -> bool:
+def is_plain(
+    params: SamplingParams, stop_ids: Collection[int], eos_ids: Collection[int] = ()
+) -> bool:
     """Whether a row needs nothing that is said of the whole vocabulary, but a few stop tokens."""
     return len(stop_ids) <= _LISTED_STOPS and not (
         params.logit_bias
+        or (params.min_new_tokens and not set(eos_ids) <= set(stop_ids))
         or params.repetition_penalty != 1
         or params.presence_penalty
         or params.frequency_penalty
@@ -190,13 +196,16 @@ def host_rows(
     stop_ids: Sequence[Collection[int]],
     vocab_size: int,
     drawn: Sequence[Sequence[int]] | None = None,
+    eos_ids: Sequence[Collection[int]] | None = None,
     plain: bool = False,
 ) -> SamplingState:
     """The state of fresh rows, as numpy arrays: one row per element of the sequences.
 
-    drawn: tokens that were drawn already, where a request is taken up again. plain: for rows that
-    are, see `is_plain`: a few bytes in place of arrays over the vocabulary, until `full_rows`.
-    Raises ValueError for token ids outside the vocabulary.
+    drawn: tokens that were drawn already, where a request is taken up again. eos_ids: tokens that
+    are not drawn before `min_new_tokens`, besides the stop tokens. plain: for rows that are, see
+    `is_plain`: a few bytes in place of arrays over the vocabulary, until `full_rows`.
+    Raises ValueError for token ids of the settings outside the vocabulary; stop tokens outside of
+    it are never drawn.
     """
 
     def column(name: str, dtype: type) -> np.ndarray:
@@ -205,20 +214,23 @@ def host_rows(
     shape = (len(params), 0 if plain else vocab_size)
     bias: Any = np.zeros(shape, np.float32)
     counts: Any = np.zeros(shape, np.int32)
-    stop_mask: Any = np.zeros(shape, bool)
+    stop_mask: Any = np.zeros(shape, np.int8)
     prompt_mask: Any = np.zeros(shape, bool)
     drawn = [()] * len(params) if drawn is None else drawn
-    for row, (p, prompt, stops) in enumerate(zip(params, prompts, stop_ids, strict=True)):
+    ends = [[i for i in stops if 0 <= i < vocab_size] for stops in stop_ids]
+    barred = [[i for i in each if 0 <= i < vocab_size] for each in eos_ids or [()] * len(params)]
+    for row, (p, prompt) in enumerate(zip(params, prompts, strict=True)):
         check_ids("logit_bias", p.logit_bias, vocab_size)
         check_ids("stop_token_ids", p.stop_token_ids, vocab_size)
         if not plain:
             bias[row, list(p.logit_bias)] = list(p.logit_bias.values())
-            stop_mask[row, list(stops)] = True
+            stop_mask[row, barred[row]] = 1
+            stop_mask[row, ends[row]] = 2
             prompt_mask[row, list(prompt)] = True
             np.add.at(counts[row], list(drawn[row]), 1)
     if plain:
         stop_mask = np.full((len(params), _LISTED_STOPS), vocab_size, np.int32)
-        for row, stops in enumerate(stop_ids):
+        for row, stops in enumerate(ends):
             stop_mask[row, : len(stops)] = sorted(stops)
     fresh = np.random.SeedSequence().generate_state(len(params), np.uint32)
     seeds = [fresh[i] if p.seed is None else p.seed for i, p in enumerate(params)]
@@ -253,7 +265,7 @@ def full_rows(rows: SamplingState, vocab_size: int) -> SamplingState:
     numbers = jnp.arange(shape[0])[:, None]
     return rows.replace(
         logit_bias=jnp.zeros(shape, jnp.float32),
-        stop_mask=jnp.zeros(shape, bool).at[numbers, rows.stop_mask].set(True, mode="drop"),
+        stop_mask=jnp.zeros(shape, jnp.int8).at[numbers, rows.stop_mask].set(2, mode="drop"),
         prompt_mask=jnp.zeros(shape, bool),
         counts=jnp.zeros(shape, jnp.int32),
     )
@@ -270,7 +282,7 @@ def sample(logits: Array, state: SamplingState) -> Sampled:
     """Draw one token per row. logits: float32 [batch, vocab], as the model gives them."""
     scores = _penalise(logits, state)
     scores = jnp.where(
-        (state.step < state.min_new_tokens)[:, None] & state.stop_mask, -jnp.inf, scores
+        (state.step < state.min_new_tokens)[:, None] & (state.stop_mask > 0), -jnp.inf, scores
     )
     greedy = jnp.argmax(scores, axis=-1)
 
@@ -310,8 +322,10 @@ def record(state: SamplingState, tokens: Array, active: Array) -> SamplingState:
 
 
 def is_stop(state: SamplingState, tokens: Array) -> Array:
-    """Whether each row's token, int32 [batch], ends its text: bool [batch]."""
-    return jnp.take_along_axis(state.stop_mask, tokens[:, None], axis=-1)[:, 0]
+    """Whether each row's token, int32 [batch], ends its text: bool [batch]. state: as the tokens
+    were drawn with, before they are recorded."""
+    marks = jnp.take_along_axis(state.stop_mask, tokens[:, None], axis=-1)[:, 0]
+    return (marks == 2) & (state.step >= state.min_new_tokens)
 
 
 def _penalise(logits: Array, state: SamplingState) -> Array:

@@ -111,8 +111,8 @@ def score_request(ids: Sequence[int], start: int) -> Request:
 
 
 def score_of(request: Request) -> Score:
-    """The answer to a `score_request`."""
-    logprobs = request.prompt_logprobs
+    """The answer to a `score_request`. Raises what the work for it raised."""
+    logprobs = _logprobs(request)
     return Score(
         token_ids=tuple(request.prompt[request.score_from :]),
         logprobs=tuple(logprobs.tolist()),
@@ -152,8 +152,8 @@ def rolling_windows(length: int, window: int, stride: int) -> Iterator[tuple[int
 
 
 def perplexity_of(requests: Sequence[Request], text: str) -> Perplexity:
-    """The answer to the `score_request`s of a text's windows."""
-    logprobs = np.concatenate([request.prompt_logprobs for request in requests])
+    """The answer to the `score_request`s of a text's windows. Raises as `score_of` does."""
+    logprobs = np.concatenate(list(map(_logprobs, requests)))
     return Perplexity(
         token_ids=tuple(i for request in requests for i in request.prompt[request.score_from :]),
         logprobs=tuple(logprobs.tolist()),
@@ -161,6 +161,12 @@ def perplexity_of(requests: Sequence[Request], text: str) -> Perplexity:
         num_bytes=len(text.encode("utf-8", "replace")),
         num_words=len(text.split()),
     )
+
+
+def _logprobs(request: Request) -> np.ndarray:
+    if request.error:
+        raise request.error
+    return request.prompt_logprobs
 
 
 def score_rows(
@@ -192,7 +198,7 @@ def answer_rows[T](
     """Each row with the fields of its answer, and how many tokens were read for it; in order.
 
     A row for which `ask` raises ValueError gets the field "error", and so does an error in the
-    place of a row; the others go on.
+    place of a row, and a row in the work for which something was raised; the others go on.
     """
 
     def question(row: dict[str, Any] | ValueError) -> Question[tuple[dict[str, Any], int]]:
@@ -204,10 +210,13 @@ def answer_rows[T](
         except ValueError as error:
             failed = {**kept, "error": str(error)}, 0
             return Question((), lambda _: failed)
-        return Question(
-            asked.requests,
-            lambda requests: ({**kept, **fields(asked.conclude(requests))}, asked.num_tokens),
-        )
+
+        def conclude(requests: Sequence[Request]) -> tuple[dict[str, Any], int]:
+            error = next((request.error for request in requests if request.error), None)
+            answer = {"error": repr(error)} if error else fields(asked.conclude(requests))
+            return {**kept, **answer}, asked.num_tokens
+
+        return Question(asked.requests, conclude)
 
     return answers(engine, map(question, rows))
 

@@ -163,13 +163,13 @@ def prefill_step(
     )
     of_rows = jax.tree.map(lambda a: jnp.take(a, rows, axis=0, mode="clip"), state.sampling)
     drawn = sample(logits, of_rows)
+    left = jnp.where(is_stop(of_rows, drawn.tokens), 0, remaining - 1)
     of_rows = record(of_rows, drawn.tokens, last)
     ended = jnp.where(last, rows, len(state.tokens))
     sampling = state.sampling.replace(
         step=state.sampling.step.at[ended].set(of_rows.step, mode="drop"),
         counts=state.sampling.counts.at[ended].set(of_rows.counts, mode="drop"),
     )
-    left = jnp.where(is_stop(of_rows, drawn.tokens), 0, remaining - 1)
     state = state.replace(
         cache=cache,
         draft=draft,

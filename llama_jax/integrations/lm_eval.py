@@ -155,9 +155,7 @@ class LlamaJax(TemplateLM):
         arguments = [request.args for request in requests]
         # Mistakes in any task come before the first reply.
         questions = [self._generate_question(*each) for each in arguments]
-        return self._answers(
-            "generate_until", arguments, questions, lambda reply: reply.text, disable_tqdm
-        )
+        return self._answers("generate_until", arguments, questions, _text, disable_tqdm)
 
     def _answers[T, R](
         self,
@@ -212,17 +210,21 @@ class LlamaJax(TemplateLM):
                 f"generation_kwargs: {unknown[0]} is not supported; besides until, do_sample, "
                 f"temperature and max_gen_toks there are {', '.join(sorted(_SAMPLING))}"
             )
-        special = self.tokenizer.special_tokens
         return replace(
             self.llm.default_sampling,
             max_new_tokens=max_new_tokens,
             temperature=float(temperature),
-            stop=[text for text in until if text not in special],
-            stop_token_ids=[special[text] for text in until if text in special],
+            stop=until,
             # The harness seeds numpy, so its --seed repeats a run.
             seed=int(np.random.randint(2**32)) if temperature else 0,
             **given,
         )
+
+
+def _text(reply: Generation) -> str:
+    if reply.error:
+        raise reply.error
+    return reply.text
 
 
 if __name__ == "__main__":
