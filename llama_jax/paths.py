@@ -6,8 +6,8 @@ read. Nothing is compiled or run, and no device is needed: `jax.sharding.use_abs
 pallas_kernels.sm90.H200)` around `programs` and `calls` asks what an H200 would run.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -22,6 +22,22 @@ from llama_jax.steps import DecodeState, decode_steps, prefill_step, state_build
 from pallas_kernels import device, e4m3
 
 _KERNELS = ("mpmd_map", "pallas_call")
+# Rates as in an H200's data sheet, without sparsity: FP8 1,979, bf16 989, float32 67 TFLOP/s.
+_UNITS = {
+    "f8_e4m3fn": "FP8 tensor cores",
+    "bf16": "bf16 tensor cores, 1/2 of FP8's rate",
+    "f16": "fp16 tensor cores, 1/2 of FP8's rate",
+    "f32": "no tensor cores, 1/30 of FP8's rate",
+}
+_ITEMSIZE = {"bf16": 2, "f16": 2, "f32": 4}
+_KERNELS_COST = {
+    "fp8_matmul": _UNITS["f8_e4m3fn"],
+    "fp8_swiglu": _UNITS["f8_e4m3fn"],
+    "fp8_matmul_weight_only": "reads each code once, multiplies it as bf16",
+    "paged_attention_prefill": "16-bit tensor cores, 1/2 of FP8's rate",
+    "paged_attention_decode": "reads each key and value once",
+    "paged_attention_combine": "adds parts up",
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,7 @@ class Call:
     matrices: those it reads, by module path: several in a fused launch, none in attention.
     path: the kernel's name, or "xla". operands: of the launch or the first product, such as
     "bf16[8,4096]". why_not: why XLA multiplies where there are kernels; None where there are none.
+    cost: what multiplies, and in which form it takes the matrices.
     """
 
     module: str
@@ -52,6 +69,7 @@ class Call:
     path: str
     operands: tuple[str, ...]
     why_not: str | None
+    cost: str = ""
 
 
 def programs(
@@ -76,16 +94,31 @@ def programs(
 def calls(program: Program) -> list[Call]:
     """In the order of the program; a loop's body counts once, and both branches of a condition."""
     traced = jax.jit(program.function).trace(*program.arguments)
+    leaves = jax.tree_util.tree_leaves_with_path(program.arguments)
     names = [
         frozenset({"/".join(key.key for key in path[1:-1])} if _is_matrix(path, leaf) else ())
-        for path, leaf in jax.tree_util.tree_leaves_with_path(program.arguments)
+        for path, leaf in leaves
     ]
+    stored = {
+        name: leaf.dtype for each, (_, leaf) in zip(names, leaves, strict=True) for name in each
+    }
     jaxpr = traced.jaxpr.jaxpr
     modules = {
         "/".join(name.split("/")[:depth]) for each in names for name in each for depth in (1, 2, 3)
     }
     found = _walk(jaxpr, dict(zip(jaxpr.invars, names, strict=True)), (), _platform(), modules)
-    return list(_merged(found))
+    return [replace(call, cost=_cost(call, stored)) for call in _merged(found)]
+
+
+def _cost(call: Call, stored: Mapping[str, jnp.dtype]) -> str:
+    """stored: the dtypes of the matrices."""
+    if call.path != "xla":
+        return _KERNELS_COST[call.path]
+    operand = call.operands[0].partition("[")[0]
+    unit = _UNITS.get(operand, operand) if device.platform() == "gpu" else operand
+    of_matrices = {jnp.dtype(stored[name]).itemsize for name in call.matrices}
+    is_widened = of_matrices and min(of_matrices) < _ITEMSIZE.get(operand, 0)
+    return f"{unit}; weight widened in pieces" if is_widened else unit
 
 
 def _walk(

@@ -1,12 +1,15 @@
-"""What Mosaic GPU kernels for Hopper share: how much shared memory there is, and its layout."""
+"""What Mosaic GPU kernels for Hopper share: shared memory, its layout, and what TMA can copy."""
 
 from typing import Any
 
 import jax.numpy as jnp
+from jax import Array
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # Per block (CUDA C++ programming guide, compute capability 9.0).
 SHARED_MEMORY_BYTES = 232_448
+# TMA copies a matrix to and from swizzled tiles in boxes of so many rows; fewer are one box.
+BOX_ROWS = 8
 
 
 def swizzled(dtype: jnp.dtype, columns: int) -> tuple[Any, ...]:
@@ -18,3 +21,15 @@ def swizzled(dtype: jnp.dtype, columns: int) -> tuple[Any, ...]:
     swizzle = plgpu.find_swizzle(columns * bits)
     tiling = plgpu.TilingTransform((8, swizzle * 8 // bits))  # type: ignore[abstract]
     return tiling, plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
+
+
+def in_whole_boxes(x: Array, axis: int = 0) -> Array:
+    """x with rows of zeros along `axis` up to a multiple of `BOX_ROWS`, if it has more than those.
+
+    Results have as many rows, of which callers drop the last. XLA fuses the zeros into what makes
+    x, and the dropping into what reads the result.
+    """
+    rows = x.shape[axis]
+    missing = -rows % BOX_ROWS if rows > BOX_ROWS else 0
+    widths = [(0, missing if each == axis else 0) for each in range(x.ndim)]
+    return jnp.pad(x, widths) if missing else x

@@ -5,7 +5,7 @@ import pytest
 
 from llama_jax.fp8 import dequantize, quantize, quantize_per_token
 from pallas_kernels import e4m3
-from pallas_kernels.fp8_matmul import fp8_matmul
+from pallas_kernels.fp8_matmul import fp8_matmul, xla
 from pallas_kernels.fp8_matmul.xla import block_rows
 
 TWO_BLOCKS_AND_A_TAIL = 2 * block_rows(300) + 136
@@ -81,10 +81,26 @@ def test_block_scales_in_bfloat16_round_the_weight_to_bfloat16():
     x, codes, scale = operands(16, 600, 256, "block")
     x = x.astype(jnp.bfloat16)
     y = fp8_matmul(x, e4m3.as_bits(codes), scale)
-    # Each weight moves by at most 2^-9 of itself.
+    assert np.all(np.abs(y - exact(x, codes, scale)) < rounded_weights(x, codes, scale))
+
+
+@pytest.mark.parametrize("m", [3, 300])
+@pytest.mark.parametrize("n", [80, TWO_BLOCKS_AND_A_TAIL])
+def test_block_scales_and_fp8_activations_as_on_a_gpu(m, n, monkeypatch):
+    """In bfloat16, for which there are tensor cores, not in float32."""
+    x, codes, scale = operands(m, n, 300, "block")
+    x, x_scale = quantize_per_token(x)
+    monkeypatch.setattr(xla.device, "platform", lambda: "gpu")
+    y = fp8_matmul(x, codes, scale, x_scale=x_scale)
+    wide = np.asarray(x, np.float64) * np.asarray(x_scale)
+    bound = rounded_weights(wide, codes, scale) + 1e-4
+    assert np.all(np.abs(y - exact(wide, codes, scale)) < bound)
+
+
+def rounded_weights(x, codes, scale):
+    """How far results stray if each weight moves by 2^-9 of itself."""
     w = np.abs(np.asarray(dequantize(codes, scale), np.float64))
-    bound = np.abs(np.asarray(x, np.float64)) @ w.T * 2**-9
-    assert np.all(np.abs(y - exact(x, codes, scale)) < bound)
+    return np.abs(np.asarray(x, np.float64)) @ w.T * 2**-9
 
 
 @pytest.mark.parametrize("weight_bits", [False, True])

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import jaxprs_in_params
 
@@ -23,16 +22,13 @@ from pallas_kernels.fp8_matmul import (
 )
 from pallas_kernels.fp8_matmul.hopper import Config
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES
+from tests.hopper import simulate
 
 BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 SIMULATED = {"interpret": plgpu.InterpretGPUParams(detect_races=True)}
 WIDE = Config(tile_m=128, tile_n=128, stages=2)
 NARROW = Config(tile_m=64, tile_n=64, stages=2)
 PAIRED = Config(tile_m=128, tile_n=64, stages=2, cluster=2, band=2)
-
-
-def no_races():
-    return not gpu_callbacks.get_races().races_found
 
 
 def integers(*shape, seed=0):
@@ -76,11 +72,10 @@ def exact(x, weight, weight_scale, x_scale):
 def test_small_integers_are_exact(m, n, k, config):
     """Rows and columns that no tile divides are masked."""
     x, weight = integers(m, k), integers(n, k, seed=1)
-    y = hopper.fp8_matmul(
-        x, weight, jnp.full(n, 0.5), jnp.full((m, 1), 4.0), F32, config=config, **SIMULATED
+    y = simulate(
+        hopper.fp8_matmul, x, weight, jnp.full(n, 0.5), jnp.full((m, 1), 4.0), F32, config=config
     )
     np.testing.assert_array_equal(y, 2 * np.asarray(x, np.float64) @ np.asarray(weight).T)
-    assert no_races()
 
 
 @pytest.mark.parametrize("config", [WIDE, PAIRED], ids=["alone", "in pairs"])
@@ -88,29 +83,26 @@ def test_blocks_go_on_to_further_tiles(monkeypatch, config):
     """Two multiprocessors, tiles for many: the ring of tiles wraps around in the middle of one."""
     monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)
     x, weight = integers(300, 384), integers(272, 384, seed=1)
-    y = hopper.fp8_matmul(
-        x, weight, jnp.ones(272), jnp.ones((300, 1)), BF16, config=config, **SIMULATED
+    y = simulate(
+        hopper.fp8_matmul, x, weight, jnp.ones(272), jnp.ones((300, 1)), BF16, config=config
     )
     expected = np.asarray(x, np.float32) @ np.asarray(weight, np.float32).T
     np.testing.assert_array_equal(y, expected.astype(BF16))
-    assert no_races()
 
 
 @pytest.mark.parametrize("weight_layout", ["row", "block"])
 @pytest.mark.parametrize("x_layout", ["static", "row", "grouped"])
 def test_scales(x_layout, weight_layout):
     arrays = operands(70, 256, 256, x_layout, weight_layout)
-    y = hopper.fp8_matmul(*arrays, F32, config=WIDE, **SIMULATED)
+    y = simulate(hopper.fp8_matmul, *arrays, F32, config=WIDE)
     # Sums of 256 products of order 1: float32 strays by 1e-5, a scale of the wrong block by 1.
     np.testing.assert_allclose(y, exact(*arrays), atol=1e-4)
-    assert no_races()
 
 
 def test_scales_of_x_pass_through_the_ring_again():
     arrays = operands(70, 64, 512, "grouped")
-    y = hopper.fp8_matmul(*arrays, F32, config=NARROW, **SIMULATED)
+    y = simulate(hopper.fp8_matmul, *arrays, F32, config=NARROW)
     np.testing.assert_allclose(y, exact(*arrays), atol=1e-4)
-    assert no_races()
 
 
 @pytest.mark.slow
@@ -119,16 +111,15 @@ def test_a_long_ring_leaves_room_for_one_part_of_the_result():
     arrays = operands(70, 128, 1152, "grouped")
     config = Config(tile_m=128, tile_n=64, stages=8)
     residual = scales(70, 128)
-    y = hopper.fp8_matmul(*arrays, F32, residual, config=config, **SIMULATED)
+    y = simulate(hopper.fp8_matmul, *arrays, F32, residual, config=config)
     np.testing.assert_allclose(y, exact(*arrays) + residual, atol=1e-3)
-    assert no_races()
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e30])
 def test_extreme_scales(size):
     x, weight, weight_scale, x_scale = operands(7, 64, 128)
     arrays = x, weight, weight_scale * size, x_scale
-    y = hopper.fp8_matmul(*arrays, F32, config=NARROW, **SIMULATED)
+    y = simulate(hopper.fp8_matmul, *arrays, F32, config=NARROW)
     np.testing.assert_allclose(np.asarray(y) / size, exact(*arrays) / size, atol=1e-4)
 
 
@@ -137,13 +128,10 @@ def test_the_residual_is_added_before_rounding(dtype):
     x, weight, weight_scale, x_scale = operands(65, 144, 256, "row")
     rng = np.random.default_rng(5)
     residual = jnp.asarray(rng.standard_normal((65, 144)) * 10, dtype)
-    y = hopper.fp8_matmul(
-        x, weight, weight_scale, x_scale, dtype, residual, config=WIDE, **SIMULATED
-    )
+    y = simulate(hopper.fp8_matmul, x, weight, weight_scale, x_scale, dtype, residual, config=WIDE)
     expected = exact(x, weight, weight_scale, x_scale) + np.asarray(residual, np.float64)
     rounding = 2**-8 if dtype == BF16 else 2**-22
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=rounding, atol=1e-4)
-    assert no_races()
 
 
 @pytest.mark.parametrize(
@@ -155,11 +143,8 @@ def test_swiglu(m, x_layout, weight_layout):
     _, up, up_scale, _ = operands(m, 256, 256, x_layout, weight_layout, seed=1)
     x = x.at[0, :].set(0)
     cluster = 2 if m > 128 else 1
-    codes, scale = hopper.swiglu(
-        x, gate, gate_scale, up, up_scale, x_scale,
-        config=Config(tile_m=128, tile_n=128, stages=2, cluster=cluster), **SIMULATED,
-    )  # fmt: skip
-    assert no_races()
+    codes, scale = simulate(hopper.swiglu, x, gate, gate_scale, up, up_scale, x_scale,
+        config=Config(tile_m=128, tile_n=128, stages=2, cluster=cluster))  # fmt: skip
     assert codes.shape == (m, 256) and codes.dtype == e4m3.DTYPE and scale.shape == (m, 2)
     g, u = exact(x, gate, gate_scale, x_scale), exact(x, up, up_scale, x_scale)
     h = (g / (1 + np.exp(-g)) * u).reshape(m, 2, 128)
@@ -177,7 +162,7 @@ def test_swiglu_where_results_are_too_small_to_divide_by():
     arguments = x, gate, gate_scale * 1e-22, gate, gate_scale * 1e-22, x_scale
     config = Config(tile_m=128, tile_n=128, stages=2)
     for codes, scale in (
-        hopper.swiglu(*arguments, config=config, **SIMULATED),
+        simulate(hopper.swiglu, *arguments, config=config),
         reference.swiglu(*arguments),
     ):
         assert np.isfinite(codes.astype(F32)).all() and np.all(np.asarray(scale) > 0)
@@ -188,10 +173,8 @@ def test_swiglu_then_down_is_the_mlp():
     x, gate, gate_scale, x_scale = operands(m, inner, hidden)
     _, up, up_scale, _ = operands(m, inner, hidden, seed=1)
     _, down, down_scale, _ = operands(m, hidden, inner, seed=2)
-    codes, scale = hopper.swiglu(
-        x, gate, gate_scale, up, up_scale, x_scale, config=WIDE, **SIMULATED
-    )
-    y = hopper.fp8_matmul(codes, down, down_scale, scale, F32, config=WIDE, **SIMULATED)
+    codes, scale = simulate(hopper.swiglu, x, gate, gate_scale, up, up_scale, x_scale, config=WIDE)
+    y = simulate(hopper.fp8_matmul, codes, down, down_scale, scale, F32, config=WIDE)
     product = exact(codes, down, down_scale, scale)
     np.testing.assert_allclose(y, product, atol=1e-6 * np.abs(product).max())
     g, u = exact(x, gate, gate_scale, x_scale), exact(x, up, up_scale, x_scale)
@@ -227,7 +210,7 @@ def test_a_row_is_bit_equal_alone_and_in_any_tiling(promote):
 
     def run(config, *arrays):
         config = replace(config, promote=promote)
-        return np.asarray(hopper.fp8_matmul(*arrays, F32, config=config, **SIMULATED))[-1]
+        return np.asarray(simulate(hopper.fp8_matmul, *arrays, F32, config=config))[-1]
 
     together = run(WIDE, *arrays)
     np.testing.assert_array_equal(together, run(NARROW, x[64:], weight, weight_scale, x_scale[64:]))
@@ -242,7 +225,7 @@ def test_a_row_of_swiglu_is_bit_equal_alone_and_in_a_batch():
     def run(rows):
         # Scaled so that silu is not at its ends.
         arguments = x[rows], gate, gate_scale * 2**-18, up, up_scale, x_scale[rows]
-        codes, scale = hopper.swiglu(*arguments, **SIMULATED)
+        codes, scale = simulate(hopper.swiglu, *arguments)
         return codes.astype(F32)[-1], scale[-1]
 
     for together, alone in zip(run(slice(0, 130)), run(slice(129, 130)), strict=True):
@@ -273,11 +256,11 @@ def test_configurations_that_cannot_work_are_refused():
     }
     for message, config in refused.items():
         with pytest.raises(ValueError, match=message):
-            hopper.fp8_matmul(*arrays, F32, config=config, **SIMULATED)
+            simulate(hopper.fp8_matmul, *arrays, F32, config=config)
     x, weight, weight_scale, x_scale = arrays
     with pytest.raises(ValueError, match="128 columns for each of two warpgroups"):
-        hopper.swiglu(
-            x, weight, weight_scale, weight, weight_scale, x_scale, config=NARROW, **SIMULATED
+        simulate(
+            hopper.swiglu, x, weight, weight_scale, weight, weight_scale, x_scale, config=NARROW
         )
 
 

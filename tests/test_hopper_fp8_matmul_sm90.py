@@ -124,6 +124,20 @@ def test_every_shape_has_a_kernel():
         assert hopper.refusal(x, weight, weight_scale, BF16) is None, str(linear)
 
 
+@pytest.mark.parametrize("m", [16, 2048])
+def test_block_scales_without_a_kernel_are_multiplied_in_bfloat16(m):
+    """Of a weight whose columns are no multiple of 128; a float32 product has no tensor cores."""
+    struct = jax.ShapeDtypeStruct
+    x, weight = struct((m, 4000), e4m3.DTYPE), struct((14_336, 4000), e4m3.DTYPE)
+    scales = struct((112, 32), F32), struct((m, 1), F32)
+    text = sm90.compile(
+        lambda x, w, s, x_s: fp8_matmul(x, w, s, x_scale=x_s, out_dtype=BF16), x, weight, *scales
+    ).as_text()
+    # Rows of the weight that a step of the loop widens; XLA may add columns of zeros.
+    widened = re.findall(r"= (\w+)\[4096,40\d\d\]\S+ fusion\(", text)
+    assert set(widened) == {"bf16"}
+
+
 @pytest.mark.parametrize(
     ("m", "passes"),
     [

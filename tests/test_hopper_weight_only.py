@@ -3,15 +3,13 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import e4m3, shapes
 from pallas_kernels.fp8_matmul import hopper_weight_only, weight_only_cases
 from pallas_kernels.fp8_matmul.hopper_weight_only import Config
 from pallas_kernels.fp8_matmul.reference import expand_scale
+from tests.hopper import simulate
 
-SIMULATOR = plgpu.InterpretGPUParams(detect_races=True)
 BF16, F32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 ROW, BLOCK = "row", "block"
 
@@ -25,9 +23,8 @@ def exact(x, weight, scale):
     return x @ (weight * np.asarray(expand_scale(scale, weight.shape), np.float64)).T
 
 
-def simulate(x, weights, scales, config):
-    y = hopper_weight_only.fp8_matmuls(x, weights, scales, F32, config=config, interpret=SIMULATOR)
-    assert not gpu_callbacks.get_races().races_found
+def simulated(x, weights, scales, config):
+    y = simulate(hopper_weight_only.fp8_matmuls, x, weights, scales, F32, config=config)
     return [np.asarray(each) for each in y]
 
 
@@ -49,7 +46,9 @@ def test_small_integers_are_exact(m, ns, k, kind, config, monkeypatch):
     x = jnp.asarray(rng.integers(-8, 9, (m, k)), BF16)
     weights = [jnp.asarray(rng.integers(-8, 9, (n, k)), e4m3.DTYPE) for n in ns]
     scales = [jnp.asarray(2.0 ** rng.integers(-2, 3, scale_shape(kind, n, k)), F32) for n in ns]
-    for y, weight, scale in zip(simulate(x, weights, scales, config), weights, scales, strict=True):
+    for y, weight, scale in zip(
+        simulated(x, weights, scales, config), weights, scales, strict=True
+    ):
         np.testing.assert_array_equal(y, exact(x, weight, scale))
 
 
@@ -60,7 +59,7 @@ def test_every_code_times_any_bfloat16_is_exact():
     weight = jnp.asarray(np.tile(codes.reshape(4, 64), (8, 2)), e4m3.DTYPE)
     powers = 2.0 ** np.linspace(-100, 100, 64).round()
     x = jnp.asarray(np.concatenate([np.diag(powers), np.zeros((64, 64))], axis=1), BF16)
-    (y,) = simulate(x, [weight], [jnp.ones(32)], None)
+    (y,) = simulated(x, [weight], [jnp.ones(32)], None)
     np.testing.assert_array_equal(y, exact(x, weight, np.ones(32)))
 
 
@@ -73,7 +72,7 @@ def test_extreme_scales(kind):
     x = jnp.asarray(rng.standard_normal((8, k)), BF16)
     weight = e4m3.cast(jnp.asarray(rng.standard_normal((n, k)) * 100, F32))
     scale = np.float32(10.0 ** rng.uniform(-30, 30, scale_shape(kind, n, k)))
-    (y,) = simulate(x, [weight], [jnp.asarray(scale)], Config(splits=2, stages=2))
+    (y,) = simulated(x, [weight], [jnp.asarray(scale)], Config(splits=2, stages=2))
     size = exact(np.abs(x), np.abs(np.asarray(weight, np.float32)), scale)
     assert np.isfinite(y).all()
     assert (np.abs(y - exact(x, weight, scale)) <= 1e-6 * size).all()
@@ -83,7 +82,7 @@ def test_residual_and_rounding():
     rng = np.random.default_rng(0)
     x, residual = (jnp.asarray(rng.standard_normal((3, n)), BF16) for n in (256, 64))
     weight, scale = e4m3.cast(jnp.asarray(rng.standard_normal((64, 256)))), jnp.full(64, 0.1)
-    y = hopper_weight_only.fp8_matmul(x, weight, scale, BF16, residual, interpret=SIMULATOR)
+    y = simulate(hopper_weight_only.fp8_matmul, x, weight, scale, BF16, residual)
     assert y.dtype == BF16
     expected = exact(x, weight, scale) + np.asarray(residual, np.float64)
     np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-5)
@@ -99,9 +98,9 @@ def test_a_row_is_bit_equal_alone_and_in_a_batch(kind):
     x = jnp.asarray(rng.integers(-8, 9, (33, 640)) * sizes, BF16)
     weight = jnp.asarray(rng.integers(-8, 9, (160, 640)), e4m3.DTYPE)
     scale = jnp.asarray(rng.uniform(0.5, 2, scale_shape(kind, 160, 640)), F32)
-    (alone,), (together,) = (simulate(rows, [weight], [scale], None) for rows in (x[-1:], x))
+    (alone,), (together,) = (simulated(rows, [weight], [scale], None) for rows in (x[-1:], x))
     np.testing.assert_array_equal(together[-1:], alone)
-    (split,) = simulate(x[-1:], [weight], [scale], Config(splits=2, stages=2))
+    (split,) = simulated(x[-1:], [weight], [scale], Config(splits=2, stages=2))
     assert np.any(split != alone)  # another order gives other numbers
 
 

@@ -72,6 +72,7 @@ def test_an_h200_takes_the_kernels() -> None:
     (logits,) = of_module(found["decode"], "lm_head")  # in bfloat16, for which there is no kernel
     assert logits.path == "xla" and logits.operands == ("bf16[2,256]", "bf16[512,256]")
     assert logits.why_not is None
+    assert logits.cost == "bf16 tensor cores, 1/2 of FP8's rate"
 
 
 def test_a_cpu_leaves_everything_to_xla_and_says_why() -> None:
@@ -79,6 +80,22 @@ def test_a_cpu_leaves_everything_to_xla_and_says_why() -> None:
         assert {call.path for call in found} == {"xla"}
         layers = [call for call in found if call.module.startswith("layers")]
         assert {call.why_not for call in layers} == {"JAX runs on cpu, not on a GPU"}
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [("bfloat16", "bf16"), ("float32", "no")])
+def test_a_path_says_what_it_costs(dtype: str, unit: str) -> None:
+    """Block scales that no kernel takes: 192 columns are no multiple of 128."""
+    narrow = replace(FITTING, head_dim=32, hidden_size=192, num_layers=1)
+    spec = ModelSpec(narrow, tiny.fp8_formats(narrow, "block", input_scale=False), dtype, "dynamic")
+    with jax.sharding.use_abstract_mesh(sm90.H200):
+        found = [call for each in programs(spec, OPTIONS, "bf16") for call in calls(each)]
+    of_q = [call for call in found if call.matrices == ("layers_0/self_attn/q_proj",)]
+    assert {call.path for call in of_q} == {"xla"}
+    assert {call.cost for call in of_q} == {
+        "bf16 tensor cores, 1/2 of FP8's rate; weight widened in pieces"
+    }
+    (logits, _) = (call for call in found if call.module == "lm_head")
+    assert logits.cost.startswith(unit)
 
 
 def test_refusals_are_named() -> None:

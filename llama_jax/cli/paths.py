@@ -58,15 +58,16 @@ def _print(program: "Program", calls: Sequence["Call"]) -> None:
     """Calls that differ in nothing but the layer share a line; reasons stand below, once each."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for call in calls:
-        key = (_words(call), call.path, ", ".join(call.operands[:2]), call.why_not or "")
+        operands = ", ".join(call.operands[:2])
+        key = (_words(call), call.path, call.cost, operands, call.why_not or "")
         groups.setdefault(key, []).extend(_layers(call))
     reasons = list(dict.fromkeys(why for *_, why in groups if why))
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("what", "layers", "path", "first operands"):
+    for column in ("what", "layers", "path", "cost", "first operands"):
         table.add_column(column, overflow="fold")
-    for (words, path, operands, why), layers in groups.items():
+    for (words, path, cost, operands, why), layers in groups.items():
         note = f" ({reasons.index(why) + 1})" if why else ""
-        table.add_row(words, runs(sorted(set(layers))), path + note, operands)
+        table.add_row(words, runs(sorted(set(layers))), path + note, cost, operands)
     stdout.print(f"\n[bold]{program.name}[/bold]", highlight=False)
     stdout.print(table)
     for number, reason in enumerate(reasons, 1):

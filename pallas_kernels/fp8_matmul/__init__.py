@@ -44,10 +44,11 @@ def fp8_matmul(
         "hopper_fp8": float8 x; `out` a multiple of 16, of 8 for float32 results; a residual of
         `out_dtype`.
     Returns [m, out] of `out_dtype`. With one scale per row the products are exact; with block
-    scales and bfloat16 activations "xla" rounds code * scale to bfloat16 first; with `x_scale` per
-    128 columns "xla" and "hopper_weight_only" do so with x. "hopper_fp8" adds runs of 128 products
-    with the tensor cores' precision, about 14 bits, and with one scale per row all of them; a row
-    does not depend on how many there are, nor does it in "hopper_weight_only".
+    scales and bfloat16 activations, on a GPU also with float8 ones, "xla" rounds code * scale to
+    bfloat16 first; with `x_scale` per 128 columns "xla" and "hopper_weight_only" do so with x.
+    "hopper_fp8" adds runs of 128 products with the tensor cores' precision, about 14 bits, and with
+    one scale per row all of them; a row does not depend on how many there are, nor does it in
+    "hopper_weight_only".
     Raises ValueError for other shapes or dtypes, and if the named implementation cannot run.
     """
     _check(x, weight, weight_scale, x_scale)

@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import e4m3, tuned
 from pallas_kernels.device import multiprocessors
 from pallas_kernels.fp8_matmul.reference import BLOCK, MIN_ABSMAX, is_grouped, is_per_block
-from pallas_kernels.hopper import SHARED_MEMORY_BYTES, swizzled
+from pallas_kernels.hopper import SHARED_MEMORY_BYTES, in_whole_boxes, swizzled
 
 TILE_K = 128
 WARPGROUP_ROWS = 64
@@ -86,6 +86,8 @@ def fp8_matmul(
     config: for tuning; None takes `configure`'s.
     interpret: plgpu.InterpretGPUParams, to run in the simulator.
     """
+    rows, x = x.shape[0], in_whole_boxes(x)
+    residual = None if residual is None else in_whole_boxes(residual)
     problem = _Problem.of(x, x_scale, weight, weight_scale, config)
     columns = problem.config.columns
     # Stored at a time: what a swizzle spans, and a divisor of n, as tiles of TMA have to be.
@@ -134,7 +136,7 @@ def fp8_matmul(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 load(tile, i + slots, residual, scratch)
 
-    return _launch(
+    y = _launch(
         problem,
         _operands(problem, x, x_scale, (weight,), (weight_scale,), residual),
         jax.ShapeDtypeStruct((problem.m, problem.n), out_dtype),
@@ -149,6 +151,7 @@ def fp8_matmul(
         name="fp8_matmul",
         interpret=interpret,
     )
+    return y[:rows]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
@@ -164,6 +167,7 @@ def swiglu(
     interpret: Any = None,
 ) -> tuple[Array, Array]:
     """As `pallas_kernels.fp8_matmul.swiglu`, for float8_e4m3fn x and weights, in one launch."""
+    rows, x = x.shape[0], in_whole_boxes(x)
     problem = _Problem.of(x, x_scale, gate, gate_scale, config, weights=2)
     width = 32  # finished at a time: more would hold too many scales in registers
     padded_rows = pl.cdiv(problem.m, problem.rows_per_step) * problem.rows_per_step
@@ -205,7 +209,7 @@ def swiglu(
         name="fp8_swiglu",
         interpret=interpret,
     )
-    return codes, scales[:, : problem.m].T
+    return codes[:rows], scales[:, :rows].T
 
 
 def refusal(
@@ -312,7 +316,8 @@ def unfit(config: Config, *, promote: bool, weights: int = 1) -> str | None:
 
 @dataclass(frozen=True)
 class _Problem:
-    """What is static. x_grouped, w_grouped: scales change along K, every 128."""
+    """What is static. m: up to 8, or a multiple. x_grouped, w_grouped: scales change along K, every
+    128."""
 
     m: int
     n: int
@@ -398,7 +403,8 @@ def _operands(
     if problem.x_grouped:
         x_scale = _padded(x_scale.T, 1, rows)
     else:
-        x_scale = _padded(jnp.broadcast_to(x_scale.reshape(-1), (problem.m,)), 0, rows)
+        per_row = x_scale.reshape(-1) if x_scale.ndim else jnp.full(problem.m, x_scale)
+        x_scale = _padded(per_row, 0, rows)
     step = pl.cdiv(config.tile_n, BLOCK) if problem.w_grouped else config.tile_n
     weight_scales = tuple(_padded(each, 0, step) for each in weight_scales)
     return _Operands(x, x_scale, weights, weight_scales, residual)

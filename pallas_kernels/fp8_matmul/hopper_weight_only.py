@@ -30,7 +30,7 @@ from pallas_kernels import e4m3, tuned
 from pallas_kernels.device import multiprocessors
 from pallas_kernels.fp8_matmul import MAX_WEIGHT_ONLY_ROWS
 from pallas_kernels.fp8_matmul.reference import BLOCK, is_per_block
-from pallas_kernels.hopper import SHARED_MEMORY_BYTES, swizzled
+from pallas_kernels.hopper import BOX_ROWS, SHARED_MEMORY_BYTES, in_whole_boxes, swizzled
 
 NAME = "fp8_matmul_weight_only"
 COMPUTE_WARPGROUPS = 2
@@ -42,9 +42,7 @@ TILE_N = TILE_K = BLOCK
 MIN_ROWS_TO_SHARE = 17
 TYPICAL_ROWS = 16
 MAX_STAGES = 12
-# What TMA divides matrices into on their way into and out of swizzled tiles: rows of x and of the
-# results, unless there are fewer; columns of the results.
-TMA_ROWS = 8
+# What TMA divides the columns of the results into.
 OUT_GRANULE = 32
 BARRIERS_BYTES = 2048
 MATRIX = plgpu.Layout.WGMMA
@@ -173,7 +171,7 @@ def unfit(config: Config, m: int, k: int) -> str | None:
 
 def _padded(m: int, cluster: int) -> int:
     """Rows of x that are multiplied: each block loads its share, which TMA takes by eights."""
-    return pl.cdiv(m, TMA_ROWS * cluster) * TMA_ROWS * cluster
+    return pl.cdiv(m, BOX_ROWS * cluster) * BOX_ROWS * cluster
 
 
 def _stage_bytes(rows: int) -> int:
@@ -197,8 +195,7 @@ def _matmuls(
     if reason := unfit(config, m, k):
         raise ValueError(f"{config} cannot work: {reason}")
     by_block = scales[0].ndim == 2
-    if m > TMA_ROWS:
-        x = jnp.pad(x, ((0, -m % TMA_ROWS), (0, 0)))
+    x = in_whole_boxes(x)
     operands = _Operands(x, tuple(weights), tuple(scales) if by_block else ())
     parts = _launch(_Problem(x.shape[0], ns, k, config), operands, interpret)
     sums = [functools.reduce(operator.add, part)[:m] for part in parts]

@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import e4m3, tuned
 from pallas_kernels.device import multiprocessors
-from pallas_kernels.hopper import SHARED_MEMORY_BYTES
+from pallas_kernels.hopper import BOX_ROWS, SHARED_MEMORY_BYTES
 from pallas_kernels.paged_attention.hopper_loop import (
     BARRIERS_BYTES,
     FLOOR,
@@ -41,8 +41,6 @@ from pallas_kernels.paged_attention.hopper_loop import (
 
 NAME = "paged_attention_decode"
 KEYS = PAGE_SIZE  # per block
-# TMA copies groups of 8 rows. It fills up the only one of a tensor, but not the last of several.
-TILE_ROWS = 8
 MAX_ROWS = 48  # of queries in one thread block; with 64 registers spill
 MAX_SPLITS = 32
 INVARIANT_KEYS_PER_SPLIT = 1024
@@ -194,8 +192,8 @@ def paged_attention(
     packed = packed.reshape(batch, tokens, num_kv_heads, group, head_dim).transpose(0, 2, 1, 3, 4)
     packed = packed.reshape(batch, num_kv_heads, tokens * group, head_dim)
     tiles = pl.cdiv(tokens * group, MAX_ROWS)
-    rows = pl.cdiv(pl.cdiv(tokens * group, tiles), TILE_ROWS) * TILE_ROWS
-    if tokens * group > TILE_ROWS:
+    rows = pl.cdiv(pl.cdiv(tokens * group, tiles), BOX_ROWS) * BOX_ROWS
+    if tokens * group > BOX_ROWS:
         packed = jnp.pad(packed, ((0, 0), (0, 0), (0, tiles * rows - tokens * group), (0, 0)))
 
     def body(
@@ -347,13 +345,13 @@ def _combine(
     Returns the shape of `packed`, the queries; a part is added after the other.
     """
     parts, batch, num_kv_heads, tiles, head_dim, rows = out.shape
-    groups = rows // TILE_ROWS
+    groups = rows // BOX_ROWS
 
     def body(
         out_ref: Ref, peak_ref: Ref, total_ref: Ref, v_scale_ref: Ref, y_ref: Ref, y_tile: Ref
     ) -> None:
         row, kv_head, group = (lax.axis_index(name) for name in ("row", "kv_head", "group"))
-        within = pl.ds(lax.rem(group, groups) * TILE_ROWS, TILE_ROWS)
+        within = pl.ds(lax.rem(group, groups) * BOX_ROWS, BOX_ROWS)
 
         def load(ref: Ref, part: int, layout: Any, *columns: Any) -> Array:
             place = ref.at[part, row, kv_head, lax.div(group, groups), *columns, within]
@@ -361,8 +359,8 @@ def _combine(
 
         peaks = [load(peak_ref, part, PER_ROW) for part in range(parts)]
         highest = functools.reduce(lax.max, peaks)
-        y = _filled((head_dim, TILE_ROWS), 0.0, MATRIX)
-        weights = _filled((TILE_ROWS,), 0.0, PER_ROW)
+        y = _filled((head_dim, BOX_ROWS), 0.0, MATRIX)
+        weights = _filled((BOX_ROWS,), 0.0, PER_ROW)
         for part, each in enumerate(peaks):
             weight = jnp.exp2(each - highest)
             part_out = load(out_ref, part, MATRIX, pl.ds(0, head_dim))
@@ -372,7 +370,7 @@ def _combine(
         y = y * lax.broadcast_in_dim(factor, y.shape, (1,))
         y_tile.transpose((1, 0))[...] = y.astype(dtype)
         plgpu.commit_smem()
-        target = y_ref.at[row, kv_head, pl.ds(group * TILE_ROWS, TILE_ROWS)]
+        target = y_ref.at[row, kv_head, pl.ds(group * BOX_ROWS, BOX_ROWS)]
         plgpu.copy_smem_to_gmem(y_tile, target)
         plgpu.wait_smem_to_gmem(0)
 
@@ -382,7 +380,7 @@ def _combine(
         grid=(tiles * groups, num_kv_heads, batch),
         grid_names=("group", "kv_head", "row"),
         kernel_name="paged_attention_combine",
-        scratch_types=[tile((TILE_ROWS, head_dim), dtype)],
+        scratch_types=[tile((BOX_ROWS, head_dim), dtype)],
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )(out, peak, total, v_scale)

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import e4m3, tuned
-from pallas_kernels.hopper import SHARED_MEMORY_BYTES
+from pallas_kernels.hopper import SHARED_MEMORY_BYTES, in_whole_boxes
 from pallas_kernels.paged_attention.hopper_loop import (
     BARRIERS_BYTES,
     FLOOR,
@@ -142,6 +142,7 @@ def paged_attention(
     split = Registers(216, 72) if is_fp8 else Registers(232, 40)
     operand = operand_dtype(k_pages.dtype)
     q_operand, q_unit = operand_query(q, k_pages.dtype)
+    q_operand = in_whole_boxes(q_operand, axis=1)
 
     def body(
         q_ref: Ref, k_ref: Ref, v_ref: Ref, table: Ref, starts_ref: Ref,
@@ -220,7 +221,7 @@ def paged_attention(
     weights = tile((COMPUTE_WARPGROUPS, ROWS, config.keys), operand) if interpret else None
     out = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(q.shape, operand),  # bits of q's dtype
+        out_type=jax.ShapeDtypeStruct(q_operand.shape, operand),  # bits of q's dtype
         grid=(num_heads // packed, tiles, batch),
         grid_names=("heads", "tile", "row"),
         num_threads=COMPUTE_WARPGROUPS + 1,
@@ -240,7 +241,7 @@ def paged_attention(
         q_operand, k_pages, v_pages, page_table, starts, lengths,
         *(jnp.asarray(each, jnp.float32).reshape(1) for each in (k_scale, v_scale)),
     )  # fmt: skip
-    return lax.bitcast_convert_type(out, q.dtype)
+    return lax.bitcast_convert_type(out[:, :tokens], q.dtype)
 
 
 def _packed(group: int) -> int:
