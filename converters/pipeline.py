@@ -37,7 +37,7 @@ from llama_jax.array_file import WORKERS, Advance, holds, write_array
 from llama_jax.checkpoint import MANIFEST, PARAMS, Manifest, file_sha256
 
 # Counted up when the same source would convert to something else.
-CONVERTER_VERSION = 2
+CONVERTER_VERSION = 3
 _log = logging.getLogger(__name__)
 
 

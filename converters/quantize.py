@@ -27,6 +27,7 @@ from converters.quantization_report import (
 from llama_jax import fp8
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.tokenizer import load_tokenizer
+from pallas_kernels.fp8_matmul.reference import BLOCK
 
 Layout = Literal["row", "tensor", "block"]
 
@@ -190,7 +191,11 @@ def _quantized(path: str, module: Module, layout: Layout, ranges: Ranges | None)
     if ranges is not None:
         input_scale = np.asarray(ranges.input_scale(path))
         arrays["input_scale"] = LazyArray(input_scale.dtype, (), lambda start, stop: input_scale)
-    return Module(fp8.WeightFormat("float8_e4m3fn", stored, ranges is not None), arrays)
+    # As compressed-tensors and DeepSeek go about blocks.
+    group = BLOCK if stored == "block" else None
+    is_static = ranges is not None
+    stored_as = fp8.WeightFormat("float8_e4m3fn", stored, is_static, activation_group=group)
+    return Module(stored_as, arrays)
 
 
 _encode = on_host(fp8.encode)

@@ -27,6 +27,8 @@ class WeightFormat:
     input_scale: a calibrated scale of the activations is there.
     activation_scale_ub: activations beyond it are clipped when they are quantised per token.
     column_groups: into so many equal groups of columns, each with a scale per row.
+    activation_group: where activations are quantised as they come, each token has a scale for so
+        many features (128 is what kernels take); None for one scale per token.
     """
 
     dtype: str
@@ -34,16 +36,23 @@ class WeightFormat:
     input_scale: bool = False
     activation_scale_ub: float | None = None
     column_groups: int = 1
+    activation_group: int | None = None
 
     def __post_init__(self) -> None:
         if self.scale is None:
             valid = self.dtype != "float8_e4m3fn" and not self.input_scale
-            valid = valid and self.activation_scale_ub is None
+            valid = valid and self.activation_scale_ub is self.activation_group is None
         else:
             valid = self.dtype in ("float8_e4m3fn", "bfloat16")
         valid = valid and (self.column_groups == 1 or self.scale == "row")
         if not valid:
             raise ValueError(f"scales go with codes (float8_e4m3fn, bfloat16) alone, got {self}")
+        if self.activation_group not in (None, BLOCK) or (
+            self.activation_group and self.activation_scale_ub
+        ):
+            raise ValueError(
+                f"activation_group must be {BLOCK} or None, and goes without a bound, got {self}"
+            )
 
 
 def scale_shape(
@@ -120,6 +129,21 @@ def quantize_per_token(
     else:
         scale = jnp.maximum(_scale_of(jnp.minimum(absmax, upper_bound)), 1 / (e4m3.MAX * 512))
     return e4m3.cast(x / scale), scale
+
+
+def quantize_per_group(x: Array) -> tuple[Array, Array]:
+    """Dynamic activation quantisation by 128 features, scale = absmax / 448.
+
+    x: [..., features]. Returns codes, float8_e4m3fn [..., features], and scales, float32
+    [..., ceil(features / 128)]; a group of zeros gets scale 1.
+    Source: compressed-tensors' strategy "group", DeepSeek-V3's `act_quant`.
+    """
+    features = x.shape[-1]
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -features % BLOCK)])
+    groups = padded.reshape(*x.shape[:-1], -1, BLOCK)
+    scale = _scale_of(jnp.max(jnp.abs(groups), axis=-1))
+    codes = e4m3.cast(_quotient(groups, scale[..., None]))
+    return codes.reshape(padded.shape)[..., :features], scale
 
 
 def _in_blocks(weight: Array) -> Array:

@@ -1,5 +1,6 @@
 """`LLM`: a loaded model with its tokenizer. Text in, text and numbers out."""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,7 @@ from llama_jax.tools import parse_tool_calls
 SHIPPED_MODEL = Path(__file__).parent / "abacus" / "checkpoint"
 DEFAULT_MAX_SEQ_LEN = 8192
 DEFAULT_LOOKAHEAD = 4
+_log = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int]
@@ -130,6 +132,11 @@ class LLM:
         config = manifest.config
         max_seq_len = sequence_limit(config, max_seq_len)
         kv_storage = storage_dtype(kv_dtype, dtype)
+        if kv_dtype == "fp8" and manifest.kv_scales is None:
+            _log.warning(
+                "%s has no scales for an FP8 cache: keys and values are stored as they are, with "
+                "scale 1.0. `llama-jax convert --calibrate` finds scales.", directory,
+            )  # fmt: skip
         spec = replace(manifest.spec(dtype, activations), implementation=implementation, mesh=mesh)
         spec.check_runs()
         draft_directory, draft_spec = None, None

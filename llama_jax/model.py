@@ -22,7 +22,7 @@ from jax import Array, lax
 from jax.sharding import Mesh
 
 from llama_jax.config import LlamaConfig
-from llama_jax.fp8 import WeightFormat, quantize_per_token, scale_shape
+from llama_jax.fp8 import WeightFormat, quantize_per_group, quantize_per_token, scale_shape
 from llama_jax.kv_cache import KVCache, write_pages
 from llama_jax.sharding import default_sharding, divided_over, sharding_of
 from pallas_kernels import device, e4m3
@@ -49,8 +49,9 @@ class ModelSpec:
         named are unquantised, of the config's dtype.
     dtype: "bfloat16" or "float32", of the activations and the residual stream.
     activations: what FP8 weights are multiplied with: "bf16" (activations as they are, in
-        `dtype`), "dynamic" (e4m3fn, a scale per token) or "static" (e4m3fn, the checkpoint's
-        input scale); "auto" is for `extend` to decide, see `activations_in`.
+        `dtype`), "dynamic" (e4m3fn, a scale per token, or for each `WeightFormat.activation_group`
+        of its features) or "static" (e4m3fn, the checkpoint's input scale); "auto" is for `extend`
+        to decide, see `activations_in`.
     implementation: of attention and of products with FP8 weights, see `pallas_kernels`: None for
         the best that runs on what is lowered for, else "reference", "xla", or "hopper", which
         refuses what its kernels cannot take.
@@ -249,9 +250,14 @@ class Linear(nn.Module):
     def operands(self, x: Array) -> Operands:
         matrix, rows, x_scale = self.stored(), x.reshape(-1, self.in_features), None
         if matrix.scale is not None and self.spec.activations == "dynamic":
-            rows, x_scale = quantize_per_token(
-                rows, self.format.activation_scale_ub, matrix.summed_over
-            )
+            if self.format.activation_group:
+                # Devices that share the features: one that a group stretches over quantises its
+                # part of it alone.
+                rows, x_scale = quantize_per_group(rows)
+            else:
+                rows, x_scale = quantize_per_token(
+                    rows, self.format.activation_scale_ub, matrix.summed_over
+                )
         elif matrix.scale is not None and self.spec.activations == "static":
             assert matrix.input_scale is not None
             x_scale = matrix.input_scale
@@ -316,7 +322,7 @@ def _is_one_launch(
     dtype: jnp.dtype,
 ) -> bool:
     """Whether what is multiplied is the same for all, and one kernel takes it."""
-    alike = {(stored.scale, stored.activation_scale_ub) for stored in formats}
+    alike = {(x.scale, x.activation_scale_ub, x.activation_group) for x in formats}
     if formats[0].scale is None or len(alike) > 1 or spec.activations == "static":
         return False
     return all(

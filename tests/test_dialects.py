@@ -56,9 +56,12 @@ def as_scales(stored: np.ndarray) -> np.ndarray:
 def test_codes_and_scales_are_kept_bit_for_bit(tmp_path: Path, name: str) -> None:
     variant, arrays = VARIANTS[name], VARIANTS[name].arrays()
     directory = variant.write(tmp_path, shards=2)
-    layout = "block" if variant.scale == "blocks" else "row"
+    layout = "block" if "blocks" in variant.scale else "row"
     bound = variant.config.get("quantization_config", {}).get("activation_scale_ub")
-    quantized = WeightFormat("float8_e4m3fn", layout, variant.input_scale is not None, bound)
+    quantized = WeightFormat(
+        "float8_e4m3fn", layout, variant.input_scale is not None, bound,
+        activation_group=variant.activation_group,
+    )  # fmt: skip
     formats, found = planned(directory)
     for module, (rows, _) in tiny.LINEARS.items():
         if module in variant.plain:
@@ -70,6 +73,8 @@ def test_codes_and_scales_are_kept_bit_for_bit(tmp_path: Path, name: str) -> Non
         scale = as_scales(arrays.pop(f"{module}.{variant.weight_scale}"))
         if layout == "row":
             scale = np.broadcast_to(scale.reshape(-1), (rows,))
+        if variant.scale == "spread blocks":
+            scale = scale[:, 0, :, 0]
         assert same_bytes(found.pop(f"{module}.weight_scale"), scale)
         if variant.input_scale:
             static = arrays.pop(f"{module}.{variant.input_scale}").astype(np.float32)
@@ -285,10 +290,10 @@ CONTRADICTIONS: dict[str, tuple[str, Callable[[Arrays], Any], str]] = {
         rf"{Q}.weight_scale_inv holds nan",
     ),
     "cache scale lost": (
-        "autofp8 with cache scales", drop(K_SCALE), rf"{K_SCALE} is missing.* promises scales"
+        "autofp8 with cache scales", drop(K_SCALE), rf"{K_SCALE} is missing, but .*v_scale is there"
     ),
     "one cache scale undeclared": (
-        "autofp8 static", put(K_SCALE, ONE), r"0.self_attn.k_scale is missing, but others are there"
+        "autofp8 static", put(K_SCALE, ONE), r"1.self_attn.v_scale is missing, but .* is there"
     ),
     "cache scales per head": (
         "autofp8 with cache scales", put(K_SCALE, np.ones(2, np.float32)),
@@ -317,6 +322,142 @@ def test_tensors_that_contradict_the_config(tmp_path: Path, case: str) -> None:
     spoil(arrays)
     with pytest.raises(CheckpointError, match=match):
         planned(VARIANTS[name].write(tmp_path, arrays))
+
+
+CANNOT = {
+    "zero": (0.0, r"holds 0 for codes of {weight} that are not all 0, from row 0"),
+    "negative": (-0.5, r"holds -0.5: a scale must be finite and positive"),
+    "NaN": (np.nan, r"holds nan: a scale must be"),
+    "infinity": (np.inf, r"holds inf: a scale must be"),
+    "overflow": (2.0**125, r"holds 4.2.*e\+37 for codes of {weight} that overflow with it"),
+}
+EXPONENTS = {"NaN": 255, "overflow": 127 + 125}  # which have no zero, sign or infinity
+WEIGHT_SCALES = [
+    (name, kind)
+    for name, variant in VARIANTS.items()
+    for kind in (EXPONENTS if "exponents" in name else CANNOT)
+    if set(variant.plain) != set(tiny.LINEARS)
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), WEIGHT_SCALES)
+def test_weight_scales_that_make_no_number_are_refused(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    variant, (value, match) = VARIANTS[name], CANNOT[kind]
+    module = next(each for each in tiny.LINEARS if each not in variant.plain)
+    arrays = variant.arrays()
+    scale = arrays[f"{module}.{variant.weight_scale}"]
+    if "exponents" in name:
+        scale.view(np.uint8).flat[0] = EXPONENTS[kind]
+    else:
+        scale.flat[0] = value
+    weight = f"{module}.{variant.weight}"
+    with pytest.raises(CheckpointError, match=match.format(weight=weight)) as raised:
+        make_plan(read_source(variant.write(tmp_path, arrays)))
+    assert str(raised.value).startswith(f"{module}.{variant.weight_scale} ")
+
+
+@pytest.mark.parametrize("name", ["friendli static", "friendli dynamic"])
+@pytest.mark.parametrize("kind", CANNOT)
+def test_weight_scales_of_friendli_are_checked_too(tmp_path: Path, name: str, kind: str) -> None:
+    is_dynamic = name.endswith("dynamic")
+    arrays, (value, match) = tiny.friendli(is_dynamic), CANNOT[kind]
+    scale = arrays[f"{Q}.weight_scale"].copy()
+    scale.flat[0] = value
+    arrays[f"{Q}.weight_scale"] = scale
+    config = tiny.FRIENDLI_DYNAMIC if is_dynamic else tiny.FRIENDLI_03
+    with pytest.raises(CheckpointError, match=match.format(weight=f"{Q}.weight")):
+        make_plan(read_source(tiny.write(tmp_path, arrays, config)))
+
+
+SCALARS = {
+    f"{name}: {leaf}": (name, f"model.layers.1.self_attn.{leaf}")
+    for name, variant in VARIANTS.items()
+    for leaf in (
+        *variant.cache_scales,
+        *(
+            [f"q_proj.{variant.input_scale}"]
+            if variant.input_scale and Q not in variant.plain
+            else []
+        ),
+    )
+}
+
+
+@pytest.mark.parametrize("case", SCALARS)
+def test_scales_of_activations_that_make_no_number_are_refused(tmp_path: Path, case: str) -> None:
+    name, tensor = SCALARS[case]
+    for kind, (value, _) in CANNOT.items():
+        arrays = VARIANTS[name].arrays()
+        arrays[tensor] = np.full_like(arrays[tensor], value)
+        match = {"zero": "is 0: activations cannot", "overflow": "overflows"}.get(kind, "holds")
+        with pytest.raises(CheckpointError, match=rf"^{tensor} .*{match}"):
+            make_plan(read_source(VARIANTS[name].write(tmp_path / kind, arrays)))
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors dynamic", "finegrained", "autofp8 dynamic"])
+def test_a_scale_of_zero_is_read_where_all_its_codes_are(tmp_path: Path, name: str) -> None:
+    variant, arrays = VARIANTS[name], VARIANTS[name].arrays()
+    codes = arrays[f"{Q}.{variant.weight}"].copy()
+    scale = arrays[f"{Q}.{variant.weight_scale}"].copy()
+    part = slice(5, 6) if variant.scale == "column" else slice(None)
+    scale[part] = 0
+    codes[part] = -0.0
+    arrays |= {f"{Q}.{variant.weight}": codes, f"{Q}.{variant.weight_scale}": scale}
+    _, found = planned(variant.write(tmp_path, arrays))
+    assert same_bytes(found[f"{Q}.weight"], codes)
+    assert (found[f"{Q}.weight_scale"][part] == 0).all()
+
+
+def test_large_scales_are_read_where_no_product_overflows(tmp_path: Path) -> None:
+    """bfloat16 reaches 3.39e38: 2^125 times a code of 7 does not exceed it, times 8 it does."""
+    variant, arrays = VARIANTS["autofp8 dynamic"], VARIANTS["autofp8 dynamic"].arrays()
+    arrays[f"{Q}.weight_scale"] = np.full(1, 2.0**125, np.float32)
+    arrays[f"{Q}.weight"] = np.full((64, 64), 7.0, E4M3)
+    _, found = planned(variant.write(tmp_path / "read", arrays))
+    assert found[f"{Q}.weight_scale"][0] == 2.0**125
+    arrays[f"{Q}.weight"][40, 3] = -8.0
+    with pytest.raises(CheckpointError, match=rf"codes of {Q}.weight that overflow .*from row 40"):
+        planned(variant.write(tmp_path / "refused", arrays))
+
+
+def test_zero_points_of_attention_have_to_be_zero(tmp_path: Path) -> None:
+    """compressed-tensors writes them beside the scales of symmetric numbers."""
+    variant = VARIANTS["compressed-tensors attention alone"]
+    zeros = {f"model.layers.1.self_attn.{x}_zero_point": np.zeros(1, E4M3) for x in "qkv"}
+    arrays = variant.arrays() | zeros
+    plan, _ = make_plan(read_source(variant.write(tmp_path / "zero", arrays)))
+    assert plan.used == arrays.keys()
+    arrays["model.layers.1.self_attn.k_zero_point"] = np.ones(1, E4M3)
+    with pytest.raises(CheckpointError, match=r"1.self_attn.k_zero_point is not all zero"):
+        make_plan(read_source(variant.write(tmp_path / "one", arrays)))
+
+
+@pytest.mark.parametrize("name", ["autofp8 with cache scales", "modelopt with cache scales"])
+def test_cache_scales_that_are_promised_and_lack_are_one(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    variant, arrays = VARIANTS[name], VARIANTS[name].arrays()
+    for leaf in variant.cache_scales:
+        del arrays[f"model.layers.1.self_attn.{leaf}"]
+    plan, _ = make_plan(read_source(variant.write(tmp_path / "some", arrays)))
+    assert plan.kv_scales is not None and plan.kv_scales[1] == (1.0, 1.0) != plan.kv_scales[0]
+    assert "promises scales of the KV cache, but layers 1 have none" in caplog.text
+    for leaf in variant.cache_scales:
+        del arrays[f"model.layers.0.self_attn.{leaf}"]
+    plan, _ = make_plan(read_source(variant.write(tmp_path / "none", arrays)))
+    assert plan.kv_scales is None
+    assert "but layers 0, 1 have none: in an FP8 cache theirs are 1.0" in caplog.text
+
+
+def test_the_last_of_groups_with_one_target_counts(tmp_path: Path) -> None:
+    """As in compressed-tensors and vLLM."""
+    static = tiny.group(tiny.numbers("channel"), tiny.numbers("tensor"))
+    dynamic = tiny.group(tiny.numbers("channel"), tiny.TOKEN)
+    variant = Variant("compressed-tensors", tiny.compressed(static, dynamic), scale="column")
+    formats, _ = planned(variant.write(tmp_path))
+    assert not formats[Q].input_scale
 
 
 def weights(**changes: Any) -> Any:
@@ -389,8 +530,39 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
         CT, tiny.compressed(tiny.group(CACHE, None) | {"targets": "Linear"}),
         r"group_0.targets must be a list of names",
     ),
+    "ct activations of integers alone": (
+        CT, tiny.compressed(tiny.group(None, tiny.TOKEN | {"type": "int"})), rf"{A8}.type = 'int'"
+    ),
     "ct without weights": (
-        CT, tiny.compressed(tiny.group(None, tiny.TOKEN)), rf"{W8} is empty"
+        CT, tiny.compressed(tiny.group(None, tiny.TOKEN)), r"is float8_e4m3fn, but by .* not quant"
+    ),
+    "ct dense, but not": (
+        CT, tiny.compressed(format="dense"), r"is float8_e4m3fn, but by .* is not quantised"
+    ),
+    "ct attention of integers": (
+        "compressed-tensors attention alone",
+        tiny.compressed(tiny.group(None, CACHE | {"type": "int"}, targets=("LlamaAttention",))),
+        rf"{A8}.type = 'int'",
+    ),
+    "ct attention per head": (
+        "compressed-tensors attention alone",
+        tiny.compressed(
+            tiny.group(None, CACHE | {"strategy": "attn_head"}, targets=("LlamaAttention",))
+        ),
+        rf"{A8}.strategy = 'attn_head' is not supported, only 'tensor'",
+    ),
+    "ct attention with weights": (
+        "compressed-tensors attention alone",
+        tiny.compressed(tiny.group(CACHE, CACHE, targets=("re:.*self_attn$",))),
+        rf"{W8} = .* is not supported, only null",
+    ),
+    "ct dynamic cache": (
+        CT,
+        tiny.compressed(kv_cache_scheme=CACHE | {"dynamic": True}),
+        r"kv_cache_scheme.dynamic = True is not supported",
+    ),
+    "ct mxfp8": (
+        CT, tiny.compressed(format="mxfp8-quantized"), r"format = 'mxfp8-quantized' is not"
     ),
     "fbgemm bound": (
         "fbgemm", tiny.fbgemm(activation_scale_ub=-1), r"activation_scale_ub must be a positive"
@@ -405,8 +577,14 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
         "modelopt", {"quantization_config": {"quant_method": "modelopt"}}, r"quant_algo = None is"
     ),
     "modelopt mixed": (
-        "modelopt", tiny.modelopt(quantized_layers={"a": 1}), r"quantized_layers = .* not known"
+        "modelopt",
+        tiny.modelopt("MIXED_PRECISION", quantized_layers={Q: {"quant_algo": "W4A16_AWQ"}}),
+        rf"quantized_layers.{Q}.quant_algo = 'W4A16_AWQ' is not supported, only 'FP8' or",
     ),
+    "modelopt mixed, but not said how": (
+        "modelopt", tiny.modelopt("MIXED_PRECISION"), r"is float8_e4m3fn, but by quantized_layers"
+    ),
+    "modelopt MXFP8": ("modelopt", tiny.modelopt("MXFP8"), r"quant_algo = 'MXFP8' is not"),
     "modelopt dynamic": (
         "modelopt",
         tiny.modelopt(config_groups={"group_0": {"input_activations": {"dynamic": True}}}),
@@ -420,11 +598,6 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
         tiny.modelopt(kv_cache_quant_algo=None, kv_cache_scheme=tiny.MODELOPT_CACHE),
         r"kv_cache_scheme makes the KV cache quantised, kv_cache_quant_algo does not",
     ),
-    "modelopt cache lost": (
-        "modelopt",
-        tiny.modelopt(kv_cache_scheme=tiny.MODELOPT_CACHE),
-        r"k_scale is missing, but kv_cache_scheme promises",
-    ),
     "blocks of 64": (
         "finegrained",
         tiny.finegrained(weight_block_size=[64, 128]),
@@ -433,12 +606,12 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "blocks of unknown size": (
         "finegrained",
         {"quantization_config": {"quant_method": "fp8"}},
-        r"weight_block_size is None",
+        r"weight_block_size is missing",
     ),
     "static blocks": (
         "finegrained",
         tiny.finegrained(activation_scheme="static"),
-        r"activation_scheme = 'static' is not supported, only 'dynamic'",
+        r"activation_scale is missing, but by the config activations have a static scale",
     ),
     "finegrained embeddings": (
         "finegrained",
@@ -498,7 +671,7 @@ def described_as(**changes: Any) -> dict[str, str]:
         ({f"{Q}.weight": '{"_type": "Int4Tensor"}'}, rf"{Q}.weight is a torchao Int4Tensor"),
         ({f"{Q}.weight": "[]"}, rf"metadata of {Q}.weight is not a JSON object"),
         ({f"{Q}.weight": "{"}, rf"metadata of {Q}.weight is not a JSON object"),
-        (described_as(block_size=[128, 128]), rf"{Q}.weight.block_size = \[128, 128\] is not"),
+        (described_as(block_size=[1, 32]), rf"{Q}.weight.block_size = \[1, 32\] is not"),
         (described_as(zero=[1]), rf"{Q}.weight.zero = \[1\] is not known"),
         (described_as(act_quant_kwargs={"_data": {"hp_value_ub": 9}}), r"hp_value_ub = 9 is not"),
     ],

@@ -3,9 +3,10 @@
 Logits come from transformers in float32 (1e-4, as in test_parity.py). Where activations are rounded
 to e4m3, a value that lies in the middle between two codes falls to either side with the order of a
 float32 sum. That changes its token, whose later layers then round elsewhere, and through its keys
-the tokens after it. Static scales meet no such value here. With dynamic ones two of 48 tokens do,
-and 16 stand after the first: so half of the tokens have to agree, and none may stray further
-than rounding does. With the scales rounded to bfloat16, say, not one token agrees.
+the tokens after it. Static scales meet no such value here. With dynamic ones, per token or per 128
+features, two of 48 tokens do, and 16 stand after the first: so half of the tokens have to agree,
+and none may stray further than rounding does. With the scales rounded to bfloat16, say, not one
+token agrees.
 """
 
 from pathlib import Path
@@ -22,7 +23,7 @@ from llama_jax.kv_cache import init_cache
 # The unquantised one and FriendliAI's are in test_checkpoint.py, Meta's is in test_meta.py.
 STATIC = ("autofp8_static", "modelopt_fp8_kv")
 DYNAMIC = ("ct_fp8_dynamic", "hf_fbgemm_fp8")
-BLOCKS = ("hf_finegrained_fp8",)  # of activations, too, in its logits_w8a8
+BLOCKS = ("hf_finegrained_fp8",)  # and dynamic scales of activations per 128 features
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_weights(shared_data: Path, converted: Path, name: str) -> None:
     [
         *((name, "static", "logits_w8a8", 1.0) for name in STATIC),
         ("modelopt_fp8_kv", "static", "logits_w8a8_kv8", 1.0),
-        *((name, "dynamic", "logits_w8a8", 0.5) for name in DYNAMIC),
+        *((name, "dynamic", "logits_w8a8", 0.5) for name in DYNAMIC + BLOCKS),
     ],
 )
 def test_rounded_activations_and_cache(

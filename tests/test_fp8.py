@@ -6,8 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_jax.fp8 import WeightFormat, dequantize, quantize, quantize_per_token, scale_shape
+from llama_jax.fp8 import (
+    WeightFormat,
+    dequantize,
+    quantize,
+    quantize_per_group,
+    quantize_per_token,
+    scale_shape,
+)
+from llama_jax.model import Linear, ModelSpec
 from pallas_kernels import e4m3
+from tests import tiny
 
 ALL_CODES = np.arange(256, dtype=np.uint8)
 FINITE = ALL_CODES[(ALL_CODES & 0x7F) != 0x7F]
@@ -78,6 +87,59 @@ def test_a_bounded_token_is_clipped_and_its_scale_has_a_floor():
     )
 
 
+def by_groups(x):
+    """Codes and scales of DeepSeek's formula, absmax / 448 of each 128 features, in float64."""
+    features = x.shape[1]
+    wide = np.pad(np.asarray(x, np.float64), ((0, 0), (0, -features % 128)))
+    groups = wide.reshape(len(x), -1, 128)
+    absmax = np.abs(groups).max(axis=2)
+    scale = np.where(absmax == 0, 1.0, absmax / 448)
+    quotients = (groups / scale[:, :, None]).reshape(wide.shape)[:, :features]
+    return np.clip(quotients, -448, 448).astype(ml_dtypes.float8_e4m3fn), scale
+
+
+@pytest.mark.parametrize("features", [7, 128, 384, 300])
+@pytest.mark.parametrize("jitted", [False, True])
+def test_each_group_has_its_own_scale(features, jitted):
+    rng = np.random.default_rng(features)
+    x = rng.normal(0, 1, (65, features)) * 10.0 ** rng.integers(-8, 8, (65, 1))
+    x[3], x[4, :100] = 0, 0
+    x = x.astype(np.float32)
+    codes, scale = (jax.jit(quantize_per_group) if jitted else quantize_per_group)(jnp.asarray(x))
+    expected_codes, expected = by_groups(x)
+    np.testing.assert_allclose(scale, expected, rtol=2**-23)
+    # A float32 quotient may fall to the other side of the middle between two codes.
+    assert (np.asarray(codes) != expected_codes).mean() < 1e-4
+    np.testing.assert_allclose(
+        codes.astype(np.float32), expected_codes.astype(np.float32), rtol=2**-3, atol=2**-9
+    )
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("layout", ["row", "block"])
+def test_a_matrix_whose_format_has_groups_multiplies_with_them(layout, implementation):
+    """As DeepSeek's fp8_gemm: sums over the groups of codes times both scales; here in float64."""
+    stored = WeightFormat("float8_e4m3fn", layout, activation_group=128)
+    spec = ModelSpec(tiny.CONFIG, {"": stored}, "float32", "dynamic", implementation)
+    x = np.random.default_rng(0).normal(0, 1, (9, 300)).astype(np.float32)
+    x[:, 128:256] *= 100  # one scale per token would leave the rest few bits
+    weight, scale = quantize(jax.random.normal(jax.random.key(0), (200, 300)), layout)
+    linear = Linear(spec, 300, 200, ("embed", "mlp"))
+    y = linear.apply({"params": {"weight": weight, "weight_scale": scale}}, jnp.asarray(x))
+    codes, x_scale = by_groups(x)
+    a = codes.astype(np.float64) * np.repeat(x_scale, 128, axis=1)[:, :300]
+    expected = a @ np.asarray(dequantize(weight, scale), np.float64).T
+    # Sums of 300 products, the large ones of which reach 3000: sqrt(300) * 2^-24 * 3000 = 3e-3.
+    np.testing.assert_allclose(y, expected, atol=3e-3)
+
+
+def test_groups_go_with_codes_and_without_a_bound():
+    with pytest.raises(ValueError, match="activation_group must be 128 or None"):
+        WeightFormat("float8_e4m3fn", "block", activation_group=64)
+    with pytest.raises(ValueError, match="goes without a bound"):
+        WeightFormat("float8_e4m3fn", "row", False, 1200.0, activation_group=128)
+
+
 def test_formats_that_contradict_themselves():
     for arguments in (
         ("float16", "row"),
@@ -85,6 +147,7 @@ def test_formats_that_contradict_themselves():
         ("float32", None, True),
         ("bfloat16", None, False, 1200.0),
         ("bfloat16", None, False, None, 2),
+        ("bfloat16", None, False, None, 1, 128),
         ("float8_e4m3fn", "block", False, None, 2),
     ):
         with pytest.raises(ValueError, match="scales go with"):

@@ -282,6 +282,24 @@ def test_fp8_codes_and_the_scales_of_each_file_are_kept(tmp_path: Path, count: i
         )
 
 
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (0.0, r"holds 0 for codes of .*w2.weight that are not all 0, from row 3"),
+        (-1.0, r"holds -1.0: a scale must be"),
+        (np.nan, r"holds nan: a scale must be"),
+        (np.inf, r"holds inf: a scale must be"),
+        (2.0**125, r"holds 4.2.* that overflow with it, from row 3"),
+    ],
+)
+def test_scales_that_make_no_number_are_refused(tmp_path: Path, value: float, match: str) -> None:
+    parts = tiny.meta_parts(tiny.meta(), 2)
+    scales = tiny.meta_fp8(parts)
+    scales[1]["2_feed_forward.w2_1"][3] = value
+    with pytest.raises(CheckpointError, match=match):
+        planned(tiny.write_meta(tmp_path, parts, scales=scales))
+
+
 def test_logits_of_fp8_are_those_of_the_values(tmp_path: Path) -> None:
     """Without rounded activations, so that nothing but the order of sums differs."""
     parts = tiny.meta_parts(tiny.meta(), 2)

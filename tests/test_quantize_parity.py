@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
 from converters.quantize import Layout
+from llama_jax.fp8 import quantize_per_group
 from tests.test_quantize import quantized
 
 pytestmark = pytest.mark.parity
@@ -49,6 +51,30 @@ def test_codes_and_scales(layout: Layout, dtype: Any) -> None:
     expected_codes, expected_scale = compressed_tensors(weight, layout)
     np.testing.assert_array_equal(scale, expected_scale)
     np.testing.assert_array_equal(codes.view(np.uint8), expected_codes)
+
+
+@pytest.mark.parametrize("magnitude", [1e-6, 1.0, 1e4])
+def test_activations_by_groups(magnitude: float) -> None:
+    """What `forward_quantize` of the scheme FP8_BLOCK makes of inputs: the same values exactly.
+
+    A group of zeros has another scale there, the dtype's epsilon, and the same zeros.
+    """
+    import torch
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationStatus
+    from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+
+    args = QuantizationArgs(
+        num_bits=8, type="float", strategy="group", group_size=128, dynamic=True
+    )
+    module: Any = torch.nn.Linear(384, 1)
+    module.quantization_status = QuantizationStatus.FROZEN
+    rng = np.random.default_rng(0)
+    x = (rng.normal(0, magnitude, (2, 33, 384)) * np.geomspace(1, 1e3, 384)).astype(np.float32)
+    x[0, 5], x[1, 7, 128:256] = 0, 0
+    theirs = forward_quantize(module, torch.from_numpy(x), "input", args).numpy()
+    codes, scale = quantize_per_group(jnp.asarray(x))
+    ours = np.asarray(codes, np.float32) * np.repeat(scale, 128, axis=-1)
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_casts_round_as_torch_does() -> None:

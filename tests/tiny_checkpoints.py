@@ -90,6 +90,7 @@ SCALE_SHAPES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
     "rows": lambda rows, columns: (rows,),
     "column": lambda rows, columns: (rows, 1),
     "blocks": lambda rows, columns: (-(-rows // 128), -(-columns // 128)),
+    "spread blocks": lambda rows, columns: (-(-rows // 128), 1, -(-columns // 128), 1),
 }
 
 
@@ -99,7 +100,8 @@ class Variant:
     scale another value.
 
     scale: its shape, a key of `SCALE_SHAPES`. weight, weight_scale, input_scale: names under the
-    module. cache_scales: names under `self_attn` of the scales of k and v. files: JSON beside it.
+    module. cache_scales: names under `self_attn` of the scales of k and v, and more. files: JSON
+    beside it. activation_group: as `WeightFormat` has it.
     """
 
     dialect: str
@@ -113,6 +115,7 @@ class Variant:
     plain: tuple[str, ...] = ()
     files: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    activation_group: int | None = None
 
     def arrays(self) -> Arrays:
         rng = np.random.default_rng(2)
@@ -174,6 +177,7 @@ def numbers(strategy: str, **changes: Any) -> dict[str, Any]:
 
 
 TOKEN = numbers("token", dynamic=True, observer=None)
+IN_GROUPS = numbers("group", dynamic=True, group_size=128)
 IN_BLOCKS = numbers("block", block_structure=[128, 128])
 
 
@@ -235,12 +239,19 @@ def torchao(kind: str = "Float8DynamicActivationFloat8WeightConfig", **changes: 
     return {"quantization_config": {"quant_method": "torchao"} | fields | changes}
 
 
-def torchao_metadata(per_row: bool, plain: tuple[str, ...] = ()) -> dict[str, str]:
+def torchao_metadata(
+    per_row: bool = False, plain: tuple[str, ...] = (), blocks: bool = False
+) -> dict[str, str]:
     described = {}
+    granularity = {"_type": "PerBlock", "_data": {"block_size": [1, 128]}} if blocks else None
     for name, (rows, columns) in LINEARS.items():
+        block_size = [1, columns] if per_row else [rows, columns]
         data = {
-            "block_size": [1, columns] if per_row else [rows, columns],
-            "act_quant_kwargs": {"_type": "QuantizeTensorToFloat8Kwargs", "_data": {}},
+            "block_size": [128, 128] if blocks else block_size,
+            "act_quant_kwargs": {
+                "_type": "QuantizeTensorToFloat8Kwargs",
+                "_data": {"granularity": granularity},
+            },
             "dtype": {"_type": "torch.dtype", "_data": "bfloat16"},
         }
         float8 = {"_type": "Float8Tensor", "_data": data, "_tensor_data_names": ["qdata", "scale"]}
@@ -283,9 +294,47 @@ VARIANTS = {
     ),
     "compressed-tensors block": Variant(
         "compressed-tensors",
-        compressed(group(IN_BLOCKS, numbers("group", dynamic=True, group_size=128))),
+        compressed(group(IN_BLOCKS, IN_GROUPS)),
         scale="blocks",
         scale_dtype=ml_dtypes.bfloat16,
+        activation_group=128,
+    ),
+    "compressed-tensors cache alone": Variant(
+        "compressed-tensors",
+        compressed(format="dense", ignore=[], kv_cache_scheme=numbers("tensor")),
+        cache_scales=("k_scale", "v_scale"),
+        plain=tuple(LINEARS),
+    ),
+    "compressed-tensors attention alone": Variant(
+        "compressed-tensors",
+        compressed(
+            group(None, numbers("tensor"), targets=("LlamaAttention",), format="dense"),
+            format="dense",
+            ignore=[],
+            kv_cache_scheme=numbers("tensor"),
+        ),
+        cache_scales=("k_scale", "v_scale", "q_scale"),
+        plain=tuple(LINEARS),
+    ),
+    "compressed-tensors attention and matrices": Variant(
+        "compressed-tensors",
+        compressed(
+            group(IN_BLOCKS, IN_GROUPS),
+            group(None, numbers("tensor"), targets=("re:.*self_attn$",), format="dense"),
+        ),
+        scale="blocks",
+        cache_scales=("k_scale", "v_scale", "q_scale"),
+        activation_group=128,
+    ),
+    "compressed-tensors activations alone": Variant(
+        "compressed-tensors",
+        compressed(
+            group(numbers("channel"), TOKEN, targets=("re:.*self_attn.*",)),
+            group(None, TOKEN, format="dense"),
+            format="mixed-precision",
+        ),
+        scale="column",
+        plain=tuple(name for name in LINEARS if ".mlp." in name),
     ),
     "compressed-tensors weight only": Variant(
         "compressed-tensors", compressed(group(numbers("channel"), None)), scale="column"
@@ -354,6 +403,18 @@ VARIANTS = {
     "modelopt per channel": Variant(
         "modelopt", modelopt("FP8_PER_CHANNEL_PER_TOKEN"), scale="rows"
     ),
+    "modelopt in blocks": Variant("modelopt", modelopt("fp8_pb_wo"), scale="spread blocks"),
+    "modelopt mixed": Variant(
+        "modelopt",
+        modelopt(
+            "MIXED_PRECISION",
+            ignore=[],
+            quantized_layers={name: {"quant_algo": "FP8"} for name in ATTENTION[1]},
+            config_groups={"group_0": MODELOPT_GROUPS["group_0"] | {"targets": ATTENTION[1]}},
+        ),
+        input_scale="input_scale",
+        plain=tuple(name for name in LINEARS if name not in ATTENTION[1]),
+    ),
     "modelopt of 2024": Variant(
         "modelopt",
         {},
@@ -362,7 +423,11 @@ VARIANTS = {
         files=modelopt_file(kv_cache_quant_algo="FP8"),
     ),
     "finegrained": Variant(
-        "finegrained", finegrained(), scale="blocks", weight_scale="weight_scale_inv"
+        "finegrained",
+        finegrained(),
+        scale="blocks",
+        weight_scale="weight_scale_inv",
+        activation_group=128,
     ),
     "finegrained in bfloat16": Variant(
         "finegrained",
@@ -370,6 +435,7 @@ VARIANTS = {
         scale="blocks",
         weight_scale="weight_scale_inv",
         scale_dtype=ml_dtypes.bfloat16,
+        activation_group=128,
     ),
     "finegrained with exponents": Variant(
         "finegrained",
@@ -377,6 +443,7 @@ VARIANTS = {
         scale="blocks",
         weight_scale="weight_scale_inv",
         scale_dtype=ml_dtypes.float8_e8m0fnu,
+        activation_group=128,
     ),
     "finegrained with exponents in bytes": Variant(
         "finegrained",
@@ -384,6 +451,7 @@ VARIANTS = {
         scale="blocks",
         weight_scale="weight_scale_inv",
         scale_dtype=np.uint8,
+        activation_group=128,
     ),
     "finegrained, ragged matrices left out": Variant(
         "finegrained",
@@ -391,6 +459,20 @@ VARIANTS = {
         scale="blocks",
         weight_scale="weight_scale_inv",
         plain=(DOWN,),
+        activation_group=128,
+    ),
+    "finegrained, one scale and static": Variant(
+        "finegrained",
+        finegrained(weight_block_size=None, activation_scheme="static"),
+        weight_scale="weight_scale_inv",
+        input_scale="activation_scale",
+    ),
+    "finegrained, static": Variant(
+        "finegrained",
+        finegrained(activation_scheme="static"),
+        scale="blocks",
+        weight_scale="weight_scale_inv",
+        input_scale="activation_scale",
     ),
     "torchao per row": Variant(
         "torchao",
@@ -400,6 +482,15 @@ VARIANTS = {
         weight_scale="_weight_scale",
         plain=(DOWN,),
         metadata=torchao_metadata(per_row=True, plain=(DOWN,)),
+    ),
+    "torchao per block, by names": Variant(
+        "torchao",
+        torchao("FqnToConfig"),
+        scale="blocks",
+        weight="_weight_qdata",
+        weight_scale="_weight_scale",
+        metadata=torchao_metadata(blocks=True),
+        activation_group=128,
     ),
     "torchao per tensor": Variant(
         "torchao",

@@ -6,11 +6,18 @@ Read are the FP8 formats: float8_e4m3fn `weight`, `weight_scale` per tensor [1],
 cache (`kv_cache_scheme`): `self_attn.k_scale` and `v_scale`, `k_proj.output_scale` and
 `v_proj.output_scale` in older ones.
 
-Source: compressed-tensors 0.20, `QuantizationConfig`, `QuantizationArgs` and `match_targets`.
+A group without `weights` leaves weights as they are: one of attention says that keys and values are
+quantised, and queries, by `self_attn.q_scale`; one of matrices that their activations are, which
+vLLM does not follow either. A checkpoint that has no other groups has the format "dense".
+
+Source: compressed-tensors 0.20, `QuantizationConfig`, `QuantizationArgs` and `match_targets`;
+examples/quantization_attention in llm-compressor.
 """
 
+import logging
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from converters.dialects.layout import Dialect, Plan, Shape
@@ -20,20 +27,24 @@ from converters.dialects.quantized import (
     name_list,
     quantized_plan,
 )
+from converters.dialects.scales import check_zeros
 from converters.source import Source, as_object
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.fp8 import ScaleLayout
 from pallas_kernels.fp8_matmul.reference import BLOCK
 
+_log = logging.getLogger(__name__)
 _WHERE = "quantization_config"
 _GROUPS = f"{_WHERE}.config_groups"
-_FORMATS = ("float-quantized", "naive-quantized")
+_FORMATS = ("float-quantized", "naive-quantized", "dense")
 _LAYOUTS: Mapping[str, ScaleLayout] = {"tensor": "row", "channel": "row", "block": "block"}
 _BLOCKS = ([BLOCK, BLOCK], f"{BLOCK}x{BLOCK}")
 # What a description of numbers means where it leaves a field out, and what no reader has to know.
 _DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 _IRRELEVANT = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
 _CLASS, _NO_MATCH = "Linear", 3
+# Targets that mean modules of attention: "LlamaAttention", "re:.*self_attn$".
+_ATTENTION = re.compile(r".*(Attention|self_attn)\$?")
 
 
 def applies(source: Source) -> bool:
@@ -69,12 +80,18 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
     if cache_scheme:
         _check_numbers(cache_scheme, f"{_WHERE}.kv_cache_scheme", ("tensor",), (False,))
     ignored = name_list(quantization, "ignore")
-    schemes: dict[str, Scheme] = {}
+    promised_by = f"{_WHERE}.kv_cache_scheme" if cache_scheme else None
+    schemes: dict[str, Scheme | None] = {}
     for group in groups:
         fields, where = as_object(groups, group, _GROUPS), f"{_GROUPS}.{group}"
-        scheme = _scheme(fields, where)
-        for target in name_list(fields, "targets", where):
-            schemes.setdefault(target, scheme)
+        targets = name_list(fields, "targets", where)
+        scheme = None
+        if any(map(_ATTENTION.fullmatch, targets)):
+            _check_attention(fields, where)
+            promised_by = promised_by or where
+        else:
+            scheme = _scheme(fields, where)
+        schemes |= dict.fromkeys(targets, scheme)
 
     def scheme_of(name: str) -> Scheme | None:
         if any(_rank(name, pattern) < _NO_MATCH for pattern in ignored):
@@ -82,13 +99,18 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
         best = min(sorted(schemes), key=lambda target: _rank(name, target), default="")
         return schemes[best] if _rank(name, best) < _NO_MATCH else None
 
-    return quantized_plan(
+    found = quantized_plan(
         source,
         weights,
         scheme_of,
         f"{_WHERE}'s config_groups and ignore",
-        cache_scales_promised_by=f"{_WHERE}.kv_cache_scheme" if cache_scheme else None,
+        cache_scales_promised_by=promised_by,
     )
+    # Written beside scales of attention although numbers are symmetric.
+    zeros = [name for name in source.tensors if name.endswith("_zero_point")]
+    for name in zeros:
+        check_zeros(source.tensors[name])
+    return replace(found, used=found.used.union(zeros))
 
 
 def _rank(name: str, pattern: str) -> int:
@@ -103,28 +125,52 @@ def _rank(name: str, pattern: str) -> int:
     return 0 if pattern == name else 2 if pattern == _CLASS else _NO_MATCH
 
 
-def _scheme(group: Mapping[str, Any], where: str) -> Scheme:
+def _scheme(group: Mapping[str, Any], where: str) -> Scheme | None:
+    """How a group stores its matrices, None if plainly."""
+    _check_group(group, where)
+    weights, inputs = (as_object(group, key, where) for key in ("weights", "input_activations"))
+    is_dynamic = inputs.get("dynamic", False)
+    grain = None
+    if inputs:
+        strategies = ("token", "tensor", "group") if is_dynamic else ("tensor",)
+        grain = _check_numbers(inputs, f"{where}.input_activations", strategies, (True, False))
+    if not weights:
+        if inputs:
+            _log.warning(
+                "%s quantises activations alone: with weights that are not quantised they are used "
+                "as they are",
+                where,
+            )
+        return None
+    strategy = _check_numbers(weights, f"{where}.weights", tuple(_LAYOUTS), (False,))
+    return Scheme(
+        _LAYOUTS[strategy],
+        static=bool(inputs) and not is_dynamic,
+        activation_group=BLOCK if grain == "group" else None,
+    )
+
+
+def _check_attention(group: Mapping[str, Any], where: str) -> None:
+    """Of the cache, and of queries, static numbers per layer."""
+    _check_group(group, where, weights=(None,))
+    inputs = as_object(group, "input_activations", where)
+    _check_numbers(inputs, f"{where}.input_activations", ("tensor",), (False,))
+
+
+def _check_group(
+    group: Mapping[str, Any], where: str, weights: tuple[Any, ...] | None = None
+) -> None:
     check_fields(
         group,
         where,
         {
             "targets": None,
-            "weights": None,
+            "weights": weights,
             "input_activations": None,
             "output_activations": (None,),
             "format": (*_FORMATS, None),
         },
     )
-    weights = as_object(group, "weights", where)
-    if not weights:
-        raise CheckpointError(f"{where}.weights is empty; only quantised weights are supported")
-    strategy = _check_numbers(weights, f"{where}.weights", tuple(_LAYOUTS), (False,))
-    inputs = as_object(group, "input_activations", where)
-    is_dynamic = inputs.get("dynamic", False)
-    if inputs:
-        strategies = ("token", "tensor", "group") if is_dynamic else ("tensor",)
-        _check_numbers(inputs, f"{where}.input_activations", strategies, (True, False))
-    return Scheme(_LAYOUTS[strategy], static=bool(inputs) and not is_dynamic)
 
 
 def _check_numbers(

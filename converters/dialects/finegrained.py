@@ -2,7 +2,9 @@
 
 Each quantised `weight` is float8_e4m3fn with `weight_scale_inv` [ceil(out / 128), ceil(in / 128)],
 which multiplies the codes in spite of its name: float32, bfloat16, or exponents of two in a byte
-(`scale_fmt: ue8m0`). Activations are dynamic.
+(`scale_fmt: ue8m0`). Activations are dynamic, with a scale for each token and 128 features; or
+static, with one `activation_scale` per matrix. `weight_block_size: null` makes the scale one per
+matrix too.
 
 Source: transformers' `FineGrainedFP8Config`; DeepSeek-V3's `inference/fp8_cast_bf16.py`.
 """
@@ -38,7 +40,7 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
         "quantization_config",
         {
             "quant_method": ("fp8",),
-            "activation_scheme": ("dynamic",),
+            "activation_scheme": ("dynamic", "static"),
             "weight_block_size": None,
             "scale_fmt": ("float", "ue8m0", None),
             "fmt": ("e4m3", None),
@@ -48,10 +50,10 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
             "ignored_layers": None,
         },
     )
-    size = quantization.get("weight_block_size")
-    if size != [BLOCK, BLOCK]:
+    size = quantization.get("weight_block_size", "missing")
+    if size not in ([BLOCK, BLOCK], None):
         raise CheckpointError(
-            f"quantization_config.weight_block_size is {size!r}; only [{BLOCK}, {BLOCK}] is "
+            f"quantization_config.weight_block_size is {size}; only [{BLOCK}, {BLOCK}] is "
             "supported, which is what every FP8 kernel with blocks of scales is made for. Quantise "
             "the original checkpoint again with that size."
         )
@@ -60,9 +62,13 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
         *name_list(quantization, "ignored_layers"),
     ]
     has_exponents = quantization.get("scale_fmt") == "ue8m0"
+    is_static = quantization.get("activation_scheme") == "static"
     scheme = Scheme(
-        layout="block",
+        layout="block" if size else "row",
+        static=is_static,
+        activation_group=BLOCK if size and not is_static else None,
         weight_scale="weight_scale_inv",
+        input_scales=("activation_scale",),
         scale_dtypes=(*SCALE_DTYPES, "uint8") if has_exponents else SCALE_DTYPES,
     )
 

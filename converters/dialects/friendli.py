@@ -17,9 +17,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from converters.dialects.layout import Dialect, Plan, Shape, Tensors, source_name, take
+from converters.dialects.layout import Dialect, Plan, Shape, source_name, take
 from converters.dialects.quantized import Scheme, quantized_plan
-from converters.safetensors_reader import read_rows
+from converters.dialects.scales import check_zeros
 from converters.source import Source
 from llama_jax.checkpoint import CheckpointError
 
@@ -56,18 +56,9 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
     zeros = [f"{name}.zeros" for name in map(source_name, weights)]
     zeros = [name for name in zeros if name in source.tensors]
     for name in zeros:
-        _check_zeros(source.tensors, name)
+        rows = source.tensors[f"{name.removesuffix('.zeros')}.weight"].shape[0]
+        check_zeros(take(source.tensors, name, ((rows, 1),), _CODES))
     return replace(found, used=found.used.union(zeros))
-
-
-def _check_zeros(tensors: Tensors, name: str) -> None:
-    rows = tensors[f"{name.removesuffix('.zeros')}.weight"].shape[0]
-    zeros = take(tensors, name, ((rows, 1),), _CODES)
-    if (read_rows(zeros, 0, rows).view(np.uint8) & 0x7F).any():
-        raise CheckpointError(
-            f"{name} is not all zero: this matrix is quantised asymmetrically, which is not "
-            "supported. Export it with symmetric weights."
-        )
 
 
 FRIENDLI = Dialect(

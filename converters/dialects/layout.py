@@ -152,41 +152,6 @@ def bits_as_e4m3(tensor: StoredTensor) -> LazyArray:
     )
 
 
-def row_scale(
-    tensors: Tensors, name: str, rows: int, dtypes: tuple[str, ...] = PARAM_DTYPES
-) -> np.ndarray:
-    """Scales of a matrix's rows, float32 [rows], from one per tensor or one per row.
-
-    Raises `CheckpointError` where one is not finite or negative.
-    """
-    tensor = take(tensors, name, ((), (1,), (1, 1), (rows,), (rows, 1)), dtypes)
-    return np.broadcast_to(scale_values(tensor).reshape(-1), (rows,))
-
-
-def scalar_scale(tensors: Tensors, name: str) -> np.ndarray:
-    """One scale of activations, float32 []. Raises `CheckpointError` unless it is positive."""
-    tensor = take(tensors, name, ((), (1,), (1, 1)), PARAM_DTYPES)
-    value = scale_values(tensor).reshape(())
-    if value == 0:
-        raise CheckpointError(f"{name} is 0: activations cannot be divided by it")
-    return value
-
-
-def scale_values(tensor: StoredTensor) -> np.ndarray:
-    """Scales as float32; bytes are exponents of two (`ue8m0`).
-
-    Raises `CheckpointError` where one is not finite or negative.
-    """
-    stored = read_rows(tensor, 0, (tensor.shape or (1,))[0])
-    if stored.dtype == np.uint8:
-        stored = stored.view(ml_dtypes.float8_e8m0fnu)
-    values = stored.astype(np.float32)
-    if not (np.isfinite(values) & (values >= 0)).all():
-        bad = values[~(np.isfinite(values) & (values >= 0))].flat[0]
-        raise CheckpointError(f"{tensor.name} holds {bad}: a scale must be finite and positive")
-    return values
-
-
 def constant(values: np.ndarray) -> LazyArray:
     """An array that is in memory already."""
     return LazyArray(

@@ -25,9 +25,9 @@ from converters.dialects.layout import (
     Tensors,
     as_stored,
     constant,
-    scale_values,
     take,
 )
+from converters.dialects.scales import check_products, scale_values
 from converters.safetensors_reader import StoredTensor
 from converters.source import Source, same_bytes
 from llama_jax.checkpoint import CheckpointError
@@ -84,6 +84,7 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
         scales = _scales(tensors, parts, f"{layer}_{meta}")
         used.update(scale.name for scale in scales)
         scale = _joined_scales(scales, axis)
+        check_products(weight, scale, "row", parts[0].name, scales[0].name)
         groups = scale.shape[1] if scale.ndim == 2 else 1
         stored = WeightFormat(_CODES, "row", False, _UPPER_BOUND, groups)
         modules[path] = Module(stored, {"weight": weight, "weight_scale": constant(scale)})

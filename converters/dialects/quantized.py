@@ -4,6 +4,7 @@ A dialect turns its `quantization_config` into a `Scheme` for each matrix; every
 What the tensors hold decides; a config that says otherwise is an error that names both.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,18 +22,17 @@ from converters.dialects.layout import (
     constant,
     dense_module,
     is_linear,
-    row_scale,
-    scalar_scale,
-    scale_values,
     source_name,
     take,
 )
+from converters.dialects.scales import check_products, row_scale, scalar_scale, scale_values
 from converters.safetensors_reader import StoredTensor
 from converters.source import Source
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.config import PARAM_DTYPES
 from llama_jax.fp8 import ScaleLayout, WeightFormat, scale_shape
 
+_log = logging.getLogger(__name__)
 SCALE_DTYPES = (*PARAM_DTYPES, "float8_e8m0fnu")
 # Where a layer's scales of its cached keys and values may be, older tools' names last.
 _CACHE_SCALES = {
@@ -45,13 +45,14 @@ class Scheme:
     """How a config says that a matrix is stored, and under which names beside its module's.
 
     layout: "row" for one scale per tensor or per output row, "block" for one per 128x128 block.
-    static: a calibrated scale of the activations is stored. activation_scale_ub: see
-    `WeightFormat`. codes, scale_dtypes: the dtypes that the weight and its scales may have.
+    static: a calibrated scale of the activations is stored. activation_scale_ub, activation_group:
+    see `WeightFormat`. codes, scale_dtypes: the dtypes that the weight and its scales may have.
     """
 
     layout: ScaleLayout = "row"
     static: bool = False
     activation_scale_ub: float | None = None
+    activation_group: int | None = None
     weight: str = "weight"
     weight_scale: str = "weight_scale"
     input_scales: tuple[str, ...] = ("input_scale", "act_scale")  # the latter until June 2024
@@ -154,11 +155,15 @@ def _fp8_module(
         scale = row_scale(tensors, names[1], shape[0], scheme.scale_dtypes)
     else:
         blocks = scale_shape((shape[0], shape[1]), "block")
-        scale = scale_values(take(tensors, names[1], (blocks,), scheme.scale_dtypes))
+        is_spread = len(tensors[names[1]].shape) == 4  # as modelopt has them
+        expected = (blocks[0], 1, blocks[1], 1) if is_spread else blocks
+        stored = take(tensors, names[1], (expected,), scheme.scale_dtypes)
+        scale = scale_values(stored).reshape(blocks)
     if weight.dtype.name == FNUZ:
         codes, scale = from_fnuz(weight, scale, scheme.layout)
     else:
         codes = bits_as_e4m3(weight)
+    check_products(codes, scale, scheme.layout, *names)
     arrays: dict[str, LazyArray] = {"weight": codes, "weight_scale": constant(scale)}
 
     wanted = [f"{name}.{leaf}" for leaf in scheme.input_scales]
@@ -173,37 +178,56 @@ def _fp8_module(
         arrays["input_scale"] = constant(scalar_scale(tensors, found[0]))
         names.append(found[0])
     stored_as = WeightFormat(
-        codes.dtype.name, scheme.layout, scheme.static, scheme.activation_scale_ub
-    )
+        codes.dtype.name, scheme.layout, scheme.static, scheme.activation_scale_ub,
+        activation_group=scheme.activation_group,
+    )  # fmt: skip
     return Module(stored_as, arrays), names
 
 
 def _cache_scales(
     source: Source, promised_by: str | None
 ) -> tuple[tuple[tuple[float, float], ...] | None, list[str]]:
-    """(k, v) of each layer, None if there are none; and the names of their tensors."""
-    names: list[str] = []
-    lacking: list[str] = []
+    """(k, v) of each layer, None if there are none; and the names of their tensors.
+
+    A layer that has none gets 1.0, as in vLLM. Scales of queries are for attention in FP8, which
+    this project does not compute: they are checked and left.
+    """
+    tensors, used = source.tensors, []
+    pairs: list[tuple[float, float]] = []
+    lacking: list[int] = []
     for layer in range(source.config.num_layers):
-        for leaves in _CACHE_SCALES.values():
-            wanted = [f"model.layers.{layer}.self_attn.{leaf}" for leaf in leaves]
-            found = next((name for name in wanted if name in source.tensors), None)
-            names.append(found or wanted[0])
-            if found is None:
-                lacking.append(wanted[0])
-    if len(lacking) == len(names) and promised_by is None:
-        return None, []
-    if lacking:
-        because = (
-            f"{promised_by} promises scales of the KV cache" if promised_by else "others are there"
+        prefix = f"model.layers.{layer}.self_attn"
+        k, v = (
+            next((name for leaf in leaves if (name := f"{prefix}.{leaf}") in tensors), None)
+            for leaves in _CACHE_SCALES.values()
         )
-        raise CheckpointError(f"{lacking[0]} is missing, but {because}")
-    for name in names:
-        shape = source.tensors[name].shape
-        if math.prod(shape) != 1:
+        if (k is None) != (v is None):
             raise CheckpointError(
-                f"{name} has shape {list(shape)}: scales of the KV cache per head are not "
-                "supported. Quantise the cache with one scale per layer."
+                f"{prefix}.{'v' if k else 'k'}_scale is missing, but {k or v} is there"
             )
-    values = [float(scalar_scale(source.tensors, name)) for name in names]
-    return tuple(zip(values[::2], values[1::2], strict=True)), names
+        if k and v:
+            pairs.append((_cache_scale(tensors, k), _cache_scale(tensors, v)))
+            used += [k, v]
+        else:
+            pairs.append((1.0, 1.0))
+            lacking.append(layer)
+        if (query := f"{prefix}.q_scale") in tensors:
+            _cache_scale(tensors, query)
+            used.append(query)
+    if lacking and (promised_by or len(lacking) < len(pairs)):
+        _log.warning(
+            "%s the KV cache, but layers %s have none: in an FP8 cache theirs are 1.0",
+            f"{promised_by} promises scales of" if promised_by else "there are scales of",
+            ", ".join(map(str, lacking)),
+        )
+    return None if len(lacking) == len(pairs) else tuple(pairs), used
+
+
+def _cache_scale(tensors: Tensors, name: str) -> float:
+    shape = tensors[name].shape
+    if math.prod(shape) != 1:
+        raise CheckpointError(
+            f"{name} has shape {list(shape)}: scales of the KV cache per head are not "
+            "supported. Quantise the cache with one scale per layer."
+        )
+    return float(scalar_scale(tensors, name))

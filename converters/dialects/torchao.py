@@ -1,15 +1,17 @@
 """torchao's float8 weights in safetensors: `quant_method: "torchao"`.
 
 A quantised weight is a tensor subclass that was taken apart: `_weight_qdata`, float8_e4m3fn, and
-`_weight_scale`, one per output row ([out, 1], `PerRow`) or one ([1, 1], `PerTensor`). The header's
-metadata describes it under the name of the weight; what it says decides what is quantised.
-Activations are dynamic, or not quantised at all.
+`_weight_scale`, one per output row ([out, 1], `PerRow`), one ([1, 1], `PerTensor`), or one per
+128x128 block (`PerBlock`). The header's metadata describes it under the name of the weight; what it
+says decides what is quantised, also where the config is one for each module (`FqnToConfig`).
+Activations are dynamic, beside blocks by 128 features, or not quantised at all.
 
 Source: torchao 0.18, `prototype/safetensors`; transformers' `TorchAoConfig`.
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from converters.dialects.layout import Dialect, Plan, Shape, source_name
@@ -23,13 +25,20 @@ from converters.dialects.quantized import (
 from converters.safetensors_reader import read_metadata
 from converters.source import Source, as_object
 from llama_jax.checkpoint import CheckpointError
+from pallas_kernels.fp8_matmul.reference import BLOCK
 
 _WHERE = "quantization_config"
-_CONFIGS = ("Float8DynamicActivationFloat8WeightConfig", "Float8WeightOnlyConfig")
+_CONFIGS = (
+    "Float8DynamicActivationFloat8WeightConfig",
+    "Float8WeightOnlyConfig",
+    "FqnToConfig",
+    "ModuleFqnToConfig",
+)
 _PLAIN, _FLOAT8 = "Tensor", "Float8Tensor"
 # Of a Float8Tensor's attributes: what it computes with, not what it holds.
 _IRRELEVANT = ("act_quant_kwargs", "dtype", "mm_config", "kernel_preference")
 _BOUNDS = ("hp_value_lb", "hp_value_ub")  # of the activations
+_BLOCKS, _IN_GROUPS = [BLOCK, BLOCK], {"block_size": [1, BLOCK]}
 _SCHEME = Scheme(weight="_weight_qdata", weight_scale="_weight_scale")
 
 
@@ -74,8 +83,7 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
                 f"{name}.{_SCHEME.weight} is stored, but {_WHERE}.modules_to_not_convert leaves "
                 f"{name} out"
             )
-        _check_attributes(description, f"metadata of {name}.weight", shapes[name])
-        return _SCHEME
+        return _described(description, f"metadata of {name}.weight", shapes[name])
 
     return quantized_plan(source, weights, scheme_of, "the safetensors metadata")
 
@@ -98,13 +106,14 @@ def _description(metadata: Mapping[str, str], name: str) -> tuple[str, Mapping[s
     return kind, description
 
 
-def _check_attributes(description: Mapping[str, Any], where: str, shape: Shape) -> None:
+def _described(description: Mapping[str, Any], where: str, shape: Shape) -> Scheme:
+    """How a Float8Tensor of this shape is stored, by its attributes."""
     rows, columns = shape
     attributes = as_object(description, "_data", where)
     check_fields(
         {"block_size": None, **attributes},
         where,
-        {"block_size": ([1, columns], [rows, columns]), **dict.fromkeys(_IRRELEVANT)},
+        {"block_size": ([1, columns], [rows, columns], _BLOCKS), **dict.fromkeys(_IRRELEVANT)},
     )
     activations = as_object(attributes, "act_quant_kwargs", where)
     bounds = as_object(activations, "_data", f"{where}.act_quant_kwargs")
@@ -113,11 +122,19 @@ def _check_attributes(description: Mapping[str, Any], where: str, shape: Shape) 
         f"{where}.act_quant_kwargs",
         dict.fromkeys(_BOUNDS, (None,)),
     )
+    in_blocks = attributes["block_size"] == _BLOCKS
+    granularity = as_object(bounds, "granularity", f"{where}.act_quant_kwargs")
+    in_groups = granularity.get("_data") == _IN_GROUPS
+    return replace(
+        _SCHEME,
+        layout="block" if in_blocks else "row",
+        activation_group=BLOCK if in_groups else None,
+    )
 
 
 TORCHAO = Dialect(
     name="torchao",
-    description="torchao float8 weights in safetensors, per row or per tensor",
+    description="torchao float8 weights in safetensors, per row, per tensor or per 128x128 block",
     applies=applies,
     plan=plan,
 )

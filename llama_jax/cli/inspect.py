@@ -225,6 +225,8 @@ def _words(module: "Module") -> str:
     else:
         each = "tensor" if (scale == scale[0]).all() else "row"
     words = f"{stored.dtype}, scale per {each}" + (", input scale" if stored.input_scale else "")
+    if stored.activation_group is not None:
+        words += f", activations by {stored.activation_group}"
     if stored.activation_scale_ub is not None:
         words += f", activations up to {stored.activation_scale_ub:g}"
     return words

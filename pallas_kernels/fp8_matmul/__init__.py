@@ -45,7 +45,8 @@ def fp8_matmul(
         `out_dtype`.
     Returns [m, out] of `out_dtype`. With one scale per row the products are exact; with block
     scales and bfloat16 activations, on a GPU also with float8 ones, "xla" rounds code * scale to
-    bfloat16 first; with `x_scale` per 128 columns "xla" and "hopper_weight_only" do so with x.
+    bfloat16 first; with `x_scale` per 128 columns "hopper_weight_only" does so with x, and "xla"
+    unless the result is float32.
     "hopper_fp8" adds runs of 128 products with the tensor cores' precision, about 14 bits, and with
     one scale per row all of them; a row does not depend on how many there are, nor does it in
     "hopper_weight_only".

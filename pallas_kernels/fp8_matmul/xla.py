@@ -45,7 +45,8 @@ def fp8_matmul(
     residual: Array | None = None,
 ) -> Array:
     if x_scale is not None and is_grouped(x_scale, x.shape[1]):
-        x, x_scale = dequantize_activations(x, x_scale).astype(jnp.bfloat16), None
+        wide = jnp.float32 if out_dtype == jnp.float32 else jnp.bfloat16
+        x, x_scale = dequantize_activations(x, x_scale).astype(wide), None
     is_fp8_dot = weight.dtype == e4m3.DTYPE and x.dtype == e4m3.DTYPE and weight_scale.ndim == 1
     if is_fp8_dot and x.shape[0] >= MIN_ROWS_FOR_FP8_DOT:
         y = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)

@@ -1,0 +1,102 @@
+"""Scales as a checkpoint has them: read as float32, refused where what they give is no number.
+
+A scale is finite and positive. For what is all zero, tools write some other number: llm-compressor
+the dtype's epsilon, FBGEMM and AutoFP8 the least that they divide by, transformers and modelopt 1
+(torchao 0, beside codes that are NaN). So a scale of 0 is read where all of its codes are 0, which
+it does not change, and nowhere else.
+"""
+
+import ml_dtypes
+import numpy as np
+
+from converters.dialects.layout import LazyArray, Tensors, pieces, take
+from converters.safetensors_reader import StoredTensor, read_rows
+from llama_jax.checkpoint import CheckpointError
+from llama_jax.config import PARAM_DTYPES
+from llama_jax.fp8 import ScaleLayout
+from pallas_kernels import e4m3
+from pallas_kernels.fp8_matmul.reference import BLOCK
+
+# What products are computed in, bfloat16 or float32, has to hold them.
+_LARGEST = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+
+
+def row_scale(
+    tensors: Tensors, name: str, rows: int, dtypes: tuple[str, ...] = PARAM_DTYPES
+) -> np.ndarray:
+    """Scales of a matrix's rows, float32 [rows], from one per tensor or one per row.
+
+    Raises `CheckpointError` where one is not finite or negative.
+    """
+    tensor = take(tensors, name, ((), (1,), (1, 1), (rows,), (rows, 1)), dtypes)
+    return np.broadcast_to(scale_values(tensor).reshape(-1), (rows,))
+
+
+def scalar_scale(tensors: Tensors, name: str) -> np.ndarray:
+    """One scale of activations, float32 [].
+
+    Raises `CheckpointError` unless it is positive, and its product with any code finite.
+    """
+    tensor = take(tensors, name, ((), (1,), (1, 1)), PARAM_DTYPES)
+    value = scale_values(tensor).reshape(())
+    if value == 0:
+        raise CheckpointError(f"{name} is 0: activations cannot be divided by it")
+    if float(value) * e4m3.MAX > _LARGEST:
+        raise CheckpointError(f"{name} is {value:g}: its product with codes overflows")
+    return value
+
+
+def scale_values(tensor: StoredTensor) -> np.ndarray:
+    """Scales as float32; bytes are exponents of two (`ue8m0`).
+
+    Raises `CheckpointError` where one is not finite or negative.
+    """
+    stored = read_rows(tensor, 0, (tensor.shape or (1,))[0])
+    if stored.dtype == np.uint8:
+        stored = stored.view(ml_dtypes.float8_e8m0fnu)
+    values = stored.astype(np.float32)
+    if not (np.isfinite(values) & (values >= 0)).all():
+        bad = values[~(np.isfinite(values) & (values >= 0))].flat[0]
+        raise CheckpointError(f"{tensor.name} holds {bad}: a scale must be finite and positive")
+    return values
+
+
+def check_zeros(tensor: StoredTensor) -> None:
+    """Refuse zero points that are not 0, in float8_e4m3fn, its bits, or any integers."""
+    stored = read_rows(tensor, 0, (tensor.shape or (1,))[0])
+    if (stored.astype(np.float32) != 0).any():
+        raise CheckpointError(
+            f"{tensor.name} is not all zero: numbers are quantised asymmetrically, which is not "
+            "supported. Export the checkpoint with symmetric ones."
+        )
+
+
+def check_products(
+    codes: LazyArray, scale: np.ndarray, layout: ScaleLayout, weight_name: str, scale_name: str
+) -> None:
+    """Refuse a scale of 0 for codes that are not, and one whose products overflow.
+
+    scale: as in `fp8.scale_shape`. Codes are only read if a scale is 0 or very large, which is
+    hardly ever. Raises `CheckpointError` naming both tensors and the row.
+    """
+    scale = scale.reshape(len(scale), -1)
+    if not ((scale == 0) | (scale > _LARGEST / e4m3.MAX)).any():
+        return
+    height = BLOCK if layout == "block" else 1
+    width = BLOCK if layout == "block" else codes.shape[1] // scale.shape[1]
+    row = 0
+    for piece in pieces(codes):
+        largest = np.abs(piece.astype(np.float32))
+        largest = np.maximum.reduceat(largest, np.arange(0, piece.shape[1], width), axis=1)
+        largest = np.maximum.reduceat(largest, np.arange(0, len(piece), height), axis=0)
+        some = scale[row // height :][: len(largest)]
+        is_lost = (some == 0) & (largest > 0)
+        is_over = some.astype(np.float64) * largest > _LARGEST
+        for wrong, why in ((is_lost, "are not all 0"), (is_over, "overflow with it")):
+            if wrong.any():
+                index = np.argwhere(wrong)[0]
+                raise CheckpointError(
+                    f"{scale_name} holds {some[tuple(index)]:g} for codes of {weight_name} that "
+                    f"{why}, from row {row + index[0] * height}: the checkpoint is damaged"
+                )
+        row += len(piece)
