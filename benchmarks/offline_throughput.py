@@ -37,7 +37,7 @@ from llama_jax.kv_cache import PAGE_SIZE, storage_dtype
 from llama_jax.memory import MemoryPlan, fitting_pages, plan_memory
 from llama_jax.model import ModelSpec, abstract_params
 from llama_jax.request import Request
-from llama_jax.sampling import SamplingParams
+from llama_jax.sampling_params import SamplingParams
 from llama_jax.scheduling import EngineOptions
 from pallas_kernels.case import FP8_OPERATIONS_PER_SECOND
 

@@ -24,8 +24,9 @@ from converters.opened import open_checkpoint
 from converters.safetensors_writer import write_checkpoint
 from converters.staging import staged
 from converters.writing import (
+    EXPORT_MARK,
     byte_progress,
-    check_paths,
+    check_export,
     check_space,
     full_disk_explained,
     package_version,
@@ -36,7 +37,6 @@ from pallas_kernels.fp8_matmul.reference import BLOCK
 ExportFormat = Literal["bf16", "fp8"]
 
 # Where an export says who wrote it, in config.json: nothing else is ever replaced.
-_MARK = "llama_jax_version"
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ def export(
     expressed; FileExistsError for a target that may not be replaced; OSError when the disk is full.
     """
     directory, target = Path(source).resolve(), Path(target).absolute()
-    check_paths(directory, target, overwrite, "an export of llama-jax", _is_export)
+    check_export(directory, target, overwrite)
     opened = open_checkpoint(directory)
     tokenizer_paths = opened.tokenizer_paths()
-    config = opened.config.to_hf() | {_MARK: package_version()}
+    config = opened.config.to_hf() | {EXPORT_MARK: package_version()}
     if format == "fp8":
         tensors, config["quantization_config"] = compressed_tensors(opened.plan)
     else:
@@ -117,13 +117,6 @@ def _dequantized(module: Module) -> LazyArray:
 @on_host
 def _to_bfloat16(codes: Array, scale: Array) -> Array:
     return fp8.dequantize(codes, scale).astype(jnp.bfloat16)
-
-
-def _is_export(directory: Path) -> bool:
-    try:
-        return _MARK in json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -9,8 +9,8 @@ import typer
 from rich.filesize import decimal
 
 from converters.dialects import DIALECTS
+from converters.locate import locate
 from converters.pipeline import convert
-from converters.resolve import locate
 from llama_jax.checkpoint import Manifest
 
 HELP = f"""Convert a Hugging Face checkpoint of Llama into an Orbax directory.

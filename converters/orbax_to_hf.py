@@ -8,7 +8,7 @@ import typer
 from rich.filesize import decimal
 
 from converters.export import ExportFormat, export
-from converters.resolve import locate
+from converters.locate import locate
 
 HELP = """Write a checkpoint as a Hugging Face directory that transformers and vLLM load.
 

@@ -24,11 +24,11 @@ from converters.orbax_writer import tree_metadata
 from converters.quantization_report import REPORT
 from converters.quantize import Layout, QuantizeOptions, report
 from converters.quantize import quantize as quantize_checkpoint
-from converters.source import published_name
+from converters.source import CONVERTER_VERSION, published_name
 from converters.staging import staged
 from converters.writing import (
     byte_progress,
-    check_paths,
+    check_conversion,
     check_space,
     full_disk_explained,
     package_version,
@@ -36,8 +36,6 @@ from converters.writing import (
 from llama_jax.array_file import WORKERS, Advance, holds, write_array
 from llama_jax.checkpoint import MANIFEST, PARAMS, Manifest, file_sha256
 
-# Counted up when the same source would convert to something else.
-CONVERTER_VERSION = 3
 _log = logging.getLogger(__name__)
 
 
@@ -66,7 +64,7 @@ def convert(
     supported, FileExistsError for a target that may not be replaced, OSError when the disk is full.
     """
     directory, target = Path(source).resolve(), Path(target).absolute()
-    check_paths(directory, target, overwrite, "a converted checkpoint", _is_converted)
+    check_conversion(directory, target, overwrite)
     options = _options(quantize, quantize_lm_head)
     opened = open_checkpoint(directory)
     tokenizer_paths = opened.tokenizer_paths()
@@ -114,10 +112,6 @@ def _options(quantize: Layout | QuantizeOptions | None, lm_head: bool) -> Quanti
             "lm_head"
         )
     return quantize
-
-
-def _is_converted(directory: Path) -> bool:
-    return (directory / MANIFEST).is_file()
 
 
 def _nbytes(module: Module) -> int:

@@ -17,6 +17,7 @@ from rich.table import Table
 from converters.dialects.layout import LazyArray, Module, Plan, piece_rows
 from converters.layerwise import final_hidden, log_likelihoods
 from converters.on_host import on_host
+from converters.quantize_options import check_report_path
 from llama_jax import fp8
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.config import LlamaConfig
@@ -31,7 +32,6 @@ REPORT = "quantization_report.json"
 # Up to here a value rounds to the largest code, 448; beyond, it is clipped.
 _LARGEST_ROUNDED = 464.0
 _WORST_ROWS = 3
-_PLOTS = (".png", ".pdf", ".svg")
 # The order in which a model uses them.
 _KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 
@@ -196,20 +196,6 @@ def _summary(
             f"{np.mean(inputs):.4%}" if inputs else "-",
         )  # fmt: skip
     return table
-
-
-def check_report_path(path: Path) -> None:
-    """Raise ValueError unless `write_report` can write such a file."""
-    if path.suffix not in (".json", *_PLOTS):
-        raise ValueError(f"{path}: a report is a .json file, or a plot ({', '.join(_PLOTS)})")
-    if path.suffix in _PLOTS:
-        try:
-            import matplotlib  # noqa: F401
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"{path}: plots need matplotlib. Install it (pip install 'llama-jax[notebooks]'), "
-                "or write a .json file."
-            ) from error
 
 
 def write_report(report: QuantizationReport, path: Path) -> None:

@@ -5,10 +5,9 @@ are read, so they can be read in any order, by any number of threads, and again 
 interruption, and are the same.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import ml_dtypes
 import numpy as np
@@ -24,49 +23,12 @@ from converters.quantization_report import (
     measure,
     with_perplexity,
 )
+from converters.quantize_options import Layout as Layout
+from converters.quantize_options import QuantizeOptions as QuantizeOptions
 from llama_jax import fp8
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.tokenizer import load_tokenizer
 from pallas_kernels.fp8_matmul.reference import BLOCK
-
-Layout = Literal["row", "tensor", "block"]
-
-
-@dataclass(frozen=True)
-class QuantizeOptions:
-    """What to quantise, and how.
-
-    layout: a scale per output "row", per matrix ("tensor"), or per 128x128 "block".
-    lm_head: the output matrix too, besides the matrices of the decoder layers.
-    calibrate: a UTF-8 text to run the model over. It gives static scales for FP8 activations and
-        scales for an FP8 key/value cache. Names of special tokens in it become those tokens, so it
-        may hold chats.
-    smooth: the strength alpha of SmoothQuant, 0 to 1 (see `converters.calibrate`); needs
-        `calibrate`. None: weights stay as they are.
-    report: measure the errors and keep them beside the weights (`converters.quantization_report`),
-        with the perplexity of `text`, or else of `calibrate`, before and after.
-    tokens, sequence_length: how much of the texts is read, and in which pieces.
-    Raises ValueError for settings that do not go together.
-    """
-
-    layout: Layout = "row"
-    lm_head: bool = False
-    calibrate: Path | None = None
-    smooth: float | None = None
-    report: bool = False
-    text: Path | None = None
-    tokens: int = 16384
-    sequence_length: int = 512
-
-    def __post_init__(self) -> None:
-        if self.layout not in ("row", "tensor", "block"):
-            raise ValueError(f"layout must be 'row', 'tensor' or 'block', got {self.layout!r}")
-        if self.smooth is not None and self.calibrate is None:
-            raise ValueError("smooth needs a text to calibrate on (calibrate)")
-        if self.smooth is not None and not 0 <= self.smooth <= 1:
-            raise ValueError(f"smooth must be in [0, 1], got {self.smooth}")
-        if self.text is not None and not self.report:
-            raise ValueError("text is scored for the report: ask for one (report)")
 
 
 def quantize(

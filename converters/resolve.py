@@ -2,54 +2,22 @@
 
 import hashlib
 import os
-import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-from converters.pipeline import CONVERTER_VERSION, convert
-from converters.quantize import Layout
-from converters.source import (
-    BIN_FILES,
-    META_CONFIG,
-    META_FILES,
-    META_SCALES,
-    QUANTIZATION_FILE,
-    SAFETENSORS,
-    TOKENIZER_FILES,
-    published_name,
-)
+from converters.locate import locate
+from converters.source import CONVERTER_VERSION, OLDER_FILES, WANTED_FILES, published_name
 from llama_jax.checkpoint import MANIFEST, CheckpointError
 
-_WANTED = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    QUANTIZATION_FILE,
-    *TOKENIZER_FILES,
-]
-# The same weights again where there are safetensors.
-_OLDER = [BIN_FILES, META_FILES, META_CONFIG, META_SCALES]
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-
-
-def locate(path_or_id: str | Path) -> Path:
-    """The directory that a name means: the one at this path, or that of a hub id ("org/name"),
-    which is downloaded unless it was before.
-
-    Raises `CheckpointError` for a name that is neither, and for an id that cannot be downloaded.
-    """
-    path = Path(path_or_id).expanduser()
-    return path if path.exists() else _download(str(path_or_id))
+if TYPE_CHECKING:
+    from converters.quantize import Layout
 
 
 def resolve(
     path_or_id: str | Path,
     cache_dir: str | Path | None = None,
     *,
-    quantize: Layout | None = None,
+    quantize: "Layout | None" = None,
     progress: bool = True,
 ) -> Path:
     """The converted directory for a converted or a published directory, or a hub id.
@@ -72,6 +40,8 @@ def resolve(
     name = published_name(path.resolve()).rpartition("/")[2]
     target = _cache(cache_dir) / f"{name}-{_fingerprint(path, quantize)}"
     if not target.exists():
+        from converters.pipeline import convert  # much to import, for what is seldom needed
+
         try:
             convert(path, target, quantize=quantize, progress=progress)
         except FileExistsError:  # another process was faster
@@ -87,27 +57,9 @@ def _cache(cache_dir: str | Path | None) -> Path:
 
 def _fingerprint(directory: Path, quantize: str | None) -> str:
     """A hash of what the conversion depends on: its version, its options, the files' identities."""
-    wanted = [path for pattern in [*_WANTED, *_OLDER] for path in directory.glob(pattern)]
+    wanted = [path for pattern in [*WANTED_FILES, *OLDER_FILES] for path in directory.glob(pattern)]
     parts = [f"{CONVERTER_VERSION} {quantize}"]
     for path in sorted(wanted):
         stat = path.stat() if path.exists() else path.lstat()
         parts.append(f"{path.name} {stat.st_size} {stat.st_mtime_ns}")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-def _download(hub_id: str) -> Path:
-    if not _HUB_ID.fullmatch(hub_id):
-        raise CheckpointError(
-            f"{hub_id} is neither a directory nor a Hugging Face hub id (org/name)"
-        )
-    try:
-        path = Path(snapshot_download(hub_id, allow_patterns=_WANTED))
-        if not any(path.glob(SAFETENSORS)):
-            path = Path(snapshot_download(hub_id, allow_patterns=[*_WANTED, *_OLDER]))
-        return path
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"there is no directory {hub_id}, and it could not be downloaded from the Hugging Face "
-            f"hub: {error}\nIf it is gated, log in with `hf auth login`; without a network, give "
-            "the path of a downloaded directory."
-        ) from error

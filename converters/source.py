@@ -15,6 +15,8 @@ from llama_jax.checkpoint import CheckpointError
 from llama_jax.config import PARAM_DTYPES, ConfigError, LlamaConfig
 from llama_jax.tokenizer import load_tokenizer
 
+# Counted up when the same source would convert to something else.
+CONVERTER_VERSION = 3
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -30,8 +32,19 @@ BIN_FILES = "pytorch_model*.bin*"
 META_FILES = "consolidated.*.pth"
 META_SCALES = "fp8_scales_*.pt"
 META_CONFIG = "params.json"
-# modelopt's, and its name for what config.json calls otherwise.
+# modelopt's.
 QUANTIZATION_FILE = "hf_quant_config.json"
+# Globs of what a conversion may read, and of the same weights again where there are safetensors.
+WANTED_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    QUANTIZATION_FILE,
+    *TOKENIZER_FILES,
+)
+OLDER_FILES = (BIN_FILES, META_FILES, META_CONFIG, META_SCALES)
+# modelopt's name for what config.json calls otherwise.
 _RENAMED = {"exclude_modules": "ignore"}
 # Where config.json may say how the weights are quantised; the second is compressed-tensors' oldest.
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")

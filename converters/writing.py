@@ -1,6 +1,7 @@
 """What every writer of a checkpoint needs: a target it may write, room for it, a bar of bytes."""
 
 import errno
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,10 +20,13 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from llama_jax.checkpoint import CheckpointError
+from llama_jax.converted import is_converted
+from llama_jax.errors import CheckpointError
 
 # Room beside the arrays: file system metadata and the rounding up to blocks.
 _SPARE_BYTES = 16 * 1024 * 1024
+# A field of the config.json that an export has.
+EXPORT_MARK = "llama_jax_version"
 
 
 def check_paths(
@@ -49,6 +53,23 @@ def check_paths(
         raise FileExistsError(
             f"{target} exists already. Choose another target, or overwrite it (--overwrite)."
         )
+
+
+def check_conversion(source: Path, target: Path, overwrite: bool) -> None:
+    """`check_paths` of a conversion."""
+    check_paths(source, target, overwrite, "a converted checkpoint", is_converted)
+
+
+def check_export(source: Path, target: Path, overwrite: bool) -> None:
+    """`check_paths` of an export."""
+    check_paths(source, target, overwrite, "an export of llama-jax", _is_export)
+
+
+def _is_export(directory: Path) -> bool:
+    try:
+        return EXPORT_MARK in json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
 
 
 def check_space(target: Path, needed: int) -> None:

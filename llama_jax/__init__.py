@@ -22,11 +22,11 @@ if TYPE_CHECKING:
         Timings,
         TokenLogprob,
     )
-    from llama_jax.sampling import SamplingParams
+    from llama_jax.sampling_params import SamplingParams
     from llama_jax.tools import ToolCall
 
 _HOMES = {
-    "LLM": "llm", "PRESETS": "config", "LlamaConfig": "config", "SamplingParams": "sampling",
+    "LLM": "llm", "PRESETS": "config", "LlamaConfig": "config", "SamplingParams": "sampling_params",
     "Generation": "results", "Perplexity": "results", "Piece": "results", "Ranking": "results",
     "Score": "results", "Timings": "results", "TokenLogprob": "results", "ToolCall": "tools",
 }  # fmt: skip

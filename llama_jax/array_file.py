@@ -79,14 +79,32 @@ def write_array(
 
 def read_rows(directory: Path, dtype: np.dtype, shape: Shape, start: int, stop: int) -> np.ndarray:
     """Rows [start, stop) of an array that `check_layout` accepts; a scalar has one row."""
-    columns = _matrix(shape)[1]
-    rows = np.empty((stop - start, columns), _bits(dtype))
+    rows = read_part(directory, dtype, shape, (slice(start, stop), slice(None)))
+    return rows.reshape((stop - start, *shape[1:]) if shape else ())
+
+
+def read_part(
+    directory: Path, dtype: np.dtype, shape: Shape, part: tuple[slice, slice]
+) -> np.ndarray:
+    """Some rows and columns of an array that `check_layout` accepts, two-dimensional: an array with
+    one axis has one column, a scalar one row too."""
+    rows, columns = (
+        slice(*each.indices(size)[:2]) for each, size in zip(part, _matrix(shape), strict=True)
+    )
+    found = np.empty((rows.stop - rows.start, columns.stop - columns.start), _bits(dtype))
     with (directory / _data_name(shape)).open("rb") as file:
-        for row, column, offset in _runs(shape, start, stop):
-            run = rows[row.start - start : row.stop - start, column]
+        for row, column, offset in _runs(shape, rows.start, rows.stop):
+            first, last = max(column.start, columns.start), min(column.stop, columns.stop)
+            if first >= last:
+                continue
             file.seek(offset * dtype.itemsize)
-            run[:] = np.frombuffer(file.read(run.nbytes), run.dtype).reshape(run.shape)
-    return rows.view(dtype).reshape((stop - start, *shape[1:]) if shape else ())
+            size = (row.stop - row.start, column.stop - column.start)
+            run = np.frombuffer(file.read(math.prod(size) * dtype.itemsize), found.dtype)
+            found[
+                row.start - rows.start : row.stop - rows.start,
+                first - columns.start : last - columns.start,
+            ] = run.reshape(size)[:, first - column.start : last - column.start]
+    return found.view(dtype)
 
 
 def holds(directory: Path, dtype: np.dtype, shape: Shape, sha256: str, advance: Advance) -> bool:

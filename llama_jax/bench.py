@@ -34,7 +34,7 @@ from llama_jax.kv_cache import PAGE_SIZE
 from llama_jax.memory import MemoryPlan, plan_memory
 from llama_jax.model import ModelSpec, Params, abstract_params
 from llama_jax.request import Request
-from llama_jax.sampling import SamplingParams
+from llama_jax.sampling_params import SamplingParams
 from llama_jax.scheduling import EngineOptions
 from pallas_kernels import device_trace, e4m3
 

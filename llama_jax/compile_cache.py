@@ -41,11 +41,16 @@ class CompileReport:
         )
 
     def __str__(self) -> str:
-        plural = "" if self.compiled == 1 else "s"
-        return (
-            f"compiled {self.compiled} program{plural} in {self.seconds:.1f} s, "
-            f"{self.from_cache} from the cache"
-        )
+        what = []
+        if self.compiled:
+            what.append(f"compiled {_programs(self.compiled)}")
+        if self.from_cache:
+            what.append(f"fetched {_programs(self.from_cache)} from the cache")
+        return f"{' and '.join(what)} in {self.seconds:.1f} s" if what else "compiled nothing"
+
+
+def _programs(count: int) -> str:
+    return f"{count} program" if count == 1 else f"{count} programs"
 
 
 def enable(directory: str | Path | None = None) -> Path | None:
@@ -74,6 +79,15 @@ def enable(directory: str | Path | None = None) -> Path | None:
     ):
         jax.config.update(name, value)
     return directory
+
+
+def directory() -> Path | None:
+    """The directory that compiled programs are kept in now; None if it is none of this machine's,
+    or there is none."""
+    configured = jax.config.jax_compilation_cache_dir
+    if not jax.config.jax_enable_compilation_cache or not configured or "://" in configured:
+        return None
+    return Path(configured)
 
 
 def report() -> CompileReport:

@@ -32,7 +32,8 @@ from llama_jax.kv_cache import PAGE_SIZE
 from llama_jax.model import ModelSpec, Params
 from llama_jax.pages import Match, PagePool, extend_chains
 from llama_jax.request import Request, Wanted
-from llama_jax.sampling import Sampled, SamplingParams, SamplingState, host_rows, is_plain
+from llama_jax.sampling import Sampled, SamplingState, host_rows, is_plain
+from llama_jax.sampling_params import SamplingParams
 from llama_jax.scheduling import EngineCounts, EngineOptions, Stats, prefill_calls
 from llama_jax.speculation import Speculation
 from llama_jax.steps import (

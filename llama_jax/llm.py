@@ -12,6 +12,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from llama_jax import checkpoint, compile_cache, memory
+from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.chat import encode_chat
 from llama_jax.compile_cache import CompileReport
 from llama_jax.config import LlamaConfig, token_ids
@@ -28,22 +29,21 @@ from llama_jax.results import (
     Timings,
     TokenLogprob,
 )
-from llama_jax.sampling import SamplingParams, check_ids
+from llama_jax.sampling import check_ids
+from llama_jax.sampling_params import SamplingParams
 from llama_jax.scheduling import EngineOptions, Stats
 from llama_jax.scoring import (
     Question,
     answers,
     perplexity_of,
-    rolling_windows,
     score_of,
     score_request,
-    window_and_stride,
 )
 from llama_jax.speculation import Speculation
 from llama_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from llama_jax.tools import parse_tool_calls
+from llama_jax.windows import rolling_windows, window_and_stride
 
-SHIPPED_MODEL = Path(__file__).parent / "abacus" / "checkpoint"
 DEFAULT_MAX_SEQ_LEN = 8192
 DEFAULT_LOOKAHEAD = 4
 _log = logging.getLogger(__name__)
@@ -314,7 +314,7 @@ class LLM:
         window: tokens that are looked at together, at most and by default `max_seq_len`.
         stride: how many new tokens each window but the first scores; the others are context, so a
             small one is slow and gives the lower perplexity. By default window - 1, as in lm-eval's
-            rolling loglikelihood: hardly a token is computed twice. See `scoring.rolling_windows`.
+            rolling loglikelihood: hardly a token is computed twice. See `windows.rolling_windows`.
         """
         single = _is_prompt(texts)
         given = [texts] if single else texts

@@ -315,6 +315,14 @@ def products(spec: ModelSpec, x: Array, linears: Sequence[Linear]) -> list[Array
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
 
+def _declared(x: Array, *linears: Linear) -> Array:
+    """x, once all parameters are declared: all that initialising needs, much sooner than products
+    are traced."""
+    for linear in linears:
+        linear.stored()
+    return x
+
+
 def _is_one_launch(
     spec: ModelSpec,
     formats: Sequence[WeightFormat],
@@ -352,6 +360,9 @@ class Attention(nn.Module):
             linear(hidden, kv_size, ("kv_heads", "embed"), name="k_proj"),
             linear(hidden, kv_size, ("kv_heads", "embed"), name="v_proj"),
         )
+        o_proj = linear(q_size, hidden, ("embed", "heads"), name="o_proj")
+        if self.is_initializing():
+            return _declared(residual, *projections, o_proj), cache
         q, k, v = (
             y.reshape(*x.shape[:2], -1, config.head_dim)
             for y in products(self.spec, x, projections)
@@ -373,7 +384,6 @@ class Attention(nn.Module):
                 implementation=self.spec.implementation,
             )  # fmt: skip
         y = y.reshape(*x.shape[:2], q_size)
-        o_proj = linear(q_size, hidden, ("embed", "heads"), name="o_proj")
         return o_proj(y, residual), cache
 
 
@@ -389,6 +399,8 @@ class MLP(nn.Module):
         gate = linear(hidden, inner, ("mlp", "embed"), name="gate_proj")
         up = linear(hidden, inner, ("mlp", "embed"), name="up_proj")
         down = linear(inner, hidden, ("embed", "mlp"), name="down_proj")
+        if self.is_initializing():
+            return _declared(residual, gate, up, down)
         if _is_swiglu_fused(self.spec, x, gate, up, down):
             rows, x_scale, matrix = gate.operands(x)
             with jax.named_scope("gate_proj+up_proj"):

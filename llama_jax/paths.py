@@ -6,6 +6,7 @@ read. Nothing is compiled or run, and no device is needed: `jax.sharding.use_abs
 pallas_kernels.sm90.H200)` around `programs` and `calls` asks what an H200 would run.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -81,8 +82,9 @@ def programs(
     params, state = _stored(spec), _state(spec, options, storage_dtype(kv_dtype, spec.dtype))
     table = _ints(rows, options.pages_per_row)
     of_prompt, active = _ints(prompts), jax.ShapeDtypeStruct((rows,), jnp.bool_)
-    prefill = partial(prefill_step, spec=spec)
-    decode = partial(decode_steps, spec=spec, max_steps=options.max_steps)
+    # The functions themselves: of a program that was kept (`program_cache`) nothing can be read.
+    prefill = partial(inspect.unwrap(prefill_step), spec=spec)
+    decode = partial(inspect.unwrap(decode_steps), spec=spec, max_steps=options.max_steps)
     given = (params, state, table)
     appended = (_ints(prompts, chunk), of_prompt, of_prompt, of_prompt)
     return (

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from llama_jax.pages import Chain
-from llama_jax.sampling import SamplingParams
+from llama_jax.sampling_params import SamplingParams
 from llama_jax.tokenizer import StreamDecoder
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]

@@ -8,9 +8,7 @@ temperature, top-k, top-p, min-p. Reported logprobs are those of the model's own
 before any of it.
 """
 
-import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -19,121 +17,10 @@ import numpy as np
 from flax import struct
 from jax import Array, lax
 
-MAX_TOP_LOGPROBS = 20
+from llama_jax.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
+
 # Stop tokens of a row that are sent to the device as a list rather than a mask, see `is_plain`.
 _LISTED_STOPS = 16
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How to continue one prompt.
-
-    max_new_tokens, min_new_tokens: bounds on the number of generated tokens. Before there are
-        `min_new_tokens`, stop tokens are not drawn (the checkpoint's own neither, even with
-        `ignore_eos`) and stop strings do not end the text.
-    temperature: 0 is greedy. top_k: 0 keeps all tokens; ties with the k-th are kept. top_p: mass
-        of the nucleus, in (0, 1]. min_p: least probability relative to the likeliest token.
-    repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or
-        the output (Keskar et al., 2019); 1 is off. presence_penalty, frequency_penalty: subtracted
-        once, or per occurrence, for tokens in the output.
-    logit_bias: token id to a number added to its logit.
-    seed: what the row's random numbers come from; None takes a fresh one.
-    n: continuations of the prompt, which draw with `seed`, `seed` + 1 and so on.
-    stop: strings that end the text and are cut from it, with what comes after; the name of a
-        special token, which leaves no text, is that token. stop_token_ids: tokens that end it,
-        besides the checkpoint's own, which `ignore_eos` switches off.
-    logprobs: None for none, n for the chosen token's and the n likeliest's (at most 20).
-    """
-
-    max_new_tokens: int = 256
-    min_new_tokens: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None
-    n: int = 1
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, kind in _KINDS.items():
-            _check_kind(name, getattr(self, name), kind)
-        for name, kind in _OPTIONAL_KINDS.items():
-            if getattr(self, name) is not None:
-                _check_kind(name, getattr(self, name), kind)
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        for each in stop:
-            _check_kind("stop", each, str)
-        for token_id in (*self.stop_token_ids, *self.logit_bias):
-            _check_kind("stop_token_ids and the keys of logit_bias", token_id, int)
-        for bias in self.logit_bias.values():
-            _check_kind("logit_bias", bias, float)
-        rules = (
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-            ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens,
-             "between 0 and max_new_tokens"),
-            ("temperature", 0 <= self.temperature < math.inf, "finite and at least 0"),
-            ("top_k", self.top_k >= 0, "at least 0 (0 is off)"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "finite and above 0"),
-            ("presence_penalty", math.isfinite(self.presence_penalty), "finite"),
-            ("frequency_penalty", math.isfinite(self.frequency_penalty), "finite"),
-            ("logit_bias", not any(math.isnan(v) for v in self.logit_bias.values()), "free of NaN"),
-            ("seed", self.seed is None or 0 <= self.seed < 2**32, "in [0, 2**32)"),
-            ("n", self.n >= 1, "at least 1"),
-            ("stop", all(stop), "free of empty strings"),
-            ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
-             f"None or between 0 and {MAX_TOP_LOGPROBS}"),
-        )  # fmt: skip
-        for name, holds, expected in rules:
-            if not holds:
-                raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
-
-    def of_samples(self) -> list["SamplingParams"]:
-        """The settings of each of the `n` continuations, with a seed of its own."""
-        seeds = [None if self.seed is None else (self.seed + i) % 2**32 for i in range(self.n)]
-        return [replace(self, n=1, seed=seed) for seed in seeds]
-
-
-# The types of `SamplingParams`' fields.
-_KINDS: Mapping[str, type] = {
-    "max_new_tokens": int,
-    "min_new_tokens": int,
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "min_p": float,
-    "repetition_penalty": float,
-    "presence_penalty": float,
-    "frequency_penalty": float,
-    "logit_bias": Mapping,
-    "n": int,
-    "stop": Sequence,
-    "stop_token_ids": Sequence,
-    "ignore_eos": bool,
-}
-_OPTIONAL_KINDS: Mapping[str, type] = {"seed": int, "logprobs": int}  # or None
-
-
-def _check_kind(name: str, value: Any, kind: type) -> None:
-    """Raise TypeError unless a setting is of its type: True is no number, "3" is none, 2.5 no int.
-
-    numpy's numbers are numbers.
-    """
-    accepted: Any = {int: (int, np.integer), float: (int, float, np.integer, np.floating)}
-    is_bool = isinstance(value, bool | np.bool_)
-    if not isinstance(value, accepted.get(kind, kind)) or is_bool != (kind is bool):
-        raise TypeError(f"{name}: expected {kind.__name__}, got {value!r} ({type(value).__name__})")
 
 
 class SamplingState(struct.PyTreeNode):

@@ -15,6 +15,7 @@ from jax import Array, lax
 from llama_jax import forward
 from llama_jax.kv_cache import KVCache, copy_pages, init_cache
 from llama_jax.model import ModelSpec, Params
+from llama_jax.program_cache import kept_jit, returns
 from llama_jax.sampling import (
     Sampled,
     SamplingState,
@@ -58,6 +59,9 @@ class Drawn(struct.PyTreeNode):
     sampled: Sampled
 
 
+returns(DecodeState, Drawn, KVCache, Sampled, SamplingState)
+
+
 def state_builder(
     spec: ModelSpec,
     batch_size: int,
@@ -97,7 +101,7 @@ def state_builder(
     return jax.jit(build, out_shardings=shardings)
 
 
-@partial(jax.jit, donate_argnames="state")
+@partial(kept_jit, donate_argnames="state")
 def admit(
     state: DecodeState,
     rows: Array,
@@ -126,7 +130,7 @@ def admit(
     )
 
 
-@partial(jax.jit, static_argnames=("spec", "speculation"), donate_argnames="state")
+@partial(kept_jit, static_argnames=("spec", "speculation"), donate_argnames="state")
 def prefill_step(
     params: Params,
     state: DecodeState,
@@ -180,7 +184,7 @@ def prefill_step(
     return state, drawn
 
 
-@partial(jax.jit, static_argnames=("spec", "max_steps", "speculation"), donate_argnames="state")
+@partial(kept_jit, static_argnames=("spec", "max_steps", "speculation"), donate_argnames="state")
 def decode_steps(
     params: Params,
     state: DecodeState,
@@ -312,7 +316,7 @@ def _follow(draft: KVCache, cache: KVCache) -> KVCache:
     return draft.replace(page_table=cache.page_table, lengths=cache.lengths)
 
 
-@partial(jax.jit, static_argnames="spec", donate_argnames="state")
+@partial(kept_jit, static_argnames="spec", donate_argnames="state")
 def score_step(
     params: Params,
     state: DecodeState,
@@ -350,7 +354,7 @@ def score_step(
     return state.replace(cache=cache), scores
 
 
-@partial(jax.jit, static_argnames="spec", donate_argnames="state")
+@partial(kept_jit, static_argnames="spec", donate_argnames="state")
 def logits_step(
     params: Params,
     state: DecodeState,

@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,11 @@ def test_what_is_written_is_read_by_us_and_by_tensorstore(
         expected = array[start:stop] if shape else array
         assert (read.dtype, read.shape) == (expected.dtype, expected.shape)
         assert read.tobytes() == expected.tobytes()
+    matrix = array.reshape(*(*shape, 1, 1)[:2])
+    cuts = [(slice(n // 5, n - n // 3), slice(n // 2, None), slice(None)) for n in matrix.shape]
+    for part in itertools.product(*cuts):
+        read = array_file.read_part(directory, array.dtype, shape, part)
+        assert read.shape == matrix[part].shape and read.tobytes() == matrix[part].tobytes()
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{directory}/"}}
     theirs = ts.open(spec).result().read().result()
     assert theirs.dtype == array.dtype and theirs.tobytes() == array.tobytes()

@@ -14,9 +14,9 @@ from converters.opened import open_checkpoint
 from converters.pipeline import convert
 from converters.safetensors_reader import read_checkpoint
 from llama_jax import cli
+from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.cli import output
 from llama_jax.kv_cache import PAGE_SIZE
-from llama_jax.llm import SHIPPED_MODEL
 from tests import tiny_checkpoints as tiny
 
 Run = Callable[..., tuple[int, str, str]]
@@ -330,7 +330,7 @@ def test_hub_ids_are_downloaded(
         assert hub_id == "org/name"
         return str(friendli)
 
-    monkeypatch.setattr("converters.resolve.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert facts(run, "inspect", "org/name")["path"] == str(friendli)
     assert facts(run, "convert", "org/name", tmp_path / "o")["dialect"] == "friendli"
     facts(run, "export", "org/name", tmp_path / "out", "--format", "fp8")

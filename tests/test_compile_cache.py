@@ -146,5 +146,8 @@ def test_nested_spans_count_once(monkeypatch):
 
 
 def test_report_in_words():
-    assert str(CompileReport(1, 0, 2.345)) == "compiled 1 program in 2.3 s, 0 from the cache"
-    assert str(CompileReport(0, 9, 0.5)) == "compiled 0 programs in 0.5 s, 9 from the cache"
+    assert str(CompileReport(1, 0, 2.345)) == "compiled 1 program in 2.3 s"
+    assert str(CompileReport(0, 9, 0.5)) == "fetched 9 programs from the cache in 0.5 s"
+    both = "compiled 2 programs and fetched 1 program from the cache in 3.0 s"
+    assert str(CompileReport(2, 1, 3)) == both
+    assert str(CompileReport(0, 0, 0.1)) == "compiled nothing"

@@ -347,7 +347,7 @@ def test_resolve_of_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert hub_id == "org/name" and "*.safetensors" in allow_patterns
         return str(snapshot)
 
-    monkeypatch.setattr("converters.resolve.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     found = resolve("org/name", tmp_path / "cache", progress=False)
     assert found.name.startswith("name-")
     assert (read_manifest(found).dialect, read_manifest(found).source) == ("dense", "org/name")
@@ -357,7 +357,7 @@ def test_resolve_of_nothing_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def offline(hub_id: str, allow_patterns: list[str]) -> str:
         raise ConnectionError("no network")
 
-    monkeypatch.setattr("converters.resolve.snapshot_download", offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(CheckpointError, match=r"could not be downloaded .*: no network"):
         resolve("org/name", tmp_path)
     with pytest.raises(CheckpointError, match="neither a directory nor a Hugging Face hub id"):

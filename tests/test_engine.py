@@ -15,7 +15,7 @@ from llama_jax.compile_cache import forbid_compile
 from llama_jax.engine import Engine, QueueFullError
 from llama_jax.model import Llama, ModelSpec, init_params
 from llama_jax.request import Request
-from llama_jax.sampling import SamplingParams
+from llama_jax.sampling_params import SamplingParams
 from llama_jax.scheduling import EngineOptions
 from tests.tiny import config, tokens
 

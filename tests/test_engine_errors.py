@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from llama_jax.engine import Engine
 from llama_jax.request import Request
-from llama_jax.sampling import SamplingParams
+from llama_jax.sampling_params import SamplingParams
 from tests.test_engine import VOCAB, drawn, greedy, make, prompt, sampled
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -15,7 +15,7 @@ from llama_jax import engine as engine_module
 from llama_jax.engine import Engine, QueueFullError
 from llama_jax.model import init_params
 from llama_jax.request import Request
-from llama_jax.sampling import SamplingParams
+from llama_jax.sampling_params import SamplingParams
 from tests.test_engine import drawn, finish, make, prompt
 from tests.test_speculation import SMALL, with_draft
 

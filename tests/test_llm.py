@@ -12,7 +12,7 @@ from llama_jax.checkpoint import Manifest
 from llama_jax.compile_cache import forbid_compile
 from llama_jax.llm import LLM
 from llama_jax.model import Llama, init_params
-from llama_jax.sampling import SamplingParams
+from llama_jax.sampling_params import SamplingParams
 from llama_jax.scheduling import EngineOptions
 from llama_jax.tokenizer import load_tokenizer
 from pallas_kernels import e4m3

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from llama_jax.llm import SHIPPED_MODEL
+from llama_jax.abacus import SHIPPED_MODEL
 from tests.test_cli import ROOT, cache_directory, run  # noqa: F401
 
 BF16 = SHIPPED_MODEL.with_name("checkpoint_bf16")

@@ -28,7 +28,7 @@ from llama_jax.config import PRESETS, ConfigError, LlamaConfig
 from llama_jax.fp8 import WeightFormat
 from llama_jax.llm import LLM
 from llama_jax.model import Llama
-from llama_jax.sampling import SamplingParams
+from llama_jax.sampling_params import SamplingParams
 from tests import tiny_checkpoints as tiny
 from tests import torch_files
 from tests.tiny_checkpoints import META_PARAMS, Arrays
@@ -460,7 +460,7 @@ def hub(contents: Mapping[str, bytes], root: Path, monkeypatch: pytest.MonkeyPat
                 downloaded.append(name)
         return str(root)
 
-    monkeypatch.setattr(resolving, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     return downloaded
 
 

@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.sampling import SamplingParams, host_rows, record
+from llama_jax.sampling import host_rows, record
 from llama_jax.sampling import sample as sampled
+from llama_jax.sampling_params import SamplingParams
 
 sample = jax.jit(sampled)
 

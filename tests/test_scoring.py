@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_jax.model import Llama
-from llama_jax.sampling import SamplingParams
-from llama_jax.scoring import Question, answers, rolling_windows, score_rows
+from llama_jax.sampling_params import SamplingParams
+from llama_jax.scoring import Question, answers, score_rows
 from llama_jax.tokenizer import load_tokenizer
+from llama_jax.windows import rolling_windows
 from tests.test_llm import BOS, SPEC, make
 
 TEXT = "It was the best of times, it was the worst of times: one of 2 cities.\n" * 4

@@ -4,10 +4,9 @@ import jax.numpy as jnp
 import pytest
 
 from llama_jax import LLM, memory
-from llama_jax.abacus import evaluate
+from llama_jax.abacus import SHIPPED_MODEL, evaluate
 from llama_jax.abacus.tasks import CALCULATOR
 from llama_jax.kv_cache import PAGE_SIZE
-from llama_jax.llm import SHIPPED_MODEL
 from llama_jax.memory import plan_memory
 
 

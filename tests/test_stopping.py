@@ -10,7 +10,7 @@ import pytest
 
 from llama_jax.model import Llama
 from llama_jax.request import Request, first_stop, held_back
-from llama_jax.sampling import SamplingParams
+from llama_jax.sampling_params import SamplingParams
 from tests.test_engine import PARAMS, SPEC, VOCAB, finish, make, prompt
 
 PROMPT = prompt(30, seed=8)

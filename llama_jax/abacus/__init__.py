@@ -4,3 +4,7 @@
 quantisation. ``python -m llama_jax.abacus.train`` makes both from nothing,
 ``python -m llama_jax.abacus.evaluate`` compares them on held-out questions.
 """
+
+from pathlib import Path
+
+SHIPPED_MODEL = Path(__file__).parent / "checkpoint"

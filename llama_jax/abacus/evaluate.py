@@ -20,7 +20,7 @@ from llama_jax import LLM
 from llama_jax.abacus.data import HeldOutChat, held_out_chats
 from llama_jax.chat import encode_chat
 from llama_jax.model import Activations
-from llama_jax.sampling import SamplingParams
+from llama_jax.sampling_params import SamplingParams
 
 PACKAGE = Path(__file__).parent
 EVALUATION_SEED = 2

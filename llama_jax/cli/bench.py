@@ -10,6 +10,8 @@ from rich import box
 from rich.filesize import decimal
 from rich.table import Table
 
+from converters.locate import locate
+from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.cli import options
 from llama_jax.cli.output import key_value_table, note, print_json, stderr, stdout
 
@@ -55,14 +57,17 @@ def bench(
     """
     if model is not None and preset is not None:
         raise typer.BadParameter("give a MODEL or --preset, not both")
+    if preset is not None:
+        options.check_preset(preset)
     batches, prompt_lens = _numbers("--batch", batch), _numbers("--prompt-len", prompt_len)
+    path = None if preset else locate(SHIPPED_MODEL if model is None else model)
     with stderr.status("starting JAX"):
         from llama_jax import bench as benchmark
         from llama_jax import compile_cache
         from llama_jax.kv_cache import storage_dtype
     compile_cache.enable()
     workloads = [benchmark.Workload(*sizes, new_tokens) for sizes in product(batches, prompt_lens)]
-    directory, spec = _spec(model, preset, workloads, dtype, activations)
+    directory, spec = _spec(path, preset, workloads, dtype, activations)
     spec = replace(spec, implementation=implementation)
     spec.check_runs()
     cache_dtype = storage_dtype(kv_dtype, dtype)
@@ -101,23 +106,26 @@ def _numbers(option: str, text: str) -> list[int]:
 
 
 def _spec(
-    model: str | None,
+    path: Path | None,
     preset: str | None,
     workloads: list["Workload"],
     dtype: Any,
     activations: Any,
 ) -> tuple[Path | None, "ModelSpec"]:
-    """What to measure, and where its parameters are: None for a preset, whose are made up."""
+    """What to measure, and where its parameters are: None for a preset, whose are made up.
+
+    path: of a checkpoint, None for a preset.
+    """
     from llama_jax import checkpoint
-    from llama_jax.llm import SHIPPED_MODEL
 
     directory = None
-    if preset is None:
+    if path is not None:
         from converters.resolve import resolve
 
-        directory = resolve(SHIPPED_MODEL if model is None else model)
+        directory = resolve(path)
         spec = checkpoint.read_manifest(directory).spec(dtype, activations)
     else:
+        assert preset is not None
         spec = options.preset_spec(preset, dtype, activations)
     limit = spec.config.max_position_embeddings
     for workload in workloads:

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -17,7 +17,7 @@ from llama_jax.cli.speed import Speed, snapshot, speed_since
 if TYPE_CHECKING:
     from llama_jax.llm import LLM
     from llama_jax.results import Generation, Piece
-    from llama_jax.sampling import SamplingParams
+    from llama_jax.sampling_params import SamplingParams
 
 _HELP = """\
 /reset        forget the conversation
@@ -79,16 +79,17 @@ def chat(
         llama-jax chat ./llama-70b --draft ./llama-8b
         llama-jax chat ./llama-8b --tools weather.json -m "How warm is it in Oslo?"
     """
+    asked = options.sampling_settings(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop,
+    )  # fmt: skip
     schemas = None if tools is None else _read_tools(tools)
     llm = options.load(
         model, show_plan=model is not None and not as_json, dtype=dtype, activations=activations,
         kv_dtype=kv_dtype, max_seq_len=max_seq_len, max_batch_size=1, lookahead=lookahead,
         draft=draft,
     )  # fmt: skip
-    sampling = options.sampling_params(
-        llm, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop,
-    )  # fmt: skip
+    sampling = replace(llm.default_sampling, **asked)
     history: list[dict[str, Any]] = [] if system is None else [_message("system", system)]
     interactive = message is None and sys.stdin.isatty()
     if not as_json:

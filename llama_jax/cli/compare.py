@@ -7,6 +7,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from converters.locate import locate
 from llama_jax.cli import options
 from llama_jax.cli.output import key_value_table, print_json, stderr, stdout
 
@@ -74,16 +75,17 @@ def compare(
         llama-jax compare ./llama-8b-fp8 ./llama-8b-fp8 --dtype-a float32 --text book.txt
         llama-jax compare ./llama-8b-bf16 ./llama-8b-fp8 --text book.txt --json | jq .kl_mean
     """
+    options.check_file("--text", text)
+    directories = locate(a), locate(b)
     with stderr.status("starting JAX"):
         from converters.compare import Setting
         from converters.compare import compare as run
         from converters.layerwise import read_sequences, token_progress
         from converters.opened import open_checkpoint
-        from converters.resolve import locate
         from llama_jax import compile_cache
         from llama_jax.tokenizer import load_tokenizer
     compile_cache.enable()
-    opened = open_checkpoint(locate(a)), open_checkpoint(locate(b))
+    opened = tuple(map(open_checkpoint, directories))
     tokenizers = [load_tokenizer(each.directory) for each in opened]
     ids, other = (
         read_sequences(text, tokenizer, each.config, tokens, sequence_length)

@@ -8,6 +8,9 @@ from typing import Annotated, Literal
 import typer
 from rich.filesize import decimal
 
+from converters.locate import locate
+from converters.quantize_options import QuantizeOptions, check_report_path
+from converters.writing import check_conversion
 from llama_jax.cli import options
 from llama_jax.cli.output import check_output, key_value_table, print_json, stderr, stdout
 
@@ -91,17 +94,6 @@ def convert(
             --calibrate chats.txt --smooth 0.5 --report report.png --text book.txt
         llama-jax inspect ./llama-8b && llama-jax chat ./llama-8b
     """
-    with stderr.status("starting JAX"):
-        from converters.pipeline import convert as run
-        from converters.quantization_report import (
-            check_report_path,
-            read_report,
-            tables,
-            write_report,
-        )
-        from converters.quantize import QuantizeOptions
-        from converters.resolve import locate
-        from llama_jax import compile_cache
     if report is not None:
         check_report_path(report)
         check_output(str(report), overwrite)
@@ -113,8 +105,19 @@ def convert(
         )  # fmt: skip
     elif quantize_lm_head or calibrate or smooth is not None or report or text:
         raise typer.BadParameter("these options go with --quantize row, tensor or block")
-    compile_cache.enable()
+    options.check_file("--calibrate", calibrate)
+    options.check_file("--text", text)
     directory = locate(source)
+    check_conversion(directory.resolve(), target.absolute(), overwrite)
+    with stderr.status("starting JAX"):
+        from converters.pipeline import convert as run
+        from converters.quantization_report import (
+            read_report,
+            tables,
+            write_report,
+        )
+        from llama_jax import compile_cache
+    compile_cache.enable()
     began = time.perf_counter()
     manifest = run(
         directory, target, quantize=quantization, overwrite=overwrite, progress=not as_json

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from converters.locate import locate
+from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.cli import options
 from llama_jax.cli.output import note, print_json, stderr
 
@@ -71,6 +73,7 @@ def eval(
     for path in include_path or ():
         if not path.is_dir():
             raise NotADirectoryError(f"--include-path {path} is not a directory")
+    locate(SHIPPED_MODEL if model is None else model)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with stderr.status("starting the harness"):
         try:

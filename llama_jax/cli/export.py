@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 import typer
 from rich.filesize import decimal
 
+from converters.locate import locate
+from converters.writing import check_export
 from llama_jax.cli import options
 from llama_jax.cli.output import key_value_table, print_json, stderr, stdout
 
@@ -36,10 +38,10 @@ def export(
         llama-jax export ./llama-8b-fp8 ./for-fine-tuning --format bf16
         llama-jax export ./Meta-Llama-3.1-8B-Instruct-fp8 ./for-vllm --format fp8   # unconverted
     """
+    directory = locate(source)
+    check_export(directory.resolve(), target.absolute(), overwrite)
     with stderr.status("starting JAX"):
         from converters.export import export as run
-        from converters.resolve import locate
-    directory = locate(source)
     began = time.perf_counter()
     exported = run(directory, target, format, overwrite=overwrite, progress=not as_json)
     seconds = time.perf_counter() - began

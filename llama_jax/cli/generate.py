@@ -1,7 +1,7 @@
 """`llama-jax generate`: continue prompts."""
 
 import sys
-import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -16,11 +16,11 @@ from llama_jax.cli.output import (
     read_lines,
     whole_file,
 )
-from llama_jax.cli.speed import snapshot, speed_since
+from llama_jax.cli.speed import Clock, snapshot, speed_since
 
 if TYPE_CHECKING:
     from llama_jax.llm import LLM
-    from llama_jax.sampling import SamplingParams
+    from llama_jax.sampling_params import SamplingParams
 
 
 def generate(
@@ -76,6 +76,10 @@ def generate(
         raise typer.BadParameter("give either --prompt TEXT or --input FILE")
     if output is not None and as_json:
         raise typer.BadParameter("--json writes to stdout and --output to a file: give one of them")
+    asked = options.sampling_settings(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop, n=samples,
+    )  # fmt: skip
     if output is not None:
         check_output(output, overwrite)
     rows: list[dict[str, Any]] = [{"prompt": prompt}] if input is None else _read(input)
@@ -85,19 +89,16 @@ def generate(
         max_batch_size=max_batch_size if input is not None else min(samples, max_batch_size),
         lookahead=lookahead, draft=draft,
     )  # fmt: skip
-    sampling = options.sampling_params(
-        llm, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        min_p=min_p, repetition_penalty=repetition_penalty, seed=seed, stop=stop, n=samples,
-    )  # fmt: skip
+    sampling = replace(llm.default_sampling, **asked)
     if prompt is not None and samples == 1 and output is None and not as_json:
         _stream(llm, prompt, sampling)
         return
-    before, began = snapshot(llm), time.perf_counter()
+    before, clock = snapshot(llm), Clock()
     with progress_bar() as bar:
-        task = bar.add_task("generating", total=len(rows), unit="prompts")
+        task = bar.add_task("generating", total=len(rows), unit="prompts", clock=clock)
         prompts = [row["prompt"] for row in rows]
         results = llm.generate(prompts, sampling, lambda: bar.advance(task))
-    seconds = time.perf_counter() - began
+    seconds = clock.seconds()
     made = [
         (row, {"sample": i} if samples > 1 else {}, each)
         for row, result in zip(rows, results, strict=True)
@@ -114,7 +115,7 @@ def generate(
                 file.write(json_line({**row, **number, **generation_fields(each)}) + "\n")
     meanwhile = snapshot(llm).since(before)
     compiled, stats = meanwhile.report, meanwhile.stats
-    rate = stats.drawn / (seconds - compiled.seconds)
+    rate = stats.drawn / seconds
     note(f"{len(results)} prompts, {stats.drawn} tokens, {rate:,.0f} tok/s · {compiled}")
     note(str(stats))
 

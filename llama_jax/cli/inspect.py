@@ -11,6 +11,8 @@ import typer
 from rich.filesize import decimal
 from rich.table import Table
 
+from converters.locate import locate
+from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.cli import options
 from llama_jax.cli.output import key_value_table, print_json, runs, stderr, stdout
 from llama_jax.cli.paths import Device, show_paths
@@ -105,17 +107,19 @@ def inspect(
     if preset and model:
         raise typer.BadParameter("give a MODEL or --preset, not both")
     limit = None if memory is None else _parse_size(memory)
+    if preset:
+        options.check_preset(preset)
+    path = locate(SHIPPED_MODEL if model is None else model)
     with stderr.status("starting JAX"):
         from converters.opened import open_checkpoint
-        from converters.resolve import locate
         from llama_jax.kv_cache import storage_dtype
-        from llama_jax.llm import DEFAULT_MAX_SEQ_LEN, SHIPPED_MODEL
+        from llama_jax.llm import DEFAULT_MAX_SEQ_LEN
         from llama_jax.memory import capacity, plan_memory
         from llama_jax.scheduling import EngineOptions
     if preset:
         spec, title = options.preset_spec(preset, dtype, activations), preset
     else:
-        checkpoint = open_checkpoint(locate(SHIPPED_MODEL if model is None else model))
+        checkpoint = open_checkpoint(path)
         spec, title = checkpoint.spec(dtype, activations), str(checkpoint.directory)
     context = spec.config.max_position_embeddings
     length = min(context, DEFAULT_MAX_SEQ_LEN) if max_seq_len is None else max_seq_len

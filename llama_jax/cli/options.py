@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from converters.locate import locate
+from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.cli.output import note, stderr
 
 if TYPE_CHECKING:
     from llama_jax.llm import LLM
     from llama_jax.model import ModelSpec
-    from llama_jax.sampling import SamplingParams
 
 _LOADING, _SAMPLING = "Loading", "Sampling (default: what the checkpoint's generation_config says)"
 SHIPPED = "abacus, the small model that ships with llama-jax"
@@ -138,32 +139,49 @@ def model_name(model: str | None) -> str:
     return "abacus" if model is None else Path(model).name or model
 
 
-def preset_spec(preset: str, dtype: Any, activations: Any) -> "ModelSpec":
-    """The shapes of a known model, with FP8 matrices."""
-    from llama_jax import bench
+def check_preset(preset: str) -> None:
     from llama_jax.config import PRESETS
-    from llama_jax.model import ModelSpec
 
     if preset not in PRESETS:
         raise typer.BadParameter(
             f"there is {', '.join(PRESETS)}; got {preset!r}", param_hint="--preset"
         )
+
+
+def preset_spec(preset: str, dtype: Any, activations: Any) -> "ModelSpec":
+    """The shapes of a known model, see `check_preset`, with FP8 matrices."""
+    from llama_jax import bench
+    from llama_jax.config import PRESETS
+    from llama_jax.model import ModelSpec
+
     formats = bench.preset_spec(PRESETS[preset])
     return ModelSpec(formats.config, formats.formats, dtype, activations)
 
 
 def directory(model: str | None) -> Path:
     """Where the converted checkpoint of a model is, with the progress of a conversion on stderr."""
+    path = locate(SHIPPED_MODEL if model is None else model)
     with stderr.status("starting JAX"):
         from converters.resolve import resolve
-        from llama_jax.llm import SHIPPED_MODEL
-    return resolve(SHIPPED_MODEL if model is None else model)
+    return resolve(path)
+
+
+def check_file(option: str, path: Path | None) -> None:
+    """Raise an OSError that names the option unless its file can be opened, or is not wanted."""
+    if path is None:
+        return
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise type(error)(error.errno, f"{option}: {error.strerror}", str(path)) from error
 
 
 def load(model: str | None, *, show_plan: bool, **settings: Any) -> "LLM":
     """`LLM.load` of `directory` with the settings that were given (not None), with the memory plan
     on stderr, or a spinner."""
     name = model_name(model)
+    if settings.get("draft") is not None:
+        locate(settings["draft"])  # before the model is converted
     path = directory(model)
     from llama_jax.llm import LLM
     from llama_jax.memory import share_one_arena
@@ -179,10 +197,13 @@ def load(model: str | None, *, show_plan: bool, **settings: Any) -> "LLM":
         return LLM.load(path, verbose=False, **settings)
 
 
-def sampling_params(llm: "LLM", **given: Any) -> "SamplingParams":
-    """The checkpoint's own settings with those that were given (not None) in their place."""
-    from dataclasses import replace
+def sampling_settings(**given: Any) -> dict[str, Any]:
+    """The settings that were given (not None), to take the place of a checkpoint's own.
 
-    return replace(
-        llm.default_sampling, **{name: value for name, value in given.items() if value is not None}
-    )
+    Raises ValueError for one that is out of range, before a model is looked at.
+    """
+    from llama_jax.sampling_params import SamplingParams
+
+    settings = {name: value for name, value in given.items() if value is not None}
+    SamplingParams(**settings)
+    return settings

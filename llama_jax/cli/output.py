@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,7 +21,6 @@ from rich.progress import (
     ProgressColumn,
     Task,
     TextColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -35,23 +35,45 @@ def note(text: str) -> None:
 
 
 class _RateColumn(ProgressColumn):
-    """Units per second; a task says what they are (`unit`) and, unless each step is one, how many
-    there have been (`units`)."""
+    """Units per second of work; a task says what they are (`unit`) and, unless each step is one,
+    how many there have been (`units`)."""
 
     def render(self, task: Task) -> Text:
-        done = task.fields.get("units", task.completed)
-        rate = done / task.elapsed if task.elapsed else 0.0
+        done, seconds = task.fields.get("units", task.completed), task.fields["clock"].seconds()
+        rate = done / seconds if seconds > 0 else 0.0
         return Text(f"{rate:,.1f} {task.fields['unit']}/s", style="progress.data.speed")
 
 
+class _LeftColumn(ProgressColumn):
+    """How long the rest will take, once there have been enough steps to tell."""
+
+    def render(self, task: Task) -> Text:
+        done = task.completed - task.fields.get("before", 0)
+        left = seconds_left(done, task.remaining, task.fields["clock"].seconds())
+        shown = "-:--:--" if left is None else str(timedelta(seconds=round(left)))
+        return Text(shown, style="progress.remaining")
+
+
+def seconds_left(done: float, remaining: float | None, seconds: float) -> float | None:
+    """How long the remaining steps will take if `done` steps took so many seconds; None while that
+    is a guess, or where nobody knows how many there are."""
+    if remaining is None or done < _STEPS_TO_TELL:
+        return None
+    return remaining * seconds / done
+
+
+_STEPS_TO_TELL = 10
+
+
 def progress_bar() -> Progress:
-    """A bar on stderr, if that is a terminal, for tasks with the field `unit`."""
+    """A bar on stderr, if that is a terminal, for tasks with the fields `unit` and `clock`, a
+    `speed.Clock`; and `before`, if so many of its steps are not this run's."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         _RateColumn(),
-        TimeRemainingColumn(),
+        _LeftColumn(),
         console=stderr,
         disable=not stderr.is_terminal,
     )

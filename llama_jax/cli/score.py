@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from converters.locate import locate
+from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.cli import options
 from llama_jax.cli.output import (
     check_output,
@@ -21,12 +24,14 @@ from llama_jax.cli.output import (
     print_json,
     progress_bar,
     read_jsonl,
+    seconds_left,
     stderr,
     whole_file,
 )
 from llama_jax.cli.resumable import ResumableFile, resumable_file
 from llama_jax.cli.score_ray import score_lines
-from llama_jax.cli.speed import Snapshot, snapshot
+from llama_jax.cli.speed import Clock, Snapshot, snapshot
+from llama_jax.windows import window_and_stride
 
 if TYPE_CHECKING:
     from llama_jax.llm import LLM
@@ -158,7 +163,9 @@ def score(
         raise typer.BadParameter("--actors needs --ray")
     if ray is not None and input == "-":
         raise typer.BadParameter("--ray reads IN.jsonl on each machine: give a file, not stdin")
+    window_and_stride(window, stride, max_seq_len or sys.maxsize)
     check_output(output, overwrite)
+    locate(SHIPPED_MODEL if model is None else model)
     num_lines, digest = _survey(input)
     loading: dict[str, Any] = {
         "dtype": dtype, "activations": activations, "kv_dtype": kv_dtype,
@@ -178,7 +185,6 @@ def score(
         manifest = read_manifest(options.directory(model))
         scored = partial(score_lines, ray, actors, input, num_lines, model, asked, loading)
     from llama_jax.llm import sequence_limit
-    from llama_jax.scoring import window_and_stride
 
     max_seq_len = sequence_limit(manifest.config, max_seq_len)
     window_and_stride(window, stride, max_seq_len)  # says what is wrong with these
@@ -187,12 +193,12 @@ def score(
         "input": digest, "model": checksum.hexdigest(), "dtype": dtype, "activations": activations,
         "kv_dtype": kv_dtype, "max_seq_len": max_seq_len, **asked,
     }  # fmt: skip
-    before, began = snapshot(llm) if llm else None, time.perf_counter()
+    before, clock = snapshot(llm) if llm else None, Clock()
     # What came from stdin cannot be read again, so there is nothing to resume.
     whole = output == "-" or input == "-"
     with whole_file(output) if whole else resumable_file(output, settings, overwrite) as file:
-        summary = _write_scores(input, num_lines, file, scored)
-    seconds = time.perf_counter() - began
+        summary = _write_scores(input, num_lines, file, scored, clock)
+    seconds = clock.seconds()
     _report(summary, seconds, snapshot(llm).since(before) if llm and before else None, as_json)
 
 
@@ -230,6 +236,7 @@ def _write_scores(
     num_lines: int | None,
     output: ResumableFile | TextIO,
     scored: Callable[[int], Iterable[_Scored]],
+    clock: Clock,
 ) -> _Summary:
     """Score the lines that the output lacks, and write them as they come.
 
@@ -242,9 +249,10 @@ def _write_scores(
     summary.resumed = summary.scored + summary.bad
     with progress_bar() as bar:
         task = bar.add_task(
-            "scoring", total=num_lines, completed=summary.resumed, unit="tokens", units=0
-        )
-        began = noted = time.monotonic()
+            "scoring", total=num_lines, completed=summary.resumed, before=summary.resumed,
+            unit="tokens", units=0, clock=clock,
+        )  # fmt: skip
+        noted = time.monotonic()
         for done, (number, row, num_tokens) in enumerate(scored(summary.resumed), 1):
             if "error" in row:
                 row["error"] = f"{input}, line {number}: {row['error']}"
@@ -256,22 +264,22 @@ def _write_scores(
             now = time.monotonic()
             if not stderr.is_terminal and now - noted > _NOTE_EVERY:
                 noted = now
-                note(_progress(summary, done, num_lines, now - began))
+                note(_progress(summary, done, num_lines, clock.seconds()))
     return summary
 
 
 def _progress(summary: _Summary, done: int, num_lines: int | None, seconds: float) -> str:
-    """done: lines of this run, in so many seconds."""
+    """done: lines of this run, in so many seconds of work."""
     rate = f"{done / seconds:,.1f} lines/s, {summary.num_read / seconds:,.0f} tok/s"
     if num_lines is None:
         return f"{done} lines · {rate}"
-    left = (num_lines - summary.resumed - done) / (done / seconds)
-    return f"{summary.resumed + done} of {num_lines} lines · {rate} · {left:,.0f} s left"
+    left = seconds_left(done, num_lines - summary.resumed - done, seconds)
+    rest = "" if left is None else f" · {left:,.0f} s left"
+    return f"{summary.resumed + done} of {num_lines} lines · {rate}{rest}"
 
 
 def _report(summary: _Summary, seconds: float, here: Snapshot | None, as_json: bool) -> None:
-    """here: what this process did in that time; None where actors did it."""
-    seconds -= here.report.seconds if here else 0.0
+    """seconds: of work. here: what this process did meanwhile; None where actors did it."""
     figures = {
         "scored": summary.scored,
         "bad": summary.bad,

@@ -21,7 +21,8 @@ class LineScorer:
     def __init__(
         self, input: str, model: str | None, asked: Mapping[str, Any], loading: Mapping[str, Any]
     ) -> None:
-        from llama_jax.llm import LLM, SHIPPED_MODEL
+        from llama_jax.abacus import SHIPPED_MODEL
+        from llama_jax.llm import LLM
 
         self._input, self._asked = input, asked
         self._llm = LLM.load(SHIPPED_MODEL if model is None else model, verbose=False, **loading)

@@ -23,6 +23,19 @@ class Snapshot:
         return Snapshot(self.report.since(earlier.report), self.stats.since(earlier.stats))
 
 
+class Clock:
+    """The time since it was made that went into work rather than into compiling."""
+
+    def __init__(self) -> None:
+        self._began = time.time()
+
+    def seconds(self) -> float:
+        from llama_jax.compile_cache import seconds_between
+
+        now = time.time()
+        return now - self._began - seconds_between(self._began, now)
+
+
 @dataclass(frozen=True)
 class Speed:
     """One reply. prefill_seconds and decode_seconds leave out `compile`, what was compiled

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from llama_jax.cli import options
 from llama_jax.cli.output import print_json, stderr, stdout
+from llama_jax.converted import is_converted, not_converted
 
 
 def verify(
@@ -26,6 +27,8 @@ def verify(
         llama-jax verify ./llama-8b
         llama-jax verify ./llama-8b --json | jq .problems
     """
+    if not is_converted(directory):
+        raise not_converted(directory)
     with stderr.status("starting JAX"):
         from converters.writing import byte_progress
         from llama_jax import checkpoint

@@ -17,10 +17,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from llama_jax.llm import LLM, SHIPPED_MODEL
+from llama_jax.abacus import SHIPPED_MODEL
+from llama_jax.llm import LLM
 from llama_jax.results import Generation, generation_fields
-from llama_jax.sampling import SamplingParams
-from llama_jax.scoring import Question, answer_rows, score_rows, window_and_stride
+from llama_jax.sampling_params import SamplingParams
+from llama_jax.scoring import Question, answer_rows, score_rows
+from llama_jax.windows import window_and_stride
 
 _SCORE = {
     "logprob": pa.float64(), "num_tokens": pa.int64(), "is_greedy": pa.bool_(),

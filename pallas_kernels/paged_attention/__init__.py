@@ -1,12 +1,13 @@
 """Grouped-query attention of new tokens against a paged key/value cache."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
 from jax import Array, lax
 
 from pallas_kernels import device
-from pallas_kernels.paged_attention import hopper, reference, xla
+from pallas_kernels.paged_attention import reference, xla
 
 Implementation = Literal["reference", "xla", "hopper"]
 
@@ -49,7 +50,6 @@ def paged_attention(
     if page_table.shape[0] != batch or starts.shape != (batch,) or lengths.shape != (batch,):
         raise ValueError(f"page_table, starts and lengths must have {batch} rows")
     arrays = (q, k_pages, v_pages, page_table, starts, lengths, k_scale, v_scale)
-    on_hopper = partial(hopper.paged_attention, is_batch_invariant=is_batch_invariant)
     match implementation or chosen(q, k_pages):
         case "reference":
             return reference.paged_attention(*arrays)
@@ -59,11 +59,12 @@ def paged_attention(
                 return xla.paged_attention(*arrays)
         case "hopper" if implementation is None:
             # Beside a GPU, a program may still be lowered for the CPU.
-            return lax.platform_dependent(*arrays, cuda=on_hopper, default=xla.paged_attention)
+            kernels = _on_hopper(is_batch_invariant)
+            return lax.platform_dependent(*arrays, cuda=kernels, default=xla.paged_attention)
         case "hopper":
-            if reason := device.not_hopper() or hopper.refusal(q, k_pages):
+            if reason := _refusal(q, k_pages):
                 raise ValueError(f"paged_attention cannot run as 'hopper': {reason}")
-            return on_hopper(*arrays)
+            return _on_hopper(is_batch_invariant)(*arrays)
         case unknown:
             raise ValueError(f"paged_attention has no implementation {unknown!r}")
 
@@ -75,4 +76,20 @@ def chosen(q: Array, k_pages: Array) -> Implementation:
 
 
 def _why_not(q: Array, k_pages: Array) -> str | None:
-    return device.not_hopper() or hopper.refusal(q, k_pages) or device.not_local()
+    return _refusal(q, k_pages) or device.not_local()
+
+
+def _refusal(q: Array, k_pages: Array) -> str | None:
+    """Why the kernels cannot take these arrays on what is lowered for; None if they can."""
+    if reason := device.not_hopper():
+        return reason
+    # Mosaic GPU takes a third of JAX's own time to import: only where it may run.
+    from pallas_kernels.paged_attention import hopper
+
+    return hopper.refusal(q, k_pages)
+
+
+def _on_hopper(is_batch_invariant: bool) -> Callable[..., Array]:
+    from pallas_kernels.paged_attention import hopper
+
+    return partial(hopper.paged_attention, is_batch_invariant=is_batch_invariant)

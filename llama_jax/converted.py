@@ -1,0 +1,20 @@
+"""Names in the directory of a converted checkpoint (see `llama_jax.checkpoint`). Needs no JAX."""
+
+from pathlib import Path
+
+from llama_jax.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+PARAMS = "params"
+
+
+def is_converted(directory: Path) -> bool:
+    return (directory / MANIFEST).is_file()
+
+
+def not_converted(directory: str | Path) -> CheckpointError:
+    """What to raise where a converted checkpoint is needed and there is none."""
+    return CheckpointError(
+        f"{directory} is not a converted checkpoint: it has no {MANIFEST}. Convert one with "
+        "llama-jax convert."
+    )
