@@ -10,8 +10,9 @@ from converters.dialects.layout import Plan
 from converters.orbax_reader import converted_plan
 from converters.safetensors_reader import shard_path
 from converters.source import read_source
-from llama_jax.checkpoint import MANIFEST, PARAMS, read_manifest
+from llama_jax.checkpoint import PARAMS, read_manifest
 from llama_jax.config import LlamaConfig
+from llama_jax.converted import is_converted
 from llama_jax.model import Activations, ModelSpec
 
 
@@ -46,7 +47,7 @@ def open_checkpoint(directory: Path) -> Opened:
 
     Raises `CheckpointError` or `ConfigError` for a directory that is neither, or is damaged.
     """
-    if (directory / MANIFEST).is_file():
+    if is_converted(directory):
         manifest = read_manifest(directory)
         return Opened(
             directory, manifest.config, manifest.dialect, converted_plan(directory, manifest),

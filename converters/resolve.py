@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from converters.locate import locate
 from converters.source import CONVERTER_VERSION, OLDER_FILES, WANTED_FILES, published_name
-from llama_jax.checkpoint import MANIFEST, CheckpointError
+from llama_jax.checkpoint import CheckpointError
+from llama_jax.converted import is_converted
 
 if TYPE_CHECKING:
     from converters.quantize import Layout
@@ -30,7 +31,7 @@ def resolve(
     downloaded, and for whatever `convert` refuses.
     """
     path = locate(path_or_id)
-    if (path / MANIFEST).is_file():
+    if is_converted(path):
         if quantize is not None:
             raise CheckpointError(
                 f"{path} is converted already and quantize={quantize!r} cannot be applied; convert "
@@ -45,7 +46,7 @@ def resolve(
         try:
             convert(path, target, quantize=quantize, progress=progress)
         except FileExistsError:  # another process was faster
-            if not (target / MANIFEST).is_file():
+            if not is_converted(target):
                 raise
     return target
 

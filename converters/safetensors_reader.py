@@ -5,12 +5,10 @@ Format: 8 bytes little-endian header length, a JSON header, then the tensors' by
 package's numpy frontend does not know the FP8 types.
 """
 
-import json
 import math
 import mmap
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +17,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from msgspec import Struct
 
 from llama_jax.checkpoint import CheckpointError
+from llama_jax.json_file import MAX_BYTES, convert, parse, read_json
 
 DTYPES: Mapping[str, np.dtype] = MappingProxyType(
     {
@@ -40,8 +40,6 @@ DTYPES: Mapping[str, np.dtype] = MappingProxyType(
         "BOOL": np.dtype(np.bool_),
     }
 )
-# Ten times the header of the largest Llama in one file. JSON in memory is ten times its text.
-_MAX_JSON = 16 * 1024 * 1024
 _MAX_AXES = 32
 _MAX_ELEMENTS = 2**60
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
@@ -143,9 +141,9 @@ def read_shards(
     """
     directory = directory.resolve()
     index = directory / f"{whole}.index.json"
-    if (directory / whole).is_file():
+    if (directory / whole).exists():
         return dict(read(shard_path(directory, whole)))
-    if index.is_file():
+    if index.exists():
         weight_map = _read_index(index)
         names: Iterable[str] = sorted(set(weight_map.values()))
     else:
@@ -211,31 +209,11 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int]:
                 f"{path} is truncated: its header alone needs {8 + length} bytes and the file has "
                 f"{size}. Download it again."
             )
-        if length > _MAX_JSON:
+        if length > MAX_BYTES:
             raise CheckpointError(f"{path} is not a safetensors file: a header of {length} bytes")
         raw = file.read(length)
-    return _parse(raw, path, "a safetensors file"), 8 + length
-
-
-def _parse(raw: bytes, path: Path, expected: str) -> dict[str, Any]:
-    """A JSON object in which no key appears twice. expected: what the file should be, in words."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise CheckpointError(f"{path}: {twice!r:.100} appears twice in the JSON")
-        return found
-
-    try:
-        parsed = json.loads(raw, object_pairs_hook=unique)
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not {expected}: bad JSON ({error})") from error
-    if not isinstance(parsed, dict):
-        raise CheckpointError(f"{path} is not {expected}: its JSON is not an object")
-    return parsed
+    header = f"{path}: the header of a safetensors file"
+    return convert(parse(raw, header), dict[str, Any], header), 8 + length
 
 
 def _entry(name: str, entry: Any, path: Path, data_start: int) -> StoredTensor:
@@ -276,13 +254,12 @@ def _naturals(value: Any) -> bool:
     )
 
 
+class _Index(Struct):
+    weight_map: dict[str, str]
+
+
 def _read_index(path: Path) -> dict[str, str]:
-    if path.stat().st_size > _MAX_JSON:
-        raise CheckpointError(f"{path} is too large for an index: {path.stat().st_size} bytes")
-    weight_map = _parse(path.read_bytes(), path, "an index").get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{path}: weight_map must map tensor names to file names")
-    return weight_map
+    return read_json(path, _Index).weight_map
 
 
 def _unindexed_shards(directory: Path, shards: str) -> list[str]:

@@ -1,6 +1,5 @@
 """What lies in a checkpoint directory as somebody published it, before any weight is read."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,8 +10,11 @@ import numpy as np
 
 from converters.pth_reader import read_bin_checkpoint, read_consolidated
 from converters.safetensors_reader import StoredTensor, read_checkpoint, read_rows, shard_path
+from llama_jax import json_file
 from llama_jax.checkpoint import CheckpointError
-from llama_jax.config import PARAM_DTYPES, ConfigError, LlamaConfig
+from llama_jax.config import PARAM_DTYPES, LlamaConfig
+from llama_jax.config_files import GENERATION_KEYS
+from llama_jax.generation_config import read_settings
 from llama_jax.tokenizer import load_tokenizer
 
 # Counted up when the same source would convert to something else.
@@ -57,7 +59,8 @@ class Source:
     hf_config: the contents of config.json, {} for Meta's files. quantization: what it, or else
     hf_quant_config.json, says about quantised weights, {} if nothing. tensors: by the names they
     are stored under (Meta's: see `pth_reader.read_consolidated`). generation: the contents of
-    generation_config.json, {} without one. tokenizer_files: names of files in `directory`.
+    generation_config.json, or what config.json says of it, {} if neither does. tokenizer_files:
+    names of files in `directory`.
     """
 
     directory: Path
@@ -82,15 +85,16 @@ def read_source(directory: Path) -> Source:
         )
     if _is_meta(directory):
         return _read_meta(directory)
-    hf_config = read_object(directory / "config.json")
-    generation = directory / "generation_config.json"
+    path = directory / "config.json"
+    hf_config = read_object(path)
+    config = LlamaConfig.from_hf(hf_config, path)
     return Source(
         directory=directory,
-        config=LlamaConfig.from_pretrained(directory),
+        config=config,
         hf_config=hf_config,
         quantization=_quantization(hf_config, directory),
         tensors=_read_tensors(directory),
-        generation=read_object(generation) if generation.is_file() else {},
+        generation=_generation(directory, hf_config, config.vocab_size),
         tokenizer_files=_tokenizer_files(directory),
     )
 
@@ -108,22 +112,14 @@ def read_object(path: Path) -> dict[str, Any]:
     is a link that leads out of the directory."""
     if path.is_symlink():
         shard_path(path.parent.resolve(), path.name)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing: not a Hugging Face checkpoint") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a JSON object")
-    return values
+    return json_file.read_object(path)
 
 
 def as_object(fields: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
     """An object inside a config, {} if it is null or absent."""
     found = fields.get(key)
     if not isinstance(found, dict | None):
-        raise CheckpointError(f"{where}: {key} must be an object, got {found!r}")
+        raise CheckpointError(f"{where}: {key} must be an object, got {json_file.shown(found)}")
     return found or {}
 
 
@@ -178,10 +174,7 @@ def _read_meta(directory: Path) -> Source:
     )
     if params.get("vocab_size", -1) == -1 and output:
         params = {**params, "vocab_size": sum(math.prod(part.shape[:1]) for part in output)}
-    try:
-        config = replace(LlamaConfig.from_params_json(params), tie_word_embeddings=is_tied)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    config = replace(LlamaConfig.from_params_json(params, path), tie_word_embeddings=is_tied)
     if embedding and embedding[0].dtype.name in PARAM_DTYPES:
         config = replace(config, dtype=embedding[0].dtype.name)
     tokenizer_files = _tokenizer_files(directory)
@@ -197,6 +190,20 @@ def _read_meta(directory: Path) -> Source:
 def _split(tensors: Mapping[str, StoredTensor], name: str) -> list[StoredTensor]:
     """A tensor's parts, in the order of Meta's files."""
     return [tensor for key, tensor in tensors.items() if key.partition("/")[2] == name]
+
+
+def _generation(
+    directory: Path, hf_config: Mapping[str, Any], vocab_size: int
+) -> Mapping[str, Any]:
+    """The contents of generation_config.json, or else what an older config.json says of it."""
+    path = directory / "generation_config.json"
+    if path.exists():
+        values: Mapping[str, Any] = read_object(path)
+    else:
+        path = directory / "config.json"
+        values = {key: hf_config[key] for key in GENERATION_KEYS if key in hf_config}
+    read_settings(values, vocab_size, path)
+    return values
 
 
 def _tokenizer_files(directory: Path) -> tuple[str, ...]:
@@ -224,7 +231,7 @@ def _quantization(hf_config: Mapping[str, Any], directory: Path) -> Mapping[str,
     path, beside = directory / "config.json", directory / QUANTIZATION_FILE
     found = (as_object(hf_config, key, str(path)) for key in _QUANTIZATION_KEYS)
     inside = next(filter(None, found), {})
-    if not beside.is_file():
+    if not beside.exists():
         return inside
     stated = as_object(read_object(beside), "quantization", str(beside))
     renamed = {"quant_method": "modelopt"} | {_RENAMED.get(k, k): v for k, v in stated.items()}

@@ -20,7 +20,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -28,14 +28,17 @@ from flax import traverse_util
 from flax.core import FrozenDict
 from jax import Array
 from jax.sharding import Sharding
+from msgspec import Meta
 
 from llama_jax import array_file
-from llama_jax.config import ConfigError, LlamaConfig
+from llama_jax.config import LlamaConfig
 from llama_jax.converted import MANIFEST as MANIFEST
 from llama_jax.converted import PARAMS as PARAMS
-from llama_jax.converted import not_converted
+from llama_jax.converted import is_converted, not_converted
 from llama_jax.errors import CheckpointError as CheckpointError
 from llama_jax.fp8 import WeightFormat
+from llama_jax.generation_config import read_settings
+from llama_jax.json_file import convert, read_object, shown
 from llama_jax.model import Activations, ModelSpec, Params, abstract_params, param_shardings
 from pallas_kernels import e4m3
 
@@ -43,6 +46,7 @@ FORMAT_VERSION = 2
 # An array is read in runs of rows of so many bytes, several at a time.
 _RUN_BYTES = 16 * 1024 * 1024
 
+Scale = Annotated[float, Meta(gt=0, le=3.4e38)]
 Damage = Literal["missing", "damaged", "extra"]
 
 
@@ -65,7 +69,7 @@ class Manifest:
     source: str
     config: LlamaConfig
     formats: Mapping[str, WeightFormat]
-    kv_scales: tuple[tuple[float, float], ...] | None
+    kv_scales: tuple[tuple[Scale, Scale], ...] | None
     generation: Mapping[str, Any]
     tokenizer_files: tuple[str, ...]
     total_bytes: int
@@ -95,31 +99,21 @@ def read_manifest(directory: str | Path) -> Manifest:
     Raises `CheckpointError` if there is none, or one that this version cannot read.
     """
     path = Path(directory) / MANIFEST
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise not_converted(directory) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    version = values.get("format_version") if isinstance(values, dict) else None
+    if not is_converted(Path(directory)):
+        raise not_converted(directory)
+    values = read_object(path)
+    version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: format_version is {version!r}, this version of llama_jax reads "
+            f"{path}: format_version is {shown(version)}, this version of llama_jax reads "
             f"{FORMAT_VERSION}. Convert the checkpoint again."
         )
     try:
-        pairs = values["kv_scales"]
-        return Manifest(
-            **{
-                **values,
-                "config": LlamaConfig.from_dict(values["config"]),
-                "formats": {k: WeightFormat(**v) for k, v in values["formats"].items()},
-                "kv_scales": pairs and tuple((float(k), float(v)) for k, v in pairs),
-                "tokenizer_files": tuple(values["tokenizer_files"]),
-            }
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
-        raise CheckpointError(f"{path} is damaged: {error!r}. Convert again.") from error
+        manifest = convert(values, Manifest, path)
+        read_settings(manifest.generation, manifest.config.vocab_size, f"{path}: generation")
+        return manifest
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. The file is damaged: convert again.") from error
 
 
 def resolve(path_or_id: str | Path, cache_dir: str | Path | None = None) -> Path:
@@ -128,7 +122,7 @@ def resolve(path_or_id: str | Path, cache_dir: str | Path | None = None) -> Path
     The latter two are converted once, see `converters.resolve.resolve`, which this calls.
     """
     path = Path(path_or_id).expanduser()
-    if (path / MANIFEST).is_file():
+    if is_converted(path):
         return path
     # The converters stand on top of this package, so they are imported only when needed.
     from converters.resolve import resolve as convert_once

@@ -9,7 +9,11 @@ PARAMS = "params"
 
 
 def is_converted(directory: Path) -> bool:
-    return (directory / MANIFEST).is_file()
+    """Whether a directory is a converted checkpoint.
+
+    Raises `CheckpointError` for one that may not be looked into.
+    """
+    return (directory / MANIFEST).exists()
 
 
 def not_converted(directory: str | Path) -> CheckpointError:

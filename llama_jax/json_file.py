@@ -10,8 +10,9 @@ import os
 import re
 import stat
 from collections import Counter
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgspec
 
@@ -25,6 +26,7 @@ _SHOWN = 80
 _CONTAINERS = (dict, list)
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_FIELD = re.compile(r"Object (missing required|contains unknown) field (.*)")
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
 
 
@@ -82,7 +84,7 @@ def parse(raw: bytes, where: Path | str) -> Any:
         found = dict(pairs)
         if len(found) != len(pairs):
             name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise CheckpointError(f"{where}: {shown(name)} appears twice; remove one of them")
+            raise CheckpointError(f"{where}: {name!a:.80} appears twice in the JSON")
         return found
 
     text = _decoded(raw, where)
@@ -98,11 +100,11 @@ def parse(raw: bytes, where: Path | str) -> Any:
         value = None
         depth = _MAX_DEPTH + 1
     except ValueError as error:  # Python's limit on the digits of an integer
-        raise CheckpointError(f"{where} holds a number of thousands of digits") from error
+        raise CheckpointError(f"{where}: bad JSON: a number of thousands of digits") from error
     else:
         depth = _depth(value)
     if depth > _MAX_DEPTH:
-        raise CheckpointError(f"{where} is nested more than {_MAX_DEPTH} levels deep")
+        raise CheckpointError(f"{where}: bad JSON: nested more than {_MAX_DEPTH} levels deep")
     if _SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -117,10 +119,26 @@ def convert[T](value: Any, schema: type[T], where: Path | str) -> T:
 
     Raises `CheckpointError` naming the field, what it is and what is expected.
     """
+    if is_dataclass(schema) and isinstance(value, dict):  # for a Struct msgspec does it
+        for name in value.keys() - {field.name for field in fields(schema)}:
+            raise CheckpointError(f"{where}: {shown(name)} is not known")
     try:
         return msgspec.convert(value, schema)
     except msgspec.ValidationError as error:
         raise CheckpointError(f"{where}: {_explained(str(error), value)}") from error
+
+
+def check_fields(instance: Any) -> None:
+    """Check a dataclass's fields against their annotated types, as `convert` does.
+
+    Raises `CheckpointError` naming the field.
+    """
+    values = {field.name: getattr(instance, field.name) for field in fields(instance)}
+    try:
+        hints = get_type_hints(type(instance), include_extras=True)
+        msgspec.convert(values, msgspec.defstruct("Fields", list(hints.items())))
+    except msgspec.ValidationError as error:
+        raise CheckpointError(_explained(str(error), values)) from error
 
 
 def shown(value: Any) -> str:
@@ -162,19 +180,19 @@ def _explained(message: str, value: Any) -> str:
     while match := _STEP.match(rest):
         found = found[match[1]] if match[1] else found[int(match[2])]
         rest = rest[match.end() :]
-    name = steps.removeprefix(".") or "its JSON"
+    name = steps.removeprefix(".")
     what = what.replace("`", "").replace(" | ", " or ").replace("array", "list")
+    if named := _FIELD.fullmatch(what):
+        field = f"{name}.{named[2]}" if name else named[2]
+        return f"{field} is {'missing' if named[1] == 'missing required' else 'not known'}"
     expected, _, got = what.removeprefix("Expected ").partition(", got ")
-    if what.startswith("Object missing required field "):
-        lacking = what.rpartition(" ")[2]
-        return f"{f'{name}.' if steps else ''}{lacking} is missing"
-    if what.startswith("Object contains unknown field "):
-        return f"{f'{name}.' if steps else ''}{what.rpartition(' ')[2]} is not known"
-    if rest:  # somewhere in an object of any keys: msgspec does not say where
-        return f"{name} is {got or 'out of range'}, expected {expected}"
-    if not what.startswith("Expected "):
-        expected = f"another value ({what.lower()})"
-    return f"{name} is {shown(found)}, expected {expected}"
+    if what == "Number out of range":
+        expected = "a smaller number"
+    elif not what.startswith("Expected "):  # what a `__post_init__` says
+        return f"{name}: {what}" if name else what
+    # Somewhere in an object of any keys, msgspec does not say where.
+    shown_value = got or "out of range" if rest else shown(found)
+    return f"{name or 'its JSON'} is {shown_value}, expected {expected}"
 
 
 def _kind(mode: int) -> str:

@@ -17,6 +17,11 @@ from llama_jax.chat import encode_chat
 from llama_jax.compile_cache import CompileReport
 from llama_jax.config import LlamaConfig, token_ids
 from llama_jax.engine import Engine
+from llama_jax.generation_config import (
+    default_sampling,
+    read_settings,
+    warn_of_fields_without_effect,
+)
 from llama_jax.kv_cache import KVDtype, storage_dtype
 from llama_jax.model import Activations, Implementation, ModelSpec, Params
 from llama_jax.request import Request, Wanted
@@ -70,8 +75,11 @@ class LLM:
         self.tokenizer = tokenizer
         self.manifest = manifest
         self.max_seq_len = options.max_seq_len
-        self.default_sampling = _default_sampling(manifest.generation)
-        eos = token_ids(manifest.generation.get("eos_token_id")) or spec.config.eos_token_ids
+        config, generation = spec.config, manifest.generation
+        settings = read_settings(generation, config.vocab_size, "generation_config.json")
+        warn_of_fields_without_effect(generation, config.max_position_embeddings)
+        self.default_sampling = default_sampling(settings)
+        eos = token_ids(settings.eos_token_id) or config.eos_token_ids
         self._stop_ids = frozenset(eos) or frozenset(tokenizer.eos_ids)
         self.engine = Engine(
             params,
@@ -586,11 +594,3 @@ def _only(results: Sequence[Generation]) -> Generation:
 def _is_prompt(value: Prompt | Sequence[Prompt]) -> bool:
     """Whether this is one prompt rather than a list of them."""
     return isinstance(value, str) or bool(len(value) and isinstance(value[0], int | np.integer))
-
-
-def _default_sampling(generation: Mapping[str, Any]) -> SamplingParams:
-    """The settings in generation_config.json; greedy if it does not ask for sampling."""
-    if not generation.get("do_sample", False):
-        return SamplingParams(temperature=0.0)
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    return SamplingParams(**{name: generation[name] for name in names if generation.get(name)})

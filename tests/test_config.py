@@ -1,8 +1,10 @@
 import json
+import math
 
 import pytest
 
 from llama_jax.config import PRESETS, ConfigError, LlamaConfig, RopeScaling
+from llama_jax.config_files import FIXED, HARMLESS
 
 HF = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
@@ -63,10 +65,148 @@ def test_unscaled_rope():
     ],
 )
 def test_what_is_not_implemented_is_refused_by_name(key, value):
-    name = {"torch_dtype": "dtype", "num_key_value_heads": "num_kv_heads",
-            "num_hidden_layers": "num_layers"}.get(key, key)  # fmt: skip
-    with pytest.raises(ConfigError, match=name):
+    with pytest.raises(ConfigError, match=rf"^config\.json: .*{key}"):
         LlamaConfig.from_hf({**HF, key: value})
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"unsloth_fixed": True},
+        {"is_llama_config": True, "rope_interleaved": False},
+        {"_commit_hash": "4e20de36"},
+        {"_attn_implementation": "sdpa"},
+        {"neftune_noise_alpha": None},
+        {"transformers.js_config": {"kv_cache_dtype": {"fp16": "float16"}}},
+        {"layer_types": ["full_attention"] * 32},
+        {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28},
+        {"something_new": None, "another": False, "third": {}, "fourth": []},
+        {"hidden_act": "swish"},
+        {"architectures": ["LLaMAForCausalLM"], "max_sequence_length": 2048},
+        {"pad_token_id": -1, "pretraining_tp": 2},
+        {"partial_rotary_factor": 1, "embedding_multiplier": 1.0, "is_causal": True},
+        {"rope_scaling": HF["rope_scaling"] | {"partial_rotary_factor": 1.0, "beta_fast": None}},
+        {"rope_parameters": HF["rope_scaling"]},
+    ],
+    ids=str,
+)
+def test_what_asks_for_nothing_is_read(extra):
+    assert LlamaConfig.from_hf({**HF, **extra}) == PRESETS["llama-3.1-8b"]
+
+
+def test_rope_that_is_stretched_by_one_is_not_stretched():
+    config = LlamaConfig.from_hf({**HF, "rope_scaling": {"type": "linear", "factor": 1.0}})
+    assert config.rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_interleaved", True),
+        ("layer_types", ["sliding_attention"]),
+        ("layer_types", "full_attention"),
+        ("is_causal", False),
+        ("use_rope", False),
+        ("embedding_multiplier", 12.0),
+        ("partial_rotary_factor", 0.5),
+        ("partial_rotary_factor", True),
+        ("auto_map", {"AutoModelForCausalLM": "modeling_llama.LlamaForCausalLM"}),
+        ("quantization", {"group_size": 64, "bits": 4}),
+        ("attn_logit_softcapping", 50.0),
+        ("rope_scaling", {"rope_type": "llama3"} | {"factor": 4.0}),
+        ("rope_scaling", {"type": "linear", "factor": 4.0}),
+        ("rope_scaling", {"type": "linear", "rope_type": "llama3"}),
+        ("rope_scaling", HF["rope_scaling"] | {"mscale": 2.0}),
+        ("rope_parameters", HF["rope_scaling"] | {"factor": 4.0}),
+    ],
+    ids=str,
+)
+def test_what_can_change_the_model_stays_refused(key, value):
+    with pytest.raises(ConfigError, match=rf"^config\.json: .*{key}"):
+        LlamaConfig.from_hf({**HF, key: value})
+
+
+WRONG = {
+    "vocab_size": [0, -1, "128256", None, True, 1.5, 2**40, [1], math.nan],
+    "hidden_size": [0, "4096", None, {}, 1e21, 10**30],
+    "intermediate_size": [0, "x", None],
+    "num_hidden_layers": [0, -1, 10**7, 10**30, "32", None, 2.5, True],
+    "num_attention_heads": [0, -4, "32", None, [], math.inf],
+    "num_key_value_heads": [0, -8, "8", 8.0, 10**21],
+    "head_dim": [0, -1, "128", 1.5],
+    "max_position_embeddings": [0, -1, "131072", 1e30, math.inf, True],
+    "rms_norm_eps": [0, -1e-5, 1.5, True, math.inf, math.nan, "1e-5", None, [1e-5]],
+    "rope_theta": [0, -1.0, math.inf, math.nan, "500000", True, 0.5],
+    "tie_word_embeddings": ["false", 0, 1, "yes", []],
+    "torch_dtype": ["float64", 5, "int8", True],
+    "bos_token_id": [-1, "1", 1.0, True, 128256, 3_000_000_000, [1]],
+    "eos_token_id": ["501", -1, 128256, 3_000_000_000, ["5"], [1, -1], 2.0, True, {}],
+    "architectures": ["LlamaForCausalLM", 5, [5], {"a": 1}],
+    "rope_scaling": [5, "llama3", [], True],
+    "rope_parameters": [5, [1]],
+    "hidden_act": [5, None, ["silu"]],
+    "model_type": [None, 5, ["llama"]],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(k, v) for k, vs in WRONG.items() for v in vs], ids=str)
+def test_a_value_of_a_wrong_type_or_range_is_named(key, value):
+    with pytest.raises(ConfigError, match=rf"^config\.json: .*{key}") as error:
+        LlamaConfig.from_hf({**HF, key: value})
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+ROPE_WRONG = {
+    "factor": [0.5, -8.0, "8", math.nan, math.inf, True, None],
+    "low_freq_factor": [0, -1.0, "1", math.nan, 4.0],
+    "high_freq_factor": [0, "4", math.inf, math.nan, 0.5],
+    "original_max_position_embeddings": [0, 8192.0, "8192", math.nan, 10**30],
+    "rope_type": [5, "dynamic", ["llama3"], {}],
+    "rope_theta": ["5", math.inf, 0, True],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(k, v) for k, vs in ROPE_WRONG.items() for v in vs], ids=str
+)
+def test_rope_scaling_of_a_wrong_type_or_range_is_named(key, value):
+    with pytest.raises(ConfigError, match=r"^config\.json: rope_scaling.*") as error:
+        LlamaConfig.from_hf({**HF, "rope_scaling": {**HF["rope_scaling"], key: value}})
+    assert key in str(error.value) or "freq_factor" in str(error.value)
+
+
+META_WRONG = {
+    "dim": [0, -1, "4096", None, True, 1.5, 10**30],
+    "n_layers": [0, 10**7, "32", None, True, 10**30],
+    "n_heads": [0, "32", None, -1, 7.5],
+    "n_kv_heads": [0, "8", 7, 8.0],
+    "vocab_size": [0, -2, "x", 1.5, 10**12],
+    "ffn_dim_multiplier": [0, -1.0, "1.3", math.nan, math.inf, True],
+    "multiple_of": [0, -256, "256", 1.5],
+    "norm_eps": [0, 1.5, True, math.inf, math.nan, "1e-5", None],
+    "rope_theta": [0, math.inf, math.nan, "5", True],
+    "use_scaled_rope": ["true", 1, 0, []],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(k, v) for k, vs in META_WRONG.items() for v in vs], ids=str
+)
+def test_params_json_of_a_wrong_type_or_range_is_named(key, value):
+    with pytest.raises(ConfigError, match=rf"^params\.json: .*{key}"):
+        LlamaConfig.from_params_json({**PARAMS, key: value})
+
+
+def test_a_key_has_one_verdict():
+    keys = [key for keys in HARMLESS.values() for key in keys] + [*FIXED]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parity
+def test_every_key_that_transformers_writes_is_known():
+    transformers = pytest.importorskip("transformers")
+    written = transformers.LlamaConfig(architectures=["LlamaForCausalLM"]).to_dict()
+    assert LlamaConfig.from_hf(written).num_layers == 32
 
 
 def test_missing_key_is_named():

@@ -49,7 +49,7 @@ def refused(path: Path, *words: str, schema: Any = Schema) -> None:
         ({"layers": 10**40}, ["layers is 1000", "expected int <= 100"]),
         ({"layers": 2, "eps": math.nan}, ["eps is nan", "expected float > 0"]),
         ({"layers": 2, "eps": math.inf}, ["eps is inf", "expected float < 1"]),
-        ({"layers": 2, "eps": 10**400}, ["eps is 1000", "out of range"]),
+        ({"layers": 2, "eps": 10**400}, ["eps is 1000", "a smaller number"]),
         ({"layers": 2, "ids": [1, "2"]}, ["ids[1] is '2'", "expected int"]),
         ({"layers": 2, "inner": {"size": 0}}, ["inner.size is 0", "expected int >= 1"]),
         ({"layers": 2, "inner": {}}, ["inner.size is missing"]),
@@ -78,7 +78,7 @@ def test_a_wrong_value_is_named(tmp_path: Path, values: Any, words: list[str]) -
         (b'{"layers": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "nested"),
         (b'{"layers": ' + b"[" * 100 + b"]" * 100 + b"}", "nested"),
         (b'{"layers": "\\ud83d\\ude00 \\ud83d"}', r"'\ud83d', half a character"),
-        (b'{"layers": 2, "layers": 3}', "layers appears twice"),
+        (b'{"layers": 2, "layers": 3}', "'layers' appears twice"),
     ],
     ids=str,
 )

@@ -100,7 +100,7 @@ NO_DESCRIPTION = {
 
 @pytest.mark.parametrize("case", NO_DESCRIPTION)
 def test_a_header_that_is_no_description_is_refused(tmp_path: Path, case: str) -> None:
-    refused(tmp_path, file_of(NO_DESCRIPTION[case]), "JSON|expected dtype")
+    refused(tmp_path, file_of(NO_DESCRIPTION[case]), "JSON|UTF-8|expected dtype")
 
 
 def file_of(header: bytes, data: bytes = b"") -> bytes:
@@ -116,7 +116,8 @@ def test_a_name_twice_in_one_header_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["\ud800", "a\nb", "\x1b[2J"])
 def test_a_name_that_cannot_be_printed_is_refused(tmp_path: Path, name: str) -> None:
     arrays = {name: ARRAYS["d"]}
-    refused(tmp_path, tiny.safetensors_bytes(arrays), "cannot be the name of a tensor")
+    match = "cannot be the name of a tensor|half a character"
+    refused(tmp_path, tiny.safetensors_bytes(arrays), match)
 
 
 def test_a_header_larger_than_any_is_not_read(tmp_path: Path) -> None:

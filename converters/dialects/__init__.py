@@ -1,5 +1,6 @@
 """The layouts that can be read. A new one is a module here and an entry in `DIALECTS`."""
 
+import re
 from collections import Counter
 
 from flax import traverse_util
@@ -21,6 +22,7 @@ from llama_jax.model import ModelSpec, abstract_params
 DIALECTS: tuple[Dialect, ...] = (
     DENSE, FRIENDLI, AUTOFP8, COMPRESSED_TENSORS, FBGEMM, MODELOPT, FINEGRAINED, TORCHAO, META,
 )  # fmt: skip
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
 _UNSUPPORTED = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mxfp4": "MXFP4"}
 
 
@@ -30,6 +32,7 @@ def make_plan(source: Source) -> tuple[Plan, str]:
     Raises `CheckpointError` if a tensor is missing, malformed, or left over.
     """
     dialect = detect(source)
+    _check_layers(source)
     tree = traverse_util.flatten_dict(abstract_params(ModelSpec(source.config)))
     weights = {"/".join(path[:-1]): leaf.shape for path, leaf in tree.items()}
     plan = dialect.plan(source, weights)
@@ -67,6 +70,17 @@ def detect(source: Source) -> Dialect:
         "checkpoint of the model, or the unquantised one with --quantize row.\n"
         f"Found: {_found(source)}.\nSupported:\n{supported}"
     )
+
+
+def _check_layers(source: Source) -> None:
+    """Before the layers of the config are built: there may be a billion of them."""
+    numbers = (match for name in source.tensors if (match := _LAYER.search(name)))
+    stored = len({match[1] for match in numbers})
+    if stored != source.config.num_layers:
+        raise CheckpointError(
+            f"{source.directory}: the config says {source.config.num_layers} layers, the weights "
+            f"have {stored}. They do not belong together, or a file is missing."
+        )
 
 
 def _check_tied(source: Source) -> None:

@@ -160,14 +160,14 @@ def _parse_size(text: str) -> int:
 def _facts(
     checkpoint: "Opened", plan: "MemoryPlan", capacities: Mapping[str, "Capacity"]
 ) -> dict[str, Any]:
-    from llama_jax.checkpoint import MANIFEST
+    from llama_jax.converted import is_converted
 
+    container = "converted" if is_converted(checkpoint.directory) else "published"
     kinds = _kinds(checkpoint.plan)
     files = (path for path in checkpoint.directory.rglob("*") if path.is_file())
-    is_converted = (checkpoint.directory / MANIFEST).is_file()
     return {
         "path": str(checkpoint.directory),
-        "container": f"{'converted' if is_converted else 'published'} checkpoint",
+        "container": f"{container} checkpoint",
         "dialect": checkpoint.dialect,
         "config": checkpoint.config.to_dict(),
         "total_bytes": sum(kind.bytes for kind in kinds),
