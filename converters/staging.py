@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from converters.writing import is_empty
+
 _log = logging.getLogger(__name__)
 
 
@@ -20,11 +22,11 @@ def staged(target: Path, overwrite: bool, journal: str | None = None) -> Iterato
     """A directory to fill, which becomes `target` when the block ends without an error.
 
     Waits for another process that is writing the same target. An existing target is replaced only
-    then. The directory is empty, unless there is a `journal`, the name of the file in it that says
-    what is done: then it is as a killed writer left it, is kept when this one is interrupted
-    (Ctrl-C), and loses the journal at the end.
-    Raises FileExistsError if the target exists and `overwrite` is false, and if its place or the
-    directory's is taken by a link.
+    then; an empty directory needs no `overwrite`. The directory to fill is empty, unless there is a
+    `journal`, the name of the file in it that says what is done: then it is as a killed writer left
+    it, is kept when this one is interrupted (Ctrl-C), and loses the journal at the end.
+    Raises FileExistsError if the target holds anything and `overwrite` is false, and if its place
+    or the directory's is taken by a link.
     """
     if target.is_symlink():
         raise FileExistsError(f"{target} is a link: give the directory itself, or remove the link")
@@ -39,7 +41,7 @@ def staged(target: Path, overwrite: bool, journal: str | None = None) -> Iterato
                 shutil.rmtree(replaced)
             else:
                 replaced.rename(target)
-        if target.exists() and not overwrite:
+        if target.exists() and not overwrite and not is_empty(target):
             raise FileExistsError(
                 f"{target} exists already. Choose another target, or overwrite it (--overwrite)."
             )

@@ -1,7 +1,6 @@
 """What every writer of a checkpoint needs: a target it may write, room for it, a bar of bytes."""
 
 import errno
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,8 +31,8 @@ EXPORT_MARK = "llama_jax_version"
 def check_paths(
     source: Path, target: Path, overwrite: bool, kind: str, is_kind: Callable[[Path], bool]
 ) -> None:
-    """Refuse a target around or inside the source, and one that exists, unless `overwrite` is given
-    and it is of our making.
+    """Refuse a target around or inside the source, and one that exists, unless it is empty, or
+    `overwrite` is given and it is of our making.
 
     source: resolved. kind: what a target to be replaced has to be, in words; is_kind: whether it
     is. Raises `CheckpointError` or FileExistsError.
@@ -42,7 +41,7 @@ def check_paths(
         raise CheckpointError(f"{target} holds the source {source}: choose another target")
     if target.resolve().is_relative_to(source):
         raise CheckpointError(f"{target} lies inside the source {source}: choose another target")
-    if not target.exists():
+    if not target.exists() or is_empty(target):
         return
     if not is_kind(target):
         raise FileExistsError(
@@ -67,9 +66,14 @@ def check_export(source: Path, target: Path, overwrite: bool) -> None:
 
 def _is_export(directory: Path) -> bool:
     try:
-        return EXPORT_MARK in json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+        return EXPORT_MARK in read_object(directory / "config.json")
+    except CheckpointError:
         return False
+
+
+def is_empty(directory: Path) -> bool:
+    """Whether this is a directory with nothing in it, which a target may be."""
+    return directory.is_dir() and not any(directory.iterdir())
 
 
 def check_space(target: Path, needed: int) -> None:

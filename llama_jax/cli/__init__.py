@@ -6,6 +6,12 @@ Results go to stdout; tables, progress and messages go to stderr.
 
 import os
 import sys
+
+from llama_jax.cli import signals
+
+if os.path.basename(sys.argv[0]) in ("llama-jax", "-m"):  # as a program, not from another one
+    signals.install()
+
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -90,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, MemoryError, RuntimeError) as error:
         _report(error)
         sys.exit(1)
+    except KeyboardInterrupt:  # before the command began; later ones Typer handles
+        sys.exit(130)
 
 
 def _report(error: Exception) -> None:
