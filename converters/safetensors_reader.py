@@ -20,7 +20,7 @@ import numpy as np
 from msgspec import Struct
 
 from llama_jax.checkpoint import CheckpointError
-from llama_jax.json_file import MAX_BYTES, convert, parse, read_json
+from llama_jax.json_file import MAX_BYTES, convert, is_there, parse, read_json
 
 DTYPES: Mapping[str, np.dtype] = MappingProxyType(
     {
@@ -141,9 +141,9 @@ def read_shards(
     """
     directory = directory.resolve()
     index = directory / f"{whole}.index.json"
-    if (directory / whole).exists():
+    if is_there(directory / whole):
         return dict(read(shard_path(directory, whole)))
-    if index.exists():
+    if is_there(index):
         weight_map = _read_index(index)
         names: Iterable[str] = sorted(set(weight_map.values()))
     else:

@@ -197,7 +197,7 @@ def _generation(
 ) -> Mapping[str, Any]:
     """The contents of generation_config.json, or else what an older config.json says of it."""
     path = directory / "generation_config.json"
-    if path.exists():
+    if json_file.is_there(path):
         values: Mapping[str, Any] = read_object(path)
     else:
         path = directory / "config.json"
@@ -231,7 +231,7 @@ def _quantization(hf_config: Mapping[str, Any], directory: Path) -> Mapping[str,
     path, beside = directory / "config.json", directory / QUANTIZATION_FILE
     found = (as_object(hf_config, key, str(path)) for key in _QUANTIZATION_KEYS)
     inside = next(filter(None, found), {})
-    if not beside.exists():
+    if not json_file.is_there(beside):
         return inside
     stated = as_object(read_object(beside), "quantization", str(beside))
     renamed = {"quant_method": "modelopt"} | {_RENAMED.get(k, k): v for k, v in stated.items()}

@@ -21,6 +21,7 @@ from rich.progress import (
 
 from llama_jax.converted import is_converted
 from llama_jax.errors import CheckpointError
+from llama_jax.json_file import read_object
 
 # Room beside the arrays: file system metadata and the rounding up to blocks.
 _SPARE_BYTES = 16 * 1024 * 1024

@@ -22,7 +22,7 @@ from llama_jax.config_files import (
 from llama_jax.config_files import RopeScaling as RopeScaling
 from llama_jax.errors import CheckpointError
 from llama_jax.errors import ConfigError as ConfigError
-from llama_jax.json_file import check_fields, convert, read_object
+from llama_jax.json_file import check_fields, convert, is_there, read_object
 
 PARAM_DTYPES = ("bfloat16", "float16", "float32")
 # What `LlamaConfig`'s fields are called in the files.
@@ -110,7 +110,7 @@ class LlamaConfig:
         """
         for name, read in (("config.json", cls.from_hf), ("params.json", cls.from_params_json)):
             path = Path(directory) / name
-            if path.exists():
+            if is_there(path):
                 try:
                     return read(read_object(path), path)
                 except CheckpointError as error:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from llama_jax.errors import CheckpointError
+from llama_jax.json_file import is_there
 
 MANIFEST = "manifest.json"
 PARAMS = "params"
@@ -13,7 +14,7 @@ def is_converted(directory: Path) -> bool:
 
     Raises `CheckpointError` for one that may not be looked into.
     """
-    return (directory / MANIFEST).exists()
+    return is_there(directory / MANIFEST)
 
 
 def not_converted(directory: str | Path) -> CheckpointError:

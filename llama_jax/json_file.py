@@ -30,6 +30,20 @@ _FIELD = re.compile(r"Object (missing required|contains unknown) field (.*)")
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
 
 
+def is_there(path: Path) -> bool:
+    """Whether anything lies at a path, be it a link that leads nowhere.
+
+    Raises `CheckpointError` where one may not look.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise CheckpointError(f"{path.parent} cannot be read: {error.strerror}") from error
+    return True
+
+
 def read_json[T](path: Path, schema: type[T], max_bytes: int = MAX_BYTES) -> T:
     """The contents of a JSON file as `schema`.
 
