@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 from llama_jax.config_files import TokenId
 from llama_jax.errors import CheckpointError
 from llama_jax.json_file import convert, shown
-from llama_jax.sampling import SamplingParams
+from llama_jax.sampling_params import SamplingParams
 
 _log = logging.getLogger(__name__)
 # Below it sampling is greedy, as in vLLM: logits divided by less leave the range of float32.

@@ -15,7 +15,7 @@ from llama_jax.generation_config import (
     read_settings,
     without_effect,
 )
-from llama_jax.sampling import SamplingParams
+from llama_jax.sampling_params import SamplingParams
 
 
 def sampling(**values: Any) -> SamplingParams:
