@@ -8,7 +8,7 @@ stays jax.jit's: static and donated arguments, dispatch, and the search in XLA's
 has the compiler, its flags and the processor. A file is StableHLO with a checksum: data that are
 compiled, nothing that is unpickled.
 
-Only for one CPU device so far: on others, and under a mesh, functions are traced as ever.
+Only where JAX has one device, a CPU, so far; elsewhere functions are traced as ever.
 """
 
 import functools
