@@ -1,16 +1,42 @@
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
+SHARED = Path(__file__).parents[2] / "shared" / "data"
 # The first call of anything in JAX compiles, which says nothing about the code under test.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# Workers and the commands that tests start share what one of them has compiled. Set before JAX is
+# imported, by the first process: the others inherit it.
+_own_cache: str | None = None
+if "LLAMA_JAX_CACHE" not in os.environ:
+    _own_cache = os.environ["LLAMA_JAX_CACHE"] = tempfile.mkdtemp(prefix="llama-jax-tests-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{os.environ['LLAMA_JAX_CACHE']}/xla")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def pytest_unconfigure() -> None:
+    if _own_cache:
+        shutil.rmtree(_own_cache, ignore_errors=True)
+
+
+@pytest.fixture
+def no_shared_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that the test starts compile for themselves, into their own LLAMA_JAX_CACHE."""
+    for name in (
+        "JAX_COMPILATION_CACHE_DIR",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES",
+    ):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="session")

@@ -415,7 +415,7 @@ def test_debug_shows_the_traceback(run, monkeypatch):
 
 
 @pytest.mark.slow
-def test_second_start_takes_its_programs_from_the_cache(model, tmp_path):
+def test_second_start_takes_its_programs_from_the_cache(model, tmp_path, no_shared_cache):
     environment = os.environ | {"LLAMA_JAX_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu"}
     arguments = ["chat", str(model), "-m", "hello", "--max-new-tokens", "4", "--json", *SMALL]
 

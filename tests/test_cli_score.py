@@ -248,7 +248,9 @@ def test_progress_is_noted_where_there_is_no_terminal(run, model, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_loses_nothing_and_repeats_nothing(model, tmp_path):
+def test_killed_again_and_again_it_loses_nothing_and_repeats_nothing(
+    model, tmp_path, no_shared_cache
+):
     rows = [
         {"id": i, "prompt": "p" * (37 * i % 90), "completion": f" {i}"} if i % 97 else {"id": i}
         for i in range(4000)

@@ -36,7 +36,7 @@ print(json.dumps([str(directory), vars(compile_cache.report()), float(logits.sum
 
 
 @pytest.fixture(autouse=True)
-def settings():
+def settings(no_shared_cache):
     names = (
         "jax_compilation_cache_dir",
         "jax_persistent_cache_min_compile_time_secs",
@@ -51,8 +51,7 @@ def settings():
 
 
 def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    env = inherited | {"JAX_PLATFORMS": "cpu"} | environment
+    env = os.environ | {"JAX_PLATFORMS": "cpu"} | environment
     return subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True,
         check=True,
