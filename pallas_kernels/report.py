@@ -3,7 +3,7 @@
     python -m pallas_kernels.report                    kernels of the 8B model
     python -m pallas_kernels.report --only "70B TP4"   of other cases of `pallas_kernels.bench`
 
-Kernels of one machine code are one row. Needs the extra `aot`, and JAX_PLATFORMS=cpu.
+Kernels of one machine code are one row. Needs the extra `aot`.
 """
 
 import argparse

@@ -5,8 +5,7 @@
         assert kernel.spill_bytes == 0 and kernel.count("QGMMA")
 
 Arguments are arrays or `jax.ShapeDtypeStruct`s; nothing is run. Needs the extra `aot` (the CUDA
-plugin of jax, ptxas, libdevice and nvdisasm; no driver) and `JAX_PLATFORMS=cpu`, without which the
-plugin looks for a GPU when JAX starts. `unavailable()` says what is missing.
+plugin of jax, ptxas, libdevice and nvdisasm; no driver). `unavailable()` says what is missing.
 """
 
 import collections

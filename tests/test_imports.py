@@ -1,9 +1,14 @@
 """Imports point one way: pallas_kernels <- llama_jax <- converters, cli, integrations."""
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from pallas_kernels import sm90
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,3 +47,18 @@ def test_nothing_imports_what_stands_above_it(package, above, exceptions):
             if each in above or each.startswith(tuple(f"{a}." for a in above))
         }
         assert not wrong, f"{name} imports {sorted(wrong)}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sm90.unavailable() is not None, reason=str(sm90.unavailable()))
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU, which JAX starts")
+def test_the_plugin_that_compiles_for_gpus_is_silent_where_there_is_none():
+    program = (
+        "from pallas_kernels import sm90; import jax; print(jax.devices()[0].platform, "
+        "sm90.devices()[0].device_kind)"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cpu NVIDIA H200\n", "")
