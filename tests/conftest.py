@@ -13,6 +13,10 @@ settings.load_profile("no deadline")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# LLVM's optimisation takes a third of what compiling takes, and these models run for milliseconds.
+# Set XLA_FLAGS, to nothing even, for programs as users get them: .ci/run does, see BUILD.md.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 # Workers and the commands that tests start share what one of them has compiled. Set before JAX is
 # imported, by the first process: the others inherit it.
 _own_cache: str | None = None

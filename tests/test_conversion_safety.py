@@ -132,7 +132,7 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_conversion_that_is_ended_anywhere_finishes_to_the_same_bytes(
-    source: Path, whole: Path, tmp_path: Path, ending: str, times: int
+    source: Path, whole: Path, tmp_path: Path, ending: str, times: int, no_shared_cache: None
 ) -> None:
     run(ENDED, source, tmp_path / "o", whole, ending, times, 0)
     assert contents(tmp_path / "o") == contents(whole)
@@ -385,7 +385,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_large_conversion_that_is_killed_at_any_time_finishes_to_the_same_bytes(
-    tmp_path: Path,
+    tmp_path: Path, no_shared_cache: None
 ) -> None:
     source = large(tmp_path / "s", 2)
     began = time.perf_counter()

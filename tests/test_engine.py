@@ -76,10 +76,15 @@ def mixed() -> list[Request]:
     return [Request(prompt(n, seed=n), params[i % 5]) for i, n in enumerate(lengths)]
 
 
+def alone() -> Engine:
+    """One row that shares nothing."""
+    return make(max_batch_size=1, share_prefixes=False, max_steps=1)
+
+
 @pytest.fixture(scope="module")
 def expected() -> list[list[int]]:
-    """Each of `mixed` on its own, in an engine with one row that shares nothing."""
-    engine = make(max_batch_size=1, share_prefixes=False, max_steps=1)
+    """Each of `mixed` on its own."""
+    engine = alone()
     return [drawn(engine, request)[0] for request in mixed()]
 
 
@@ -140,14 +145,14 @@ def test_a_prompt_is_computed_once(expected: list[list[int]]) -> None:
 
 
 def test_samples_of_one_prompt_share_its_pages() -> None:
-    engine = make(max_batch_size=4)
-    samples = [Request(prompt(130), sampled(i)) for i in range(4)]
+    engine = make()
+    samples = [Request(prompt(130), sampled(i)) for i in range(3)]
     finish(engine, *samples)
-    assert engine.counts.prefilled == 130 + 3  # the others compute the last token alone
-    alone = make(max_batch_size=1, share_prefixes=False)
+    assert engine.counts.prefilled == 130 + 2  # the others compute the last token alone
+    single = alone()
     for request in samples:
-        assert drawn(alone, Request(request.prompt, request.params)) == [request.token_ids]
-    assert len({tuple(request.token_ids) for request in samples}) == 4
+        assert drawn(single, Request(request.prompt, request.params)) == [request.token_ids]
+    assert len({tuple(request.token_ids) for request in samples}) == 3
 
 
 def test_a_page_is_copied_where_two_part() -> None:
@@ -163,9 +168,9 @@ def test_a_page_is_copied_where_two_part() -> None:
     while engine.has_work:
         engine.step()
     assert finish_both and second.num_cached == 90
-    alone = make(share_prefixes=False)
+    single = alone()
     for request in (first, second):
-        assert drawn(alone, Request(request.prompt, request.params)) == [request.token_ids]
+        assert drawn(single, Request(request.prompt, request.params)) == [request.token_ids]
 
 
 def test_a_reply_is_found_again_as_the_beginning_of_the_next_prompt() -> None:
@@ -223,9 +228,9 @@ def test_requests_give_their_pages_back_when_none_are_left() -> None:
     requests = [Request(prompt(60 + n, seed=n), sampled(n, 150)) for n in range(3)]
     finish(engine, *requests)
     assert engine.counts.preempted > 0
-    alone = make(max_batch_size=1, share_prefixes=False)
+    single = alone()
     for request in requests:
-        assert drawn(alone, Request(request.prompt, request.params)) == [request.token_ids]
+        assert drawn(single, Request(request.prompt, request.params)) == [request.token_ids]
         assert request.finish_reason == "length" and len(request.token_ids) == 150
 
 
@@ -283,9 +288,9 @@ def test_streamed_requests_get_each_token_as_it_is_drawn() -> None:
 
 
 def test_several_tokens_are_drawn_per_launch() -> None:
-    engine = make(max_steps=8)
+    engine = make(max_steps=16)
     finish(engine, Request(prompt(40), greedy(33)))
-    assert engine.counts.rounds == 4 and engine.counts.drawn == 33
+    assert engine.counts.rounds == 2 and engine.counts.drawn == 33
 
 
 @pytest.mark.parametrize("with_error", [RuntimeError, KeyboardInterrupt], ids=str)
@@ -334,8 +339,8 @@ def test_bit_equal_alone_and_in_any_company(lookahead: int) -> None:
     options = {"batch_invariant": True, "max_batch_size": 4, "lookahead": lookahead}
     together = run(make(**options), requests())
     assert together[::-1] == run(make(**options), requests()[::-1])
-    alone = make(**options)
-    assert together == [run(alone, [request])[0] for request in requests()]
+    engine = make(**options)
+    assert together == [run(engine, [request])[0] for request in requests()]
 
 
 @pytest.mark.slow

@@ -16,11 +16,11 @@ from llama_jax.engine import Engine, QueueFullError
 from llama_jax.model import init_params
 from llama_jax.request import Request
 from llama_jax.sampling_params import SamplingParams
-from tests.test_engine import drawn, finish, make, prompt
+from tests.test_engine import alone, drawn, finish, make, prompt
 from tests.test_speculation import SMALL, with_draft
 
 MAX_WAITING = 5
-POOL = 6  # pages; each of the three rows may come to need four
+POOL = 5  # pages; each of the three rows may come to need four
 SIZES = {"num_pages": POOL, "max_waiting": MAX_WAITING, "prefill_budget": 40}
 
 BEGINNINGS = st.tuples(st.sampled_from((0, 20, 64, 90, 128)), st.sampled_from((0, 1)))
@@ -32,9 +32,7 @@ SETTINGS = st.tuples(
 )
 
 
-@cache
-def alone_engine():
-    return make(max_batch_size=1, share_prefixes=False)
+alone_engine = cache(alone)
 
 
 @cache

@@ -265,6 +265,7 @@ def test_samples_draw_with_seeds_of_their_own_and_share_the_prompt(llm):
         llm.stream("p", SamplingParams(n=2))
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_warm_up(tokenizer):
     """Whatever is asked for, in whatever mixture; an FP8 cache, and too few pages."""
     llm = make(tokenizer, kv_dtype="fp8", max_batch_size=2, num_pages=3, prefill_chunk=4)
