@@ -13,6 +13,7 @@ from converters.source import read_source
 from llama_jax.checkpoint import PARAMS, read_manifest
 from llama_jax.config import LlamaConfig
 from llama_jax.converted import is_converted
+from llama_jax.errors import CheckpointError
 from llama_jax.model import Activations, ModelSpec
 
 
@@ -55,7 +56,12 @@ def open_checkpoint(directory: Path) -> Opened:
             frozenset(path for path in (directory / PARAMS).rglob("*") if path.is_file()),
         )  # fmt: skip
     source = read_source(directory)
-    plan, dialect = make_plan(source)
+    try:
+        plan, dialect = make_plan(source)
+    except CheckpointError as error:
+        if str(directory) in str(error):
+            raise
+        raise type(error)(f"{directory}: {error}") from error
     return Opened(
         directory, source.config, dialect, plan, source.generation, source.tokenizer_files,
         frozenset(tensor.path for tensor in source.tensors.values()),

@@ -91,6 +91,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     offsets do not fill the file exactly, and for dtypes that are not known.
     """
     header, end = _read_json(path)
+    _metadata(header, path)
     header.pop("__metadata__", None)
     tensors = {name: _entry(name, entry, path, end) for name, entry in header.items()}
     for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
@@ -115,10 +116,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
     Raises `CheckpointError` for a header that is damaged, or where they are not texts.
     """
-    metadata = _read_json(path)[0].get("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise CheckpointError(f"{path}: __metadata__ in the header must map names to texts")
-    return metadata
+    return _metadata(_read_json(path)[0], path)
 
 
 def read_checkpoint(directory: Path) -> dict[str, StoredTensor]:
@@ -214,6 +212,14 @@ def _read_json(path: Path) -> tuple[dict[str, Any], int]:
         raw = file.read(length)
     header = f"{path}: the header of a safetensors file"
     return convert(parse(raw, header), dict[str, Any], header), 8 + length
+
+
+def _metadata(header: Mapping[str, Any], path: Path) -> dict[str, str]:
+    stored = header.get("__metadata__")
+    metadata = {} if stored is None else stored
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ in the header must map names to texts")
+    return metadata
 
 
 def _entry(name: str, entry: Any, path: Path, data_start: int) -> StoredTensor:

@@ -13,7 +13,7 @@ from converters.safetensors_reader import StoredTensor, read_checkpoint, read_ro
 from llama_jax import json_file
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.config import PARAM_DTYPES, LlamaConfig
-from llama_jax.config_files import GENERATION_KEYS
+from llama_jax.config_files import GENERATION_KEYS, read_params
 from llama_jax.generation_config import read_settings
 from llama_jax.tokenizer import load_tokenizer
 
@@ -164,6 +164,7 @@ def _read_meta(directory: Path) -> Source:
             f"{path} has quantization_args: INT4 is not supported. Take the bfloat16 checkpoint, "
             "with --quantize row if it is to become FP8."
         )
+    read_params(params, path)  # before the weights are looked at
     tensors = read_consolidated(directory)
     if not tensors:
         raise CheckpointError(f"{directory} has {META_CONFIG}, but no {META_FILES} with weights")
@@ -238,8 +239,9 @@ def _quantization(hf_config: Mapping[str, Any], directory: Path) -> Mapping[str,
     for key in renamed:
         if key in inside and _unordered(renamed[key]) != _unordered(inside[key]):
             raise CheckpointError(
-                f"{path} has {key} = {inside[key]!r}, but {beside} {renamed[key]!r}. One of the "
-                "files belongs to another checkpoint: remove it."
+                f"{path} has {key} = {json_file.shown(inside[key])}, but {beside} "
+                f"{json_file.shown(renamed[key])}. One of the files belongs to another checkpoint: "
+                "remove it."
             )
     return {**renamed, **inside}
 

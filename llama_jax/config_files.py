@@ -22,11 +22,11 @@ from llama_jax.json_file import check_fields, convert, shown
 # Far above any model, so that a damaged number is refused where it is read.
 Count = Annotated[int, Meta(ge=1, le=2**16)]
 Size = Annotated[int, Meta(ge=1, le=2**24)]
-Length = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Length = Annotated[int, Meta(ge=2, le=2**31 - 1)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**24)]
 # Beyond 0.01 the norm flattens what it normalises; below 1e-12 it does not keep zeros from NaN.
 NormEps = Annotated[float, Meta(ge=1e-12, le=0.01)]
-Theta = Annotated[float, Meta(ge=1, le=1e30)]
+Theta = Annotated[float, Meta(ge=1, le=1e15)]
 Factor = Annotated[float, Meta(gt=0, le=1e6)]
 
 
@@ -92,7 +92,7 @@ class MetaParams(Struct, kw_only=True, forbid_unknown_fields=True):
     rope_theta: Theta | None = None
     use_scaled_rope: bool | None = None
     max_seq_len: Length | None = None
-    max_batch_size: Length | None = None
+    max_batch_size: Size | None = None
 
 
 # Until generation_config.json, config.json held these; without it they are read from here.

@@ -523,6 +523,12 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "ct bad expression": (
         CT, tiny.compressed(ignore=["re:("]), r"'re:\(' is not a regular expression"
     ),
+    "ct expression that takes for ever": (
+        CT, tiny.compressed(ignore=[r"re:((\w|\w|\.)*)*!"]), r"\)\*\)\*!' repeats too much"
+    ),
+    "ct expression of many repeats": (
+        CT, tiny.compressed(ignore=["re:" + ".*" * 30 + "!"]), "repeats too much"
+    ),
     "ct group that is none": (
         CT, tiny.compressed(["Linear"]), r"config_groups: group_0 must be an object"
     ),

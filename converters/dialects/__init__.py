@@ -17,6 +17,7 @@ from converters.dialects.modelopt import MODELOPT
 from converters.dialects.torchao import TORCHAO
 from converters.source import Source, same_bytes
 from llama_jax.checkpoint import CheckpointError
+from llama_jax.json_file import shown
 from llama_jax.model import ModelSpec, abstract_params
 
 DIALECTS: tuple[Dialect, ...] = (
@@ -61,14 +62,14 @@ def detect(source: Source) -> Dialect:
     fitting = [dialect for dialect in DIALECTS if dialect.applies(source)]
     if len(fitting) == 1:
         return fitting[0]
-    supported = "\n".join(f"  {dialect.name}: {dialect.description}" for dialect in DIALECTS)
+    supported = ", ".join(dialect.name for dialect in DIALECTS)
     method = str(source.quantization.get("quant_method"))
     packed = any(name.endswith(".qweight") for name in source.tensors)
     what = _UNSUPPORTED.get(method, "GPTQ or AWQ" if packed else "this")
     raise CheckpointError(
         f"{what} is a layout that is not supported. Take an FP8 "
         "checkpoint of the model, or the unquantised one with --quantize row.\n"
-        f"Found: {_found(source)}.\nSupported:\n{supported}"
+        f"Found: {_found(source)}.\nSupported: {supported}."
     )
 
 
@@ -93,7 +94,9 @@ def _check_tied(source: Source) -> None:
 
 
 def _found(source: Source) -> str:
-    plain = {k: v for k, v in source.quantization.items() if isinstance(v, str | int)}
+    plain = [
+        f"{k} = {shown(v)}" for k, v in source.quantization.items() if isinstance(v, str | int)
+    ]
     dtypes = Counter(
         tensor.dtype.name for name, tensor in source.tensors.items() if name.endswith("weight")
     )
@@ -104,8 +107,10 @@ def _found(source: Source) -> str:
     )
     return "; ".join(
         [
-            f"quantization_config {plain}" if plain else "no quantization_config",
+            f"quantization_config with {', '.join(plain[:8])}"
+            if plain
+            else "no quantization_config",
             "weights " + (", ".join(f"{n} x {dtype}" for dtype, n in dtypes.items()) or "none"),
-            "beside them " + (", ".join(sorted(leaves)) or "nothing"),
+            "beside them " + (", ".join(sorted(leaves)[:8]) or "nothing"),
         ]
     )

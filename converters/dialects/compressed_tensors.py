@@ -31,6 +31,7 @@ from converters.dialects.scales import check_zeros
 from converters.source import Source, as_object
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.fp8 import ScaleLayout
+from llama_jax.json_file import shown
 from pallas_kernels.fp8_matmul.reference import BLOCK
 
 _log = logging.getLogger(__name__)
@@ -43,6 +44,10 @@ _BLOCKS = ([BLOCK, BLOCK], f"{BLOCK}x{BLOCK}")
 _DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 _IRRELEVANT = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
 _CLASS, _NO_MATCH = "Linear", 3
+# Names are short, so a few repeats are tried soon; a repeated group can take for ever.
+_MAX_REPEATS = 6
+_REPEATS = re.compile(r"[*+{]")
+_REPEATED_GROUP = re.compile(r"\)[*+{]")
 # Targets that mean modules of attention: "LlamaAttention", "re:.*self_attn$".
 _ATTENTION = re.compile(r".*(Attention|self_attn)\$?")
 
@@ -116,11 +121,15 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
 def _rank(name: str, pattern: str) -> int:
     """How closely a target means a module: 0 by its name, 1 as `re:`, 2 as its class, 3 not."""
     if pattern.startswith("re:"):
+        if len(_REPEATS.findall(pattern)) > _MAX_REPEATS or _REPEATED_GROUP.search(pattern):
+            raise CheckpointError(
+                f"{_WHERE}: {shown(pattern)} repeats too much: trying it could take for ever"
+            )
         try:
             return 1 if re.match(pattern.removeprefix("re:"), name) else _NO_MATCH
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise CheckpointError(
-                f"{_WHERE}: {pattern!r} is not a regular expression: {error}"
+                f"{_WHERE}: {shown(pattern)} is not a regular expression: {error}"
             ) from error
     return 0 if pattern == name else 2 if pattern == _CLASS else _NO_MATCH
 

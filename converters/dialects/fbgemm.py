@@ -13,6 +13,7 @@ from converters.dialects.layout import Dialect, Plan, Shape
 from converters.dialects.quantized import Scheme, check_fields, is_named, name_list, quantized_plan
 from converters.source import Source
 from llama_jax.checkpoint import CheckpointError
+from llama_jax.json_file import shown
 
 # What transformers takes where the config is silent.
 _DEFAULT_UPPER_BOUND = 1200.0
@@ -32,7 +33,7 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
     bound = quantization.get("activation_scale_ub", _DEFAULT_UPPER_BOUND)
     if isinstance(bound, bool) or not isinstance(bound, int | float) or not 0 < bound < 1e30:
         raise CheckpointError(
-            f"quantization_config.activation_scale_ub must be a positive number, got {bound!r}"
+            f"quantization_config.activation_scale_ub must be a positive number, got {shown(bound)}"
         )
     plain = name_list(quantization, "modules_to_not_convert") or ["lm_head"]
     scheme = Scheme(activation_scale_ub=float(bound))

@@ -23,6 +23,7 @@ from converters.dialects.quantized import (
 from converters.source import Source
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.config import PARAM_DTYPES
+from llama_jax.json_file import shown
 from pallas_kernels.fp8_matmul.reference import BLOCK
 
 
@@ -53,7 +54,7 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
     size = quantization.get("weight_block_size", "missing")
     if size not in ([BLOCK, BLOCK], None):
         raise CheckpointError(
-            f"quantization_config.weight_block_size is {size}; only [{BLOCK}, {BLOCK}] is "
+            f"quantization_config.weight_block_size is {shown(size)}; only [{BLOCK}, {BLOCK}] is "
             "supported, which is what every FP8 kernel with blocks of scales is made for. Quantise "
             "the original checkpoint again with that size."
         )

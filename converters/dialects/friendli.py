@@ -22,6 +22,7 @@ from converters.dialects.quantized import Scheme, quantized_plan
 from converters.dialects.scales import check_zeros
 from converters.source import Source
 from llama_jax.checkpoint import CheckpointError
+from llama_jax.json_file import shown
 
 _CODES = ("int8", "float8_e4m3fn")
 
@@ -44,7 +45,8 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
     scheme = source.quantization.get("activation_scheme", "static")
     if scheme not in ("static", "dynamic"):
         raise CheckpointError(
-            f"quantization_config.activation_scheme is {scheme!r}, expected 'static' or 'dynamic'"
+            f"quantization_config.activation_scheme is {shown(scheme)}, expected 'static' or "
+            "'dynamic'"
         )
     fp8 = Scheme(static=scheme == "static", input_scales=("in_scale",), codes=_CODES)
 

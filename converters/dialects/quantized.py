@@ -31,6 +31,7 @@ from converters.source import Source
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.config import PARAM_DTYPES
 from llama_jax.fp8 import ScaleLayout, WeightFormat, scale_shape
+from llama_jax.json_file import shown
 
 _log = logging.getLogger(__name__)
 SCALE_DTYPES = (*PARAM_DTYPES, "float8_e8m0fnu")
@@ -108,13 +109,13 @@ def check_fields(
     for key, value in fields.items():
         if key not in allowed and value:
             raise CheckpointError(
-                f"{where}.{key} = {value!r} is not known; it may change what the weights mean"
+                f"{where}.{key} = {shown(value)} is not known; it may change what the weights mean"
             )
         values = allowed.get(key)
         if values is not None and value not in values:
             expected = " or ".join(repr(each) for each in values if each is not None)
             raise CheckpointError(
-                f"{where}.{key} = {value!r} is not supported, only {expected or 'null'}. Take "
+                f"{where}.{key} = {shown(value)} is not supported, only {expected or 'null'}. Take "
                 "another FP8 checkpoint of the model, or the unquantised one with --quantize row."
             )
 
@@ -123,7 +124,7 @@ def name_list(fields: Mapping[str, Any], key: str, where: str = "quantization_co
     """A list of module names or patterns from a config, [] if it is null or absent."""
     names = fields.get(key) or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"{where}.{key} must be a list of names, got {names!r}")
+        raise CheckpointError(f"{where}.{key} must be a list of names, got {shown(names)}")
     return names
 
 
