@@ -182,5 +182,5 @@ def warn_of_fields_without_effect(values: Mapping[str, Any], context: int) -> No
     """Name them in one line of the log."""
     fields = without_effect(values, context)
     if fields:
-        names = ", ".join(sorted(map(shown, fields)))
+        names = ", ".join(key if key.isidentifier() else shown(key) for key in sorted(fields))
         _log.warning("generation_config.json: without effect here: %s", names)

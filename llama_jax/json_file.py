@@ -158,7 +158,7 @@ def check_fields(instance: Any) -> None:
 def shown(value: Any) -> str:
     """A value for a message: in one line, in characters that any terminal takes, and short."""
     try:
-        text = value if isinstance(value, str) and value.isidentifier() else ascii(value)
+        text = ascii(value)
     except (RecursionError, ValueError):  # nested deeply, an integer of thousands of digits
         text = f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

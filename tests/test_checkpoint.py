@@ -86,7 +86,7 @@ def test_manifest_round_trip(directory: Path) -> None:
         ({"format_version": 99}, "format_version is 99, this version of llama_jax reads 2"),
         ({"config": {}}, "config.vocab_size is missing. The file is damaged"),
         ({"formats": {"lm_head": {"dtype": "float8_e4m3fn"}}}, "scales go with codes.* is damaged"),
-        ({"surprise": 1}, "surprise is not known.* is damaged"),
+        ({"surprise": 1}, "'surprise' is not known.* is damaged"),
         ({"total_bytes": "5"}, "total_bytes is '5', expected int"),
         ({"kv_scales": [[0.5, -1]]}, r"kv_scales\[0\]\[1\] is -1, expected float > 0"),
         ({"kv_scales": [[0.5]]}, "expected list of length 2"),

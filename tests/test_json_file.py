@@ -125,7 +125,7 @@ def test_no_bytes_give_anything_but_a_value_or_the_error(raw: bytes) -> None:
 
 
 def test_values_are_shown_in_one_short_line() -> None:
-    assert shown("eps") == "eps" and shown("a b") == "'a b'"
+    assert shown("eps") == "'eps'"
     assert shown("\ud800\n") == r"'\ud800\n'"
     assert len(shown([0] * 1000)) == 80
     assert shown(10**5000) == "a int"

@@ -53,8 +53,9 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
     )
     size = quantization.get("weight_block_size", "missing")
     if size not in ([BLOCK, BLOCK], None):
+        found = shown(size) if "weight_block_size" in quantization else size
         raise CheckpointError(
-            f"quantization_config.weight_block_size is {shown(size)}; only [{BLOCK}, {BLOCK}] is "
+            f"quantization_config.weight_block_size is {found}; only [{BLOCK}, {BLOCK}] is "
             "supported, which is what every FP8 kernel with blocks of scales is made for. Quantise "
             "the original checkpoint again with that size."
         )
