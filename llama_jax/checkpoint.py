@@ -72,7 +72,7 @@ class Manifest:
     kv_scales: tuple[tuple[Scale, Scale], ...] | None
     generation: Mapping[str, Any]
     tokenizer_files: tuple[str, ...]
-    total_bytes: int
+    total_bytes: Annotated[int, Meta(ge=0)]
     llama_jax_version: str
     checksums: Mapping[str, str] = FrozenDict()
     format_version: int = FORMAT_VERSION

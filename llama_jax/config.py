@@ -78,14 +78,6 @@ class LlamaConfig:
             raise ConfigError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
         if self.dtype not in PARAM_DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(PARAM_DTYPES)}, got {self.dtype!r}")
-        for name, ids in (
-            ("bos_token_id", token_ids(self.bos_token_id)),
-            ("eos_token_ids", self.eos_token_ids),
-        ):
-            if ids and max(ids) >= self.vocab_size:
-                raise ConfigError(
-                    f"{name} is {max(ids)}, outside of the vocabulary of {self.vocab_size} tokens"
-                )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values; `LlamaConfig.from_dict` reads them back."""
@@ -125,6 +117,13 @@ class LlamaConfig:
         """
         hf = read_hf(values, where)
         theta, rope = rope_of(hf, where)
+        for name in ("bos_token_id", "eos_token_id"):
+            ids = token_ids(getattr(hf, name))
+            if ids and max(ids) >= hf.vocab_size:
+                raise ConfigError(
+                    f"{where}: {name} is {max(ids)}, outside of the vocabulary of {hf.vocab_size} "
+                    "tokens"
+                )
         with _explained(where, _HF_NAMES):
             return cls(
                 vocab_size=hf.vocab_size,

@@ -126,6 +126,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
         "hidden_dropout_prob", "id2label", "initializer_range", "label2id", "neftune_noise_alpha",
         "num_labels", "problem_type", "resid_pdrop", "summary_first_dropout",
         "task_specific_params", "train_batch_size", "use_gradient_checkpointing",
+        "use_reentrant_checkpointing",
     ),
     "the tokenizer's, which its own files say": (
         "model_max_length", "pad_token", "pad_token_id", "padding_side", "prefix", "sep_token_id",

@@ -707,7 +707,11 @@ def test_metadata_that_is_no_text_is_refused(tmp_path: Path) -> None:
         ),
         ("modelopt", tiny.modelopt_file(exclude_modules=[]), r"has ignore = \['lm_head'"),
         ("autofp8 static", tiny.modelopt_file(), r"has quant_method = 'fp8', but .* 'modelopt'"),
-        ("modelopt", {"hf_quant_config.json": []}, r"hf_quant_config.json: its JSON is \[\], expected object"),
+        (
+            "modelopt",
+            {"hf_quant_config.json": []},
+            r"hf_quant_config.json: its JSON is \[\], expected object",
+        ),
         (
             "modelopt",
             {"hf_quant_config.json": {"quantization": 8}},

@@ -77,7 +77,7 @@ def _check_layers(source: Source) -> None:
     """Before the layers of the config are built: there may be a billion of them."""
     numbers = (match for name in source.tensors if (match := _LAYER.search(name)))
     stored = len({match[1] for match in numbers})
-    if stored != source.config.num_layers:
+    if stored < source.config.num_layers:
         raise CheckpointError(
             f"{source.directory}: the config says {source.config.num_layers} layers, the weights "
             f"have {stored}. They do not belong together, or a file is missing."
