@@ -72,7 +72,7 @@ def read_sequences(
             text = file.read(tokens * _CHARS_PER_TOKEN)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    bos = list(tokenizer.prefix_ids)
     ids = np.array(tokenizer.encode(text, parse_special=True), np.int32)
     step = min(length - len(bos), len(ids))
     if step + len(bos) < 2:

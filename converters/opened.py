@@ -9,12 +9,13 @@ from converters.dialects import make_plan
 from converters.dialects.layout import Plan
 from converters.orbax_reader import converted_plan
 from converters.safetensors_reader import shard_path
-from converters.source import read_source
+from converters.source import read_source, read_tokenizer
 from llama_jax.checkpoint import PARAMS, read_manifest
 from llama_jax.config import LlamaConfig
 from llama_jax.converted import is_converted
 from llama_jax.errors import CheckpointError
 from llama_jax.model import Activations, ModelSpec
+from llama_jax.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Opened:
 
     dialect: the layout it was published in. generation: the contents of generation_config.json, {}
     without one. tokenizer_files: names of files in `directory`. weight_files: where `plan` reads.
+    tokenizer: None where there is none.
     """
 
     directory: Path
@@ -32,6 +34,7 @@ class Opened:
     generation: Mapping[str, Any]
     tokenizer_files: tuple[str, ...]
     weight_files: frozenset[Path]
+    tokenizer: Tokenizer | None = None
 
     def tokenizer_paths(self) -> list[Path]:
         """The tokenizer's files; raises `CheckpointError` for one that lies outside `directory`."""
@@ -50,10 +53,12 @@ def open_checkpoint(directory: Path) -> Opened:
     """
     if is_converted(directory):
         manifest = read_manifest(directory)
+        tokenizer = read_tokenizer(directory, manifest.config)
         return Opened(
             directory, manifest.config, manifest.dialect, converted_plan(directory, manifest),
             manifest.generation, manifest.tokenizer_files,
             frozenset(path for path in (directory / PARAMS).rglob("*") if path.is_file()),
+            tokenizer,
         )  # fmt: skip
     source = read_source(directory)
     try:
@@ -65,4 +70,5 @@ def open_checkpoint(directory: Path) -> Opened:
     return Opened(
         directory, source.config, dialect, plan, source.generation, source.tokenizer_files,
         frozenset(tensor.path for tensor in source.tensors.values()),
+        source.tokenizer,
     )  # fmt: skip

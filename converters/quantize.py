@@ -79,7 +79,7 @@ def report(
 
 
 def _read(checkpoint: Opened, options: QuantizeOptions, text: Path) -> np.ndarray:
-    tokenizer = load_tokenizer(checkpoint.directory)
+    tokenizer = load_tokenizer(checkpoint.directory, checkpoint.config)
     return read_sequences(
         text, tokenizer, checkpoint.config, options.tokens, options.sequence_length
     )

@@ -15,7 +15,7 @@ from llama_jax.checkpoint import CheckpointError
 from llama_jax.config import PARAM_DTYPES, LlamaConfig
 from llama_jax.config_files import GENERATION_KEYS, read_params
 from llama_jax.generation_config import read_settings
-from llama_jax.tokenizer import load_tokenizer
+from llama_jax.tokenizer import Tokenizer, load_tokenizer
 
 # Counted up when the same source would convert to something else.
 CONVERTER_VERSION = 3
@@ -60,7 +60,8 @@ class Source:
     hf_quant_config.json, says about quantised weights, {} if nothing. tensors: by the names they
     are stored under (Meta's: see `pth_reader.read_consolidated`). generation: the contents of
     generation_config.json, or what config.json says of it, {} if neither does. tokenizer_files:
-    names of files in `directory`.
+    names of files in `directory`; tokenizer: what they say, None where there is no vocabulary among
+    them.
     """
 
     directory: Path
@@ -70,10 +71,11 @@ class Source:
     tensors: Mapping[str, StoredTensor]
     generation: Mapping[str, Any]
     tokenizer_files: tuple[str, ...]
+    tokenizer: Tokenizer | None
 
 
 def read_source(directory: Path) -> Source:
-    """Read the configuration and the tensors' headers.
+    """Read the configuration, the tokenizer and the tensors' headers.
 
     Raises `CheckpointError` or `ConfigError` for a directory that is incomplete, damaged or holds
     something that is not supported.
@@ -88,6 +90,7 @@ def read_source(directory: Path) -> Source:
     path = directory / "config.json"
     hf_config = read_object(path)
     config = LlamaConfig.from_hf(hf_config, path)
+    tokenizer = read_tokenizer(directory, config)  # what is wrong with it is said first
     return Source(
         directory=directory,
         config=config,
@@ -96,7 +99,21 @@ def read_source(directory: Path) -> Source:
         tensors=_read_tensors(directory),
         generation=_generation(directory, hf_config, config.vocab_size),
         tokenizer_files=_tokenizer_files(directory),
+        tokenizer=tokenizer,
     )
+
+
+def read_tokenizer(directory: Path, config: LlamaConfig | None) -> Tokenizer | None:
+    """A checkpoint's tokenizer, as it is loaded with the model; None where there is none.
+
+    Raises `CheckpointError` for one that cannot be used, or that lies outside `directory`.
+    """
+    for name in _tokenizer_files(directory):
+        shard_path(directory.resolve(), name)
+    try:
+        return load_tokenizer(directory, config)
+    except FileNotFoundError:
+        return None
 
 
 def published_name(directory: Path) -> str:
@@ -165,6 +182,7 @@ def _read_meta(directory: Path) -> Source:
             "with --quantize row if it is to become FP8."
         )
     read_params(params, path)  # before the weights are looked at
+    tokenizer = read_tokenizer(directory, None)
     tensors = read_consolidated(directory)
     if not tensors:
         raise CheckpointError(f"{directory} has {META_CONFIG}, but no {META_FILES} with weights")
@@ -178,14 +196,11 @@ def _read_meta(directory: Path) -> Source:
     config = replace(LlamaConfig.from_params_json(params, path), tie_word_embeddings=is_tied)
     if embedding and embedding[0].dtype.name in PARAM_DTYPES:
         config = replace(config, dtype=embedding[0].dtype.name)
-    tokenizer_files = _tokenizer_files(directory)
-    if "tokenizer.model" in tokenizer_files:
-        try:
-            tokenizer = load_tokenizer(directory)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
+    if tokenizer:
         config = replace(config, bos_token_id=tokenizer.bos_id, eos_token_ids=tokenizer.eos_ids)
-    return Source(directory, config, {}, {}, tensors, {}, tokenizer_files)
+    return Source(
+        directory, config, {}, {}, tensors, {}, _tokenizer_files(directory), tokenizer
+    )  # fmt: skip
 
 
 def _split(tensors: Mapping[str, StoredTensor], name: str) -> list[StoredTensor]:
@@ -208,7 +223,7 @@ def _generation(
 
 
 def _tokenizer_files(directory: Path) -> tuple[str, ...]:
-    return tuple(name for name in TOKENIZER_FILES if (directory / name).is_file())
+    return tuple(name for name in TOKENIZER_FILES if (directory / name).exists())
 
 
 def _read_tensors(directory: Path) -> dict[str, StoredTensor]:

@@ -65,16 +65,11 @@ def encode_chat(
 ) -> list[int]:
     """The prompt as token ids; arguments and errors as in `render_chat`.
 
-    Only what the template itself wrote becomes a special token. The prompt begins with exactly one
-    begin-of-text, whether the template writes it or not.
+    Only what the template itself wrote becomes a special token, and all of it does: a prompt has
+    the begin-of-text that its template writes, or none.
     """
-    ids: list[int] = []
-    for piece in _pieces(tokenizer, messages, tools, add_generation_prompt, template_kwargs):
-        if piece.special:
-            ids.append(tokenizer.special_tokens[piece.text])
-        else:
-            ids += tokenizer.encode(piece.text)
-    return ids
+    pieces = _pieces(tokenizer, messages, tools, add_generation_prompt, template_kwargs)
+    return tokenizer.encode_pieces((piece.text, piece.special) for piece in pieces)
 
 
 def _pieces(
@@ -144,7 +139,7 @@ def _template_pieces(
     pieces.append(Piece(rendered[position:], False))
     unmark = str.maketrans("", "", opening + closing)
     pieces = [Piece(text.translate(unmark), special) for text, special in pieces]
-    return _one_bos(tokenizer, [piece for piece in pieces if piece.text])
+    return [piece for piece in pieces if piece.text]
 
 
 def _mark(value: Any, names: re.Pattern[str], replacement: str) -> Any:
@@ -158,20 +153,6 @@ def _mark(value: Any, names: re.Pattern[str], replacement: str) -> Any:
     if isinstance(value, list):
         return [_mark(item, names, replacement) for item in value]
     return value
-
-
-def _one_bos(tokenizer: Tokenizer, pieces: list[Piece]) -> list[Piece]:
-    bos = next(
-        (
-            name
-            for name, token_id in tokenizer.special_tokens.items()
-            if token_id == tokenizer.bos_id
-        ),
-        None,
-    )
-    if bos is None:
-        return pieces
-    return [Piece(bos, True), *itertools.dropwhile(lambda piece: piece == Piece(bos, True), pieces)]
 
 
 def _check_messages(messages: Messages) -> list[dict[str, Any]]:

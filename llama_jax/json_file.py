@@ -202,6 +202,8 @@ def _explained(message: str, value: Any) -> str:
     expected, _, got = what.removeprefix("Expected ").partition(", got ")
     if what == "Number out of range":
         expected = "a smaller number"
+    elif what.startswith("Invalid "):  # a tag or a word that is none of those that a schema names
+        return f"{name} is {shown(found)}, which is not known"
     elif not what.startswith("Expected "):  # what a `__post_init__` says
         return f"{name}: {what}" if name else what
     # Somewhere in an object of any keys, msgspec does not say where.

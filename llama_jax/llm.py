@@ -17,6 +17,7 @@ from llama_jax.chat import encode_chat
 from llama_jax.compile_cache import CompileReport
 from llama_jax.config import LlamaConfig, token_ids
 from llama_jax.engine import Engine
+from llama_jax.errors import CheckpointError
 from llama_jax.generation_config import (
     default_sampling,
     read_settings,
@@ -80,7 +81,9 @@ class LLM:
         warn_of_fields_without_effect(generation, config.max_position_embeddings)
         self.default_sampling = default_sampling(settings)
         eos = token_ids(settings.eos_token_id) or config.eos_token_ids
-        self._stop_ids = frozenset(eos) or frozenset(tokenizer.eos_ids)
+        # What stops vLLM: generation_config's ids and the tokenizer's own.
+        own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+        self._stop_ids = frozenset({*(eos or tokenizer.eos_ids), *own})
         self.engine = Engine(
             params,
             spec,
@@ -138,6 +141,7 @@ class LLM:
         directory = checkpoint.resolve(path_or_id)
         manifest = checkpoint.read_manifest(directory)
         config = manifest.config
+        tokenizer = _load_tokenizer(path_or_id, directory, config)
         max_seq_len = sequence_limit(config, max_seq_len)
         kv_storage = storage_dtype(kv_dtype, dtype)
         if kv_dtype == "fp8" and manifest.kv_scales is None:
@@ -182,7 +186,7 @@ class LLM:
         return cls(
             load(directory, spec),
             spec,
-            load_tokenizer(directory),
+            tokenizer,
             manifest=manifest,
             kv_dtype=kv_dtype,
             options=options,
@@ -204,9 +208,9 @@ class LLM:
         """Continue prompts: a str gives one `Generation`, a list of str or of token ids a list.
 
         sampling: for all prompts, or one per prompt; the checkpoint's generation_config when None.
-        on_finished: called each time one is done. A str gets a BOS token, token ids are taken as
-        they are. With `SamplingParams(n=4)` a prompt has four continuations, which share its pages:
-        `Generation.samples`.
+        on_finished: called each time one is done. A str gets what the tokenizer puts around a text,
+        BOS as a rule; token ids are taken as they are. With `SamplingParams(n=4)` a prompt has four
+        continuations, which share its pages: `Generation.samples`.
 
         What is raised in the work for one continuation, such as decoding its text, ends it alone:
         its `Generation.error` says what it was. For a str it is raised.
@@ -470,7 +474,7 @@ class LLM:
         return Request(
             prompt,
             sampling,
-            StreamDecoder(self.tokenizer),
+            StreamDecoder(self.tokenizer, after=prompt),
             own | set(sampling.stop_token_ids) | names.keys(),
             self._stop_ids,
             names,
@@ -531,15 +535,13 @@ class LLM:
     def _token_logprob(
         self, token_id: int, logprob: float, top: Sequence[tuple[int, float]]
     ) -> TokenLogprob:
-        likeliest = tuple((i, self._token_text(i), value) for i, value in top)
-        return TokenLogprob(token_id, self._token_text(token_id), logprob, likeliest)
-
-    def _token_text(self, token_id: int) -> str:
-        return self.tokenizer.decode([token_id], skip_special=False)
+        likeliest = tuple((i, self.tokenizer.token_text(i), value) for i, value in top)
+        return TokenLogprob(token_id, self.tokenizer.token_text(token_id), logprob, likeliest)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            ids: Sequence[int] = self.tokenizer.encode(prompt, bos=True) if prompt else ()
+            encode = self.tokenizer.encode
+            ids: Sequence[int] = encode(prompt, bos=True, eos=True) if prompt else ()
         else:
             try:
                 ids = list(prompt)
@@ -571,6 +573,17 @@ class LLM:
                 + ". Shorten it, or load the model with a larger max_seq_len."
             )
         return list(ids)
+
+
+def _load_tokenizer(name: str | Path, directory: Path, config: LlamaConfig) -> Tokenizer:
+    """The tokenizer of a converted checkpoint; name: what the user calls it."""
+    try:
+        return load_tokenizer(directory, config)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{name} has no tokenizer.json and no tokenizer.model; copy one of them from the "
+            "original checkpoint"
+        ) from error
 
 
 def sequence_limit(config: LlamaConfig, max_seq_len: int | None) -> int:

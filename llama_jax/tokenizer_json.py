@@ -1,203 +1,532 @@
-"""Reads a Hugging Face `tokenizer.json` that holds a byte-level BPE as Llama 3 has it, without the
-tokenizers library.
+"""Reads a Hugging Face `tokenizer.json` without the tokenizers library: byte-pair encodings of
+Llama's two families, byte-level (Llama 3, SmolLM2) and SentencePiece restated (Llama 2).
 
-tiktoken merges whatever pair makes the token of lowest id; `tokenizer.json` lists its merges
-instead. The two give the same ids for every text when `_check_merges` passes, so that is checked
-and anything else is refused by name.
+The file describes five steps: a normalizer changes the text, a pre-tokenizer cuts it into words,
+the model makes tokens of each, a post-processor puts special tokens around them, and a decoder
+turns tokens back into text (https://huggingface.co/docs/tokenizers/pipeline). The classes below are
+the steps that are known, field by field; anything else is refused by name.
 """
 
-import itertools
-import json
-import math
-from collections.abc import Mapping
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import regex
+from msgspec import Meta, Struct
+
+from llama_jax.added_tokens import AddedToken
+from llama_jax.bpe import Merge, bpe, tiktoken_ranks
+from llama_jax.errors import CheckpointError
+from llama_jax.json_file import convert, parse, shown
+from llama_jax.vocabulary import (
+    LLAMA3_PATTERN,
+    MAX_ID,
+    SPACE,
+    Vocabulary,
+    check_ids,
+    tiktoken_encoder,
+)
+
+TokenId = Annotated[int, Meta(ge=0, le=MAX_ID)]
+
+# GPT-2's split into words (https://github.com/openai/gpt-2, src/encoder.py), which ByteLevel makes
+# unless it is told not to.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# Patterns whose matches leave nothing out, which tiktoken would drop.
+_COVERING = (LLAMA3_PATTERN, GPT2_PATTERN)
+# What is not the same in Oniguruma and in the package regex: escapes but those for categories,
+# white space, digits and punctuation; sets in sets; comments and names of groups.
+_UNSURE = re.compile(
+    r"\\[a-oqt-zA-OQRT-Z0-9](?<!\\[rntd])|&&|\[\[|\(\?[^:=!<i]|\(\?<[^=!]|--|~~|\|\|"
+)
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+# A space that follows something else; runs of spaces with what follows them.
+_CROSSING = re.compile(f"[^{SPACE}]{SPACE}")
+_RUNS = re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
 
 
-class SentencePieceJsonError(ValueError):
-    """The tokenizer.json restates a SentencePiece model (Llama 2), which is read from
-    tokenizer.model instead."""
+class UnigramError(CheckpointError):
+    """The tokenizer.json holds a unigram model, which is read from tokenizer.model instead."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; ValueError naming the line where it is none."""
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}: line {error.lineno}: not valid JSON ({error.msg}); the file is truncated or "
-            "damaged, "
-            "download it again"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: byte {error.start} is not UTF-8; the file is damaged, download it again"
-        ) from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
+class _Pattern(Struct, frozen=True, forbid_unknown_fields=True):
+    """One of the two."""
+
+    String: str | None = None
+    Regex: str | None = None
 
 
-def read_vocabulary(path: Path) -> tuple[dict[bytes, int], str, dict[str, tuple[int, bool]]]:
-    """Ranks (bytes -> id), the split pattern, and added tokens (name -> id, whether decoding hides
-    it).
+class _Step(Struct, forbid_unknown_fields=True, tag_field="type"):
+    pass
 
-    The layout is that of https://huggingface.co/docs/tokenizers. Raises ValueError naming the field
-    that differs from a byte-level BPE that tiktoken can run, SentencePieceJsonError for a restated
-    SentencePiece model.
+
+# Normalizers.
+
+
+class _Prepend(_Step, tag="Prepend"):
+    prepend: str
+
+
+class _Replace(_Step, tag="Replace"):
+    pattern: _Pattern
+    content: str
+
+
+class _NFC(_Step, tag="NFC"):
+    pass
+
+
+class _NFD(_Step, tag="NFD"):
+    pass
+
+
+class _NFKC(_Step, tag="NFKC"):
+    pass
+
+
+class _NFKD(_Step, tag="NFKD"):
+    pass
+
+
+_UnicodeForm = _NFC | _NFD | _NFKC | _NFKD
+_PlainNormalizer = _Prepend | _Replace | _UnicodeForm
+
+
+class _Normalizers(_Step, tag="Sequence"):
+    normalizers: list["_PlainNormalizer | _Normalizers"]
+
+
+# Pre-tokenizers.
+
+
+class _Split(_Step, tag="Split"):
+    pattern: _Pattern
+    behavior: Literal["Isolated"]
+    invert: Literal[False] = False
+
+
+class _Digits(_Step, tag="Digits"):
+    individual_digits: bool = False
+
+
+class _ByteLevel(_Step, tag="ByteLevel"):
+    add_prefix_space: bool = True
+    trim_offsets: bool = True
+    use_regex: bool = True
+
+
+class _Metaspace(_Step, tag="Metaspace"):
+    replacement: Annotated[str, Meta(min_length=1, max_length=1)] = SPACE
+    prepend_scheme: Literal["always", "first", "never"] | None = None
+    add_prefix_space: bool | None = None  # before prepend_scheme
+    split: bool = True
+    str_rep: str | None = None
+
+
+_PlainPreTokenizer = _Split | _Digits | _ByteLevel | _Metaspace
+
+
+class _PreTokenizers(_Step, tag="Sequence"):
+    pretokenizers: list["_PlainPreTokenizer | _PreTokenizers"]
+
+
+# Post-processors.
+
+
+class _Name(Struct, frozen=True):
+    id: str
+    type_id: int = 0
+
+
+class _Piece(Struct, frozen=True, forbid_unknown_fields=True):
+    """One of the two."""
+
+    SpecialToken: _Name | None = None
+    Sequence: _Name | None = None
+
+
+class _TemplateToken(Struct, frozen=True):
+    ids: list[TokenId]
+
+
+class _Template(_Step, tag="TemplateProcessing"):
+    single: list[_Piece]
+    special_tokens: dict[str, _TemplateToken]
+    pair: list[_Piece] = []
+
+
+_PlainPostProcessor = _Template | _ByteLevel
+
+
+class _PostProcessors(_Step, tag="Sequence"):
+    processors: list["_PlainPostProcessor | _PostProcessors"]
+
+
+# Decoders.
+
+
+class _ByteFallback(_Step, tag="ByteFallback"):
+    pass
+
+
+class _Fuse(_Step, tag="Fuse"):
+    pass
+
+
+class _Strip(_Step, tag="Strip"):
+    content: str
+    start: Annotated[int, Meta(ge=0)]
+    stop: Annotated[int, Meta(ge=0)]
+
+
+_PlainDecoder = _Replace | _ByteFallback | _Fuse | _Strip | _ByteLevel
+
+
+class _Decoders(_Step, tag="Sequence"):
+    decoders: list[_PlainDecoder]
+
+
+# The file.
+
+
+class _Added(Struct, frozen=True):
+    id: TokenId
+    content: Annotated[str, Meta(min_length=1)]
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+    normalized: bool | None = None
+
+
+class _Model(Struct, frozen=True, forbid_unknown_fields=True):
+    vocab: dict[str, TokenId]
+    merges: list[str | tuple[str, str]]
+    type: str | None = None  # files before 2020 lack it
+    dropout: float | None = None
+    unk_token: str | None = None
+    continuing_subword_prefix: str | None = None
+    end_of_word_suffix: str | None = None
+    fuse_unk: bool | None = None
+    byte_fallback: bool | None = None
+    ignore_merges: bool | None = None
+
+
+class _ModelType(Struct, frozen=True):
+    type: str | None = None
+
+
+class _File(Struct, frozen=True):
+    model: _Model
+    added_tokens: list[_Added] | None = None
+    normalizer: _PlainNormalizer | _Normalizers | None = None
+    pre_tokenizer: _PlainPreTokenizer | _PreTokenizers | None = None
+    post_processor: _PlainPostProcessor | _PostProcessors | None = None
+    decoder: _PlainDecoder | _Decoders | None = None
+
+
+class _FileType(Struct, frozen=True):
+    model: _ModelType
+
+
+def read_tokenizer_json(path: Path, data: bytes) -> Vocabulary:
+    """The vocabulary in the contents of a tokenizer.json.
+
+    Raises `CheckpointError` naming the field that is not understood, `UnigramError` for a unigram
+    model.
     """
-    content = read_json(path)
-    model = content.get("model")
-    if not isinstance(model, Mapping):
-        raise ValueError(
-            f"{path}: model: missing; this is not a tokenizer.json, or it is incomplete"
+    value = parse(data, path)
+    if convert(value, _FileType, path).model.type == "Unigram":
+        raise UnigramError(
+            f"{path}: model.type is Unigram, expected BPE; put the checkpoint's tokenizer.model "
+            "beside it, which is read instead"
         )
-    if model.get("byte_fallback") or model.get("type") == "Unigram":
-        raise SentencePieceJsonError(
-            f"{path}: model: a SentencePiece model (type {model.get('type')!r}, byte_fallback "
-            f"{model.get('byte_fallback')!r}); put the checkpoint's tokenizer.model beside it, "
-            "which is read instead"
-        )
-    _check_fields(path, content, model)
-    if not isinstance(model.get("vocab"), Mapping) or not isinstance(model.get("merges"), list):
-        raise ValueError(
-            f"{path}: model: expected an object vocab and a list merges; the file is incomplete"
-        )
-    vocab = dict(model["vocab"])
-    specials = _added_tokens(path, content.get("added_tokens") or [])
-    for name in specials:
-        vocab.pop(name, None)
-    merges = [
-        tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair)
-        for pair in model["merges"]
-    ]
-    _check_merges(path, vocab, merges, bool(model.get("ignore_merges")))
-    byte_of = {character: byte for byte, character in enumerate(_byte_characters())}
-    try:
-        ranks = {
-            bytes([byte_of[character] for character in token]): rank
-            for token, rank in vocab.items()
-        }
-    except KeyError as error:
-        raise ValueError(
-            f"{path}: model.vocab: {error} stands for no byte, so the vocabulary is not byte-level"
-        ) from None
-    return ranks, _split_pattern(path, content), specials
-
-
-def _check_fields(path: Path, content: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    decoder = content.get("decoder") or {}
-    found = {
-        "model.type": (model.get("type", "BPE"), ("BPE",)),
-        "model.dropout": (model.get("dropout"), (None, 0)),
-        "model.unk_token": (model.get("unk_token"), (None,)),
-        "model.continuing_subword_prefix": (model.get("continuing_subword_prefix"), (None, "")),
-        "model.end_of_word_suffix": (model.get("end_of_word_suffix"), (None, "")),
-        "normalizer": (content.get("normalizer"), (None,)),
-        "decoder.type": (decoder.get("type"), ("ByteLevel",)),
-    }
-    for name, (value, accepted) in found.items():
-        if value not in accepted:
-            raise ValueError(
-                f"{path}: {name}: found {value!r}, expected {accepted[0]!r} as in Llama 3; only "
-                "its byte-level BPE is read"
-            )
-
-
-def _split_pattern(path: Path, content: Mapping[str, Any]) -> str:
-    """The regular expression of the pre-tokenizer Split(isolated) + ByteLevel(no regex of its
-    own)."""
-    pre = content.get("pre_tokenizer") or {}
-    match pre.get("pretokenizers", []):
-        case [
-            {
-                "type": "Split",
-                "pattern": {"Regex": str(pattern)},
-                "behavior": "Isolated",
-                "invert": False,
-            },
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
-        ]:
-            return pattern
-    raise ValueError(
-        f"{path}: pre_tokenizer: found {json.dumps(pre)[:200]}, expected Split by a Regex "
-        "(Isolated) and then "
-        "ByteLevel without regex and prefix space, as in Llama 3"
+    file = convert(value, _File, path)
+    if "" in file.model.vocab:
+        raise CheckpointError(f"{path}: model.vocab has an empty token; remove it")
+    merges = _merges(path, file.model)
+    added = tuple(map(_added_token, file.added_tokens or ()))
+    check_ids(path, file.model.vocab, added)
+    steps = list(_flat(file.pre_tokenizer, "pretokenizers"))
+    is_byte_level = any(isinstance(step, _ByteLevel) for step in steps)
+    made = {left + right for left, right in merges}
+    # What an added token's name says is found in a text before the model sees it, or not at all.
+    names = {token.content for token in added if token.content not in made}
+    vocab = {token: i for token, i in file.model.vocab.items() if token not in names}
+    if is_byte_level:
+        encode_words = _byte_level_encoder(path, file.model, steps, vocab, merges)
+    else:
+        encode_words = _character_encoder(path, file.model, steps, vocab, merges)
+    name_bytes = _byte_level_bytes if is_byte_level else _character_bytes
+    normalizers = [_normalizer(path, step) for step in _flat(file.normalizer, "normalizers")]
+    return Vocabulary(
+        kind="tiktoken" if is_byte_level else "sentencepiece",
+        pieces={i: name_bytes(token) for token, i in file.model.vocab.items()},
+        ids=file.model.vocab,
+        added=added,
+        encode_words=encode_words,
+        normalize=lambda text: reduce(lambda text, step: step(text), normalizers, text),
+        name_bytes=name_bytes,
+        strip_spaces=_stripped_spaces(path, file.decoder, is_byte_level),
+        around=_around(path, file.post_processor),
     )
 
 
-def _added_tokens(path: Path, tokens: list[Mapping[str, Any]]) -> dict[str, tuple[int, bool]]:
-    added = {}
-    for token in tokens:
-        for flag in ("lstrip", "rstrip", "single_word"):
-            if token.get(flag):
-                raise ValueError(
-                    f"{path}: added_tokens: {token['content']!r} has {flag}=true, which is not "
-                    "supported"
-                )
-        added[token["content"]] = (token["id"], bool(token.get("special")))
-    return added
-
-
-def _check_merges(
-    path: Path, vocab: Mapping[str, int], merges: list[tuple[str, ...]], ignore_merges: bool
-) -> None:
-    """Refuses merges that tiktoken, which knows only the ids, would not follow.
-
-    1. Merges come in the order of the ids that they make, so both sides give them the same
-       priority.
-    2. Inside a token's bytes merging runs the same alone as in any context where the token comes
-       about, so the only pair that ever makes the token is the last one when it is encoded alone:
-       that pair must be listed.
-    3. A token that merging never makes is reached only as a whole word, which needs
-       `ignore_merges`.
-    """
-    listed = set(merges)
-    previous = -1
-    for index, pair in enumerate(merges):
-        made = vocab.get("".join(pair), -1)
-        if len(pair) != 2 or made < 0 or pair[0] not in vocab or pair[1] not in vocab:
-            raise ValueError(
-                f"{path}: model.merges[{index}]: {' '.join(pair)!r} does not join two tokens into "
-                "a third"
+def _merges(path: Path, model: _Model) -> list[Merge]:
+    """The merges as pairs, of a model whose other fields are those of a plain BPE."""
+    found = {
+        "type": (model.type, (None, "BPE"), "BPE"),
+        "dropout": (model.dropout, (None, 0), "null"),
+        "continuing_subword_prefix": (model.continuing_subword_prefix, (None, ""), "null"),
+        "end_of_word_suffix": (model.end_of_word_suffix, (None, ""), "null"),
+    }
+    for name, (value, accepted, expected) in found.items():
+        if value not in accepted:
+            raise CheckpointError(
+                f"{path}: model.{name} is {shown(value)}, expected {expected}: only a plain BPE is "
+                "read"
             )
-        if made < previous:
-            raise ValueError(
-                f"{path}: model.merges[{index}]: {' '.join(pair)!r} makes id {made} after a merge "
-                "that makes id "
-                f"{previous}; merges must come in the order of ids, as in Llama 3"
+    vocab, merges = model.vocab, []
+    for i, pair in enumerate(model.merges):
+        left, right = pair if isinstance(pair, tuple) else pair.partition(" ")[::2]
+        if not (left in vocab and right in vocab and left + right in vocab):
+            raise CheckpointError(
+                f"{path}: model.merges[{i}] is {shown(pair)}, expected two tokens of model.vocab "
+                "that make a third"
             )
-        previous = made
-    for token in vocab:
-        if len(token) == 1:
-            continue
-        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        if ignore_merges and all(s in listed for s in splits if s[0] in vocab and s[1] in vocab):
-            continue
-        last = _last_merge(token, vocab)
-        if last is None and not ignore_merges:
-            raise ValueError(
-                f"{path}: model.vocab: no merges lead to {token!r}, and model.ignore_merges is not "
-                "set"
-            )
-        if last is not None and last not in listed:
-            raise ValueError(
-                f"{path}: model.merges: {' '.join(last)!r} is missing, although {token!r} is in "
-                "the vocabulary"
-            )
+        merges.append((left, right))
+    return merges
 
 
-def _last_merge(token: str, vocab: Mapping[str, int]) -> tuple[str, str] | None:
-    """The pair that makes `token` when its bytes are merged by lowest id, None when merging stops
-    short of it."""
-    parts = list(token)
-    while len(parts) > 2:
-        ids = [vocab.get(left + right, math.inf) for left, right in itertools.pairwise(parts)]
-        best = min(range(len(ids)), key=ids.__getitem__)
-        if ids[best] == math.inf:
-            return None
-        parts[best : best + 2] = [parts[best] + parts[best + 1]]
-    return parts[0], parts[1]
+def _added_token(token: _Added) -> AddedToken:
+    normalized = not token.special if token.normalized is None else token.normalized
+    return AddedToken(
+        token.id, token.content, token.special, token.lstrip, token.rstrip, token.single_word,
+        normalized,
+    )  # fmt: skip
+
+
+def _flat(step: Any, field: str) -> Iterator[Any]:
+    """A step's parts, where it is a sequence, or a sequence of sequences; nothing for None."""
+    if hasattr(step, field):
+        for part in getattr(step, field):
+            yield from _flat(part, field)
+    elif step is not None:
+        yield step
+
+
+# From text to words.
+
+
+def _byte_level_encoder(
+    path: Path, model: _Model, steps: Sequence[Any], vocab: Mapping[str, int], merges: list[Merge]
+) -> Callable[[str, bool], list[int]]:
+    missing = [byte for byte, character in enumerate(_BYTE_CHARACTERS) if character not in vocab]
+    if missing:
+        raise CheckpointError(
+            f"{path}: no token for the single byte {missing[0]:#04x} ({len(missing)} of 256 are "
+            "missing); a byte-level vocabulary needs all of them"
+        )
+    cuts = _byte_level_cuts(path, steps)
+    ignore_merges, ranks = bool(model.ignore_merges), None
+    if cuts and cuts[-1] in _COVERING:
+        ranks = tiktoken_ranks(vocab, merges, ignore_merges)
+    if ranks is not None:
+        by_bytes = {_byte_level_bytes(token): i for token, i in ranks.items()}
+        encode = tiktoken_encoder(path, by_bytes, str(cuts.pop()))
+    else:
+        to_ids = bpe(vocab, merges, ignore_merges=ignore_merges, byte_fallback=False)
+
+        def encode(word: str) -> list[int]:
+            return to_ids(word.encode().decode("latin-1").translate(_WRITTEN))
+
+    patterns = [None if cut is None else _compiled(path, cut) for cut in cuts]
+
+    def encode_words(text: str, is_first: bool) -> list[int]:
+        words = [text]
+        for pattern in patterns:
+            if pattern is None:
+                words = [word if word.startswith(" ") else f" {word}" for word in words]
+            else:
+                words = [part for word in words for part in _isolated(pattern, word)]
+        return [i for word in words for i in encode(word)]
+
+    return encode_words
+
+
+def _byte_level_cuts(path: Path, steps: Sequence[Any]) -> list[str | None]:
+    """Patterns whose matches, and what is between them, are words; None puts a space before each
+    word that has none."""
+    cuts: list[str | None] = []
+    for i, step in enumerate(steps):
+        if isinstance(step, _Split):
+            cuts.append(_source(step.pattern))
+        elif isinstance(step, _Digits):
+            cuts.append(r"\p{N}" if step.individual_digits else r"\p{N}+")
+        elif isinstance(step, _ByteLevel) and i == len(steps) - 1:
+            cuts += [None] if step.add_prefix_space else []
+            cuts += [GPT2_PATTERN] if step.use_regex else []
+        else:
+            raise CheckpointError(
+                f"{path}: pre_tokenizer has {type(step).__name__[1:]} beside ByteLevel, expected "
+                "ByteLevel as the last step, and Split or Digits before it"
+            )
+    return cuts
+
+
+def _character_encoder(
+    path: Path, model: _Model, steps: Sequence[Any], vocab: Mapping[str, int], merges: list[Merge]
+) -> Callable[[str, bool], list[int]]:
+    missing = [byte for byte in range(256) if f"<0x{byte:02X}>" not in vocab]
+    if missing or not model.byte_fallback:
+        found = f"<0x{missing[0]:02X}> is missing" if missing else "byte_fallback is not set"
+        raise CheckpointError(
+            f"{path}: model: {found}, expected byte_fallback and a token for each of the 256 "
+            "bytes, or ByteLevel among the pre-tokenizers"
+        )
+    to_ids = bpe(vocab, merges, ignore_merges=bool(model.ignore_merges), byte_fallback=True)
+    cuts = [_character_cut(path, step) for step in steps]
+    # Merging cannot cross the beginning of a run of spaces if no token does: its parts can then be
+    # merged by themselves, and are found again.
+    if not model.ignore_merges and not any(_CROSSING.search(a + b) for a, b in merges):
+        cuts.append(lambda text, is_first: _RUNS.findall(text))
+
+    def encode_words(text: str, is_first: bool) -> list[int]:
+        words = [text]
+        for cut in cuts:
+            words = [
+                part for i, word in enumerate(words) for part in cut(word, is_first and i == 0)
+            ]
+        return [i for word in words for i in to_ids(word)]
+
+    return encode_words
+
+
+def _character_cut(path: Path, step: Any) -> Callable[[str, bool], list[str]]:
+    """A function from a text, and whether it is the beginning of one, to words."""
+    if isinstance(step, _Split | _Digits):
+        (source,) = _byte_level_cuts(path, [step])
+        pattern = _compiled(path, str(source))
+        return lambda text, is_first: _isolated(pattern, text)
+    scheme = step.prepend_scheme or ("never" if step.add_prefix_space is False else "always")
+    mark = step.replacement
+    each = re.compile(f"{re.escape(mark)}?[^{re.escape(mark)}]+|{re.escape(mark)}")
+
+    def metaspace(text: str, is_first: bool) -> list[str]:
+        text = text.replace(" ", mark)
+        if scheme == "always" or (scheme == "first" and is_first):
+            text = text if text.startswith(mark) else mark + text
+        return each.findall(text) if step.split else [text]
+
+    return metaspace
+
+
+def _source(pattern: _Pattern) -> str:
+    return re.escape(pattern.String or "") if pattern.Regex is None else pattern.Regex
+
+
+def _compiled(path: Path, source: str) -> "regex.Pattern[str]":
+    """A pattern that Oniguruma, which the tokenizers library uses, and the package regex read
+    alike."""
+    unsure = _UNSURE.search(source)
+    if unsure:
+        raise CheckpointError(
+            f"{path}: the pattern {shown(source)} has {shown(unsure[0])}, which engines of regular "
+            "expressions read differently; only patterns without it are read"
+        )
+    try:
+        compiled = regex.compile(source)
+    except (regex.error, OverflowError, RecursionError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: {shown(source)} is not a regular expression: {error}"
+        ) from error
+    if compiled.match(""):
+        raise CheckpointError(
+            f"{path}: the pattern {shown(source)} matches an empty text, expected one that finds "
+            "words"
+        )
+    return compiled
+
+
+def _isolated(pattern: "regex.Pattern[str]", text: str) -> list[str]:
+    """The matches of a pattern and what is between them, without empty strings."""
+    parts, done = [], 0
+    for match in pattern.finditer(text):
+        start, stop = match.span()
+        parts += [text[done:start], text[start:stop]]
+        done = stop
+    return [part for part in (*parts, text[done:]) if part]
+
+
+def _normalizer(path: Path, step: Any) -> Callable[[str], str]:
+    if isinstance(step, _Prepend):
+        return lambda text: step.prepend + text if text else text
+    if isinstance(step, _Replace):
+        pattern = _compiled(path, _source(step.pattern))
+        return lambda text: pattern.sub(lambda match: step.content, text)
+    form: Any = type(step).__name__[1:]
+    return lambda text: unicodedata.normalize(form, text)
+
+
+# Around a text, and back from tokens.
+
+
+def _around(path: Path, step: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    if step is None:
+        return None
+    templates = [each for each in _flat(step, "processors") if isinstance(each, _Template)]
+    if not templates:
+        return (), ()
+    where = f"{path}: post_processor"
+    if len(templates) > 1:
+        raise CheckpointError(f"{where} has several TemplateProcessing, expected one")
+    parts: list[list[int]] = [[]]
+    for piece in templates[0].single:
+        if piece.SpecialToken is None:
+            parts.append([])
+        elif piece.SpecialToken.id in templates[0].special_tokens:
+            parts[-1] += templates[0].special_tokens[piece.SpecialToken.id].ids
+        else:
+            name = shown(piece.SpecialToken.id)
+            raise CheckpointError(f"{where}: {name} in single is not among its special_tokens")
+    if len(parts) != 2:
+        raise CheckpointError(f"{where}: single has {len(parts) - 1} sequences, expected one")
+    return tuple(parts[0]), tuple(parts[1])
+
+
+def _stripped_spaces(path: Path, decoder: Any, is_byte_level: bool) -> int:
+    """How many spaces decoding takes away at the beginning, by a decoder that otherwise turns
+    tokens into what `Vocabulary.pieces` says."""
+    steps = list(_flat(decoder, "decoders"))
+    kinds = [type(step) for step in steps]
+    if is_byte_level and kinds == [_ByteLevel]:
+        return 0
+    if not is_byte_level and kinds[:3] == [_Replace, _ByteFallback, _Fuse]:
+        spaces = steps[0].pattern.String == SPACE and steps[0].content == " "
+        if spaces and len(steps) == 3:
+            return 0
+        strip = steps[3]
+        if spaces and kinds[3:] == [_Strip] and strip.content == " " and strip.stop == 0:
+            return int(strip.start)
+    found = ", ".join(kind.__name__[1:] for kind in kinds) or "nothing"
+    expected = "ByteLevel" if is_byte_level else f"Replace of {SPACE!a}, ByteFallback, Fuse, Strip"
+    raise CheckpointError(f"{path}: decoder is {found}, expected {expected}")
+
+
+def _character_bytes(token: str) -> bytes:
+    if match := _BYTE_TOKEN.fullmatch(token):
+        return bytes.fromhex(match[1])
+    return token.replace(SPACE, " ").encode()
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    try:
+        return token.translate(_READ).encode("latin-1")
+    except UnicodeEncodeError:  # an added token with a space, for example
+        return token.encode()
 
 
 def _byte_characters() -> list[str]:
@@ -206,3 +535,12 @@ def _byte_characters() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+_BYTE_CHARACTERS = _byte_characters()
+# For str.translate, between Latin-1, in which a byte is a character, and these characters. What is
+# none of them is made one that Latin-1 lacks.
+_WRITTEN = dict(enumerate(_BYTE_CHARACTERS))
+_READ = dict.fromkeys(range(256), "\uffff") | {
+    ord(character): chr(byte) for byte, character in enumerate(_BYTE_CHARACTERS)
+}

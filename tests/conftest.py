@@ -49,3 +49,21 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip("the folder of shared test data is not there")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A small SentencePiece BPE with byte fallback, as Llama 2's."""
+    import sentencepiece
+
+    path = tmp_path_factory.mktemp("sentencepiece")
+    words = ["the", "capital", "of", "France", "is", "Paris", "and", "London", "hello", "world"]
+    lines = [" ".join(words[i % 9 :: 1 + i % 4]) for i in range(300)]
+    (path / "text").write_text("\n".join(lines))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(path / "text"), model_prefix=str(path / "tokenizer"), vocab_size=380,
+        model_type="bpe", byte_fallback=True, character_coverage=1.0, hard_vocab_limit=False,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
+        user_defined_symbols=["<|im_start|>"],
+    )  # fmt: skip
+    return (path / "tokenizer.model").read_bytes()

@@ -171,16 +171,18 @@ def test_template_logic_sees_special_tokens_in_content(plain: Tokenizer) -> None
     source = "{{ messages[0].content.split('<|python_tag|>')[-1] }}"
     tokenizer = dataclasses.replace(plain, chat_template=source)
     text = render_chat(tokenizer, user("thinking<|python_tag|>answer"))
-    assert text == "<|begin_of_text|>answer"
+    assert text == "answer"
 
 
 @pytest.mark.parametrize("start", ["", "{{ bos_token }}", "{{ bos_token }}<|begin_of_text|>"])
-def test_exactly_one_bos(plain: Tokenizer, start: str) -> None:
+def test_prompt_has_the_bos_that_the_template_writes(plain: Tokenizer, start: str) -> None:
     source = start + "{{ messages[0].content }}"
     tokenizer = dataclasses.replace(plain, chat_template=source)
-    assert encode_chat(tokenizer, user("hi")) == [tokenizer.bos_id, *b"hi"]
-    assert render_chat(tokenizer, user("hi")) == "<|begin_of_text|>hi"
-    assert encode_chat(tokenizer, user("<|begin_of_text|>"))[1:] == [*b"<|begin_of_text|>"]
+    written = [tokenizer.bos_id] * (start.count("bos_token") + start.count("begin_of_text"))
+    assert encode_chat(tokenizer, user("hi")) == [*written, *b"hi"]
+    assert render_chat(tokenizer, user("hi")) == "<|begin_of_text|>" * len(written) + "hi"
+    text = [*b"<|begin_of_text|>"]
+    assert encode_chat(tokenizer, user("<|begin_of_text|>")) == [*written, *text]
 
 
 def render(tokenizer: Tokenizer, source: str, **kwargs: Any) -> str:

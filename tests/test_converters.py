@@ -69,7 +69,7 @@ def test_dense_weights_are_kept_bit_for_bit(tmp_path: Path, dtype: Any, shards: 
     assert (manifest.dialect, manifest.source) == ("dense", "source")
     assert manifest.config.eos_token_ids == (2, 3) and manifest.generation == {"temperature": 0.6}
     assert manifest.tokenizer_files == ("tokenizer.json",)
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"stand": "in"}'
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == tiny.byte_tokenizer_json()
     assert left_behind(tmp_path) == ["out", "source"]
 
 
@@ -334,7 +334,7 @@ def test_resolve_converts_once_and_again_when_the_source_changes(tmp_path: Path)
     assert resolve(source, tmp_path / "cache", progress=False) == first == resolve(first)
     assert (first / "manifest.json").stat().st_mtime_ns == made
     assert resolve(source, tmp_path / "cache", quantize="row", progress=False) != first
-    (source / "tokenizer.json").write_text('{"changed": "file"}')
+    (source / "tokenizer.json").write_text(tiny.byte_tokenizer_json("<changed>"))
     assert resolve(source, tmp_path / "cache", progress=False) != first
     with pytest.raises(CheckpointError, match="is converted already"):
         resolve(first, quantize="row")

@@ -2,6 +2,7 @@
 forward pass where there is something to compare with."""
 
 import base64
+import copy
 import dataclasses
 
 import jax
@@ -320,3 +321,54 @@ def test_bad_input_is_explained(llm, call, message):
 def test_a_prompt_of_another_type_is_refused(llm):
     with pytest.raises(TypeError, match="a prompt must be a str or a list of token ids, got int"):
         llm.generate(["fine", 5])
+
+
+@pytest.fixture(scope="module")
+def spoken(llm, sentencepiece_model, tmp_path_factory):
+    """The same model with a SentencePiece tokenizer."""
+    path = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
+    path.write_bytes(sentencepiece_model)
+    other = copy.copy(llm)
+    other.tokenizer = load_tokenizer(path)
+    return other
+
+
+def test_a_reply_reads_on_from_its_prompt(spoken):
+    """huggingface/transformers #22710 and #28776, vllm-project/vllm #48674."""
+    prompt = "the capital of France is"
+    ids = spoken.tokenizer.encode(f"{prompt} Paris", bos=True)
+    word = ids[-1]
+    assert ids[:-1] == spoken.tokenizer.encode(prompt, bos=True)
+    likely = {"temperature": 0, "max_new_tokens": 2, "logit_bias": {word: 1e4}}
+    reply = spoken.generate(prompt, SamplingParams(**likely, logprobs=1))
+    assert reply.text == " Paris Paris"
+    pieces = spoken.stream(prompt, SamplingParams(**likely))
+    assert "".join(piece.text for piece in pieces) == " Paris Paris"
+    assert reply.logprobs[0].token == " Paris"
+    stopped = spoken.generate(prompt, SamplingParams(**likely, stop=" Paris"))
+    assert (stopped.text, stopped.finish_reason) == ("", "stop")
+    first = spoken.generate([[spoken.tokenizer.bos_id]], SamplingParams(**likely))[0]
+    assert first.text == "Paris Paris"  # nothing comes before it
+
+
+def test_prompts_begin_and_end_as_the_tokenizer_says(llm, tokenizer):
+    """ggml-org/llama.cpp #3966 and #4040: no BOS for Yi; some files ask for EOS as well."""
+    once = SamplingParams(temperature=0, max_new_tokens=1)
+    other = copy.copy(llm)
+    for prefix, suffix in (((), ()), ((BOS,), (EOS,))):
+        other.tokenizer = dataclasses.replace(tokenizer, prefix_ids=prefix, suffix_ids=suffix)
+        assert other.generate("ab", once).prompt_token_ids == (*prefix, *b"ab", *suffix)
+        assert other.pair_ids("ab", "c") == ([*prefix, *b"abc"], len(prefix) + 2)
+    template = "{{ messages[0].content }}<|eot_id|>"
+    other.tokenizer = dataclasses.replace(tokenizer, chat_template=template)
+    reply = other.chat([{"role": "user", "content": "ab"}], once)
+    assert reply.prompt_token_ids == (*b"ab", EOT)
+
+
+def test_the_tokenizers_own_end_stops_too(tokenizer):
+    """vllm-project/vllm #4180: generation_config names <|end_of_text|> alone."""
+    llm = make(dataclasses.replace(tokenizer, eos_id=EOT), generation={"eos_token_id": EOS})
+    for end in (EOS, EOT):
+        sampling = SamplingParams(temperature=0, max_new_tokens=5, logit_bias={end: 1e4})
+        reply = llm.generate("hello", sampling)
+        assert (reply.token_ids, reply.finish_reason) == ((end,), "stop")

@@ -15,6 +15,7 @@ from llama_jax.tokenizer import (
     load_tokenizer,
     split_long_text,
 )
+from tests.tiny_checkpoints import byte_characters
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="shared data absent")
@@ -27,15 +28,9 @@ def tiktoken_lines(ranks: list[bytes]) -> bytes:
     return b"".join(b"%s %d\n" % (base64.b64encode(t), rank) for rank, t in enumerate(ranks))
 
 
-def byte_characters() -> dict[int, str]:
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
 def tiny_json() -> dict:
     """The tiny vocabulary as Hugging Face's tokenizers writes it, its specials with a gap."""
-    chars = byte_characters()
+    chars = {byte: character for character, byte in byte_characters().items()}
 
     def as_text(token: bytes) -> str:
         return "".join(chars[byte] for byte in token)
@@ -138,7 +133,7 @@ def test_llama2(llama2: Tokenizer) -> None:
     assert llama2.encode("Hello world", bos=True) == [1, 15043, 3186]
     assert llama2.encode("</s>") != [2] and llama2.encode("</s>", parse_special=True) == [2]
     assert llama2.decode([1, 15043, 3186, 2]) == "Hello world"
-    assert llama2.decode([1, 15043, 2], skip_special=False) == "<s>Hello</s>"
+    assert llama2.decode([1, 15043, 2], skip_special=False) == "<s> Hello</s>"
     assert llama2.token_bytes(3186) == b" world"
 
 
@@ -238,9 +233,8 @@ def test_long_run_is_encoded_in_its_pieces(tiny: Tokenizer) -> None:
 def test_bad_arguments(tiny: Tokenizer) -> None:
     with pytest.raises(TypeError, match="text: expected a str, got bytes"):
         tiny.encode(b"a")  # type: ignore[arg-type]
-    for token_id in (-1, TINY_SIZE):
-        with pytest.raises(ValueError, match=rf"token id {token_id} is outside .* {TINY_SIZE}"):
-            tiny.decode([token_id])
+    with pytest.raises(ValueError, match="token id -1 is negative"):
+        tiny.decode([-1])
     assert tiny.decode(tiny.encode("a\ud800b")) == "a\ufffdb"
 
 
@@ -253,7 +247,7 @@ def test_bad_arguments(tiny: Tokenizer) -> None:
         (tiktoken_lines(TINY_RANKS[:200]), r"no token for the single byte 0xc8 \(56 of 256"),
         (b"", r"no token for the single byte 0x00"),
         (b"\n\x0e\x0a\x05<unk>", "not a complete SentencePiece model"),
-        (b'{"model":\n {"type"', r"line 2: not valid JSON"),
+        (b'{"model":\n {"type"', r"not valid JSON: .* line 2"),
     ],
 )
 def test_damaged_files(tmp_path: Path, data: bytes, message: str) -> None:
@@ -284,6 +278,10 @@ def test_tokenizer_json(tmp_path: Path, tiny: Tokenizer) -> None:
     assert load_tokenizer(tmp_path).chat_template == "from file"
 
 
+def split_by(pattern: str) -> dict:
+    return change("pre_tokenizer", "pretokenizers", 0, "pattern", value={"Regex": pattern})
+
+
 def change(*keys: str | int, value: object) -> dict:
     content: dict = tiny_json()
     target = content
@@ -296,20 +294,31 @@ def change(*keys: str | int, value: object) -> dict:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (change("model", "type", value="WordPiece"), "model.type: found 'WordPiece'"),
-        (change("model", "unk_token", value="<unk>"), "model.unk_token: found '<unk>'"),
-        (change("model", "byte_fallback", value=True), "put the checkpoint's tokenizer.model"),
-        (change("normalizer", value={"type": "NFC"}), "normalizer: found {'type': 'NFC'}"),
-        (change("decoder", "type", value="Metaspace"), "decoder.type: found 'Metaspace'"),
-        (change("pre_tokenizer", value={"type": "ByteLevel"}), "pre_tokenizer: found .*ByteLevel"),
-        (change("model", "merges", 0, value="l l"), "'h e' is missing, although 'he' is"),
-        (change("model", "merges", 0, value="q q"), r"merges\[0\]: 'q q' does not join"),
-        (change("model", "merges", 2, value="h ell"), r"merges\[2\]: 'h ell' does not join"),
-        (change("added_tokens", 0, "lstrip", value=True), "begin_of_text.*has lstrip=true"),
-        (change("added_tokens", 0, "id", value=7), "id 7 belongs to a special token and"),
-        (change("model", "vocab", value={"a": 0}), "does not join"),
-        (change("model", "vocab", value=None), "model: expected an object vocab and a list"),
-        ({"added_tokens": []}, "model: missing"),
+        (change("model", "type", value="WordPiece"), "model.type is WordPiece, expected BPE"),
+        (change("model", "type", value="Unigram"), "put the checkpoint's tokenizer.model"),
+        (change("model", "dropout", value=0.1), "model.dropout is 0.1, expected null"),
+        (change("model", "end_of_word_suffix", value="</w>"), "end_of_word_suffix is '</w>'"),
+        (change("normalizer", value={"type": "Lowercase"}), "normalizer.type is Lowercase"),
+        (change("normalizer", value={"type": "NFC", "x": 1}), "normalizer.x is not known"),
+        (change("decoder", "type", value="Metaspace"), "decoder.type is Metaspace"),
+        (change("decoder", value=None), "decoder is nothing, expected ByteLevel"),
+        (change("pre_tokenizer", value=None), "byte_fallback is not set|0x00. is missing"),
+        (split_by(""), "'' matches an empty text"),
+        (split_by("x*"), "matches an empty text"),
+        (split_by("(a"), "is not a regular expression"),
+        (split_by(r"\h+"), "which engines of regular expressions read differently"),
+        (change("model", "merges", 0, value="q q"), r"merges\[0\] is 'q q', expected two tokens"),
+        (change("model", "merges", 2, value="h ell"), r"merges\[2\] is 'h ell', expected two"),
+        (change("model", "merges", 2, value="hell"), r"merges\[2\] is hell, expected two"),
+        (change("added_tokens", 0, "id", value=7), "id 7 belongs to the added token"),
+        (change("added_tokens", 0, "id", value=301), "id 301 belongs to the added tokens"),
+        (change("added_tokens", 0, "id", value=3_000_000_000), r"added_tokens\[0\].id is 30000000"),
+        (change("added_tokens", value=[{}]), r"added_tokens\[0\].id is missing"),
+        (change("model", "vocab", "he", value=257), "id 257 belongs to he and to ll"),
+        (change("model", "vocab", "he", value=3_000_000_000), "model.vocab.* out of range"),
+        (change("model", "vocab", value={"a": 0}), "expected two tokens of model.vocab"),
+        (change("model", "vocab", value=None), "model.vocab is None, expected object"),
+        ({"added_tokens": []}, "model is missing"),
     ],
 )
 def test_tokenizer_json_refused_by_name(tmp_path: Path, content: dict, message: str) -> None:
@@ -319,16 +328,7 @@ def test_tokenizer_json_refused_by_name(tmp_path: Path, content: dict, message: 
         load_tokenizer(path)
 
 
-def test_merges_out_of_order_are_refused(tmp_path: Path) -> None:
-    content = tiny_json()
-    merges = content["model"]["merges"]
-    merges[0], merges[1] = merges[1], merges[0]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"merges\[1\]: 'h e' makes id 256 after .* 257"):
-        load_tokenizer(tmp_path)
-
-
-def test_token_that_merges_never_make_needs_ignore_merges(tmp_path: Path) -> None:
+def test_token_that_merges_never_make_is_a_word_with_ignore_merges(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     content = tiny_json()
     content["model"]["vocab"]["xyz"] = len(TINY_RANKS)
@@ -336,11 +336,9 @@ def test_token_that_merges_never_make_needs_ignore_merges(tmp_path: Path) -> Non
     assert load_tokenizer(path).encode("xyz") == [len(TINY_RANKS)]
     content["model"]["ignore_merges"] = False
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="no merges lead to 'xyz'"):
-        load_tokenizer(path)
-    del content["model"]["vocab"]["xyz"]
-    path.write_text(json.dumps(content))
-    assert load_tokenizer(path).encode("hello") == [259]
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.encode("xyz") == [*b"xyz"] and tokenizer.encode("hello") == [259]
+    assert tokenizer.decode([len(TINY_RANKS)]) == "xyz"
 
 
 def test_config_names_specials_of_a_tiktoken_file(tmp_path: Path) -> None:
@@ -352,7 +350,7 @@ def test_config_names_specials_of_a_tiktoken_file(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids) == (270, 266, (269,))
     path.write_text(json.dumps(config | {"pad_token": "<pad>"}))
-    with pytest.raises(ValueError, match="pad_token is '<pad>', which is no added token"):
+    with pytest.raises(ValueError, match="pad_token is '<pad>', which is no token of"):
         load_tokenizer(tmp_path)
 
 
@@ -370,8 +368,8 @@ def test_named_chat_templates(tmp_path: Path, names: list[str]) -> None:
 
 
 @needs_data
-def test_llama2_json_gives_way_to_the_model_file(tmp_path: Path) -> None:
-    content = change("model", "byte_fallback", value=True)
+def test_unigram_json_gives_way_to_the_model_file(tmp_path: Path) -> None:
+    content = change("model", "type", value="Unigram")
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     model = (DATA / "llama2_tokenizer" / "tokenizer.model").read_bytes()
     (tmp_path / "tokenizer.model").write_bytes(model)

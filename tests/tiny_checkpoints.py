@@ -536,7 +536,7 @@ def write(
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(CONFIG | dict(config)))
     (directory / "generation_config.json").write_text(json.dumps({"temperature": 0.6}))
-    (directory / "tokenizer.json").write_text('{"stand": "in"}')
+    (directory / "tokenizer.json").write_text(byte_tokenizer_json())
     for name, contents in files.items():
         (directory / name).write_text(json.dumps(contents))
     if shards == 1:
@@ -620,6 +620,26 @@ def meta_fp8(parts: Sequence[Arrays]) -> list[Arrays]:
                 values = rng.uniform(5e-4, 2e-3, rows).astype(np.float32)
                 scales[rank][f"{layer}_feed_forward.{matrix}_{rank}"] = values
     return scales
+
+
+def byte_tokenizer_json(special: str = "<|end_of_text|>") -> str:
+    """A tokenizer.json of Llama 3's kind with a token for each byte and a special one."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    return json.dumps(
+        {
+            "added_tokens": [{"id": 256, "content": special, "special": True}],
+            "pre_tokenizer": byte_level,
+            "decoder": byte_level,
+            "model": {"type": "BPE", "vocab": byte_characters(), "merges": []},
+        }
+    )
+
+
+def byte_characters() -> dict[str, int]:
+    """The character that byte-level BPE writes for each byte: itself or one from U+0100 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
 def byte_tokenizer() -> bytes:

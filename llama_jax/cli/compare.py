@@ -86,7 +86,7 @@ def compare(
         from llama_jax.tokenizer import load_tokenizer
     compile_cache.enable()
     opened = tuple(map(open_checkpoint, directories))
-    tokenizers = [load_tokenizer(each.directory) for each in opened]
+    tokenizers = [load_tokenizer(each.directory, each.config) for each in opened]
     ids, other = (
         read_sequences(text, tokenizer, each.config, tokens, sequence_length)
         for tokenizer, each in zip(tokenizers, opened, strict=True)

@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -175,7 +174,7 @@ def _facts(
         "modules": [asdict(kind) for kind in kinds],
         "quantized": _quantized(checkpoint.plan),
         "kv_scales": checkpoint.plan.kv_scales,
-        "tokenizer": _tokenizer(checkpoint.directory),
+        "tokenizer": _tokenizer(checkpoint),
         "memory": {
             **vars(plan),
             "total": plan.total,
@@ -255,13 +254,10 @@ def _quantized(plan: "Plan") -> dict[str, list[str]]:
     }
 
 
-def _tokenizer(directory: Path) -> dict[str, Any]:
-    from llama_jax.tokenizer import load_tokenizer
-
-    try:
-        tokenizer = load_tokenizer(directory)
-    except (OSError, ValueError) as error:
-        return {"error": str(error)}
+def _tokenizer(checkpoint: "Opened") -> dict[str, Any]:
+    tokenizer = checkpoint.tokenizer
+    if tokenizer is None:
+        return {"error": f"{checkpoint.directory}: no tokenizer.json and no tokenizer.model"}
     return {
         "kind": tokenizer.kind,
         "vocab_size": tokenizer.vocab_size,
@@ -356,7 +352,7 @@ def _span(found: Range) -> str:
 
 def _tokenizer_words(facts: Mapping[str, Any]) -> str:
     if "error" in facts:
-        return f"not readable: {facts['error']}"
+        return f"none: {facts['error']}"
     template = "with" if facts["chat_template"] else "without"
     return (
         f"{facts['kind']}, {facts['vocab_size']} tokens, "

@@ -103,10 +103,10 @@ class LlamaJax(TemplateLM):
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
         ids = self.tokenizer.encode(string, parse_special=True)
-        bos_id = self.tokenizer.bos_id
-        if add_special_tokens is False or bos_id is None or ids[:1] == [bos_id]:
+        prefix = list(self.tokenizer.prefix_ids)
+        if add_special_tokens is False or ids[: len(prefix)] == prefix:
             return ids
-        return [bos_id, *ids]
+        return prefix + ids
 
     def apply_chat_template(
         self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
