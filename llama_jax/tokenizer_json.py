@@ -42,6 +42,8 @@ _COVERING = (LLAMA3_PATTERN, GPT2_PATTERN)
 _UNSURE = re.compile(
     r"\\[a-oqt-zA-OQRT-Z0-9](?<!\\[rntd])|&&|\[\[|\(\?[^:=!<i]|\(\?<[^=!]|--|~~|\|\|"
 )
+# How long a pattern may search a text: some take a time that is exponential in its length.
+_SECONDS, _CHARS_PER_SECOND = 5, 20_000
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 # A space that follows something else; runs of spaces with what follows them.
 _CROSSING = re.compile(f"[^{SPACE}]{SPACE}")
@@ -454,10 +456,16 @@ def _compiled(path: Path, source: str) -> "regex.Pattern[str]":
 def _isolated(pattern: "regex.Pattern[str]", text: str) -> list[str]:
     """The matches of a pattern and what is between them, without empty strings."""
     parts, done = [], 0
-    for match in pattern.finditer(text):
-        start, stop = match.span()
-        parts += [text[done:start], text[start:stop]]
-        done = stop
+    try:
+        for match in pattern.finditer(text, timeout=_SECONDS + len(text) / _CHARS_PER_SECOND):
+            start, stop = match.span()
+            parts += [text[done:start], text[start:stop]]
+            done = stop
+    except TimeoutError:
+        raise ValueError(
+            f"the tokenizer's pattern {shown(pattern.pattern)} takes too long for a text of "
+            f"{len(text)} characters"
+        ) from None
     return [part for part in (*parts, text[done:]) if part]
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_jax import tokenizer_json
 from llama_jax.bpe import bpe, merge, tiktoken_ranks
 from llama_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from tests.make_tokenizer_ids import PATH
@@ -132,3 +133,11 @@ def test_a_long_text_without_words_is_quick(tmp_path: Path) -> None:
     ids = tokenizer.encode("the" * 10_000)
     assert time.process_time() - began < 1
     assert tokenizer.decode(ids) == "the" * 10_000
+
+
+def test_a_pattern_that_takes_for_ever_is_stopped(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(tokenizer_json, "_SECONDS", 0.1)
+    tokenizer = load(tmp_path, llama3("(a|a)+$", ignore_merges=False))
+    assert tokenizer.encode("aaaa") == [97] * 4
+    with pytest.raises(ValueError, match="takes too long for a text of 41 characters"):
+        tokenizer.encode("a" * 40 + "b")
