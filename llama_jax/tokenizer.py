@@ -19,8 +19,12 @@ from llama_jax.errors import CheckpointError
 from llama_jax.json_file import read_bytes, read_text, shown
 from llama_jax.tokenizer_config import CONFIG_FILE, TokenizerSettings, read_settings
 from llama_jax.tokenizer_json import UnigramError, read_tokenizer_json
-from llama_jax.tokenizer_model import LLAMA31_SPECIAL_TOKENS, read_tokenizer_model
-from llama_jax.vocabulary import LLAMA3_PATTERN, Vocabulary, check_ids, split_long_text
+from llama_jax.tokenizer_model import (
+    LLAMA31_SPECIAL_TOKENS,
+    read_tokenizer_model,
+    split_long_text,
+)
+from llama_jax.vocabulary import LLAMA3_PATTERN, Vocabulary, check_ids
 
 __all__ = [
     "LLAMA3_PATTERN", "LLAMA31_SPECIAL_TOKENS", "StreamDecoder", "Tokenizer", "load_tokenizer",

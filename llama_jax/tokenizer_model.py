@@ -4,7 +4,7 @@ a SentencePiece model."""
 import base64
 import binascii
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -35,6 +35,10 @@ LLAMA31_SPECIAL_TOKENS = (
     "<|python_tag|>",
     *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
 )
+# Meta cuts a text at these lengths before tiktoken sees it, and so parts tokens there.
+_MAX_CHARS = 400_000
+_MAX_RUN = 25_000
+_LONG_RUN = re.compile(rf"\s{{{_MAX_RUN + 1},}}|\S{{{_MAX_RUN + 1},}}")
 # A part of a SentencePiece model that says normalizer_spec.add_dummy_prefix = false. Of a protobuf
 # message that is written in parts the later ones hold (https://protobuf.dev/programming-guides/
 # encoding/#last-one-wins); the fields' numbers are those of sentencepiece_model.proto in
@@ -66,7 +70,9 @@ def read_tokenizer_model(
         pieces=pieces,
         ids={},
         added=specials,
-        encode_words=lambda text, is_first: encode(text),
+        encode_words=lambda text, is_first: [
+            i for piece in split_long_text(text) for i in encode(piece)
+        ],
         adds_bos=True,
     )
 
@@ -90,6 +96,20 @@ def _parse_ranks(path: Path, data: bytes) -> dict[bytes, int]:
             )
         ranks[token_bytes] = rank_value
     return ranks
+
+
+def split_long_text(text: str) -> Iterator[str]:
+    """Cuts `text` as Meta's Llama 3 tokenizer does: each 400,000 characters, and in those each run
+    of more than 25,000 characters that are all white space, or all not, after every 25,000 of
+    them."""
+    for start in range(0, len(text), _MAX_CHARS):
+        chunk = text[start : start + _MAX_CHARS]
+        begin = 0
+        for run in _LONG_RUN.finditer(chunk):
+            for cut in range(run.start() + _MAX_RUN, run.end(), _MAX_RUN):
+                yield chunk[begin:cut]
+                begin = cut
+        yield chunk[begin:]
 
 
 def _sentencepiece(

@@ -1,7 +1,6 @@
 """What a tokenizer's vocabulary file says, whatever its format."""
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,11 +20,6 @@ LLAMA3_PATTERN = (
 )
 # The largest vocabularies have a quarter of this; a table of all ids is kept.
 MAX_ID = (1 << 20) - 1
-# Meta cuts a text at these lengths before tiktoken sees it, whose regular expression is quadratic
-# in long runs.
-_MAX_CHARS = 400_000
-_MAX_RUN = 25_000
-_LONG_RUN = re.compile(rf"\s{{{_MAX_RUN + 1},}}|\S{{{_MAX_RUN + 1},}}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,25 +66,7 @@ def tiktoken_encoder(
     encoding = tiktoken.Encoding(
         path.name, pat_str=pattern, mergeable_ranks=dict(ranks), special_tokens={}
     )
-
-    def encode(text: str) -> list[int]:
-        return [i for piece in split_long_text(text) for i in encoding.encode_ordinary(piece)]
-
-    return encode
-
-
-def split_long_text(text: str) -> Iterator[str]:
-    """Cuts `text` as Meta's Llama 3 tokenizer does: each 400,000 characters, and in those each run
-    of more than 25,000 characters that are all white space, or all not, after every 25,000 of
-    them."""
-    for start in range(0, len(text), _MAX_CHARS):
-        chunk = text[start : start + _MAX_CHARS]
-        begin = 0
-        for run in _LONG_RUN.finditer(chunk):
-            for cut in range(run.start() + _MAX_RUN, run.end(), _MAX_RUN):
-                yield chunk[begin:cut]
-                begin = cut
-        yield chunk[begin:]
+    return encoding.encode_ordinary
 
 
 def check_ids(path: Path, ids: Mapping[str, int], added: Sequence[AddedToken]) -> None:

@@ -48,6 +48,14 @@ def test_ids_and_text_are_the_librarys(pair) -> None:
     assert tokenizer.vocab_size == max(reference.get_vocab().values()) + 1
 
 
+def test_a_long_text_is_not_cut(pair) -> None:
+    """As Meta's tokenizer would cut it, after 25,000 characters of a run and after 400,000."""
+    tokenizer, reference, _ = pair
+    for text in ("the" * 20_000, " " * 30_000, "hello world " * 40_000):
+        ids = reference.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text) == ids, text[:12]
+
+
 @settings(max_examples=150)
 @given(data=st.data())
 def test_any_text(pair, data) -> None:
