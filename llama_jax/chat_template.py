@@ -1,158 +1,95 @@
-"""Renders a checkpoint's Jinja chat template in a sandbox, with the names and filters that
-transformers offers it.
-
-A template is code from whoever published the checkpoint. It sees plain data only, cannot reach
-Python's internals, and is stopped after a fixed number of loop steps and calls.
-"""
+"""Renders a checkpoint's Jinja chat template, which sees plain data only, cannot reach Python's
+internals and has a budget for all that it does (`template_budget`)."""
 
 import json
-import re
-from collections.abc import Iterable, Mapping
-from contextvars import ContextVar
-from datetime import datetime
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
 
-_MAX_STEPS = 200_000  # loop steps and calls in one rendering; a message takes a few
-_MAX_REPEATED = 1_000_000  # elements that one `sequence * n` may make
-_steps_left: ContextVar[list[int]] = ContextVar("_steps_left")
+from llama_jax.template_budget import OverBudgetError, budgeted
+from llama_jax.template_sandbox import TemplateRefusalError, compile_template
+
+_MAX_SOURCE = 64 << 10  # characters of a template; the longest in use have 40,000
+_MAX_OUTPUT = 1 << 20  # characters, and as many for each byte that was given:
+_OUTPUT_PER_GIVEN = 8
+_MAX_WORDS = 1000  # characters of an error message
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Jinja source, and the file (and field) that it stands in, for messages."""
+
+    source: str
+    where: str = "the chat template"
 
 
 class ChatTemplateError(ValueError):
-    """A chat template that refuses the conversation (the message is the template's own) or cannot
-    be rendered."""
+    """A chat template that refuses the conversation or cannot be rendered."""
 
 
-def render_template(source: str, variables: Mapping[str, Any]) -> str:
-    """The text that template `source` writes for `variables`, which are plain JSON data.
+class ChatTemplateBudgetError(ChatTemplateError):
+    """A chat template that wants more time or memory than one may have."""
 
-    Raises ChatTemplateError: with the template's own words when it calls `raise_exception`, else
-    saying why it cannot be rendered (syntax, an undefined name, a sandbox violation, too many
-    steps).
+
+def render_template(template: ChatTemplate | str, variables: Mapping[str, Any]) -> str:
+    """The text that `template` writes for `variables`, which are plain JSON data.
+
+    Raises ChatTemplateError naming file and line: with the template's own words when it calls
+    `raise_exception`, else saying why it cannot be rendered (syntax, an undefined name, a sandbox
+    violation, ...); ChatTemplateBudgetError when it takes too much time or memory.
     """
-    token = _steps_left.set([_MAX_STEPS])
+    if isinstance(template, str):
+        template = ChatTemplate(template)
+    given = sys.getsizeof(json.dumps(variables, ensure_ascii=False))
+    limit = _MAX_OUTPUT + _OUTPUT_PER_GIVEN * given
+    pieces = []
     try:
-        return _compiled(source).render(**variables)
-    except ChatTemplateError:
-        raise
-    except Exception as error:  # a template can raise whatever Python can
-        line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        compiled = _compiled(template.source)
+        with budgeted(given):
+            for piece in compiled.generate(variables):
+                limit -= len(piece)
+                if limit < 0:
+                    raise OverBudgetError("it writes far more than it is given")
+                pieces.append(piece)
+    except TemplateRefusalError as error:
         raise ChatTemplateError(
-            f"the chat template cannot be rendered{line}: {type(error).__name__}: {error}"
+            f"{_place(template, error)}: the template itself refuses this conversation: "
+            f"{_words(error)}"
         ) from error
-    finally:
-        _steps_left.reset(token)
+    except OverBudgetError as error:
+        raise ChatTemplateBudgetError(
+            f"{_place(template, error)}: the template is stopped: {_words(error)}"
+        ) from error
+    except Exception as error:  # a template can raise whatever Python can
+        raise ChatTemplateError(
+            f"{_place(template, error)}: cannot be rendered: {type(error).__name__}: "
+            f"{_words(error)}"
+        ) from error
+    return "".join(pieces)
 
 
 @lru_cache(maxsize=16)
 def _compiled(source: str) -> jinja2.Template:
-    environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.filters |= {"tojson": _tojson, "_counted": _counted}
-    environment.globals |= {
-        "raise_exception": _raise_exception,
-        "strftime_now": lambda format: datetime.now().strftime(format),
-        "namespace": _SafeNamespace,
-    }
-    tree = environment.parse(source)
-    for loop in list(tree.find_all(nodes.For)):
-        counted = nodes.Filter(loop.iter, "_counted", [], [], None, None, lineno=loop.lineno)
-        counted.set_environment(environment)
-        loop.iter = counted
-    return environment.from_string(tree)
+    if len(source) > _MAX_SOURCE:
+        raise OverBudgetError(f"it has more than {_MAX_SOURCE:,} characters")
+    return compile_template(source)
 
 
-def _spend(steps: int) -> None:
-    budget = _steps_left.get()
-    budget[0] -= steps
-    if budget[0] < 0:
-        raise jinja2.TemplateRuntimeError(f"it takes more than {_MAX_STEPS:,} loop steps and calls")
+def _place(template: ChatTemplate, error: Exception) -> str:
+    """The file, and the template's line that was at work when the error came."""
+    line = error.lineno if isinstance(error, jinja2.TemplateSyntaxError) else None
+    trace = error.__traceback__
+    while trace is not None:
+        if "__jinja_exception__" in trace.tb_frame.f_globals:  # jinja2's stand-in for a template
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return template.where if line is None else f"{template.where}, line {line}"
 
 
-def _counted(items: Iterable[Any]) -> list[Any]:
-    listed = list(items)
-    _spend(len(listed) + 1)
-    return listed
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        _spend(1)
-        return super().call(context, obj, *args, **kwargs)
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**":
-            raise jinja2.exceptions.SecurityError("powers are not available to a chat template")
-        for items, times in ((left, right), (right, left)):
-            repeats = isinstance(items, str | list | tuple) and isinstance(times, int)
-            if repeats and len(items) * times > _MAX_REPEATED:
-                raise jinja2.exceptions.SecurityError(
-                    f"a repetition makes over {_MAX_REPEATED:,} elements"
-                )
-        return super().call_binop(context, operator, left, right)
-
-
-class _GenerationTag(Extension):
-    """`{% generation %}...{% endgeneration %}` marks assistant text for training; here it only
-    renders its body."""
-
-    tags = frozenset({"generation"})  # type: ignore[assignment]  # jinja2 only looks names up
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _SafeNamespace(Namespace):
-    """jinja2's namespace without underscored attributes, which would shadow Python's own
-    (`__class__`)."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        self, *data = args
-        for name in dict(*data, **kwargs):
-            _check_attribute(name)
-        Namespace.__init__(self, *data, **kwargs)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _check_attribute(name)
-        Namespace.__setitem__(self, name, value)
-
-
-def _check_attribute(name: Any) -> None:
-    if str(name).startswith("_"):
-        raise jinja2.exceptions.SecurityError(
-            f"namespace attribute {name!r} starts with an underscore"
-        )
-
-
-def _raise_exception(message: str) -> None:
-    raise ChatTemplateError(message)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON without jinja2's HTML escaping. `ensure_ascii` spares plane 2 with chat.py's marks."""
-    text = json.dumps(
-        value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-    if ensure_ascii:
-        text = re.sub(
-            r"[^\x00-\x7f\U00020000-\U0002ffff]", lambda match: json.dumps(match[0])[1:-1], text
-        )
-    return text
+def _words(error: Exception) -> str:
+    words = str(error)
+    return words if len(words) <= _MAX_WORDS else words[:_MAX_WORDS] + "..."

@@ -224,7 +224,8 @@ def test_empty_tools_are_no_tools(plain: Tokenizer) -> None:
 def test_template_raises_in_its_own_words(plain: Tokenizer) -> None:
     with pytest.raises(ChatTemplateError) as error:
         render(plain, "{{ raise_exception('Roles must alternate!') }}")
-    assert str(error.value) == "Roles must alternate!"
+    message = "line 1: the template itself refuses this conversation: Roles must alternate!"
+    assert str(error.value) == f"the chat template, {message}"
 
 
 @pytest.mark.parametrize(
@@ -234,25 +235,18 @@ def test_template_raises_in_its_own_words(plain: Tokenizer) -> None:
         ("{{ messages.append(1) }}", "SecurityError"),
         ("{{ raise_exception.__globals__.json }}", "SecurityError"),
         ("{{ namespace(__class__=1) }}", "SecurityError.*__class__"),
-        ("{% set ns = namespace() %}{% set ns['_x'] = 1 %}", "SecurityError|Syntax"),
+        ("{% set ns = namespace() %}{% set ns['_x'] = 1 %}", "SecurityError|TemplateSyntax"),
         ("{% include 'x' %}", "TypeError|TemplateNotFound|no loader"),
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "steps"),
         ("{% for a in range(10 * 1000 * 1000) %}{% endfor %}", "OverflowError"),
-        ("{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}", "RecursionError|steps"),
-        (
-            "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
-            "{{ f(40) }}",
-            "steps",
-        ),
-        ("{{ 'a' * 1000000000000 }}", "SecurityError.*repetition"),
+        ("{% macro f(n) %}{{ f(n) }}{{ f(n) }}{% endmacro %}{{ f(1) }}", "RecursionError"),
         ("{{ 10 ** 10000000000 }}", "SecurityError.*powers"),
-        ("{% if %}", "line 1: TemplateSyntaxError"),
+        ("{% if %}", "TemplateSyntaxError"),
         ("{{ messages[3].content }}", "UndefinedError"),
         ("{{ 1 / 0 }}", "ZeroDivisionError"),
     ],
 )
 def test_templates_that_misbehave_are_refused(plain: Tokenizer, source: str, message: str) -> None:
-    with pytest.raises(ChatTemplateError, match=f"cannot be rendered.*({message})"):
+    with pytest.raises(ChatTemplateError, match=f"^the chat template.*cannot be rendered: ({message})"):
         render(plain, source)
 
 
