@@ -87,8 +87,9 @@ def export(
             _write_json(work / "config.json", config)
             if opened.generation:
                 _write_json(work / "generation_config.json", opened.generation)
-            for path in tokenizer_paths:
-                shutil.copyfile(path, work / path.name)
+            for name, path in zip(opened.tokenizer_files, tokenizer_paths, strict=True):
+                (work / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, work / name)
     return Exported(total, shards, opened.tokenizer_files)
 
 

@@ -8,8 +8,7 @@ from typing import Any
 from converters.dialects import make_plan
 from converters.dialects.layout import Plan
 from converters.orbax_reader import converted_plan
-from converters.safetensors_reader import shard_path
-from converters.source import read_source, read_tokenizer
+from converters.source import read_source, read_tokenizer, tokenizer_path
 from llama_jax.checkpoint import PARAMS, read_manifest
 from llama_jax.config import LlamaConfig
 from llama_jax.converted import is_converted
@@ -38,7 +37,7 @@ class Opened:
 
     def tokenizer_paths(self) -> list[Path]:
         """The tokenizer's files; raises `CheckpointError` for one that lies outside `directory`."""
-        return [shard_path(self.directory.resolve(), name) for name in self.tokenizer_files]
+        return [tokenizer_path(self.directory, name) for name in self.tokenizer_files]
 
     def spec(self, dtype: str = "bfloat16", activations: Activations = "bf16") -> ModelSpec:
         """The model that these parameters belong to."""

@@ -91,8 +91,9 @@ def convert(
         with full_disk_explained(target, manifest.total_bytes):
             with byte_progress(description, manifest.total_bytes, progress) as advance:
                 checksums = _write_modules(plan, work, recorded, advance)
-            for path in tokenizer_paths:
-                shutil.copyfile(path, work / path.name)
+            for name, path in zip(opened.tokenizer_files, tokenizer_paths, strict=True):
+                (work / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, work / name)
             for name, text in tree_metadata(_shapes(plan)).items():
                 (work / PARAMS / name).write_text(text)
             if options and options.report:

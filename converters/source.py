@@ -11,6 +11,7 @@ import numpy as np
 from converters.pth_reader import read_bin_checkpoint, read_consolidated
 from converters.safetensors_reader import StoredTensor, read_checkpoint, read_rows, shard_path
 from llama_jax import json_file
+from llama_jax.chat_files import TEMPLATE_DIRECTORY
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.config import PARAM_DTYPES, LlamaConfig
 from llama_jax.config_files import GENERATION_KEYS, read_params
@@ -44,6 +45,7 @@ WANTED_FILES = (
     "generation_config.json",
     QUANTIZATION_FILE,
     *TOKENIZER_FILES,
+    f"{TEMPLATE_DIRECTORY}/*.jinja",
 )
 OLDER_FILES = (BIN_FILES, META_FILES, META_CONFIG, META_SCALES)
 # modelopt's name for what config.json calls otherwise.
@@ -109,11 +111,17 @@ def read_tokenizer(directory: Path, config: LlamaConfig | None) -> Tokenizer | N
     Raises `CheckpointError` for one that cannot be used, or that lies outside `directory`.
     """
     for name in _tokenizer_files(directory):
-        shard_path(directory.resolve(), name)
+        tokenizer_path(directory, name)
     try:
         return load_tokenizer(directory, config)
     except FileNotFoundError:
         return None
+
+
+def tokenizer_path(directory: Path, name: str) -> Path:
+    """A file of `tokenizer_files`, refused where it leads out of the directory."""
+    folder, _, file = name.rpartition("/")
+    return shard_path((directory / folder).resolve(), file)
 
 
 def published_name(directory: Path) -> str:
@@ -223,7 +231,11 @@ def _generation(
 
 
 def _tokenizer_files(directory: Path) -> tuple[str, ...]:
-    return tuple(name for name in TOKENIZER_FILES if (directory / name).exists())
+    further = sorted((directory / TEMPLATE_DIRECTORY).glob("*.jinja"))
+    return (
+        *(name for name in TOKENIZER_FILES if (directory / name).exists()),
+        *(f"{TEMPLATE_DIRECTORY}/{file.name}" for file in further),
+    )
 
 
 def _read_tensors(directory: Path) -> dict[str, StoredTensor]:

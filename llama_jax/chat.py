@@ -13,12 +13,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from llama_jax.chat_files import DEFAULT, TOOL_USE
+from llama_jax.chat_habits import takes_text_arguments, template_habits
 from llama_jax.chat_template import ChatTemplateError, render_template
 from llama_jax.meta_chat import Piece, llama2_pieces, llama3_pieces
 from llama_jax.tokenizer import Tokenizer
 from llama_jax.tools import ToolCall, tool_schema
 
-__all__ = ["ROLES", "ChatTemplateError", "encode_chat", "render_chat"]
+__all__ = ["ROLES", "ChatTemplateError", "choose_template", "encode_chat", "render_chat"]
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 _MAX_DEPTH = 100  # of nested lists and objects in a message
@@ -36,6 +38,9 @@ def render_chat(
     *,
     tools: Tools | None = None,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     **template_kwargs: Any,
 ) -> str:
     """The prompt as text, to look at. Give the model `encode_chat`: in text a special token that a
@@ -44,14 +49,20 @@ def render_chat(
     Each message is a mapping with a "role" (one of `ROLES`) and a "content": a string or a list of
     {"type": "text", "text": ...}, and for a tool's result any JSON value. An assistant message may
     have "tool_calls" instead: `ToolCall`s or {"type": "function", "function": {"name",
-    "arguments"}}. `tools` are functions or JSON schemas (see `tool_schema`). `template_kwargs`
-    reach the template (`date_string`, `builtin_tools`, ...); without a template, Llama 3 takes
-    `tool_prompt_format`: "json", "function_tag" or "python_list".
+    "arguments"}}. `tools` are functions or JSON schemas (see `tool_schema`). `template_kwargs`, or
+    the same as `chat_template_kwargs`, reach the template (`date_string`, `enable_thinking`, ...);
+    without a template, Llama 3 takes `tool_prompt_format`: "json", "function_tag" or
+    "python_list". `continue_final_message` leaves the last message open for the model to go on.
+    `chat_template` is the name of one of the checkpoint's templates, or Jinja source; by default
+    "tool_use" with tools, if there is one, or else "default".
 
     Raises ValueError naming the message and field that cannot be used, ChatTemplateError from the
     template.
     """
-    pieces = _pieces(tokenizer, messages, tools, add_generation_prompt, template_kwargs)
+    pieces = _pieces(
+        tokenizer, messages, tools, add_generation_prompt, continue_final_message, chat_template,
+        template_kwargs | dict(chat_template_kwargs or {}),
+    )  # fmt: skip
     return "".join(piece.text for piece in pieces)
 
 
@@ -61,14 +72,21 @@ def encode_chat(
     *,
     tools: Tools | None = None,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     **template_kwargs: Any,
 ) -> list[int]:
     """The prompt as token ids; arguments and errors as in `render_chat`.
 
-    Only what the template itself wrote becomes a special token, and all of it does: a prompt has
-    the begin-of-text that its template writes, or none.
+    Only what the template itself wrote becomes a special token, and all of it does. Where a
+    template leaves out the begin-of-text that the tokenizer's files ask for in front of a text, it
+    is put there.
     """
-    pieces = _pieces(tokenizer, messages, tools, add_generation_prompt, template_kwargs)
+    pieces = _pieces(
+        tokenizer, messages, tools, add_generation_prompt, continue_final_message, chat_template,
+        template_kwargs | dict(chat_template_kwargs or {}),
+    )  # fmt: skip
     return tokenizer.encode_pieces((piece.text, piece.special) for piece in pieces)
 
 
@@ -77,6 +95,8 @@ def _pieces(
     messages: Messages,
     tools: Tools | None,
     add_generation_prompt: bool,
+    continue_final_message: bool,
+    chat_template: str | None,
     template_kwargs: Mapping[str, Any],
 ) -> list[Piece]:
     checked = _check_messages(messages)
@@ -85,12 +105,120 @@ def _pieces(
         if tools
         else None
     )
-    if tokenizer.chat_template is not None:
+    end = ""
+    if continue_final_message:
+        end = _unused_characters(json.dumps([checked, schemas], ensure_ascii=False), 1)
+        _mark_end(checked, end)
+        add_generation_prompt = False
+    template = choose_template(tokenizer, tools=schemas is not None, chat_template=chat_template)
+    if template is None:
+        joined = [_joined(message) for message in checked]
+        pieces = _meta_pieces(tokenizer, joined, schemas, add_generation_prompt, template_kwargs)
+    else:
         variables = {key: _plain(value, key) for key, value in template_kwargs.items()}
-        variables = {"documents": None, **variables, "messages": checked, "tools": schemas}
-        return _template_pieces(
-            tokenizer, tokenizer.chat_template, variables, add_generation_prompt
-        )
+        formed = _formed(checked, template)
+        variables = {"documents": None, **variables, "messages": formed, "tools": schemas}
+        pieces = _template_pieces(tokenizer, template, variables, add_generation_prompt)
+    return _cut_at(pieces, end) if end else pieces
+
+
+def choose_template(
+    tokenizer: Tokenizer, *, tools: bool, chat_template: str | None = None
+) -> str | None:
+    """The template for a conversation with or without tools, as transformers chooses it; None where
+    the checkpoint has none."""
+    named = tokenizer.named_templates
+    if chat_template is None:
+        return named.get(TOOL_USE, tokenizer.chat_template) if tools else tokenizer.chat_template
+    if chat_template in named:
+        return named[chat_template]
+    if chat_template == DEFAULT and tokenizer.chat_template is not None:
+        return tokenizer.chat_template
+    if "{" in chat_template:
+        return chat_template
+    known = [*([DEFAULT] if tokenizer.chat_template is not None else []), *sorted(named)]
+    raise ValueError(
+        f"chat_template: {chat_template!r} is no template of this checkpoint, which has "
+        f"{', '.join(known) or 'none'}"
+    )
+
+
+def _mark_end(messages: list[dict[str, Any]], end: str) -> None:
+    """Puts `end` and a space behind the last message's text. Where a template strips messages the
+    space goes."""
+    content: Any = messages[-1].get("content")
+    if _is_text_parts(content):
+        messages[-1]["content"] = [
+            *content[:-1], content[-1] | {"text": content[-1]["text"] + end + " "}
+        ]  # fmt: skip
+    elif isinstance(content, str):
+        messages[-1]["content"] = content + end + " "
+    else:
+        raise ValueError("continue_final_message: the last message has no text to continue")
+
+
+def _cut_at(pieces: list[Piece], end: str) -> list[Piece]:
+    for index in reversed(range(len(pieces))):
+        before, found, after = pieces[index].text.rpartition(end)
+        if found:
+            text = before if after.startswith(" ") else before.rstrip()
+            return [*pieces[:index], *([Piece(text, False)] if text else [])]
+    raise ValueError("continue_final_message: the chat template does not write the last message")
+
+
+def _unused_characters(text: str, count: int) -> str:
+    return "".join(itertools.islice((c for c in map(chr, _MARKS) if c not in text), count))
+
+
+def _formed(messages: list[dict[str, Any]], template: str) -> list[dict[str, Any]]:
+    """The messages in the form that the template takes, and else as they were given."""
+    habits = template_habits(str(template))
+    formed = []
+    for given in messages:
+        message = dict(given) if habits.takes_lists else _joined(given)
+        if habits.needs_lists and isinstance(message.get("content"), str):
+            message["content"] = [{"type": "text", "text": message["content"]}]
+        if not message.get("tool_calls"):
+            if habits.drops_null_calls:
+                message.pop("tool_calls", None)
+        else:
+            if habits.fills_content:
+                message.setdefault("content", None)
+            if takes_text_arguments(str(template)):
+                message["tool_calls"] = [_with_text(call) for call in message["tool_calls"]]
+        formed.append(message)
+    return formed
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return call | {"function": call["function"] | {"arguments": arguments}}
+
+
+def _joined(message: dict[str, Any]) -> dict[str, Any]:
+    """Parts of text become one text, each on a line of its own as in vLLM."""
+    content: Any = message.get("content")
+    if not _is_text_parts(content):
+        return dict(message)
+    return message | {"content": "\n".join(part["text"] for part in content)}
+
+
+def _is_text_parts(content: Any) -> bool:
+    return (
+        isinstance(content, list)
+        and bool(content)
+        and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content)
+    )
+
+
+def _meta_pieces(
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    schemas: list[dict[str, Any]] | None,
+    add_generation_prompt: bool,
+    template_kwargs: Mapping[str, Any],
+) -> list[Piece]:
+    """Meta's own format, for a checkpoint without a template."""
     allowed = {"tool_prompt_format"} if tokenizer.kind == "tiktoken" else set()
     if unknown := sorted(template_kwargs.keys() - allowed):
         raise ValueError(
@@ -99,14 +227,14 @@ def _pieces(
         )
     names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
     if tokenizer.kind == "tiktoken":
-        pieces = llama3_pieces(checked, schemas, add_generation_prompt, **template_kwargs)
+        pieces = llama3_pieces(messages, schemas, add_generation_prompt, **template_kwargs)
     elif schemas or tokenizer.bos_id is None or not tokenizer.eos_ids:
         raise ValueError(
             "tools: Llama 2's chat format has none; leave them out or add a chat_template.jinja"
         )
     else:
         bos, eos = names[tokenizer.bos_id], names[tokenizer.eos_ids[0]]
-        pieces = llama2_pieces(checked, add_generation_prompt, bos, eos)
+        pieces = llama2_pieces(messages, add_generation_prompt, bos, eos)
     for piece in pieces:
         if piece.special and piece.text not in tokenizer.special_tokens:
             raise ValueError(
@@ -120,7 +248,8 @@ def _template_pieces(
     tokenizer: Tokenizer, template: str, variables: Mapping[str, Any], add_generation_prompt: bool
 ) -> list[Piece]:
     given = json.dumps(variables, ensure_ascii=False) + template
-    opening, closing = itertools.islice((c for c in map(chr, _MARKS) if c not in given), 2)
+    marks = _unused_characters(given, 2)
+    opening, closing = marks[0], marks[1]
     names = (
         "|".join(map(re.escape, sorted(tokenizer.special_tokens, key=len, reverse=True))) or "(?!)"
     )
@@ -139,7 +268,7 @@ def _template_pieces(
     pieces.append(Piece(rendered[position:], False))
     unmark = str.maketrans("", "", opening + closing)
     pieces = [Piece(text.translate(unmark), special) for text, special in pieces]
-    return [piece for piece in pieces if piece.text]
+    return _with_bos(tokenizer, [piece for piece in pieces if piece.text])
 
 
 def _mark(value: Any, names: re.Pattern[str], replacement: str) -> Any:
@@ -155,9 +284,14 @@ def _mark(value: Any, names: re.Pattern[str], replacement: str) -> Any:
     return value
 
 
+def _with_bos(tokenizer: Tokenizer, pieces: list[Piece]) -> list[Piece]:
+    names = {token_id: name for name, token_id in tokenizer.special_tokens.items()}
+    prefix = [Piece(names[each], True) for each in tokenizer.prefix_ids if each in names]
+    return pieces if pieces[: len(prefix)] == prefix else prefix + pieces
+
+
 def _check_messages(messages: Messages) -> list[dict[str, Any]]:
-    """The messages as plain data: text parts joined, tool calls in one form, everything else as
-    given."""
+    """The messages as plain data: tool calls in one form, everything else as given."""
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise ValueError(
             f'messages: expected a list of {{"role", "content"}}, got {type(messages).__name__}'
@@ -181,7 +315,9 @@ def _check_messages(messages: Messages) -> list[dict[str, Any]]:
                 f"{role!r}"
             )
         clean = {
-            key: value for key, value in message.items() if key not in ("content", "tool_calls")
+            key: value if key != "tool_calls" or value is None else []
+            for key, value in message.items()
+            if key != "content" or value is None
         }
         clean = _plain(clean, where)
         if calls:
@@ -208,14 +344,14 @@ def _check_content(content: Any, role: str, where: str) -> Any:
         and content
         and all(isinstance(p, Mapping) and "type" in p for p in content)
     )
-    if is_parts and all(part["type"] == "text" for part in content):
+    if _is_text_parts(content):
         for index, part in enumerate(content):
             if not isinstance(part.get("text"), str):
                 raise ValueError(
                     f"{where}[{index}]: text: expected a string, got "
                     f"{type(part.get('text')).__name__}"
                 )
-        return "".join(part["text"] for part in content)
+        return _plain(content, where)
     if role in ("tool", "ipython"):
         return _plain(content, where)
     found = (

@@ -4,12 +4,12 @@ internals and has a budget for all that it does (`template_budget`)."""
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import jinja2
 
+from llama_jax.chat_files import TemplateSource
 from llama_jax.template_budget import OverBudgetError, budgeted
 from llama_jax.template_sandbox import TemplateRefusalError, compile_template
 
@@ -17,14 +17,6 @@ _MAX_SOURCE = 64 << 10  # characters of a template; the longest in use have 40,0
 _MAX_OUTPUT = 1 << 20  # characters, and as many for each byte that was given:
 _OUTPUT_PER_GIVEN = 8
 _MAX_WORDS = 1000  # characters of an error message
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """Jinja source, and the file (and field) that it stands in, for messages."""
-
-    source: str
-    where: str = "the chat template"
 
 
 class ChatTemplateError(ValueError):
@@ -35,20 +27,18 @@ class ChatTemplateBudgetError(ChatTemplateError):
     """A chat template that wants more time or memory than one may have."""
 
 
-def render_template(template: ChatTemplate | str, variables: Mapping[str, Any]) -> str:
-    """The text that `template` writes for `variables`, which are plain JSON data.
+def render_template(template: str, variables: Mapping[str, Any]) -> str:
+    """The text that `template`, Jinja source, writes for `variables`, which are plain JSON data.
 
     Raises ChatTemplateError naming file and line: with the template's own words when it calls
     `raise_exception`, else saying why it cannot be rendered (syntax, an undefined name, a sandbox
     violation, ...); ChatTemplateBudgetError when it takes too much time or memory.
     """
-    if isinstance(template, str):
-        template = ChatTemplate(template)
     given = sys.getsizeof(json.dumps(variables, ensure_ascii=False))
     limit = _MAX_OUTPUT + _OUTPUT_PER_GIVEN * given
     pieces = []
     try:
-        compiled = _compiled(template.source)
+        compiled = _compiled(str(template))
         with budgeted(given):
             for piece in compiled.generate(variables):
                 limit -= len(piece)
@@ -79,7 +69,7 @@ def _compiled(source: str) -> jinja2.Template:
     return compile_template(source)
 
 
-def _place(template: ChatTemplate, error: Exception) -> str:
+def _place(template: str, error: Exception) -> str:
     """The file, and the template's line that was at work when the error came."""
     line = error.lineno if isinstance(error, jinja2.TemplateSyntaxError) else None
     trace = error.__traceback__
@@ -87,7 +77,8 @@ def _place(template: ChatTemplate, error: Exception) -> str:
         if "__jinja_exception__" in trace.tb_frame.f_globals:  # jinja2's stand-in for a template
             line = trace.tb_lineno
         trace = trace.tb_next
-    return template.where if line is None else f"{template.where}, line {line}"
+    where = template.where if isinstance(template, TemplateSource) else "the chat template"
+    return where if line is None else f"{where}, line {line}"
 
 
 def _words(error: Exception) -> str:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from llama_jax import checkpoint, compile_cache, memory
 from llama_jax.abacus import SHIPPED_MODEL
-from llama_jax.chat import encode_chat
+from llama_jax.chat import choose_template, encode_chat
 from llama_jax.compile_cache import CompileReport
 from llama_jax.config import LlamaConfig, token_ids
 from llama_jax.engine import Engine
@@ -47,7 +47,7 @@ from llama_jax.scoring import (
 )
 from llama_jax.speculation import Speculation
 from llama_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
-from llama_jax.tools import parse_tool_calls
+from llama_jax.tools import parse_tool_calls, tool_format
 from llama_jax.windows import rolling_windows, window_and_stride
 
 DEFAULT_MAX_SEQ_LEN = 8192
@@ -244,7 +244,8 @@ class LLM:
         messages: {"role": "system" | "user" | "assistant" | "tool", "content": ...} in order, with
         "tool_calls" in the assistant's messages where there were some. tools: JSON schemas, or
         typed functions with a docstring; calls that the reply asks for are in `tool_calls`.
-        template_kwargs reach the checkpoint's chat template.
+        template_kwargs reach the checkpoint's chat template, but for those of `chat.encode_chat`:
+        `continue_final_message`, `add_generation_prompt`, `chat_template`, `chat_template_kwargs`.
         """
         single = not messages or isinstance(messages[0], Mapping)
         conversations = [messages] if single else messages
@@ -528,7 +529,8 @@ class LLM:
             return result
         try:
             reply = self.tokenizer.decode(result.token_ids, skip_special=False)
-            return replace(result, tool_calls=parse_tool_calls(reply))
+            form = tool_format(choose_template(self.tokenizer, tools=True))
+            return replace(result, tool_calls=parse_tool_calls(reply, form))
         except Exception as error:  # this continuation's alone
             return replace(result, finish_reason="error", error=error)
 

@@ -33,6 +33,7 @@ from llama_jax.template_budget import Budget, OverBudgetError, current_budget
 
 _WIDEST = 4  # bytes that a character may take
 _PIECE = 64  # bytes that a short text takes
+_JINJA_ARGUMENTS = ("_loop_vars", "_block_vars")  # which jinja2 hands to its own `call`
 _MAX_FIELD = 999  # width and precision in a format
 _MAX_TIME_FORMAT = 200  # characters that strftime_now is given
 _MAX_SEARCH = 1 << 28  # what Python does in length times length
@@ -247,11 +248,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         budget = current_budget()
         budget.spend()
-        budget.check_arguments(*args, *kwargs.values())
+        named = {key: value for key, value in kwargs.items() if key not in _JINJA_ARGUMENTS}
+        budget.check_arguments(*args, *named.values())
         if isinstance(obj, LoopContext) and args:
             args = (budget.take(args[0]), *args[1:])
         elif isinstance(obj, BuiltinMethodType):
-            args = _check_method(budget, obj, *args, **kwargs)
+            args = _check_method(budget, obj, *args, **named)
         return budget.keep(super().call(context, obj, *args, **kwargs))
 
     def getattr(self, obj: Any, attribute: str) -> Any:

@@ -14,9 +14,10 @@ from types import MappingProxyType
 from typing import Literal
 
 from llama_jax.added_tokens import AddedToken, added_token_encoder, strip_around
+from llama_jax.chat_files import DEFAULT, read_chat_templates
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError
-from llama_jax.json_file import read_bytes, read_text, shown
+from llama_jax.json_file import read_bytes, shown
 from llama_jax.tokenizer_config import CONFIG_FILE, TokenizerSettings, read_settings
 from llama_jax.tokenizer_json import UnigramError, read_tokenizer_json
 from llama_jax.tokenizer_model import (
@@ -47,7 +48,8 @@ class Tokenizer:
     to the model: BOS in front, as a rule. `special_tokens` maps the name of every added token to
     its id; those in `visible_ids` (for example `</think>`) are part of the reply and stay in
     decoded text. `named_tokens` are "bos_token", "eos_token" ... -> name, for templates.
-    `chat_template` is the checkpoint's Jinja source, None when it has none.
+    `chat_template` is the checkpoint's Jinja source, None when it has none; `named_templates` are
+    further ones, for example "tool_use".
     """
 
     kind: Literal["tiktoken", "sentencepiece"]
@@ -62,6 +64,7 @@ class Tokenizer:
     visible_ids: frozenset[int] = field(repr=False)
     named_tokens: dict[str, str] = field(repr=False)
     chat_template: str | None = field(repr=False)
+    named_templates: Mapping[str, str] = field(repr=False)
     _encode: Callable[[str, bool, bool], list[int]] = field(repr=False)
     _added: Mapping[str, AddedToken] = field(repr=False)
     _bytes: tuple[bytes, ...] = field(repr=False)  # by id; an id that nothing uses is empty
@@ -163,17 +166,16 @@ def load_tokenizer(path: str | Path, config: LlamaConfig | None = None) -> Token
     `tokenizer.model` file.
 
     In a directory `tokenizer.json` is taken before `tokenizer.model` (unless it holds a unigram
-    model), the files that `tokenizer_config` reads give tokens their roles, and the chat template
-    is that of `chat_template.jinja` or else of `tokenizer_config.json` (the one named "default"
-    where there are several). A lone tiktoken file gets Llama 3.1's 256 special tokens after its
-    last rank. config: the model's; it names BOS and EOS where the tokenizer's files do not.
-    Raises FileNotFoundError when there is no tokenizer, `CheckpointError` naming the file and the
-    line or field when one cannot be used.
+    model), the files that `tokenizer_config` reads give tokens their roles, and
+    `chat_files` finds the chat templates. A lone tiktoken file gets Llama 3.1's 256 special tokens
+    after its last rank. config: the model's; it names BOS and EOS where the tokenizer's files do
+    not. Raises FileNotFoundError when there is no tokenizer, `CheckpointError` naming the file and
+    the line or field when one cannot be used.
     """
     path = Path(path)
     if not path.is_dir():
         settings = TokenizerSettings()
-        return _joined(path, _read_vocabulary(path, settings), settings, None, config)
+        return _joined(path, _read_vocabulary(path, settings), settings, {}, config)
     json_file, model_file = path / "tokenizer.json", path / "tokenizer.model"
     if not json_file.exists() and not model_file.exists():
         raise FileNotFoundError(
@@ -181,7 +183,7 @@ def load_tokenizer(path: str | Path, config: LlamaConfig | None = None) -> Token
             "checkpoint"
         )
     settings = read_settings(path)
-    template = _chat_template(path, settings)
+    templates = read_chat_templates(path, settings.chat_template)
     file = json_file if json_file.exists() else model_file
     try:
         vocabulary = _read_vocabulary(file, settings)
@@ -190,7 +192,7 @@ def load_tokenizer(path: str | Path, config: LlamaConfig | None = None) -> Token
             raise
         file = model_file
         vocabulary = _read_vocabulary(file, settings)
-    return _joined(file, vocabulary, settings, template, config)
+    return _joined(file, vocabulary, settings, templates, config)
 
 
 def _read_vocabulary(path: Path, settings: TokenizerSettings) -> Vocabulary:
@@ -205,7 +207,7 @@ def _joined(
     path: Path,
     vocabulary: Vocabulary,
     settings: TokenizerSettings,
-    template: str | None,
+    templates: Mapping[str, str],
     config: LlamaConfig | None,
 ) -> Tokenizer:
     """A vocabulary with the roles of its tokens. path: of its file."""
@@ -242,7 +244,8 @@ def _joined(
         special_tokens=MappingProxyType({name: token.id for name, token in added.items()}),
         visible_ids=frozenset(token.id for token in added.values()) - hidden,
         named_tokens=named,
-        chat_template=template,
+        chat_template=templates.get(DEFAULT),
+        named_templates={name: each for name, each in templates.items() if name != DEFAULT},
         _encode=added_token_encoder(added.values(), vocabulary.normalize, vocabulary.encode_words),
         _added=added,
         _bytes=tuple(table),
@@ -326,22 +329,6 @@ def _around(
     if settings.adds_eos is not None:
         suffix = after if settings.adds_eos else ()
     return prefix, suffix
-
-
-def _chat_template(directory: Path, settings: TokenizerSettings) -> str | None:
-    file = directory / "chat_template.jinja"
-    if file.exists():
-        return read_text(file)
-    template = settings.chat_template
-    if template is None or isinstance(template, str):
-        return template
-    named = {each.name: each.template for each in template}
-    if "default" not in named:
-        raise CheckpointError(
-            f"{directory / CONFIG_FILE}: chat_template has {shown(sorted(named))} but none named "
-            '"default"; name one so'
-        )
-    return named["default"]
 
 
 def _without_surrogates(text: str) -> str:

@@ -204,8 +204,24 @@ _FUNCTION_TAG = re.compile(r"<function=([^>{}\s]+)>\s*")
 _DECODER = json.JSONDecoder(strict=False)  # models write line breaks inside strings
 
 
-def parse_tool_calls(text: str) -> tuple[ToolCall, ...]:
+ToolFormat = Literal["llama", "hermes", "deepseek", "nemotron"]
+
+
+def tool_format(template: str | None) -> ToolFormat:
+    """How a model writes calls, told by what its chat template writes around them."""
+    for name, (_, begin, _) in _TAGGED.items():
+        if template is not None and begin in template:
+            return name
+    return "llama"
+
+
+def parse_tool_calls(text: str, form: ToolFormat = "llama") -> tuple[ToolCall, ...]:
     """The calls in a reply, in order; () when it is plain text or any of its calls is malformed.
+
+    form: see `tool_format`. "hermes" is `<tool_call>{...}</tool_call>`, "nemotron"
+    `<TOOLCALL>[{...}, ...]</TOOLCALL>`, and "deepseek" what R1 and its distilled models write: a
+    name and JSON between marks of their own. Text may stand around these, and after `</think>`
+    only. A reply in which there is none of the form's marks is read as Llama's.
 
     `text` is the reply decoded with its special tokens. Read are, as Llama 3.1 writes them: JSON
     objects {"name", "parameters" or "arguments"} that make up the whole reply, alone, in a list, or
@@ -214,6 +230,12 @@ def parse_tool_calls(text: str) -> tuple[ToolCall, ...]:
     or code, which is a call of code_interpreter with the argument "code".
     """
     body = _FRAME.sub("", text).strip()
+    if form in _TAGGED and _TAGGED[form][1] in body:
+        return _as_calls(_between_tags(body.rpartition("</think>")[2], form))
+    return _as_calls(_llama_calls(body))
+
+
+def _llama_calls(body: str) -> "_Calls | None":
     calls = _json_calls(body)
     if calls is None:
         before, tag, tagged = body.partition("<|python_tag|>")
@@ -221,12 +243,56 @@ def parse_tool_calls(text: str) -> tuple[ToolCall, ...]:
             calls = _tagged_calls(tagged.strip())
         else:
             calls = _untagged_calls(body)
+    return calls
+
+
+def _as_calls(calls: "_Calls | None") -> tuple[ToolCall, ...]:
     return tuple(
         ToolCall(name, arguments, f"call_{uuid4().hex[:24]}") for name, arguments in calls or []
     )
 
 
 _Calls = list[tuple[str, dict[str, Any]]]
+
+
+# By form: how the inside of one tag is read, and the tag.
+_DEEPSEEK_CALL = re.compile(
+    r"\s*function<｜tool▁sep｜>([^\n]+)\n+```json\s*(.*?)\s*```\s*",  # noqa: RUF001
+    re.DOTALL,
+)
+_TAGGED: dict[ToolFormat, tuple[Literal["json", "deepseek"], str, str]] = {
+    "hermes": ("json", "<tool_call>", "</tool_call>"),
+    "nemotron": ("json", "<TOOLCALL>", "</TOOLCALL>"),
+    "deepseek": ("deepseek", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"),  # noqa: RUF001
+}
+
+
+def _between_tags(body: str, form: ToolFormat) -> _Calls | None:
+    """The calls in all tags of a form. What looks like a tag inside a JSON text is none."""
+    inside, begin, end = _TAGGED[form]
+    calls: _Calls = []
+    position = body.find(begin)
+    while position >= 0:
+        position += len(begin)
+        if inside == "json":
+            position += len(body[position:]) - len(body[position:].lstrip())
+            try:
+                value, position = _DECODER.raw_decode(body, position)
+            except (json.JSONDecodeError, RecursionError):
+                return None
+            found = [_json_call(each) for each in (value if isinstance(value, list) else [value])]
+            if not body[position:].lstrip().startswith(end):
+                return None
+        else:
+            close = body.find(end, position)
+            match = _DEEPSEEK_CALL.fullmatch(body, position, max(close, position))
+            found = [_json_call({"name": match[1], "arguments": match[2]}) if match else None]
+            position = close
+        if None in found:
+            return None
+        calls += [call for call in found if call is not None]
+        position = body.find(begin, position)
+    return calls
 
 
 def _untagged_calls(body: str) -> _Calls | None:

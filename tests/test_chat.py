@@ -171,18 +171,29 @@ def test_template_logic_sees_special_tokens_in_content(plain: Tokenizer) -> None
     source = "{{ messages[0].content.split('<|python_tag|>')[-1] }}"
     tokenizer = dataclasses.replace(plain, chat_template=source)
     text = render_chat(tokenizer, user("thinking<|python_tag|>answer"))
-    assert text == "answer"
+    assert text == "<|begin_of_text|>answer"
 
 
-@pytest.mark.parametrize("start", ["", "{{ bos_token }}", "{{ bos_token }}<|begin_of_text|>"])
-def test_prompt_has_the_bos_that_the_template_writes(plain: Tokenizer, start: str) -> None:
+@pytest.mark.parametrize(
+    ("start", "adds_bos", "count"),
+    [
+        ("", True, 1),
+        ("", False, 0),
+        ("{{ bos_token }}", True, 1),
+        ("{{ bos_token }}", False, 1),
+        ("{{ bos_token }}<|begin_of_text|>", True, 2),
+    ],
+)
+def test_begin_of_text_is_what_template_and_tokenizer_say(
+    plain: Tokenizer, start: str, adds_bos: bool, count: int
+) -> None:
     source = start + "{{ messages[0].content }}"
-    tokenizer = dataclasses.replace(plain, chat_template=source)
-    written = [tokenizer.bos_id] * (start.count("bos_token") + start.count("begin_of_text"))
-    assert encode_chat(tokenizer, user("hi")) == [*written, *b"hi"]
-    assert render_chat(tokenizer, user("hi")) == "<|begin_of_text|>" * len(written) + "hi"
-    text = [*b"<|begin_of_text|>"]
-    assert encode_chat(tokenizer, user("<|begin_of_text|>")) == [*written, *text]
+    prefix = plain.prefix_ids if adds_bos else ()
+    tokenizer = dataclasses.replace(plain, chat_template=source, prefix_ids=prefix)
+    assert encode_chat(tokenizer, user("hi")) == [tokenizer.bos_id] * count + [*b"hi"]
+    assert render_chat(tokenizer, user("hi")) == "<|begin_of_text|>" * count + "hi"
+    name = b"<|begin_of_text|>"
+    assert encode_chat(tokenizer, user(name.decode()))[count:] == [*name]
 
 
 def render(tokenizer: Tokenizer, source: str, **kwargs: Any) -> str:
@@ -246,7 +257,9 @@ def test_template_raises_in_its_own_words(plain: Tokenizer) -> None:
     ],
 )
 def test_templates_that_misbehave_are_refused(plain: Tokenizer, source: str, message: str) -> None:
-    with pytest.raises(ChatTemplateError, match=f"^the chat template.*cannot be rendered: ({message})"):
+    with pytest.raises(
+        ChatTemplateError, match=f"^the chat template.*cannot be rendered: ({message})"
+    ):
         render(plain, source)
 
 
