@@ -21,7 +21,8 @@ def compressed_tensors(plan: Plan) -> tuple[dict[str, LazyArray], dict[str, Any]
 
     Modules with the same kind of scales are one group. Weight scales are float32 [1] (strategy
     "tensor") where each matrix of the group has a single one, else [out, 1] ("channel"), or one per
-    128x128 block ("block"); input_scale, k_scale and v_scale are float32 [1].
+    128x128 block ("block"); input_scale, k_scale and v_scale are float32 [1], the latter two
+    [heads, 1, 1] where heads have scales of their own.
     Raises `CheckpointError` for a plan without FP8 weights, and naming the first module that
     compressed-tensors cannot hold.
     """
@@ -64,17 +65,20 @@ def compressed_tensors(plan: Plan) -> tuple[dict[str, LazyArray], dict[str, Any]
             "input_activations": inputs,
             "output_activations": None,
         }
+    per = "tensor"
     for layer, pair in enumerate(plan.kv_scales or ()):
         for letter, value in zip("kv", pair, strict=True):
             name = f"model.layers.{layer}.self_attn.{letter}_scale"
-            tensors[name] = constant(np.array([value], np.float32))
+            scale = np.array(value, np.float32)
+            per = "attn_head" if scale.ndim else "tensor"
+            tensors[name] = constant(scale.reshape((-1, 1, 1) if scale.ndim else 1))
     return tensors, {
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
         "quantization_status": "compressed",
         "config_groups": config_groups,
         "ignore": _unquantized(plan),
-        "kv_cache_scheme": _arguments("tensor", dynamic=False) if plan.kv_scales else None,
+        "kv_cache_scheme": plan.kv_scales and _arguments(per, dynamic=False),
     }
 
 

@@ -20,7 +20,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -28,7 +28,6 @@ from flax import traverse_util
 from flax.core import FrozenDict
 from jax import Array
 from jax.sharding import Sharding
-from msgspec import Meta
 
 from llama_jax import array_file
 from llama_jax.config import LlamaConfig
@@ -39,6 +38,7 @@ from llama_jax.errors import CheckpointError as CheckpointError
 from llama_jax.fp8 import WeightFormat
 from llama_jax.generation_config import read_settings
 from llama_jax.json_file import convert, read_object, shown
+from llama_jax.kv_cache import KVScales
 from llama_jax.model import Activations, ModelSpec, Params, abstract_params, param_shardings
 from pallas_kernels import e4m3
 
@@ -46,7 +46,6 @@ FORMAT_VERSION = 2
 # An array is read in runs of rows of so many bytes, several at a time.
 _RUN_BYTES = 16 * 1024 * 1024
 
-Scale = Annotated[float, Meta(gt=0, le=3.4e38)]
 Damage = Literal["missing", "damaged", "extra"]
 
 
@@ -57,7 +56,7 @@ class Manifest:
     dialect: the layout it was converted from. source: the name of that directory, or
         of the hub's repository.
     formats: how every module's weight is stored, by module path ("layers_0/mlp/up_proj").
-    kv_scales: float (k, v) per layer for an FP8 cache, None when the checkpoint has none.
+    kv_scales: for an FP8 cache, None when the checkpoint has none.
     generation: the contents of generation_config.json, {} without one.
     tokenizer_files: names of the tokenizer's files, which lie beside the manifest.
     total_bytes: of all parameters.
@@ -69,7 +68,7 @@ class Manifest:
     source: str
     config: LlamaConfig
     formats: Mapping[str, WeightFormat]
-    kv_scales: tuple[tuple[Scale, Scale], ...] | None
+    kv_scales: KVScales | None
     generation: Mapping[str, Any]
     tokenizer_files: tuple[str, ...]
     total_bytes: Annotated[int, Meta(ge=0)]

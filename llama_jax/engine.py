@@ -28,7 +28,7 @@ from jax import Array
 
 from llama_jax import compile_cache
 from llama_jax.compile_cache import CompileReport
-from llama_jax.kv_cache import PAGE_SIZE
+from llama_jax.kv_cache import PAGE_SIZE, KVScales
 from llama_jax.model import ModelSpec, Params
 from llama_jax.pages import Match, PagePool, extend_chains
 from llama_jax.request import Request, Wanted
@@ -134,7 +134,7 @@ class Engine:
         spec: ModelSpec,
         options: EngineOptions,
         cache_dtype: jnp.dtype,
-        kv_scales: tuple[tuple[float, float], ...] | None = None,
+        kv_scales: KVScales | None = None,
         draft: tuple[Params, ModelSpec] | None = None,
     ) -> None:
         if options.batch_invariant:

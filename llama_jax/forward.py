@@ -152,7 +152,7 @@ def device_spec(spec: ModelSpec) -> ModelSpec | None:
         size % BLOCK == 0
         for path, stored in formats.items()
         for axis, size in zip(axes[f"{path}/weight"], shapes[f"{path}/weight"].shape, strict=True)
-        if stored.scale == "block" and axis in RULES
+        if (stored.scale == "block" or stored.activation_group) and axis in RULES
     )
     held = jax.tree.map(
         lambda leaf, sharding, of_own: math.prod(sharding.shard_shape(leaf.shape)) == of_own.size,

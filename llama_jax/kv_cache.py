@@ -5,11 +5,12 @@ outside this file and `paged_attention` knows more than that, so who owns which 
 without the model noticing.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from msgspec import Meta
 
 from llama_jax.config import LlamaConfig
 from pallas_kernels import device, e4m3
@@ -17,6 +18,10 @@ from pallas_kernels import device, e4m3
 PAGE_SIZE = 64
 
 KVDtype = Literal["bf16", "fp8"]
+# Of an FP8 cache, (k, v) per layer: a scale each, or one for each kv head.
+_Positive = Annotated[float, Meta(gt=0, le=3.4e38)]
+Scale = _Positive | tuple[_Positive, ...]
+KVScales = tuple[tuple[Scale, Scale], ...]
 
 
 def storage_dtype(kv_dtype: KVDtype, dtype: str) -> jnp.dtype:
@@ -32,7 +37,8 @@ class KVCache(struct.PyTreeNode):
     """k, v: per layer [num_pages, page_size, num_kv_heads, head_dim], bfloat16, float32,
     float8_e4m3fn or its int8 bits.
 
-    k_scale, v_scale: float32 [num_layers], what FP8 codes are multiplied by (1 otherwise).
+    k_scale, v_scale: float32 [num_layers], or [num_layers, num_kv_heads] where each head has its
+    own, what FP8 codes are multiplied by (1 otherwise).
     page_table: int32 [batch, pages_per_row]; lengths: int32 [batch], tokens stored per row.
     """
 
@@ -60,7 +66,7 @@ def init_cache(
     """An empty cache in which every row owns a run of pages long enough for `max_seq_len` tokens.
 
     dtype: bfloat16, float32, float8_e4m3fn, or int8 for e4m3fn bit patterns (faster on a CPU).
-    kv_scales: float32 [num_layers, 2], the checkpoint's scales of k and v for an FP8 cache.
+    kv_scales: `KVScales` as float32, [num_layers, 2] or [num_layers, 2, num_kv_heads].
     num_pages: makes a pool of as many pages, none of which belongs to a row yet: the table then
         holds `num_pages` everywhere, where nothing is written.
     """
@@ -104,7 +110,8 @@ def write_pages(
     """Store the new tokens of each row: positions starts[b] to lengths[b] - 1.
 
     pages: [num_pages, page_size, num_kv_heads, head_dim]; new: [batch, tokens, num_kv_heads,
-    head_dim]; page_table: int32 [batch, pages_per_row]. Tokens at or past lengths[b] are dropped.
+    head_dim]; page_table: int32 [batch, pages_per_row]; scale: float32 [] or [num_kv_heads]. Tokens
+    at or past lengths[b] are dropped.
     """
     num_pages, page_size = pages.shape[:2]
     positions = starts[:, None] + jnp.arange(new.shape[1])
@@ -112,5 +119,5 @@ def write_pages(
     page = jnp.take_along_axis(page_table, column, axis=1)
     page = jnp.where(positions < lengths[:, None], page, num_pages)
     if pages.dtype in (e4m3.DTYPE, jnp.int8):
-        new = e4m3.store(new.astype(jnp.float32) / scale, pages.dtype)
+        new = e4m3.store(new.astype(jnp.float32) / scale[..., None], pages.dtype)
     return pages.at[page, positions % page_size].set(new.astype(pages.dtype), mode="drop")

@@ -251,8 +251,7 @@ class Linear(nn.Module):
         matrix, rows, x_scale = self.stored(), x.reshape(-1, self.in_features), None
         if matrix.scale is not None and self.spec.activations == "dynamic":
             if self.format.activation_group:
-                # Devices that share the features: one that a group stretches over quantises its
-                # part of it alone.
+                # No group lies on two devices: `forward.device_spec` sees to it.
                 rows, x_scale = quantize_per_group(rows)
             else:
                 rows, x_scale = quantize_per_token(
@@ -374,17 +373,39 @@ class Attention(nn.Module):
             y = jax.nn.dot_product_attention(q, k, v, is_causal=True)  # [b, t, heads, head_dim]
         else:
             where = (cache.page_table, cache.starts, cache.lengths)
+            k_scale, v_scale = (
+                _of_own_heads(scale, k.shape[2]) for scale in (cache.k_scale, cache.v_scale)
+            )
             cache = cache._replace(
-                k=write_pages(cache.k, k, *where, cache.k_scale),
-                v=write_pages(cache.v, v, *where, cache.v_scale),
+                k=write_pages(cache.k, k, *where, k_scale),
+                v=write_pages(cache.v, v, *where, v_scale),
             )
             y = paged_attention(
-                q, cache.k, cache.v, *where, k_scale=cache.k_scale, v_scale=cache.v_scale,
+                _per_head(q, k_scale), cache.k, cache.v, *where,
+                k_scale=1.0 if k_scale.ndim else k_scale, v_scale=1.0 if v_scale.ndim else v_scale,
                 is_batch_invariant=self.spec.is_batch_invariant,
                 implementation=self.spec.implementation,
             )  # fmt: skip
+            y = _per_head(y, v_scale)
         y = y.reshape(*x.shape[:2], q_size)
         return o_proj(y, residual), cache
+
+
+def _of_own_heads(scale: Array, kv_heads: int) -> Array:
+    """Of scales per kv head, those of this device's heads."""
+    axis = divided_over("kv_heads")
+    if scale.ndim == 0 or axis is None:
+        return scale
+    return lax.dynamic_slice_in_dim(scale, lax.axis_index(axis) * kv_heads, kv_heads)
+
+
+def _per_head(x: Array, scale: Array) -> Array:
+    """x [b, t, heads, head_dim] times its kv heads' scales, [kv_heads]: of keys, queries may as
+    well be multiplied, and of values the result. A scalar is left to attention."""
+    if scale.ndim == 0:
+        return x
+    wide = jnp.repeat(scale, x.shape[2] // scale.shape[0])[:, None]
+    return (x.astype(jnp.float32) * wide).astype(x.dtype)
 
 
 class MLP(nn.Module):

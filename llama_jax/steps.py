@@ -13,7 +13,7 @@ from flax import struct
 from jax import Array, lax
 
 from llama_jax import forward
-from llama_jax.kv_cache import KVCache, copy_pages, init_cache
+from llama_jax.kv_cache import KVCache, KVScales, copy_pages, init_cache
 from llama_jax.model import ModelSpec, Params
 from llama_jax.program_cache import kept_jit, returns
 from llama_jax.sampling import (
@@ -67,7 +67,7 @@ def state_builder(
     batch_size: int,
     max_seq_len: int,
     cache_dtype: jnp.dtype,
-    kv_scales: tuple[tuple[float, float], ...] | None = None,
+    kv_scales: KVScales | None = None,
     num_pages: int | None = None,
     speculation: Speculation = NO_SPECULATION,
 ) -> Callable[[], DecodeState]:

@@ -145,7 +145,7 @@ def test_inspect_shows_formats_and_the_range_of_scales(run: Run, friendli: Path)
     [
         ("friendli dynamic", "float8_e4m3fn, scale per row"),
         ("autofp8 dynamic", "float8_e4m3fn, scale per tensor"),
-        ("finegrained", "float8_e4m3fn, scale per 128x128 block"),
+        ("finegrained", "float8_e4m3fn, scale per 128x128 block, activations by 128"),
         ("fbgemm as Meta's 405B", "float8_e4m3fn, scale per row, activations up to 20.5"),
         ("dense", "bfloat16"),
     ],

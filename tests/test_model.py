@@ -172,6 +172,34 @@ def test_narrow_caches_stay_close(params, dtype):
     assert 1e-5 < error < (0.01 if dtype == "bfloat16" else 0.1)
 
 
+def test_an_fp8_cache_may_have_a_scale_for_each_head(params):
+    """Against weights that make keys and values smaller by the same powers of two, which is exact,
+    and queries and what is made of values as much larger."""
+    scales = 2.0 ** np.random.default_rng(0).integers(-7, 2, (2, 2, CONFIG.num_kv_heads))
+    other = jax.tree.map(np.array, params)
+    for layer, (k, v) in enumerate(scales):
+        attention = other[f"layers_{layer}"]["self_attn"]
+        k, v = np.repeat(k, CONFIG.head_dim), np.repeat(v, CONFIG.head_dim)
+        attention["k_proj"]["weight"] /= k[:, None]
+        attention["v_proj"]["weight"] /= v[:, None]
+        of_queries = (
+            np.repeat(each.reshape(CONFIG.num_kv_heads, 1, -1), 2, axis=1).reshape(-1)
+            for each in (k, v)
+        )
+        attention["q_proj"]["weight"] *= next(of_queries)[:, None]
+        attention["o_proj"]["weight"] *= next(of_queries)
+    ids, lengths = tokens(2, 20), jnp.array([20, 20])
+    with_scales = init_cache(CONFIG, 2, 20, "int8", jnp.asarray(scales, jnp.float32))
+    ours, cache = prefill(params, with_scales, ids, lengths, spec=SPEC)
+    theirs, expected = prefill(other, init_cache(CONFIG, 2, 20, "int8"), ids, lengths, spec=SPEC)
+    np.testing.assert_allclose(ours, theirs, **CLOSE)
+    same = [
+        (np.asarray(a) == np.asarray(b)).mean()
+        for a, b in zip((*cache.k, *cache.v), (*expected.k, *expected.v), strict=True)
+    ]
+    assert min(same) > 0.999  # all but ties that another order of sums moves
+
+
 def test_rope_keeps_pairs_and_lengths_at_far_positions():
     x = jax.random.normal(jax.random.key(0), (1, 5, 2, CONFIG.head_dim))
     positions = np.array([[0, 8191, 8192, 32768, 131071]])

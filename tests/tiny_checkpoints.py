@@ -116,6 +116,7 @@ class Variant:
     files: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     activation_group: int | None = None
+    cache_scale_shape: tuple[int, ...] = (1,)
 
     def arrays(self) -> Arrays:
         rng = np.random.default_rng(2)
@@ -139,8 +140,8 @@ class Variant:
                 arrays[f"{name}.{self.input_scale}"] = scales(shape)
         for layer in range(2):
             for leaf in self.cache_scales:
-                value = np.float32(rng.uniform(0.01, 0.1))
-                arrays[f"model.layers.{layer}.self_attn.{leaf}"] = np.array([value])
+                values = rng.uniform(0.01, 0.1, self.cache_scale_shape).astype(np.float32)
+                arrays[f"model.layers.{layer}.self_attn.{leaf}"] = values
         return arrays
 
     def write(self, directory: Path, arrays: Arrays | None = None, **options: Any) -> Path:
@@ -315,6 +316,15 @@ VARIANTS = {
         ),
         cache_scales=("k_scale", "v_scale", "q_scale"),
         plain=tuple(LINEARS),
+    ),
+    "compressed-tensors with cache scales per head": Variant(
+        "compressed-tensors",
+        compressed(
+            group(numbers("channel"), TOKEN), kv_cache_scheme=numbers("attn_head", dynamic=False)
+        ),
+        scale="column",
+        cache_scales=("k_scale", "v_scale"),
+        cache_scale_shape=(2, 1, 1),
     ),
     "compressed-tensors attention and matrices": Variant(
         "compressed-tensors",

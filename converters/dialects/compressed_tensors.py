@@ -3,8 +3,8 @@
 `config_groups` says how the modules that each group targets are quantised, `ignore` which are not.
 Read are the FP8 formats: float8_e4m3fn `weight`, `weight_scale` per tensor [1], per output row
 [out, 1] or per 128x128 block, `input_scale` [1] where activations are static, and scales of the KV
-cache (`kv_cache_scheme`): `self_attn.k_scale` and `v_scale`, `k_proj.output_scale` and
-`v_proj.output_scale` in older ones.
+cache (`kv_cache_scheme`): `self_attn.k_scale` and `v_scale` [1], or [heads, 1, 1] (strategy
+"attn_head"), `k_proj.output_scale` and `v_proj.output_scale` in older ones.
 
 A group without `weights` leaves weights as they are: one of attention says that keys and values are
 quantised, and queries, by `self_attn.q_scale`; one of matrices that their activations are, which
@@ -43,6 +43,7 @@ _BLOCKS = ([BLOCK, BLOCK], f"{BLOCK}x{BLOCK}")
 # What a description of numbers means where it leaves a field out, and what no reader has to know.
 _DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 _IRRELEVANT = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
+_OF_CACHE = ("tensor", "attn_head")
 _CLASS, _NO_MATCH = "Linear", 3
 # Names are short, so a few repeats are tried soon; a repeated group can take for ever.
 _MAX_REPEATS = 6
@@ -83,7 +84,7 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
     )
     cache_scheme = as_object(quantization, "kv_cache_scheme", _WHERE)
     if cache_scheme:
-        _check_numbers(cache_scheme, f"{_WHERE}.kv_cache_scheme", ("tensor",), (False,))
+        _check_numbers(cache_scheme, f"{_WHERE}.kv_cache_scheme", _OF_CACHE, (False,))
     ignored = name_list(quantization, "ignore")
     promised_by = f"{_WHERE}.kv_cache_scheme" if cache_scheme else None
     schemes: dict[str, Scheme | None] = {}
@@ -160,10 +161,10 @@ def _scheme(group: Mapping[str, Any], where: str) -> Scheme | None:
 
 
 def _check_attention(group: Mapping[str, Any], where: str) -> None:
-    """Of the cache, and of queries, static numbers per layer."""
+    """Of the cache, and of queries, static numbers."""
     _check_group(group, where, weights=(None,))
     inputs = as_object(group, "input_activations", where)
-    _check_numbers(inputs, f"{where}.input_activations", ("tensor",), (False,))
+    _check_numbers(inputs, f"{where}.input_activations", _OF_CACHE, (False,))
 
 
 def _check_group(

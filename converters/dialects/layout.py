@@ -13,6 +13,7 @@ from converters.source import Source
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.config import PARAM_DTYPES
 from llama_jax.fp8 import WeightFormat
+from llama_jax.kv_cache import KVScales
 
 PIECE_BYTES = 8 * 1024 * 1024
 # A boundary between pieces never cuts a block of scales in two.
@@ -67,12 +68,12 @@ class Plan:
     """A checkpoint in canonical terms.
 
     modules: by module path ("layers_0/mlp/up_proj"). used: names of the source's tensors that went
-    into them. kv_scales: (k, v) per layer for an FP8 cache.
+    into them. kv_scales: for an FP8 cache, None if there are none.
     """
 
     modules: Mapping[str, Module]
     used: frozenset[str]
-    kv_scales: tuple[tuple[float, float], ...] | None = None
+    kv_scales: KVScales | None = None
 
 
 @dataclass(frozen=True)

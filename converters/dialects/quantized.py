@@ -5,7 +5,6 @@ What the tensors hold decides; a config that says otherwise is an error that nam
 """
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -25,13 +24,19 @@ from converters.dialects.layout import (
     source_name,
     take,
 )
-from converters.dialects.scales import check_products, row_scale, scalar_scale, scale_values
+from converters.dialects.scales import (
+    activation_scales,
+    check_products,
+    row_scale,
+    scale_values,
+)
 from converters.safetensors_reader import StoredTensor
 from converters.source import Source
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.config import PARAM_DTYPES
 from llama_jax.fp8 import ScaleLayout, WeightFormat, scale_shape
 from llama_jax.json_file import shown
+from llama_jax.kv_cache import KVScales, Scale
 
 _log = logging.getLogger(__name__)
 SCALE_DTYPES = (*PARAM_DTYPES, "float8_e8m0fnu")
@@ -176,7 +181,8 @@ def _fp8_module(
             raise CheckpointError(
                 f"{wanted[0]} is missing, but by the config activations have a static scale"
             )
-        arrays["input_scale"] = constant(scalar_scale(tensors, found[0]))
+        scale = activation_scales(tensors, found[0], ((), (1,), (1, 1)))
+        arrays["input_scale"] = constant(scale.reshape(()))
         names.append(found[0])
     stored_as = WeightFormat(
         codes.dtype.name, scheme.layout, scheme.static, scheme.activation_scale_ub,
@@ -185,16 +191,15 @@ def _fp8_module(
     return Module(stored_as, arrays), names
 
 
-def _cache_scales(
-    source: Source, promised_by: str | None
-) -> tuple[tuple[tuple[float, float], ...] | None, list[str]]:
+def _cache_scales(source: Source, promised_by: str | None) -> tuple[KVScales | None, list[str]]:
     """(k, v) of each layer, None if there are none; and the names of their tensors.
 
     A layer that has none gets 1.0, as in vLLM. Scales of queries are for attention in FP8, which
     this project does not compute: they are checked and left.
     """
     tensors, used = source.tensors, []
-    pairs: list[tuple[float, float]] = []
+    heads = source.config.num_kv_heads
+    pairs: list[tuple[Scale, Scale]] = []
     lacking: list[int] = []
     for layer in range(source.config.num_layers):
         prefix = f"model.layers.{layer}.self_attn"
@@ -207,13 +212,13 @@ def _cache_scales(
                 f"{prefix}.{'v' if k else 'k'}_scale is missing, but {k or v} is there"
             )
         if k and v:
-            pairs.append((_cache_scale(tensors, k), _cache_scale(tensors, v)))
+            pairs.append((_cache_scale(tensors, k, heads), _cache_scale(tensors, v, heads)))
             used += [k, v]
         else:
             pairs.append((1.0, 1.0))
             lacking.append(layer)
         if (query := f"{prefix}.q_scale") in tensors:
-            _cache_scale(tensors, query)
+            _cache_scale(tensors, query, source.config.num_heads)
             used.append(query)
     if lacking and (promised_by or len(lacking) < len(pairs)):
         _log.warning(
@@ -221,14 +226,18 @@ def _cache_scales(
             f"{promised_by} promises scales of" if promised_by else "there are scales of",
             ", ".join(map(str, lacking)),
         )
-    return None if len(lacking) == len(pairs) else tuple(pairs), used
+    if len(lacking) == len(pairs):
+        return None, used
+    if any(isinstance(scale, tuple) for pair in pairs for scale in pair):
+        pairs = [(_of_heads(k, heads), _of_heads(v, heads)) for k, v in pairs]
+    return tuple(pairs), used
 
 
-def _cache_scale(tensors: Tensors, name: str) -> float:
-    shape = tensors[name].shape
-    if math.prod(shape) != 1:
-        raise CheckpointError(
-            f"{name} has shape {list(shape)}: scales of the KV cache per head are not "
-            "supported. Quantise the cache with one scale per layer."
-        )
-    return float(scalar_scale(tensors, name))
+def _cache_scale(tensors: Tensors, name: str, heads: int) -> Scale:
+    """A layer's scale, or one for each of its heads, [heads, 1, 1] or [heads]."""
+    scales = activation_scales(tensors, name, ((), (1,), (1, 1), (heads, 1, 1), (heads,)))
+    return float(scales[0]) if scales.size == 1 else tuple(map(float, scales))
+
+
+def _of_heads(scale: Scale, heads: int) -> Scale:
+    return scale if isinstance(scale, tuple) else (scale,) * heads

@@ -9,7 +9,7 @@ it does not change, and nowhere else.
 import ml_dtypes
 import numpy as np
 
-from converters.dialects.layout import LazyArray, Tensors, pieces, take
+from converters.dialects.layout import LazyArray, Shape, Tensors, pieces, take
 from converters.safetensors_reader import StoredTensor, read_rows
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.config import PARAM_DTYPES
@@ -32,18 +32,17 @@ def row_scale(
     return np.broadcast_to(scale_values(tensor).reshape(-1), (rows,))
 
 
-def scalar_scale(tensors: Tensors, name: str) -> np.ndarray:
-    """One scale of activations, float32 [].
+def activation_scales(tensors: Tensors, name: str, shapes: tuple[Shape, ...]) -> np.ndarray:
+    """Scales that activations are divided by, float32 [n].
 
-    Raises `CheckpointError` unless it is positive, and its product with any code finite.
+    Raises `CheckpointError` unless they are positive, and their products with any code finite.
     """
-    tensor = take(tensors, name, ((), (1,), (1, 1)), PARAM_DTYPES)
-    value = scale_values(tensor).reshape(())
-    if value == 0:
+    values = scale_values(take(tensors, name, shapes, PARAM_DTYPES)).reshape(-1)
+    if (values == 0).any():
         raise CheckpointError(f"{name} is 0: activations cannot be divided by it")
-    if float(value) * e4m3.MAX > _LARGEST:
-        raise CheckpointError(f"{name} is {value:g}: its product with codes overflows")
-    return value
+    if (values > _LARGEST / e4m3.MAX).any():
+        raise CheckpointError(f"{name} is {values.max():g}: its product with codes overflows")
+    return values
 
 
 def scale_values(tensor: StoredTensor) -> np.ndarray:

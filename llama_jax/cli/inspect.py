@@ -19,6 +19,7 @@ from llama_jax.cli.paths import Device, show_paths
 if TYPE_CHECKING:
     from converters.dialects.layout import Module, Plan
     from converters.opened import Opened
+    from llama_jax.kv_cache import KVScales
     from llama_jax.memory import Capacity, MemoryPlan
 
 Range = tuple[float, float]
@@ -338,11 +339,16 @@ def _in_layers(numbers: Sequence[int]) -> str:
     return f" in layer{'s' if len(numbers) > 1 else ''} {runs(numbers)}"
 
 
-def _kv_words(scales: tuple[tuple[float, float], ...] | None) -> str:
+def _kv_words(scales: "KVScales | None") -> str:
     if scales is None:
         return "none"
-    k, v = zip(*scales, strict=True)
-    return f"k {_span((min(k), max(k)))}, v {_span((min(v), max(v)))} in {len(scales)} layers"
+    k, v = (
+        [x for each in scale for x in (each if isinstance(each, tuple) else (each,))]
+        for scale in zip(*scales, strict=True)
+    )
+    each = " for each head" if len(k) > len(scales) else ""
+    spans = f"k {_span((min(k), max(k)))}, v {_span((min(v), max(v)))}"
+    return f"{spans}{each} in {len(scales)} layers"
 
 
 def _span(found: Range) -> str:
