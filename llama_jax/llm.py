@@ -75,6 +75,11 @@ class LLM:
         self.spec = spec
         self.tokenizer = tokenizer
         self.manifest = manifest
+        if kv_dtype == "fp8" and manifest.kv_scales is None:
+            _log.warning(
+                "%s has no scales for an FP8 cache: keys and values are stored as they are, with "
+                "scale 1.0. `llama-jax convert --calibrate` finds scales.", manifest.source,
+            )  # fmt: skip
         self.max_seq_len = options.max_seq_len
         config, generation = spec.config, manifest.generation
         settings = read_settings(generation, config.vocab_size, "generation_config.json")
@@ -144,11 +149,6 @@ class LLM:
         tokenizer = _load_tokenizer(path_or_id, directory, config)
         max_seq_len = sequence_limit(config, max_seq_len)
         kv_storage = storage_dtype(kv_dtype, dtype)
-        if kv_dtype == "fp8" and manifest.kv_scales is None:
-            _log.warning(
-                "%s has no scales for an FP8 cache: keys and values are stored as they are, with "
-                "scale 1.0. `llama-jax convert --calibrate` finds scales.", directory,
-            )  # fmt: skip
         spec = replace(manifest.spec(dtype, activations), implementation=implementation, mesh=mesh)
         spec.check_runs()
         draft_directory, draft_spec = None, None

@@ -122,6 +122,13 @@ def test_many_rows_are_decoded_in_fp8():
     assert launches(spec_of(activations="auto"), max_batch_size=65)["decode"] == FP8_DECODE
 
 
+@pytest.mark.parametrize("settings", [{"activations": "dynamic"}, {"activations": "auto"}])
+def test_groups_of_activations_take_the_same_kernels(settings):
+    spec = spec_of(**settings)
+    formats = {path: replace(each, activation_group=128) for path, each in spec.formats.items()}
+    assert launches(replace(spec, formats=formats)) == launches(spec)
+
+
 def test_auto_activations():
     spec = spec_of(activations="auto")
     on_cpu = [activations_in(phase, 512, spec) for phase in ("prefill", "decode")]

@@ -236,10 +236,12 @@ def test_chat_uses_the_template_and_parses_calls(llm, monkeypatch):
     assert (call.name, call.arguments) == ("f", {"a": {"b": [1]}})
 
 
-def test_fp8_cache_stays_close(llm, tokenizer):
+def test_fp8_cache_stays_close(llm, tokenizer, caplog):
     ids = np.random.default_rng(0).integers(0, 512, (1, 70))
     exact = llm.logits(ids)
+    assert not caplog.records
     rounded = make(tokenizer, kv_dtype="fp8").logits(ids)
+    assert "has no scales for an FP8 cache: keys and values are stored as they are" in caplog.text
     error = np.abs(rounded - exact).max() / np.abs(exact).max()
     assert 0 < error < 0.1
 
