@@ -14,7 +14,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,21 +26,32 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from llama_jax import compile_cache
+from llama_jax import calls, compile_cache
+from llama_jax.calls import Admission, Call, admitted_per_call
 from llama_jax.compile_cache import CompileReport
 from llama_jax.kv_cache import PAGE_SIZE, KVScales
 from llama_jax.model import ModelSpec, Params
 from llama_jax.pages import Match, PagePool, extend_chains
 from llama_jax.request import Request, Wanted
-from llama_jax.sampling import Sampled, SamplingState, host_rows, is_plain
-from llama_jax.sampling_params import SamplingParams
+from llama_jax.rows import Drawing, Row, Rows
+from llama_jax.sampling import (
+    KINDS,
+    Kind,
+    Sampled,
+    SamplingState,
+    host_rows,
+    is_plain,
+    kind_of,
+)
 from llama_jax.scheduling import EngineCounts, EngineOptions, Stats, prefill_calls
+from llama_jax.sharding import default_sharding, whole_on
 from llama_jax.speculation import Speculation
 from llama_jax.steps import (
     DecodeState,
-    Drawn,
     admit,
     decode_steps,
+    draw_step,
+    has_free_conditions,
     logits_step,
     prefill_step,
     score_step,
@@ -49,66 +60,10 @@ from llama_jax.steps import (
 
 # How many waiting requests are looked at in a round.
 _LOOKAHEAD = 64
-# How many are admitted by one call.
-_ADMITTED_PER_CALL = 8
 
 
 class QueueFullError(RuntimeError):
     """More requests are waiting than `EngineOptions.max_waiting` allows."""
-
-
-@dataclass(eq=False)
-class _Row:
-    """A request that is being worked on.
-
-    number: its row. tokens: what has to go through prefill, tokens drawn before a preemption among
-    them. pages: its own and shared ones, in order. limit: tokens it may draw in all. stored, drawn:
-    tokens in the cache and tokens drawn once all that is launched has run, at most.
-    """
-
-    request: Request
-    number: int
-    tokens: list[int]
-    pages: list[int]
-    limit: int
-    stored: int
-    drawn: int
-
-    @property
-    def left(self) -> int:
-        """Tokens that still have to go through prefill."""
-        return max(0, len(self.tokens) - self.stored)
-
-    @property
-    def is_prefilling(self) -> bool:
-        return self.stored < len(self.tokens)
-
-    @property
-    def is_decoding(self) -> bool:
-        return not self.is_prefilling and self.drawn < self.limit
-
-
-@dataclass(frozen=True)
-class _Admission:
-    """A row to start. copied: a page to copy for it, and where to. fresh: its settings, of
-    `sampling.host_rows`."""
-
-    row: _Row
-    copied: tuple[int, int] | None
-    fresh: SamplingState
-
-    @property
-    def is_plain(self) -> bool:
-        return not self.fresh.counts.size
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A compiled program of `steps` and its arguments after the parameters and the state."""
-
-    program: Any
-    args: tuple[Any, ...]
-    static: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -149,6 +104,11 @@ class Engine:
         self.spec = spec
         self.options = options
         self.counts = EngineCounts()
+        # What is left out of programs pays on a GPU, and costs one more program each to compile.
+        # Other kernels might be taken around it, so that equal bits are not certain.
+        self._stops_early = has_free_conditions()
+        is_varied = not self._stops_early and not options.batch_invariant
+        self._kinds: tuple[Kind, ...] = KINDS if is_varied else KINDS[-1:]
         self._changed: dict[Request, None] = {}  # those whose `on_change` is still to be called
         self._new_state = state_builder(
             spec, options.max_batch_size, options.max_seq_len, cache_dtype, kv_scales,
@@ -164,6 +124,11 @@ class Engine:
     @property
     def has_work(self) -> bool:
         return bool(self._waiting or self._running or self._launches or self._changed)
+
+    @property
+    def _running(self) -> list[Row]:
+        """In the order of their admission."""
+        return self._rows.running
 
     @property
     def num_waiting(self) -> int:
@@ -282,18 +247,23 @@ class Engine:
         with self._lock:
             state = self._take_state()
             self._state = state
-            calls = [
+            needed = [
                 self._prefill_call(kind, [], shape)
                 for kind in wanted
                 for shape in self._shapes(kind)
             ]
-            calls += [self._decode_call([], 0)] if "tokens" in wanted else []
+            if "tokens" in wanted:
+                sizes = dict.fromkeys(size for size, _ in self.options.call_shapes)
+                for kind in self._kinds:
+                    needed += [self._draw_call(self._hidden(size), [], kind) for size in sizes]
+                    nobody = np.zeros(self.options.max_batch_size, bool)
+                    needed += [self._decode_call(nobody, n, kind) for n in self._step_counts]
             jobs = [
                 partial(admit.lower, state, *self._admission([], plain)) for plain in (True, False)
             ]
             jobs += [
                 partial(call.program.lower, self.params, state, *call.args, **call.static)
-                for call in calls
+                for call in needed
             ]
             with ThreadPoolExecutor() as pool:
                 list(pool.map(lambda lower: lower().compile(), jobs))
@@ -341,17 +311,17 @@ class Engine:
 
     def _start_afresh(self) -> None:
         self.pages = PagePool(self.options.pool_size, PAGE_SIZE, self.pages.counts)
-        self._running: list[_Row] = []  # in the order of their admission
-        self._numbers = list(range(self.options.max_batch_size))[::-1]  # rows that are free
+        self._rows = Rows(
+            self.options.max_batch_size, self.options.pages_per_row, self.options.pool_size
+        )
         self._launches: deque[_Launch] = deque()
+        self._num_starting = 0  # launches that first tokens come with
         self._state = None
-        shape = (self.options.max_batch_size, self.options.pages_per_row)
-        self._table = np.full(shape, self.options.pool_size, np.int32)
 
     def _admit(self) -> None:
         """Give rows and pages to waiting requests, first come, first served."""
-        admitted: list[_Admission] = []
-        on_their_way = [row.request for row in self._running if row.is_prefilling]
+        admitted: list[Admission] = []
+        on_their_way = [row.request for row in self._rows.prefilling]
         for request in list(itertools.islice(self._waiting, _LOOKAHEAD)):
             if len(self._running) == self.options.max_batch_size:
                 break
@@ -369,12 +339,12 @@ class Engine:
                 self._waiting.remove(request)
                 admitted.append(admission)
                 on_their_way.append(request)
-        for plain, size in ((True, self._admitted_per_call), (False, 1)):
+        for plain in (True, False):
             group = [each for each in admitted if each.is_plain == plain]
-            for part in itertools.batched(group, size):
+            for part in itertools.batched(group, admitted_per_call(self.options, plain)):
                 self._state = admit(self._take_state(), *self._admission(part, plain))
 
-    def _place(self, request: Request, tokens: list[int], found: Match) -> _Admission | None:
+    def _place(self, request: Request, tokens: list[int], found: Match) -> Admission | None:
         """Start a request if there are pages for its prompt, and one more for each that runs."""
         limit = 0
         if request.wanted == "tokens":
@@ -399,10 +369,7 @@ class Engine:
             self.pages.release([*found.pages, *source])
             raise
         own = self.pages.take(lacking)
-        row = _Row(request, self._numbers.pop(), tokens, [*found.pages, *own], limit,
-                   found.num_tokens, len(request.token_ids))  # fmt: skip
-        self._running.append(row)
-        self._note_pages(row)
+        row = self._rows.enter(request, tokens, [*found.pages, *own], limit, found.num_tokens)
         if self._shares:
             extend_chains(request.chains, tokens, PAGE_SIZE)
         # All pages are copied before any is written to, so that this one need not be kept.
@@ -411,7 +378,7 @@ class Engine:
         self.pages.counts.hit += found.num_tokens
         request.start_prompt(found.num_tokens)
         request.admitted_at = request.admitted_at or time.perf_counter()
-        return _Admission(row, (source[0], own[0]) if source else None, fresh)
+        return Admission(row, (source[0], own[0]) if source else None, fresh)
 
     def _settings(self, request: Request) -> SamplingState:
         """The row of `sampling.host_rows`."""
@@ -426,8 +393,8 @@ class Engine:
         budget = self.options.prefill_budget
         while budget > 0:
             rows = []
-            for row in self._running:
-                if row.is_prefilling and budget > 0:
+            for row in self._rows.prefilling:
+                if budget > 0:
                     rows.append(row)
                     budget -= min(row.left, self.options.prefill_chunk)
             if not rows:
@@ -443,38 +410,50 @@ class Engine:
         shapes = self.options.call_shapes
         return tuple(each for each in shapes if each[0] == 1) if kind == "logits" else shapes
 
-    def _launch_chunk(self, kind: Wanted, rows: list[_Row], shape: tuple[int, int]) -> None:
+    def _launch_chunk(self, kind: Wanted, rows: list[Row], shape: tuple[int, int]) -> None:
         """The next tokens of each row, in one call."""
         call = self._prefill_call(kind, rows, shape)
         starts = [row.stored for row in rows]
         for row, start in zip(rows, starts, strict=True):
-            row.stored += min(row.left, shape[1])
+            self._rows.prefill(row, min(row.left, shape[1]))
             if self._shares:
                 stored = row.tokens[: row.stored]
                 self.pages.register(stored, row.pages, start, row.request.chains)
-        takers: dict[Wanted, Callable[..., None]] = {
-            "tokens": self._take_first, "logprobs": self._take_logprobs, "logits": self._take_logits
-        }  # fmt: skip
-        if kind == "tokens":
-            for row in rows:
-                row.drawn += not row.is_prefilling
         parts = [(row, start, row.stored) for row, start in zip(rows, starts, strict=True)]
-        self._launch(call, partial(takers[kind], parts))
+        outputs = self._run(call)
+        if kind == "tokens":
+            self._launch_draw(outputs, rows)
+        else:
+            take = self._take_logprobs if kind == "logprobs" else self._take_logits
+            self._launch(outputs, partial(take, parts))
         count = sum(stop - start for _, start, stop in parts)
         self.counts.prefilled += count
         self.counts.padding += shape[0] * shape[1] - count
+
+    def _launch_draw(self, hidden: Array, rows: list[Row]) -> None:
+        """Draw the first tokens of those rows of a prefill call whose prompt has ended."""
+        ended = [(i, row) for i, row in enumerate(rows) if not row.is_prefilling]
+        if not ended:
+            return
+        params = [row.request.params for _, row in ended]
+        call = self._draw_call(
+            hidden, ended, self._kind(max(map(kind_of, params), key=KINDS.index))
+        )
+        for _, row in ended:
+            self._rows.begin(row)
+        drawn = self._run(call)
+        self._num_starting += 1
+        asked = any(each.logprobs is not None for each in params)
+        self._launch((drawn.tokens, drawn if asked else None), partial(self._take_first, ended))
 
     def _launch_decode(self) -> None:
         """Draw tokens for the rows that have their prompt behind them, after making room."""
         steps = self._steps()
         while steps:
             most = steps * (1 + self.options.lookahead)
-            bounds = [(row, min(most, row.limit - row.drawn)) for row in self._decoding()]
-            lacking = [
-                (row, max(0, -(-(row.stored + count) // PAGE_SIZE) - len(row.pages)))
-                for row, count in bounds
-            ]
-            if sum(count for _, count in lacking) <= self.pages.num_available:
+            counts = np.minimum(self._rows.room, most)
+            lacking = self._rows.lacking(counts)
+            if lacking.sum() <= self.pages.num_available:
                 break
             if self._launches:
                 while self._launches:
@@ -484,36 +463,48 @@ class Engine:
                 steps = 1
             else:
                 self._preempt(self._running[-1])
-        if not steps or not bounds:
+        if not steps or not counts.any():
             return
-        for row, count in lacking:
-            row.pages += self.pages.take(count)
-            self._note_pages(row)
-        call = self._decode_call([row for row, _ in bounds], steps)
-        for row, count in bounds:
-            row.stored += count
-            row.drawn += count
-        self._launch(call, partial(self._take_drawn, bounds))
+        for number in np.flatnonzero(lacking).tolist():
+            self._rows.add_pages(number, self.pages.take(int(lacking[number])))
+        kind, asked = self._rows.needs(counts)
+        call = self._decode_call(counts > 0, steps, self._kind(kind))
+        drawing = self._rows.launch(counts)
+        drawn = self._run(call)
+        outputs = drawn.numbers, drawn.sampled if asked else None
+        self._launch(outputs, partial(self._take_drawn, drawing))
         self.counts.rounds += 1
-
-    def _decoding(self) -> list[_Row]:
-        return [row for row in self._running if row.request.wanted == "tokens" and row.is_decoding]
 
     def _steps(self) -> int:
         """How many tokens to draw before the host looks again."""
-        left = [row.limit - row.drawn for row in self._decoding()]
-        if not left:
+        room = self._rows.room[self._rows.room > 0]
+        if not room.size:
             return 0
-        if any(row.is_prefilling or row.request.is_streamed for row in self._running):
+        if self._rows.prefilling or self._rows.num_streamed:
             return 1
-        return min(min(left) if self._waiting else max(left), self.options.max_steps)
+        if self._num_starting and not self._stops_early:
+            return 1  # first tokens are not kept waiting for long launches
+        steps = min(int(room.min() if self._waiting else room.max()), self.options.max_steps)
+        return (
+            steps if self._stops_early else max(each for each in self._step_counts if each <= steps)
+        )
 
-    def _preempt(self, row: _Row) -> None:
+    @property
+    def _step_counts(self) -> tuple[int, ...]:
+        """How many steps decode programs are compiled for."""
+        most = self.options.max_steps
+        return (most,) if self._stops_early else tuple(dict.fromkeys((1, most)))
+
+    def _kind(self, needed: Kind) -> Kind:
+        """The least kind of draw that there is a program for."""
+        return needed if needed in self._kinds else self._kinds[-1]
+
+    def _preempt(self, row: Row) -> None:
         self._leave(row)
         self._waiting.appendleft(row.request)
         self.counts.preempted += 1
 
-    def _leave(self, row: _Row) -> None:
+    def _leave(self, row: Row) -> None:
         """Take a row from its request; its pages keep their content while there is room."""
         if self._shares:
             stored = row.tokens[: row.stored]
@@ -521,87 +512,70 @@ class Engine:
             start = min(len(known), len(stored))
             self.pages.register(known, row.pages, start, row.request.chains)
         self.pages.release(row.pages)
-        self._running.remove(row)
-        self._numbers.append(row.number)
-        self._table[row.number] = self.options.pool_size
+        self._rows.leave(row)
 
     # Calls of compiled programs, in shapes from short lists.
 
-    def _launch(self, call: _Call, take: Callable[[Any], None]) -> None:
-        """The state is donated: if the program fails, `step` starts afresh."""
+    def _run(self, call: Call) -> Any:
+        """Outputs of a call. The state is donated: if the program fails, `step` starts afresh."""
         self._state, outputs = call.program(
             self.params, self._take_state(), *call.args, **call.static
         )
+        return outputs
+
+    def _launch(self, outputs: Any, take: Callable[[Any], None]) -> None:
+        """Have outputs copied to the host as soon as they exist, and taken in in a later round."""
+        for output in jax.tree.leaves(outputs):
+            output.copy_to_host_async()
         self._launches.append(_Launch(outputs, take))
 
     def _take_state(self) -> DecodeState:
         state, self._state = self._state, None
         return self._new_state() if state is None else state
 
-    def _admission(self, admitted: Sequence[_Admission], plain: bool) -> tuple[Any, ...]:
-        """Arguments of `admit`. plain: see `sampling.is_plain`; others come one at a time."""
-        size = self._admitted_per_call if plain else 1
-        padding, batch_size = size - len(admitted), self.options.max_batch_size
-        copies = [each.copied or (0, self.options.pool_size) for each in admitted]
-        copies += [(0, self.options.pool_size)] * padding
-        vocab_size = self.spec.config.vocab_size
-        nobody = host_rows([SamplingParams(seed=0)], [()], [()], vocab_size, plain=plain)
-        rows = [each.fresh for each in admitted] + [nobody] * padding
-        fresh = jax.tree.map(lambda *parts: np.concatenate(parts), *rows)
-        text = np.zeros((size, self.options.pages_per_row * PAGE_SIZE), np.int32)
-        if self._speculation.uses_history:
-            for i, each in enumerate(admitted):
-                tokens = each.row.request.all_tokens
-                text[i, : len(tokens)] = tokens
-        else:
-            text = text[:, :0]
-        numbers = [each.row.number for each in admitted] + [batch_size] * padding
-        stored = [each.row.stored for each in admitted] + [0] * padding
-        sources, targets = zip(*copies, strict=True)
-        return _int32(numbers), _int32(stored), fresh, _int32(sources), _int32(targets), text
+    def _admission(self, admitted: Sequence[Admission], plain: bool) -> tuple[Any, ...]:
+        vocab_size, uses_history = self.spec.config.vocab_size, self._speculation.uses_history
+        return calls.admission(admitted, plain, self.options, vocab_size, uses_history)
 
-    @property
-    def _admitted_per_call(self) -> int:
-        return min(_ADMITTED_PER_CALL, self.options.max_batch_size)
-
-    def _prefill_call(self, kind: Wanted, rows: Sequence[_Row], shape: tuple[int, int]) -> _Call:
+    def _prefill_call(self, kind: Wanted, rows: Sequence[Row], shape: tuple[int, int]) -> Call:
         """The next shape[1] tokens, at most, of each row; shape[0] rows with the padding."""
-        size, width = shape
-        tokens, targets = np.zeros((2, size, width), np.int32)
-        lengths, remaining = np.zeros((2, size), np.int32)
-        numbers = np.full(size, self.options.max_batch_size, np.int32)
-        for i, row in enumerate(rows):
-            part = row.tokens[row.stored : row.stored + width]
-            after = row.request.prompt[row.stored + 1 : row.stored + 1 + len(part)]
-            tokens[i, : len(part)] = part
-            targets[i, : len(after)] = after
-            lengths[i], numbers[i] = len(part), row.number
-            if row.stored + len(part) == len(row.tokens):
-                remaining[i] = row.limit - row.drawn
-        args = (self._table.copy(), tokens, lengths, numbers)
+        tokens, lengths, numbers, targets = calls.chunk(rows, shape, self.options.max_batch_size)
+        args = (self._rows.table.copy(), tokens, lengths, numbers)
         static: dict[str, Any] = {"spec": self.spec}
         if kind == "tokens":
             static["speculation"] = self._speculation
-            return _Call(prefill_step, (*args, remaining, self._draft_params), static)
+            return Call(prefill_step, (*args, self._draft_params), static)
         if kind == "logprobs":
-            return _Call(score_step, (*args, targets), static)
-        return _Call(logits_step, args, static)
+            return Call(score_step, (*args, targets), static)
+        return Call(logits_step, args, static)
 
-    def _decode_call(self, rows: Sequence[_Row], steps: int) -> _Call:
-        active = np.zeros(self.options.max_batch_size, bool)
-        active[[row.number for row in rows]] = True
-        return _Call(
+    def _hidden(self, size: int) -> Array:
+        """Such as `prefill_step` returns for so many rows."""
+        shape = (size, self.spec.config.hidden_size)
+        whole = whole_on(self.spec.mesh) if self.spec.mesh else default_sharding()
+        return jax.device_put(np.zeros(shape, jnp.dtype(self.spec.dtype)), whole)
+
+    def _draw_call(self, hidden: Array, ended: Sequence[tuple[int, Row]], kind: Kind) -> Call:
+        """ended: rows, before their first token, and their places in `hidden`."""
+        numbers = np.full(len(hidden), self.options.max_batch_size, np.int32)
+        remaining = np.zeros(len(hidden), np.int32)
+        for i, row in ended:
+            numbers[i], remaining[i] = row.number, row.limit - len(row.request.token_ids)
+        return Call(draw_step, (hidden, numbers, remaining), {"spec": self.spec, "kind": kind})
+
+    def _decode_call(self, active: np.ndarray, steps: int, kind: Kind) -> Call:
+        """active: bool [batch], the rows that draw."""
+        return Call(
             decode_steps,
-            (self._table.copy(), active, np.int32(steps), self._draft_params),
+            (self._rows.table.copy(), active, np.int32(steps), self._draft_params),
             {
                 "spec": self.spec,
-                "max_steps": self.options.max_steps,
+                "max_steps": self.options.max_steps if self._stops_early else steps,
                 "speculation": self._speculation,
+                "kind": kind,
+                "stops_early": self._stops_early,
             },
         )
-
-    def _note_pages(self, row: _Row) -> None:
-        self._table[row.number, : len(row.pages)] = row.pages
 
     @property
     def _shares(self) -> bool:
@@ -620,32 +594,30 @@ class Engine:
         self.counts.waited += time.perf_counter() - began
         return fetched
 
-    def _take_first(self, parts: Sequence[tuple[_Row, int, int]], drawn: Sampled) -> None:
-        """The tokens that came with the ends of prompts; the rows are in the order of the call."""
-        ended = [(i, row) for i, (row, _, stop) in enumerate(parts) if stop == len(row.tokens)]
-        if not ended:
-            return
-        asked = any(row.request.params.logprobs is not None for _, row in ended)
-        tokens, sampled = self._fetch((drawn.tokens, drawn if asked else None))
+    def _take_first(
+        self, ended: Sequence[tuple[int, Row]], outputs: tuple[Array, Sampled | None]
+    ) -> None:
+        """The tokens that came with the ends of prompts, and the rows' places in the call."""
+        self._num_starting -= 1
+        tokens, sampled = self._fetch(outputs)
         now = time.perf_counter()
         for i, row in ended:
             self._extend(row, [int(tokens[i])], now, sampled, i)
 
-    def _take_drawn(self, bounds: Sequence[tuple[_Row, int]], drawn: Drawn) -> None:
-        asked = any(row.request.params.logprobs is not None for row, _ in bounds)
-        numbers, sampled = self._fetch((drawn.numbers, drawn.sampled if asked else None))
-        counts, guessed, accepted = numbers[:3].tolist()
-        self.counts.guessed += sum(guessed)
-        self.counts.accepted += sum(accepted)
+    def _take_drawn(self, drawing: Drawing, outputs: tuple[Array, Sampled | None]) -> None:
+        numbers, sampled = self._fetch(outputs)
+        counts, guessed, accepted = numbers[:3]
+        self.counts.guessed += int(guessed.sum())
+        self.counts.accepted += int(accepted.sum())
+        self._rows.settle(drawing, counts)
         columns, now = numbers[3:].T.tolist(), time.perf_counter()
-        for row, bound in bounds:
-            count = counts[row.number]
-            row.stored -= bound - count
-            row.drawn -= bound - count
-            self._extend(row, columns[row.number][:count], now, sampled, (slice(count), row.number))
+        for number in np.flatnonzero(counts).tolist():
+            row, token_ids = drawing.rows[number], columns[number][: counts[number]]
+            assert row is not None
+            self._extend(row, token_ids, now, sampled, (slice(len(token_ids)), number))
 
     def _extend(
-        self, row: _Row, token_ids: list[int], now: float, drawn: Sampled | None, at: Any
+        self, row: Row, token_ids: list[int], now: float, drawn: Sampled | None, at: Any
     ) -> None:
         """Hand drawn tokens to their request, unless that has ended by the host's decision.
 
@@ -661,9 +633,9 @@ class Engine:
             self.counts.drawn += count
             if request.params.logprobs is not None:
                 assert drawn is not None
-                request.logprobs += np.atleast_1d(drawn.logprobs[at])[:count].tolist()
+                request.logprobs += np.atleast_1d(np.asarray(drawn.logprobs)[at])[:count].tolist()
                 ids, values = (
-                    np.atleast_2d(top[at])[:count, : request.params.logprobs].tolist()
+                    np.atleast_2d(np.asarray(top)[at])[:count, : request.params.logprobs].tolist()
                     for top in (drawn.top_ids, drawn.top_logprobs)
                 )
                 pairs = zip(ids, values, strict=True)
@@ -673,7 +645,7 @@ class Engine:
                 self._leave(row)
 
     def _take_logprobs(
-        self, parts: Sequence[tuple[_Row, int, int]], outputs: tuple[Array, Array]
+        self, parts: Sequence[tuple[Row, int, int]], outputs: tuple[Array, Array]
     ) -> None:
         logprobs, likeliest = self._fetch(outputs)
         for i, (row, start, stop) in enumerate(parts):
@@ -687,7 +659,7 @@ class Engine:
                 )
                 self._end_prompt(row, stop)
 
-    def _take_logits(self, parts: Sequence[tuple[_Row, int, int]], outputs: Array) -> None:
+    def _take_logits(self, parts: Sequence[tuple[Row, int, int]], outputs: Array) -> None:
         logits = self._fetch(outputs)
         for i, (row, start, stop) in enumerate(parts):
             request = row.request
@@ -696,7 +668,7 @@ class Engine:
                 request.prompt_logits = np.concatenate([*before, logits[i, : stop - start]])
                 self._end_prompt(row, stop)
 
-    def _end_prompt(self, row: _Row, stop: int) -> None:
+    def _end_prompt(self, row: Row, stop: int) -> None:
         if row.request.finish_reason:
             return
         self._changed[row.request] = None
@@ -716,7 +688,3 @@ def _is_coming(request: Request, found: Match, on_their_way: list[Request]) -> b
     count = len(found.pages)
     wanted = request.chains[count : count + 1]
     return bool(wanted) and any(other.chains[count : count + 1] == wanted for other in on_their_way)
-
-
-def _int32(values: Sequence[int]) -> np.ndarray:
-    return np.array(values, np.int32)

@@ -18,8 +18,16 @@ from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxprs_in_params
 
 from llama_jax.kv_cache import KVDtype, storage_dtype
 from llama_jax.model import ModelSpec, Params, abstract_params
+from llama_jax.sampling import Kind
 from llama_jax.scheduling import EngineOptions
-from llama_jax.steps import DecodeState, decode_steps, prefill_step, state_builder
+from llama_jax.steps import (
+    DecodeState,
+    decode_steps,
+    draw_step,
+    has_free_conditions,
+    prefill_step,
+    state_builder,
+)
 from pallas_kernels import device, e4m3
 
 _KERNELS = ("mpmd_map", "pallas_call")
@@ -74,17 +82,29 @@ class Call:
 
 
 def programs(
-    spec: ModelSpec, options: EngineOptions, kv_dtype: KVDtype, prompts: int = 1
+    spec: ModelSpec,
+    options: EngineOptions,
+    kv_dtype: KVDtype,
+    prompts: int = 1,
+    kind: Kind = "everything",
 ) -> tuple[Program, Program]:
-    """`prefill_step` for `prompts` whole chunks and `decode_steps`, as the engine calls them on the
-    device that is lowered for."""
+    """What is done with `prompts` whole chunks that end prompts, `prefill_step` and `draw_step` one
+    after the other, and `decode_steps`, on the device that is lowered for. kind: of the draws."""
     rows, chunk = options.max_batch_size, min(options.prefill_chunk, options.max_seq_len)
     params, state = _stored(spec), _state(spec, options, storage_dtype(kv_dtype, spec.dtype))
     table = _ints(rows, options.pages_per_row)
     of_prompt, active = _ints(prompts), jax.ShapeDtypeStruct((rows,), jnp.bool_)
     # The functions themselves: of a program that was kept (`program_cache`) nothing can be read.
-    prefill = partial(inspect.unwrap(prefill_step), spec=spec)
-    decode = partial(inspect.unwrap(decode_steps), spec=spec, max_steps=options.max_steps)
+    append, draw, steps = map(inspect.unwrap, (prefill_step, draw_step, decode_steps))
+
+    def prefill(params: Params, state: DecodeState, table: Any, *appended: Any) -> Any:
+        *chunk, remaining = appended
+        state, hidden = append(params, state, table, *chunk, spec=spec)
+        return draw(params, state, hidden, chunk[-1], remaining, spec=spec, kind=kind)
+
+    decode = partial(
+        steps, spec=spec, max_steps=options.max_steps, kind=kind, stops_early=has_free_conditions()
+    )
     given = (params, state, table)
     appended = (_ints(prompts, chunk), of_prompt, of_prompt, of_prompt)
     return (

@@ -1,7 +1,8 @@
 """Choosing the next token, inside the compiled step.
 
 Every setting is an array with one entry per row, so one compiled program serves any mixture of
-requests, and what a row draws depends on its own logits, seed and step alone.
+requests, and what a row draws depends on its own logits, seed and step alone. What no row of a
+launch needs can be left out of its program (`Kind`), which changes no token.
 
 Order, as in Hugging Face transformers and vLLM: penalties, logit bias, minimum length,
 temperature, top-k, top-p, min-p. Reported logprobs are those of the model's own distribution,
@@ -9,7 +10,7 @@ before any of it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,11 @@ from jax import Array, lax
 
 from llama_jax.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 
+# What the rows of a launch need of the sampler, each kind more than the one before: the likeliest
+# token; a draw; a draw from the likeliest tokens; everything, which reads and writes arrays over
+# the vocabulary besides the logits.
+Kind = Literal["greedy", "sampled", "truncated", "everything"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 # Stop tokens of a row that are sent to the device as a list rather than a mask, see `is_plain`.
 _LISTED_STOPS = 16
 
@@ -50,12 +56,12 @@ class SamplingState(struct.PyTreeNode):
 
 class Sampled(struct.PyTreeNode):
     """tokens: int32 [batch]; logprobs: float32 [batch]; top_ids and top_logprobs: [batch, 20], the
-    likeliest tokens, filled where a row asks for them."""
+    likeliest tokens, filled where a row asks for them. None but for the kind "everything"."""
 
     tokens: Array
-    logprobs: Array
-    top_ids: Array
-    top_logprobs: Array
+    logprobs: Array | None = None
+    top_ids: Array | None = None
+    top_logprobs: Array | None = None
 
 
 def init_sampling(batch_size: int, vocab_size: int) -> SamplingState:
@@ -75,6 +81,22 @@ def is_plain(
         or params.presence_penalty
         or params.frequency_penalty
     )
+
+
+def kind_of(params: SamplingParams) -> Kind:
+    """What a row with these settings needs."""
+    if (
+        params.logit_bias
+        or params.logprobs is not None
+        or params.min_new_tokens
+        or params.repetition_penalty != 1
+        or params.presence_penalty
+        or params.frequency_penalty
+    ):
+        return "everything"
+    if params.temperature == 0:
+        return "greedy"
+    return "truncated" if params.top_k or params.top_p < 1 or params.min_p else "sampled"
 
 
 def host_rows(
@@ -165,23 +187,26 @@ def check_ids(name: str, ids: Sequence[int] | Mapping[int, float], vocab_size: i
             raise ValueError(f"{name}: token id {token_id} is not in [0, {vocab_size})")
 
 
-def sample(logits: Array, state: SamplingState) -> Sampled:
-    """Draw one token per row. logits: float32 [batch, vocab], as the model gives them."""
+def sample(logits: Array, state: SamplingState, kind: Kind = "everything") -> Sampled:
+    """Draw one token per row. logits: float32 [batch, vocab], as the model gives them.
+
+    kind: what any row needs whose token is wanted, or more than that.
+    """
+    if kind == "greedy":
+        return Sampled(jnp.argmax(logits, axis=-1).astype(jnp.int32))
+    if kind != "everything":
+        return Sampled(_draw(logits, state, kind == "truncated"))
     scores = _penalise(logits, state)
     scores = jnp.where(
         (state.step < state.min_new_tokens)[:, None] & (state.stop_mask > 0), -jnp.inf, scores
     )
-    greedy = jnp.argmax(scores, axis=-1)
-
-    def draw() -> Array:
-        scaled = scores / jnp.where(state.temperature > 0, state.temperature, 1.0)[:, None]
-        limited = (state.top_k > 0) | (state.top_p < 1) | (state.min_p > 0)
-        limited &= state.temperature > 0
-        kept = lax.cond(jnp.any(limited), _truncate, lambda scaled, _: scaled, scaled, state)
-        noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(state.seed, state.step, logits.shape[-1])
-        return jnp.where(state.temperature > 0, jnp.argmax(kept + noise, axis=-1), greedy)
-
-    tokens = lax.cond(jnp.any(state.temperature > 0), draw, lambda: greedy)
+    limited = (state.top_k > 0) | (state.top_p < 1) | (state.min_p > 0)
+    limited &= state.temperature > 0
+    tokens = lax.cond(
+        jnp.any(state.temperature > 0),
+        lambda: _draw(scores, state, jnp.any(limited)),
+        lambda: jnp.argmax(scores, axis=-1).astype(jnp.int32),
+    )
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     count = min(MAX_TOP_LOGPROBS, logits.shape[-1])
 
@@ -196,16 +221,22 @@ def sample(logits: Array, state: SamplingState) -> Sampled:
         lambda: (jnp.zeros(empty, jnp.int32), jnp.zeros(empty, jnp.float32)),
     )
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
-    return Sampled(tokens.astype(jnp.int32), chosen, top_ids, top_logprobs)
+    return Sampled(tokens, chosen, top_ids, top_logprobs)
 
 
-def record(state: SamplingState, tokens: Array, active: Array) -> SamplingState:
-    """Count the tokens [batch] that the active rows, bool [batch], drew."""
+def record(
+    state: SamplingState, tokens: Array, active: Array, kind: Kind = "everything"
+) -> SamplingState:
+    """Count the tokens [batch] that the active rows, bool [batch], drew.
+
+    kind: of the draw. How often each token was drawn matters to rows that need everything, all of
+    whose tokens are drawn so.
+    """
+    state = state.replace(step=state.step + active)
+    if kind != "everything":
+        return state
     rows = jnp.where(active, jnp.arange(len(tokens)), len(tokens))
-    return state.replace(
-        step=state.step + active,
-        counts=state.counts.at[rows, tokens].add(1, mode="drop"),
-    )
+    return state.replace(counts=state.counts.at[rows, tokens].add(1, mode="drop"))
 
 
 def is_stop(state: SamplingState, tokens: Array) -> Array:
@@ -213,6 +244,19 @@ def is_stop(state: SamplingState, tokens: Array) -> Array:
     were drawn with, before they are recorded."""
     marks = jnp.take_along_axis(state.stop_mask, tokens[:, None], axis=-1)[:, 0]
     return (marks == 2) & (state.step >= state.min_new_tokens)
+
+
+def _draw(scores: Array, state: SamplingState, is_limited: bool | Array) -> Array:
+    """int32 [batch], the likeliest where the temperature is 0. scores: float32 [batch, vocab].
+    is_limited: whether any row has to be truncated."""
+    scaled = scores / jnp.where(state.temperature > 0, state.temperature, 1.0)[:, None]
+    if isinstance(is_limited, bool):
+        kept = _truncate(scaled, state) if is_limited else scaled
+    else:
+        kept = lax.cond(is_limited, _truncate, lambda scaled, _: scaled, scaled, state)
+    noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(state.seed, state.step, scores.shape[-1])
+    likeliest, drawn = jnp.argmax(scores, axis=-1), jnp.argmax(kept + noise, axis=-1)
+    return jnp.where(state.temperature > 0, drawn, likeliest).astype(jnp.int32)
 
 
 def _penalise(logits: Array, state: SamplingState) -> Array:

@@ -19,7 +19,7 @@ from llama_jax import forward
 from llama_jax.config import LlamaConfig
 from llama_jax.kv_cache import KVCache
 from llama_jax.model import ModelSpec, Params
-from llama_jax.sampling import SamplingState, record, sample
+from llama_jax.sampling import Kind, SamplingState, record, sample
 
 # How many of the last tokens a place in the text may have in common with its end; more say little.
 LONGEST_NGRAM = 3
@@ -97,12 +97,13 @@ def draft_tokens(
     *,
     spec: ModelSpec,
     lookahead: int,
+    kind: Kind = "everything",
 ) -> tuple[KVCache, Array]:
     """What a draft model draws after each row's newest token: int32 [batch, lookahead].
 
     tokens, room: int32 [batch], the newest token and how many the cache has room for after it; -1
-    for a row that draws nothing. The last guess goes through the draft model too, so that its cache
-    holds all of them if they stand.
+    for a row that draws nothing. kind: see `sampling.sample`. The last guess goes through the draft
+    model too, so that its cache holds all of them if they stand.
     """
 
     def step(
@@ -113,8 +114,9 @@ def draft_tokens(
         hidden, cache = forward.extend(
             params, cache, tokens[:, None], grows.astype(jnp.int32), spec=spec, phase="decode"
         )
-        drawn = sample(forward.unembed(params, hidden[:, 0], spec=spec), sampling).tokens
-        return (cache, drawn, record(sampling, drawn, grows)), drawn
+        logits = forward.unembed(params, hidden[:, 0], spec=spec)
+        drawn = sample(logits, sampling, kind).tokens
+        return (cache, drawn, record(sampling, drawn, grows, kind)), drawn
 
     (cache, _, _), drawn = lax.scan(step, (cache, tokens, sampling), jnp.arange(lookahead + 1))
     return cache, drawn[:lookahead].T

@@ -17,6 +17,7 @@ from llama_jax.kv_cache import KVCache, KVScales, copy_pages, init_cache
 from llama_jax.model import ModelSpec, Params
 from llama_jax.program_cache import kept_jit, returns
 from llama_jax.sampling import (
+    Kind,
     Sampled,
     SamplingState,
     full_rows,
@@ -27,6 +28,7 @@ from llama_jax.sampling import (
 )
 from llama_jax.sharding import cache_shardings, default_sharding, whole_on
 from llama_jax.speculation import NO_SPECULATION, Speculation, draft_tokens, look_up
+from pallas_kernels import device
 
 # Tokens whose logits exist at one time while scoring: 64 of 128,256 words in float32 are 33 MB.
 TOKENS_PER_LOGITS_BLOCK = 64
@@ -138,16 +140,15 @@ def prefill_step(
     tokens: Array,
     lengths: Array,
     rows: Array,
-    remaining: Array,
     draft_params: Params | None = None,
     *,
     spec: ModelSpec,
     speculation: Speculation = NO_SPECULATION,
-) -> tuple[DecodeState, Sampled]:
-    """Append a chunk of each prompt; draw the first token of the rows whose prompt ends here.
+) -> tuple[DecodeState, Array]:
+    """Append a chunk of each prompt; returns hidden states [b, d] of the last tokens, for
+    `draw_step` where a prompt ends here.
 
-    page_table: int32 [batch, pages_per_row]; tokens: int32 [b, t]; lengths, rows: int32 [b];
-    remaining: int32 [b], tokens to draw from here on, 0 where the prompt goes on. See
+    page_table: int32 [batch, pages_per_row]; tokens: int32 [b, t]; lengths, rows: int32 [b]. See
     `forward.prefill`. draft_params: of `speculation.draft`, which takes in the same chunk.
     """
     cache, draft = state.cache.replace(page_table=page_table), state.draft
@@ -159,24 +160,41 @@ def prefill_step(
         )
     hidden, cache = forward.extend(params, cache, tokens, lengths, rows, spec=spec, phase="prefill")
     hidden = forward.last_hidden(hidden, lengths)
-    vocab, last = spec.config.vocab_size, remaining > 0
-    logits = lax.cond(
-        jnp.any(last),
-        lambda: forward.unembed(params, hidden, spec=spec),
-        lambda: jnp.zeros((len(rows), vocab), jnp.float32),
-    )
+    if spec.mesh:
+        hidden = lax.with_sharding_constraint(hidden, whole_on(spec.mesh))
+    return state.replace(cache=cache, draft=draft), hidden
+
+
+@partial(kept_jit, static_argnames=("spec", "kind"), donate_argnames="state")
+def draw_step(
+    params: Params,
+    state: DecodeState,
+    hidden: Array,
+    rows: Array,
+    remaining: Array,
+    *,
+    spec: ModelSpec,
+    kind: Kind = "everything",
+) -> tuple[DecodeState, Sampled]:
+    """Draw the first token of the rows whose prompt has ended.
+
+    hidden: [b, d], of `prefill_step`; rows: int32 [b], as there; remaining: int32 [b], tokens to
+    draw from here on, 0 where the prompt goes on. kind: see `sampling.sample`.
+    """
+    last = remaining > 0
+    logits = forward.unembed(params, hidden, spec=spec)
     of_rows = jax.tree.map(lambda a: jnp.take(a, rows, axis=0, mode="clip"), state.sampling)
-    drawn = sample(logits, of_rows)
+    drawn = sample(logits, of_rows, kind)
     left = jnp.where(is_stop(of_rows, drawn.tokens), 0, remaining - 1)
-    of_rows = record(of_rows, drawn.tokens, last)
+    of_rows = record(of_rows, drawn.tokens, last, kind)
     ended = jnp.where(last, rows, len(state.tokens))
     sampling = state.sampling.replace(
-        step=state.sampling.step.at[ended].set(of_rows.step, mode="drop"),
-        counts=state.sampling.counts.at[ended].set(of_rows.counts, mode="drop"),
+        step=state.sampling.step.at[ended].set(of_rows.step, mode="drop")
     )
+    if kind == "everything":
+        counts = sampling.counts.at[ended].set(of_rows.counts, mode="drop")
+        sampling = sampling.replace(counts=counts)
     state = state.replace(
-        cache=cache,
-        draft=draft,
         sampling=sampling,
         tokens=state.tokens.at[ended].set(drawn.tokens, mode="drop"),
         remaining=state.remaining.at[ended].set(left, mode="drop"),
@@ -184,7 +202,17 @@ def prefill_step(
     return state, drawn
 
 
-@partial(kept_jit, static_argnames=("spec", "max_steps", "speculation"), donate_argnames="state")
+def has_free_conditions() -> bool:
+    """Whether a loop may end by a condition at no cost. On a GPU XLA has the host evaluate it, and
+    the device is idle before each step until the host has answered."""
+    return device.platform() == "cpu"
+
+
+@partial(
+    kept_jit,
+    static_argnames=("spec", "max_steps", "speculation", "kind", "stops_early"),
+    donate_argnames="state",
+)
 def decode_steps(
     params: Params,
     state: DecodeState,
@@ -196,13 +224,16 @@ def decode_steps(
     spec: ModelSpec,
     max_steps: int,
     speculation: Speculation = NO_SPECULATION,
+    kind: Kind = "everything",
+    stops_early: bool = True,
 ) -> tuple[DecodeState, Drawn]:
     """Up to `steps` times, feed each row that has tokens left its newest one and draw the next, or
     several where guesses stand.
 
     page_table: int32 [batch, pages_per_row], with pages for what will be drawn; active: bool
-    [batch], rows that may go on; steps: int32 [], at most `max_steps`. Stops early when no row has
-    anything left to draw.
+    [batch], rows that may go on; steps: int32 [], at most `max_steps`. kind: see `sampling.sample`.
+    stops_early: when no row has anything left to draw; otherwise there are `max_steps` steps,
+    whatever `steps` says, in which rows that are done draw nothing (see `has_free_conditions`).
     """
     waiting = jnp.where(active, 0, state.remaining)
     state = state.replace(
@@ -210,7 +241,8 @@ def decode_steps(
         remaining=state.remaining - waiting,
     )
     capacity = max_steps * (1 + speculation.lookahead)
-    blank = jax.eval_shape(sample, jnp.zeros((len(active), spec.config.vocab_size)), state.sampling)
+    logits = jax.ShapeDtypeStruct((len(active), spec.config.vocab_size), jnp.float32)
+    blank = jax.eval_shape(partial(sample, kind=kind), logits, state.sampling)
     empty = jax.tree.map(lambda a: jnp.zeros((capacity, *a.shape), a.dtype), blank)
 
     def goes_on(carry: tuple[Array, DecodeState, Array, Sampled]) -> Array:
@@ -221,7 +253,7 @@ def decode_steps(
         carry: tuple[Array, DecodeState, Array, Sampled],
     ) -> tuple[Array, DecodeState, Array, Sampled]:
         i, state, counts, sampled = carry
-        state, drew, drawn, guessed = _decode(params, draft_params, state, spec, speculation)
+        state, drew, drawn, guessed = _decode(params, draft_params, state, spec, speculation, kind)
         places = jnp.where(drew, counts[0] + jnp.arange(len(drew))[:, None], capacity)
         new = jnp.sum(drew, axis=0)
         sampled = jax.tree.map(
@@ -231,7 +263,11 @@ def decode_steps(
         return i + 1, state, counts + jnp.stack([new, guessed, jnp.maximum(new - 1, 0)]), sampled
 
     none = jnp.zeros((3, len(active)), jnp.int32)
-    _, state, counts, sampled = lax.while_loop(goes_on, body, (jnp.int32(0), state, none, empty))
+    carry = (jnp.int32(0), state, none, empty)
+    if stops_early:
+        _, state, counts, sampled = lax.while_loop(goes_on, body, carry)
+    else:
+        _, state, counts, sampled = lax.fori_loop(0, max_steps, lambda _, each: body(each), carry)
     numbers = jnp.concatenate([counts, sampled.tokens])
     return state.replace(remaining=state.remaining + waiting), Drawn(numbers, sampled)
 
@@ -242,6 +278,7 @@ def _decode(
     state: DecodeState,
     spec: ModelSpec,
     speculation: Speculation,
+    kind: Kind,
 ) -> tuple[DecodeState, Array, Sampled, Array]:
     """One token for each row that has any left, and one more for each guess that stands.
 
@@ -250,7 +287,7 @@ def _decode(
     """
     active, starts = state.remaining > 0, state.cache.lengths
     # The last token that may be drawn does not follow a guess.
-    state, guesses, guessed = _guess(draft_params, state, speculation)
+    state, guesses, guessed = _guess(draft_params, state, speculation, kind)
     guessed = jnp.where(active, jnp.minimum(guessed, state.remaining - 1), 0)
     fed = jnp.concatenate([state.tokens[:, None], guesses], axis=1)
     hidden, cache = forward.extend(
@@ -264,12 +301,12 @@ def _decode(
         sampling, draws, remaining, newest = carry
         logits, guess, is_guessed = at
         temperature = jnp.where(draws, sampling.temperature, 0.0)
-        drawn = sample(logits, sampling.replace(temperature=temperature))
+        drawn = sample(logits, sampling.replace(temperature=temperature), kind)
         left = jnp.where(is_stop(sampling, drawn.tokens), 0, remaining - 1)
         remaining = jnp.where(draws, left, remaining)
         stands = draws & is_guessed & (drawn.tokens == guess) & (remaining > 0)
         newest = jnp.where(draws, drawn.tokens, newest)
-        carry = record(sampling, drawn.tokens, draws), stands, remaining, newest
+        carry = record(sampling, drawn.tokens, draws, kind), stands, remaining, newest
         return carry, (draws, drawn)
 
     following = jnp.pad(guesses, ((0, 0), (0, 1))).T
@@ -289,7 +326,7 @@ def _decode(
 
 
 def _guess(
-    draft_params: Params | None, state: DecodeState, speculation: Speculation
+    draft_params: Params | None, state: DecodeState, speculation: Speculation, kind: Kind
 ) -> tuple[DecodeState, Array, Array]:
     """Guesses for each row, int32 [batch, lookahead], and how many there are, int32 [batch]."""
     batch, lookahead = len(state.tokens), speculation.lookahead
@@ -298,7 +335,7 @@ def _guess(
         assert state.draft is not None and draft_params is not None
         draft, guesses = draft_tokens(
             draft_params, _follow(state.draft, state.cache), state.tokens, state.sampling,
-            state.remaining - 1, spec=speculation.draft, lookahead=lookahead,
+            state.remaining - 1, spec=speculation.draft, lookahead=lookahead, kind=kind,
         )  # fmt: skip
         return state.replace(draft=draft), guesses, jnp.full(batch, lookahead)
     if not lookahead:

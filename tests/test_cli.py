@@ -372,6 +372,7 @@ BAD_CALLS = [
     (["inspect", "missing"], 2, "missing is neither a directory nor"),
     (["inspect", "MODEL", "--max-seq-len", "100000"], 2, "512 tokens"),
     (["inspect", "MODEL", "--device", "h200"], 2, "go with --paths"),
+    (["inspect", "MODEL", "--program", "decode"], 2, "goes with --device h200"),
     (["inspect", "MODEL", "--paths", "--preset", "llama-3.1-8b"], 2, "not both"),
     (["convert", "missing", "target"], 2, "missing is neither a directory nor"),
     (["convert", "./missing", "target"], 2, "./missing is neither a directory nor"),

@@ -13,8 +13,10 @@ from llama_jax.checkpoint import Manifest
 from llama_jax.compile_cache import forbid_compile
 from llama_jax.llm import LLM
 from llama_jax.model import Llama, init_params
+from llama_jax.results import generation_fields
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.scheduling import EngineOptions
+from llama_jax.scoring import answer_rows
 from llama_jax.tokenizer import load_tokenizer
 from pallas_kernels import e4m3
 from tests.tiny import config, fp8_spec
@@ -104,6 +106,76 @@ def test_stop_strings_cut_the_text(llm):
     result = llm.generate("hello", dataclasses.replace(GREEDY, stop=stop))
     assert result.finish_reason == "stop"
     assert result.text == characters[: characters.index(stop)]
+
+
+def test_a_special_token_is_a_stop_string_by_its_name(llm):
+    token = llm.tokenizer.special_tokens["<|python_tag|>"]
+    settings = dataclasses.replace(GREEDY, logit_bias={token: 1e4})
+    for sampling in (settings, dataclasses.replace(settings, min_new_tokens=2)):
+        sampling = dataclasses.replace(sampling, stop="<|python_tag|>")
+        result = llm.generate("hello", sampling)
+        assert len(result.token_ids) == 1 + sampling.min_new_tokens
+        assert result.token_ids[-1] == token and token not in result.token_ids[:-1]
+        assert (result.finish_reason, result.stop_reason) == ("stop", "<|python_tag|>")
+        assert list(llm.stream("hello", sampling))[-1].result.token_ids == result.token_ids
+    with pytest.raises(ValueError, match=r"stop: .x<\|eot_id\|>. contains the special token"):
+        llm.generate("hello", dataclasses.replace(GREEDY, stop="x<|eot_id|>"))
+
+
+def test_what_stopped_is_reported(llm):
+    full = llm.generate("hello", GREEDY)
+    assert full.finish_reason == "length" and full.stop_reason is None
+    stop = full.text[3:5]
+    assert llm.generate("hello", dataclasses.replace(GREEDY, stop=["~~", stop])).stop_reason == stop
+    ids = dataclasses.replace(GREEDY, stop_token_ids=[full.token_ids[4]])
+    assert llm.generate("hello", ids).stop_reason == full.token_ids[4]
+    own = SamplingParams(temperature=0, logit_bias={EOT: 1e4})
+    assert llm.generate("hello", own).finish_reason == "stop"
+    assert llm.generate("hello", own).stop_reason is None
+    # Ignored, it is barred all the same until the least number of tokens.
+    ignored = dataclasses.replace(own, max_new_tokens=4, min_new_tokens=2, ignore_eos=True)
+    assert [i == EOT for i in llm.generate("hello", ignored).token_ids] == [0, 0, 1, 1]
+
+
+def test_ids_that_the_tokenizer_has_not(tokenizer):
+    """A padded vocabulary: 512 ids have a text, the model draws one of 64 others."""
+    llm = make(tokenizer, spec=dataclasses.replace(SPEC, config=dataclasses.replace(
+        SPEC.config, vocab_size=576)))  # fmt: skip
+    alone = llm.generate("hello", GREEDY).token_ids
+    padded = dataclasses.replace(GREEDY, logit_bias={570: 1e4}, stop="~", logprobs=2)
+    other, healthy = llm.generate(["hello", "hello"], [padded, GREEDY])
+    assert other.token_ids == (570,) * 12 and other.text == "" and other.error is None
+    assert healthy.token_ids == alone
+    assert "".join(piece.text for piece in llm.stream("hello", padded)) == ""
+    assert llm.generate("hello", GREEDY).token_ids == alone
+
+
+def test_an_error_in_one_text_is_that_texts_alone(llm, monkeypatch):
+    alone = llm.generate("hello", GREEDY).token_ids
+    bad = llm.generate("other", GREEDY).token_ids[3]
+    assert bad not in alone
+    token_bytes = llm.tokenizer.__class__.token_bytes
+
+    def fail(tokenizer, token_id):
+        if token_id == bad:
+            raise LookupError("no text")
+        return token_bytes(tokenizer, token_id)
+
+    monkeypatch.setattr(llm.tokenizer.__class__, "token_bytes", fail)
+    for sampling in (GREEDY, dataclasses.replace(GREEDY, logprobs=0)):
+        broken, healthy = llm.generate(["other", "hello"], sampling)
+        assert broken.finish_reason == "error" and isinstance(broken.error, LookupError)
+        assert healthy.token_ids == alone and healthy.error is None
+    with pytest.raises(LookupError, match="no text"):
+        llm.generate("other", GREEDY)
+    with pytest.raises(LookupError, match="no text"):
+        list(llm.stream("other", GREEDY))
+    rows = [{"prompt": "other"}, {"prompt": "hello"}]
+    found = answer_rows(llm.engine, rows, lambda row: llm.generate_question(row["prompt"], GREEDY),
+                        generation_fields)  # fmt: skip
+    first, second = (row for row, _ in found)
+    assert "no text" in first["error"] and "text" not in first and "error" not in second
+    assert not llm.engine.has_work
 
 
 def test_stop_tokens_end_and_are_not_text(llm):

@@ -28,7 +28,7 @@ from llama_jax.memory import (
 )
 from llama_jax.model import ModelSpec, Params, abstract_params
 from llama_jax.speculation import Speculation
-from llama_jax.steps import decode_steps, prefill_step, score_step, state_builder
+from llama_jax.steps import decode_steps, draw_step, prefill_step, score_step, state_builder
 from pallas_kernels import e4m3
 
 CONFIG_8B = PRESETS["llama-3.1-8b"]
@@ -246,8 +246,10 @@ def test_the_workspace_holds_what_the_steps_and_the_sampler_need(
     params = stored(spec)
     tokens, rows, flags = ints((batch, chunk)), ints((batch,)), ints((batch,), jnp.bool_)
     table, steps = state.cache.page_table, ints(())
+    hidden = ints((batch, spec.config.hidden_size), BF16)
     lowered = (
-        prefill_step.lower(params, state, table, tokens, rows, rows, rows, spec=spec),
+        prefill_step.lower(params, state, table, tokens, rows, rows, spec=spec),
+        draw_step.lower(params, state, hidden, rows, rows, spec=spec),
         decode_steps.lower(params, state, table, flags, steps, spec=spec, max_steps=8),
         score_step.lower(params, state, table, tokens, rows, rows, tokens, spec=spec),
     )

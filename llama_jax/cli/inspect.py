@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.filesize import decimal
@@ -15,6 +15,7 @@ from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.cli import options
 from llama_jax.cli.output import key_value_table, print_json, runs, stderr, stdout
 from llama_jax.cli.paths import Device, show_paths
+from llama_jax.cli.program import show_program
 
 if TYPE_CHECKING:
     from converters.dialects.layout import Module, Plan
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from llama_jax.memory import Capacity, MemoryPlan
 
 Range = tuple[float, float]
-_PATHS = "Paths: with --paths"
+_PATHS = "Programs: --paths or --program"
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 
 
@@ -73,6 +74,14 @@ def inspect(
             rich_help_panel=_PATHS,
         ),
     ] = False,
+    program: Annotated[
+        Literal["prefill", "decode"] | None,
+        typer.Option(
+            help="Show instead what this program is made of: launches, graphs, temporaries. It is "
+            "compiled for --device h200, which needs the extra aot and no GPU.",
+            rich_help_panel=_PATHS,
+        ),
+    ] = None,
     device: Annotated[
         Device | None,
         typer.Option(
@@ -101,9 +110,12 @@ def inspect(
         llama-jax inspect ./llama-70b --memory 105GB       # an H200, from a laptop
         llama-jax inspect ./llama-8b --json | jq .memory
         llama-jax inspect ./llama-8b --paths --device h200
+        llama-jax inspect --preset llama-3.1-8b --device h200 --program decode --json
     """
-    if (device or preset) and not paths:
-        raise typer.BadParameter("--device and --preset go with --paths")
+    if (device or preset) and not (paths or program):
+        raise typer.BadParameter("--device and --preset go with --paths or --program")
+    if program and (paths or not device):
+        raise typer.BadParameter("--program goes with --device h200, and without --paths")
     if preset and model:
         raise typer.BadParameter("give a MODEL or --preset, not both")
     limit = None if memory is None else _parse_size(memory)
@@ -125,8 +137,11 @@ def inspect(
     length = min(context, DEFAULT_MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
     if length > context:
         raise ValueError(f"--max-seq-len {length}: the model's context is {context} tokens")
+    sizes = EngineOptions(max_batch_size, length, prefill_chunk=prefill_chunk)
+    if program:
+        show_program(title, spec, sizes, kv_dtype, program, as_json)
+        return
     if paths:
-        sizes = EngineOptions(max_batch_size, length, prefill_chunk=prefill_chunk)
         show_paths(title, spec, sizes, kv_dtype, device, as_json)
         return
     with stderr.status("planning"):
