@@ -37,15 +37,16 @@ class KVCache(struct.PyTreeNode):
     """k, v: per layer [num_pages, page_size, num_kv_heads, head_dim], bfloat16, float32,
     float8_e4m3fn or its int8 bits.
 
-    k_scale, v_scale: float32 [num_layers], or [num_layers, num_kv_heads] where each head has its
-    own, what FP8 codes are multiplied by (1 otherwise).
+    k_scale, v_scale: per layer float32 [], or [num_kv_heads] where each head has its own, that FP8
+    codes are multiplied by (1 otherwise). Of one array for all layers, each layer of each step
+    would copy its own out for its kernel.
     page_table: int32 [batch, pages_per_row]; lengths: int32 [batch], tokens stored per row.
     """
 
     k: tuple[Array, ...]
     v: tuple[Array, ...]
-    k_scale: Array
-    v_scale: Array
+    k_scale: tuple[Array, ...]
+    v_scale: tuple[Array, ...]
     page_table: Array
     lengths: Array
 
@@ -81,8 +82,8 @@ def init_cache(
     return KVCache(
         k=tuple(jnp.zeros(pool, dtype) for _ in range(config.num_layers)),
         v=tuple(jnp.zeros(pool, dtype) for _ in range(config.num_layers)),
-        k_scale=jnp.array(kv_scales[:, 0]),
-        v_scale=jnp.array(kv_scales[:, 1]),
+        k_scale=tuple(kv_scales[:, 0]),
+        v_scale=tuple(kv_scales[:, 1]),
         page_table=table.astype(jnp.int32).reshape(batch_size, pages_per_row),
         lengths=jnp.zeros(batch_size, jnp.int32),
     )

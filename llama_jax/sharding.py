@@ -47,8 +47,8 @@ def cache_shardings(config: LlamaConfig, mesh: Mesh | None) -> KVCache:
         shape = (1, 1, config.num_kv_heads, config.head_dim)
         pages = sharding_of(mesh, (None, None, "kv_heads", None), shape)
         rest = whole_on(mesh)
-    layers = (pages,) * config.num_layers
-    return KVCache(layers, layers, rest, rest, rest, rest)  # type: ignore[arg-type]
+    layers, scales = (pages,) * config.num_layers, (rest,) * config.num_layers
+    return KVCache(layers, layers, scales, scales, rest, rest)  # type: ignore[arg-type]
 
 
 def whole_on(mesh: Mesh) -> NamedSharding:

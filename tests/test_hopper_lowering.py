@@ -1,6 +1,7 @@
 """What the simulator does not see: whether Mosaic GPU takes the kernels' tiles for an H200."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -57,8 +58,9 @@ def of_weight_only(m, n, k, **scales):
     _, weight, scale, _ = arrays(m, n, k, **scales)
     x = jax.ShapeDtypeStruct((m, k), BF16)
     assert hopper_weight_only.refusal(x, weight, scale, BF16) is None
-    run = hopper_weight_only.fp8_matmuls
-    return lambda x, w, s: run(x, (w, w), (s, s), BF16), (x, weight, scale)
+    config = replace(hopper_weight_only.configure(m, (n, n), k), in_fp8=m % 2 == 1)
+    run = partial(hopper_weight_only.fp8_matmuls, out_dtype=BF16, config=config)
+    return lambda x, w, s: run(x, (w, w), (s, s)), (x, weight, scale)
 
 
 def of_attention(tokens, heads, kv_heads, head_dim, dtype):

@@ -1,5 +1,6 @@
 """The weight-only Hopper matmul in JAX's GPU simulator, against float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -36,8 +37,20 @@ def simulated(x, weights, scales, config):
         (64, (160,), 384, ROW, Config(splits=2, stages=2)),
         (64, (96, 128, 64), 256, ROW, Config(splits=1, stages=2, cluster=2)),
         (33, (288, 128), 384, BLOCK, Config(splits=2, stages=2, cluster=2)),
+        (1, (128,), 512, ROW, Config(splits=2, stages=2, in_fp8=True)),
+        (9, (192, 32), 384, BLOCK, Config(splits=2, stages=3, in_fp8=True)),
+        (33, (288, 128), 256, ROW, Config(splits=1, stages=2, cluster=2, in_fp8=True)),
     ],
-    ids=["1-row", "7-block-ragged", "64-row", "64-row-pairs-ragged", "33-block-pairs"],
+    ids=[
+        "1-row",
+        "7-block-ragged",
+        "64-row",
+        "64-row-pairs-ragged",
+        "33-block-pairs",
+        "1-row-in-fp8",
+        "9-block-in-fp8-ragged",
+        "33-row-in-fp8-pairs",
+    ],
 )
 def test_small_integers_are_exact(m, ns, k, kind, config, monkeypatch):
     """With fewer multiprocessors than tiles, so that the ring goes on from one to the next."""
@@ -52,15 +65,52 @@ def test_small_integers_are_exact(m, ns, k, kind, config, monkeypatch):
         np.testing.assert_array_equal(y, exact(x, weight, scale))
 
 
-def test_every_code_times_any_bfloat16_is_exact():
+@pytest.mark.parametrize("in_fp8", [False, True])
+def test_every_code_times_any_bfloat16_is_exact(in_fp8):
     """Products with powers of two that float16 does not have, from code to result."""
     codes = np.arange(256, dtype=np.uint8).view(e4m3.DTYPE)
     codes = np.where(np.isnan(codes.astype(np.float32)), 0, codes.astype(np.float32))
     weight = jnp.asarray(np.tile(codes.reshape(4, 64), (8, 2)), e4m3.DTYPE)
     powers = 2.0 ** np.linspace(-100, 100, 64).round()
     x = jnp.asarray(np.concatenate([np.diag(powers), np.zeros((64, 64))], axis=1), BF16)
-    (y,) = simulated(x, [weight], [jnp.ones(32)], None)
+    config = Config(splits=1, stages=2, in_fp8=in_fp8)
+    (y,) = simulated(x, [weight], [jnp.ones(32)], config)
     np.testing.assert_array_equal(y, exact(x, weight, np.ones(32)))
+
+
+def test_two_terms_lose_less_than_a_bfloat16_product_rounds():
+    """Exact down to 2^-13 of a row's largest; below, off by less than 2^-21 of it. Compiled, too,
+    where a cast there and back must not be taken for nothing."""
+    rng = np.random.default_rng(0)
+    sizes = [1, 1e-38, 2e38, 0, 2.0**-120, 3]
+    x = rng.standard_normal((6, 512)) * 2.0 ** rng.integers(-30, 1, (6, 512))
+    x = jnp.asarray(np.clip(x, -1.5, 1.5) * np.array(sizes)[:, None], BF16)
+    for run in (hopper_weight_only.two_terms, jax.jit(hopper_weight_only.two_terms)):
+        codes, unit = run(x)
+        a, b = np.split(np.asarray(codes, np.float64), 2)
+        assert np.isfinite(a).all() and np.isfinite(b).all()
+        wide, unit = np.asarray(x, np.float64), np.asarray(unit, np.float64)
+        lost = np.abs(unit * (a + b / 16) - wide)
+        largest = np.abs(wide).max(axis=1, keepdims=True)
+        # Of smaller ones float32 has no unit, and its numbers below 2^-126 are zero to a GPU.
+        normal = largest > 2**-118
+        assert np.all(lost[(np.abs(wide) >= largest * 2**-13) & normal] == 0)
+        assert np.all(lost <= np.where(normal, largest * 2**-21, 2.0**-126))
+    codes, _ = hopper_weight_only.two_terms(jnp.asarray([[np.inf, 1], [np.nan, 1]], BF16))
+    assert np.isnan(np.asarray(codes, np.float32)).any(axis=1).all()
+
+
+def test_in_fp8_what_is_lost_of_x_does_not_show():
+    """Numbers of many sizes in a row, against float64: off by less than bfloat16's rounding of the
+    result, 2^-9, would be."""
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.standard_normal((7, 512)) * np.exp(2 * rng.standard_normal((7, 512))), BF16)
+    weight = e4m3.cast(jnp.asarray(rng.standard_normal((160, 512)) * 100, F32))
+    scale = rng.uniform(0.5, 2, 160).astype(np.float32)
+    config = Config(splits=2, stages=2, in_fp8=True)
+    (y,) = simulated(x, [weight], [jnp.asarray(scale)], config)
+    expected = exact(x, weight, scale)
+    assert np.linalg.norm(y - expected) < 1e-5 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("kind", [ROW, BLOCK])
@@ -135,11 +185,16 @@ def test_configurations_that_cannot_work(config, reason):
 
 
 def test_tuned_splits_serve_every_batch(monkeypatch):
-    table = {"n=4096+1024+1024 k=4096": {"splits": 5}}
+    table = {
+        "n=4096+1024+1024 k=4096": {"splits": 5},
+        "n=4096 k=14336": {"splits": 4, "stages": 9, "cluster": 1, "in_fp8": True},
+    }
     monkeypatch.setattr(hopper_weight_only.tuned, "find", lambda kernel, name: table.get(name))
     for m in (1, 64):
         assert hopper_weight_only.configure(m, (4096, 1024, 1024), 4096).splits == 5
         assert hopper_weight_only.configure(m, (4096,), 4096).splits == 4
+        assert not hopper_weight_only.configure(m, (4096,), 4096).in_fp8
+        assert hopper_weight_only.configure(m, (4096,), 14_336).in_fp8
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The weight-only Hopper kernel as the compiler makes it, for the linears of Llama 3.1 models."""
 
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -28,15 +29,17 @@ def weights(ns, k, kind):
     return [struct((n, k), e4m3.DTYPE) for n in ns], [struct(shape(n), F32) for n in ns]
 
 
-def compile_and_check(m, ns, k, kind):
+def compile_and_check(m, ns, k, kind, *, in_fp8=False):
     x = jax.ShapeDtypeStruct((m, k), BF16)
+    config = replace(hopper_weight_only.configure(m, ns, k), in_fp8=in_fp8)
     (kernel,) = sm90.kernels(
-        lambda *a: hopper_weight_only.fp8_matmuls(*a, BF16), x, *weights(ns, k, kind)
+        lambda *a: hopper_weight_only.fp8_matmuls(*a, BF16, config=config), x, *weights(ns, k, kind)
     )
     assert kernel.count("UTMALDG") and kernel.count("UTMASTG")
-    # A step of 128 along K in instructions of 16, and the loop is there once.
-    assert kernel.count("HGMMA") == 128 // 16
-    assert not kernel.count("HMMA") + kernel.count("QGMMA")
+    # A step of 128 along K in instructions of 16 or 32, and the loop is there once.
+    assert kernel.count("HGMMA") == (0 if in_fp8 else 128 // 16)
+    assert kernel.count("QGMMA") == (128 // 32 if in_fp8 else 0)
+    assert not kernel.count("HMMA")
     assert kernel.spill_bytes == kernel.count("LDL") == kernel.count("STL") == 0
     # 65,536 registers a multiprocessor, allotted by 8: what three warpgroups can share out.
     assert kernel.registers <= 65_536 // 384 // 8 * 8
@@ -53,9 +56,10 @@ def test_every_launch_of_every_model(launch):
 
 
 @KINDS
+@pytest.mark.parametrize("in_fp8", [False, True])
 @pytest.mark.parametrize("m", [3, 9, 16, 17, 33, 64])
-def test_every_number_of_rows(m, kind):
-    compile_and_check(m, (4096, 1024, 1024), 4096, kind)
+def test_every_number_of_rows(m, in_fp8, kind):
+    compile_and_check(m, (4096, 1024, 1024), 4096, kind, in_fp8=in_fp8)
 
 
 def test_ragged_tiles():
@@ -80,6 +84,14 @@ def test_few_instructions_per_byte_of_weight(kind):
     assert loop["HGMMA"] == 8
     assert loop["F2FP"] + loop["HADD2"] == CONVERSIONS_PER_BYTE * 64
     assert sum(loop.values()) / 64 < 4
+
+
+@KINDS
+@pytest.mark.parametrize(("m", "most"), [(1, 1), (16, 1.1), (64, 2.4)])
+def test_in_fp8_nothing_is_widened(m, most, kind):
+    loop = compile_and_check(m, (4096,), 4096, kind, in_fp8=True).loop("QGMMA")
+    assert loop["QGMMA"] == 4 and not loop["F2FP"] + loop["HADD2"] + loop["LDS"]
+    assert sum(loop.values()) / 64 < most
 
 
 @pytest.mark.parametrize("m", [1, 16, 64])

@@ -28,7 +28,7 @@ CONFIG = PRESETS["llama-3.1-8b"]
 OPTIONS = EngineOptions(max_batch_size=8, max_seq_len=8192, prefill_chunk=2048)
 # q, k and v, attention, o, gate and up, down. Few rows: q, k and v in one launch, attention in two.
 LAUNCHES = {"prefill": 7, "decode": 6}
-MOST_OF_XLA = {("prefill", "auto"): 14, ("decode", "auto"): 12, ("decode", "dynamic"): 17}
+MOST_OF_XLA = {("prefill", "auto"): 10, ("decode", "auto"): 8, ("decode", "dynamic"): 13}
 GRAPHS = [("prefill", "auto"), ("decode", "auto"), ("decode", "dynamic")]
 
 

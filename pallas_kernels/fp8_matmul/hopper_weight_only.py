@@ -6,6 +6,10 @@ other two widen codes to bfloat16 in registers and multiply with the tensor core
 swapped: 64 rows of the weight are what wgmma takes from registers, x is what it takes from shared
 memory, padded to a multiple of 8 rows only.
 
+Or nothing is widened (`Config.in_fp8`): FP8 wgmma takes the codes from shared memory as they are,
+and x as the two float8 terms of `two_terms`, which are twice as many rows and as many bytes. Tensor
+cores add FP8 products with about 14 bits, so sums of 128 products are added up in registers.
+
 K is split until every multiprocessor has work. Parts go to memory as float32, and XLA adds them up
 in one order, together with scales per row, the residual and what else it fuses with them. Neither
 the split nor any order depends on the number of rows of x: a row's result is the same in any batch.
@@ -45,6 +49,8 @@ MAX_STAGES = 12
 # What TMA divides the columns of the results into.
 OUT_GRANULE = 32
 BARRIERS_BYTES = 2048
+# Of the second of two terms to its code; of float32's smallest normal number.
+TERM_RATIO, MIN_EXPONENT = 16, -126
 MATRIX = plgpu.Layout.WGMMA
 
 
@@ -55,11 +61,13 @@ class Config:
     splits: thread blocks that divide K among them.
     stages: tiles of the weight, 128x128, in flight.
     cluster: 1, or 2 for pairs of blocks that share the loads of x.
+    in_fp8: x as two float8 terms instead of the weight as bfloat16.
     """
 
     splits: int
     stages: int
     cluster: int = 1
+    in_fp8: bool = False
 
 
 def fp8_matmul(
@@ -122,16 +130,17 @@ def refusal(
 
 
 def configure(m: int, ns: Sequence[int], k: int) -> Config:
-    """The tuned splits of the GPU in use, or else the heuristic's, and what follows from m.
+    """The tuned splits of the GPU in use, or else the heuristic's, and what follows from m; in FP8
+    where that was measured to be faster.
 
     ns: rows of each weight.
     """
-    found = tuned.find(NAME, tuned_as(ns, k))
-    splits = heuristic_splits(ns, k) if found is None else found["splits"]
+    found = tuned.find(NAME, tuned_as(ns, k)) or {"splits": heuristic_splits(ns, k)}
     cluster = 2 if m >= MIN_ROWS_TO_SHARE else 1
     rows = _padded(m, cluster)
     free = SHARED_MEMORY_BYTES - BARRIERS_BYTES - _staged_bytes(rows)
-    return Config(splits, min(MAX_STAGES, free // _stage_bytes(rows)), cluster)
+    stages = min(MAX_STAGES, free // _stage_bytes(rows))
+    return Config(found["splits"], stages, cluster, found.get("in_fp8", False))
 
 
 def tuned_as(ns: Sequence[int], k: int) -> str:
@@ -175,6 +184,7 @@ def _padded(m: int, cluster: int) -> int:
 
 
 def _stage_bytes(rows: int) -> int:
+    """Of a tile of the weight, and of x in bfloat16 or in two terms."""
     return TILE_K * (TILE_N + 2 * rows)
 
 
@@ -196,10 +206,34 @@ def _matmuls(
         raise ValueError(f"{config} cannot work: {reason}")
     by_block = scales[0].ndim == 2
     x = in_whole_boxes(x)
+    problem, unit = _Problem(x.shape[0], ns, k, config), None
+    if config.in_fp8:
+        x, unit = two_terms(jnp.pad(x, ((0, problem.rows - x.shape[0]), (0, 0))))
     operands = _Operands(x, tuple(weights), tuple(scales) if by_block else ())
-    parts = _launch(_Problem(x.shape[0], ns, k, config), operands, interpret)
+    parts = _launch(problem, operands, interpret)
     sums = [functools.reduce(operator.add, part)[:m] for part in parts]
+    if unit is not None:
+        sums = [y * unit[:m] for y in sums]
     return sums if by_block else [y * scale for y, scale in zip(sums, scales, strict=True)]
+
+
+def two_terms(x: Array) -> tuple[Array, Array]:
+    """bfloat16 x [m, k] as unit * (a + b / 16).
+
+    Returns codes, float8_e4m3fn [2 m, k], the rows of a and then those of b, and units, float32
+    [m, 1], powers of two.
+
+    A bfloat16 number has 8 bits, a float8_e4m3fn one has 4, down to 2^-6. So this is exact where a
+    number is at least 2^-13 of its row's largest; what is lost of others is below 2^-21 of it.
+    """
+    wide = x.astype(jnp.float32)
+    _, exponent = jnp.frexp(jnp.max(jnp.abs(wide), axis=1, keepdims=True))
+    unit = jnp.ldexp(jnp.float32(1), jnp.maximum(exponent - 8, MIN_EXPONENT))
+    v = wide / unit  # below 256
+    # Rounded as a cast would; what is cast and cast back, a compiler may take for what it was.
+    subnormal = lax.round(v * 512, lax.RoundingMethod.TO_NEAREST_EVEN) / 512
+    a = jnp.where(jnp.abs(v) < 2**-6, subnormal, lax.reduce_precision(v, 8, 3))
+    return jnp.concatenate([a, (v - a) * TERM_RATIO]).astype(e4m3.DTYPE), unit
 
 
 @dataclass(frozen=True)
@@ -219,6 +253,11 @@ class _Problem:
     @property
     def rows(self) -> int:
         return _padded(self.m, self.config.cluster)
+
+    @property
+    def x_rows(self) -> int:
+        """That are multiplied: x, or its two terms."""
+        return self.rows * (2 if self.config.in_fp8 else 1)
 
     @property
     def steps(self) -> int:
@@ -242,8 +281,9 @@ class _Problem:
 
 
 class _Operands(NamedTuple):
-    """Arrays outside of the kernel, references within. x: [m, k]; weights: each [n, k];
-    block_scales: each [n / 128, k / 128], or none at all if scales are per row."""
+    """Arrays outside of the kernel, references within. x: [m, k], or in two terms [2 rows, k];
+    weights: each [n, k]; block_scales: each [n / 128, k / 128], or none at all if scales are per
+    row."""
 
     x: Any
     weights: tuple[Any, ...]
@@ -251,7 +291,7 @@ class _Operands(NamedTuple):
 
 
 class _Ring(NamedTuple):
-    """Shared memory that tiles pass through, x [stages, rows, 128] and weight [stages, 128, 128];
+    """Shared memory that tiles pass through, x [stages, x_rows, 128] and weight [stages, 128, 128];
     for each slot, barriers that say that the loader has filled it, and that it is free."""
 
     x: Any
@@ -279,7 +319,8 @@ def _launch(problem: _Problem, operands: _Operands, interpret: Any) -> list[Arra
     """Sums over each split of K, float32 [splits, m, n_i]; scaled per block, but not per row."""
     config, rows = problem.config, problem.rows
     shared = ("cluster",) if config.cluster > 1 else ()
-    accumulator = plgpu.ACC((WARPGROUP_ROWS, rows), jnp.float32)
+    accumulator = plgpu.ACC((WARPGROUP_ROWS, problem.x_rows), jnp.float32)
+    by_block = bool(operands.block_scales)
 
     def kernel(refs: _Operands, *outputs: Any, ring: _Ring, staged: Any, widened: Any) -> None:
         warpgroup = lax.axis_index("warpgroup")
@@ -304,7 +345,7 @@ def _launch(problem: _Problem, operands: _Operands, interpret: Any) -> list[Arra
                         filled,
                     )
                     plgpu.copy_gmem_to_smem(
-                        refs.x.at[pl.ds(0, rows), columns],
+                        refs.x.at[pl.ds(0, problem.x_rows), columns],
                         ring.x.at[slot],
                         filled,
                         collective_axes=shared,
@@ -313,6 +354,10 @@ def _launch(problem: _Problem, operands: _Operands, interpret: Any) -> list[Arra
             _for_weight_of(problem, part.tile, refs.weights, stream)
 
         def multiply(sums: Any, slot: Array) -> None:
+            x = ring.x.at[slot].transpose((1, 0))
+            if config.in_fp8:
+                plgpu.wgmma(sums, ring.weight.at[slot, of_warpgroup], x)
+                return
             codes = plgpu.load(ring.weight.at[slot, of_warpgroup], layout=MATRIX)
             # Exact; there is no instruction from float8 to bfloat16.
             weight = codes.astype(jnp.float32).astype(jnp.bfloat16)
@@ -320,7 +365,7 @@ def _launch(problem: _Problem, operands: _Operands, interpret: Any) -> list[Arra
                 widened[warpgroup] = weight
                 plgpu.commit_smem()
                 weight = widened.at[warpgroup]
-            plgpu.wgmma(sums, weight, ring.x.at[slot].transpose((1, 0)))
+            plgpu.wgmma(sums, weight, x)
 
         def sum_up(part: _Part) -> Array:
             def accumulate(sums: Any) -> Array:
@@ -336,28 +381,36 @@ def _launch(problem: _Problem, operands: _Operands, interpret: Any) -> list[Arra
 
             return pl.run_scoped(accumulate, accumulator)
 
-        def sum_up_scaled(part: _Part) -> Array:
-            def add(step: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        def sum_up_by_steps(part: _Part) -> Array:
+            """Sums of 128 products, scaled where scales are per block, are added in registers."""
+
+            def scale_at(step: Array) -> Array | None:
+                if not by_block:
+                    return None
+                return _scale_at(problem, refs.block_scales, part.tile, step)
+
+            def add(step: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
                 total, scale = carry
                 # Asked for now, it is there when the next step wants it.
-                following = _scale_at(problem, refs.block_scales, part.tile, step + 1)
+                following = scale_at(step + 1)
                 slot = ring.slot(part.position + step - part.first)
                 plgpu.barrier_wait(ring.filled.at[slot])
 
                 def product(sums: Any) -> Array:
                     multiply(sums, slot)
-                    return sums[...]
+                    y = sums[...]
+                    return y[:, :rows] + y[:, rows:] * (1 / TERM_RATIO) if config.in_fp8 else y
 
-                total = total + pl.run_scoped(product, accumulator) * scale
+                y = pl.run_scoped(product, accumulator)
+                total = total + (y if scale is None else y * scale)
                 plgpu.barrier_arrive(ring.free.at[slot])
                 return total, following
 
-            zeros = plgpu.layout_cast(jnp.zeros(accumulator.shape, jnp.float32), MATRIX)
-            scale = _scale_at(problem, refs.block_scales, part.tile, part.first)
-            return lax.fori_loop(part.first, part.end, add, (zeros, scale))[0]
+            zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, rows), jnp.float32), MATRIX)
+            return lax.fori_loop(part.first, part.end, add, (zeros, scale_at(part.first)))[0]
 
         def compute(part: _Part) -> None:
-            total = sum_up_scaled(part) if refs.block_scales else sum_up(part)
+            total = sum_up_by_steps(part) if by_block or config.in_fp8 else sum_up(part)
             stage = staged.at[warpgroup]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             stage.transpose((1, 0))[...] = plgpu.layout_cast(total, plgpu.Layout.WGMMA_TRANSPOSED)
@@ -389,14 +442,14 @@ def _launch(problem: _Problem, operands: _Operands, interpret: Any) -> list[Arra
     bfloat16 = jnp.dtype(jnp.bfloat16)
     scratch: dict[str, Any] = {
         "ring": _Ring(
-            x=_tile((config.stages, rows, TILE_K), bfloat16),
+            x=_tile((config.stages, problem.x_rows, TILE_K), operands.x.dtype),
             weight=_tile((config.stages, TILE_N, TILE_K), e4m3.DTYPE),
             filled=plgpu.Barrier(num_arrivals=2, num_barriers=config.stages),
             free=free(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=config.stages),
         ),
         "staged": plgpu.SMEM((COMPUTE_WARPGROUPS, rows, WARPGROUP_ROWS), jnp.float32),
         "widened": _tile((COMPUTE_WARPGROUPS, WARPGROUP_ROWS, TILE_K), bfloat16)
-        if interpret
+        if interpret and not config.in_fp8
         else None,
     }
     return plgpu.kernel(

@@ -119,8 +119,12 @@ def matmuls(launch: Launch, m: int, layout: Layout) -> Case:
 
 
 def _configs(m: int, ns: Sequence[int], k: int) -> list[Config]:
-    """What may be fastest: only splits are looked up again, the rest follows from m."""
+    """What may be fastest: only splits and what is multiplied in are looked up again, the rest
+    follows from m."""
     default = configure(m, ns, k)
     costs = {splits: heuristic_cost(ns, k, splits) for splits in range(1, k // BLOCK + 1)}
     best = min(costs.values())
-    return [replace(default, splits=s) for s, cost in costs.items() if cost <= WORTH_A_TRY * best]
+    splits = [each for each, cost in costs.items() if cost <= WORTH_A_TRY * best]
+    return [
+        replace(default, splits=s, in_fp8=f) for s, f in itertools.product(splits, (False, True))
+    ]
