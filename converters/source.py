@@ -19,7 +19,7 @@ from llama_jax.generation_config import read_settings
 from llama_jax.tokenizer import Tokenizer, load_tokenizer
 
 # Counted up when the same source would convert to something else.
-CONVERTER_VERSION = 3
+CONVERTER_VERSION = 4
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",

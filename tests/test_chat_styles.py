@@ -24,7 +24,8 @@ __all__ = ["plain"]  # the fixture
 
 LLAMA31 = (
     "{{- bos_token }}{%- if tools %}{{- 'Tools: ' }}{%- for t in tools %}"
-    "{{- t | tojson(indent=4) }}{%- endfor %}{%- endif %}{%- for m in messages %}{%- if m.role == 'tool' %}"
+    "{{- t | tojson(indent=4) }}{%- endfor %}{%- endif %}"
+    "{%- for m in messages %}{%- if m.role == 'tool' %}"
     "{{- '<|start_header_id|>ipython<|end_header_id|>' }}{%- if m.content is mapping or m.content "
     "is iterable %}{{- m.content | tojson }}{%- else %}{{- m.content }}{%- endif %}"
     "{%- elif 'tool_calls' in m %}{%- if m.tool_calls | length != 1 %}"

@@ -41,9 +41,6 @@ _SAMPLING = frozenset({
     "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "min_new_tokens",
 })  # fmt: skip
-# Put behind a message that is to be continued, to find its end in the prompt. Where a template
-# strips messages the space goes.
-_END, _SPACE = "\N{REVERSED PILCROW SIGN}continued here\N{PILCROW SIGN}", " "
 
 
 @register_model("llama_jax")
@@ -114,15 +111,7 @@ class LlamaJax(TemplateLM):
         """Messages as a prompt; without `add_generation_prompt` the last one is to be continued."""
         if add_generation_prompt:
             return render_chat(self.tokenizer, chat_history)
-        *before, last = chat_history
-        marked = {**last, "content": last["content"] + _END + _SPACE}
-        text = render_chat(self.tokenizer, [*before, marked], add_generation_prompt=False)
-        prompt, end, after = text.rpartition(_END)
-        if not end:
-            raise ValueError(
-                f"the chat template does not show the end of the last message, {last['content']!r}"
-            )
-        return prompt if after.startswith(_SPACE) else prompt.rstrip()
+        return render_chat(self.tokenizer, chat_history, continue_final_message=True)
 
     def _loglikelihood_tokens(
         self,
