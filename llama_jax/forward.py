@@ -151,8 +151,9 @@ def device_spec(spec: ModelSpec) -> ModelSpec | None:
     is_aligned = all(
         size % BLOCK == 0
         for path, stored in formats.items()
-        for axis, size in zip(axes[f"{path}/weight"], shapes[f"{path}/weight"].shape, strict=True)
-        if (stored.scale == "block" or stored.activation_group) and axis in RULES
+        for i, size in enumerate(shapes[f"{path}/weight"].shape)
+        if axes[f"{path}/weight"][i] in RULES
+        and (stored.scale == "block" or (stored.activation_group and i == 1))
     )
     held = jax.tree.map(
         lambda leaf, sharding, of_own: math.prod(sharding.shard_shape(leaf.shape)) == of_own.size,
