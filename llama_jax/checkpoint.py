@@ -20,7 +20,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -28,6 +28,7 @@ from flax import traverse_util
 from flax.core import FrozenDict
 from jax import Array
 from jax.sharding import Sharding
+from msgspec import Meta
 
 from llama_jax import array_file
 from llama_jax.config import LlamaConfig

@@ -89,6 +89,7 @@ def report(
     counts = [Counter(thunk.kind for thunk in thunks) for thunks in (few, more)]
     in_layer = counts[1] - counts[0]
     memory, state = executable.memory_analysis(), program.arguments[1]
+    assert memory is not None  # XLA says it for GPUs
     donated = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     table = state.cache.page_table  # given anew with each call
     return ProgramReport(
@@ -115,7 +116,7 @@ def compiled(program: Program) -> tuple[jax.stages.Compiled, list[Thunk], int]:
     if not listing:
         raise RuntimeError("XLA has written no list of thunks: another version of jaxlib?")
     listed = list(thunks(listing))
-    return executable, listed, host_round_trips(listed, metadata, executable.as_text())
+    return executable, listed, host_round_trips(listed, metadata, executable.as_text() or "")
 
 
 def thunks(listing: str) -> Iterator[Thunk]:
