@@ -13,6 +13,7 @@ from llama_jax.config_files import (
     Length,
     NormEps,
     Size,
+    Stretch,
     Theta,
     TokenId,
     read_hf,
@@ -46,7 +47,9 @@ _META_NAMES = {
 class LlamaConfig:
     """Shapes and constants of a Llama model.
 
-    `dtype` is the type that unquantised parameters have in the checkpoint. Lengths are in tokens.
+    dtype: of the checkpoint's unquantised parameters. rope_linear_factor: by how much all rotary
+        wavelengths are stretched ("linear" in config.json: Vicuna 16k, DeepSeek Coder);
+        rope_scaling: Llama 3.1's way. Lengths are in tokens.
     """
 
     vocab_size: Size
@@ -64,6 +67,7 @@ class LlamaConfig:
     dtype: str = "bfloat16"
     bos_token_id: TokenId | None = None
     eos_token_ids: tuple[TokenId, ...] = field(default=())
+    rope_linear_factor: Stretch = 1.0
 
     def __post_init__(self) -> None:
         try:
@@ -76,6 +80,8 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
+        if self.rope_scaling and self.rope_linear_factor != 1:
+            raise ConfigError("rope_scaling and rope_linear_factor: expected one of them at most")
         if self.dtype not in PARAM_DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(PARAM_DTYPES)}, got {self.dtype!r}")
 
@@ -116,7 +122,7 @@ class LlamaConfig:
         where: names the file in errors. Raises `ConfigError`.
         """
         hf = read_hf(values, where)
-        theta, rope = rope_of(hf, where)
+        theta, rope, linear_factor = rope_of(hf, where)
         for name in ("bos_token_id", "eos_token_id"):
             ids = token_ids(getattr(hf, name))
             if ids and max(ids) >= hf.vocab_size:
@@ -141,12 +147,12 @@ class LlamaConfig:
                 dtype=hf.dtype or hf.torch_dtype or "float32",
                 bos_token_id=hf.bos_token_id,
                 eos_token_ids=token_ids(hf.eos_token_id),
+                rope_linear_factor=linear_factor,
             )
 
     def to_hf(self) -> dict[str, Any]:
         """The contents of a config.json, in the form that both transformers 4 and 5 read."""
         eos = self.eos_token_ids
-        scaling = self.rope_scaling
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -163,12 +169,19 @@ class LlamaConfig:
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,
-            "rope_scaling": scaling and {"rope_type": "llama3", **vars(scaling)},
+            "rope_scaling": self._rope_scaling_of_hf(),
             "tie_word_embeddings": self.tie_word_embeddings,
             "torch_dtype": self.dtype,
             "bos_token_id": self.bos_token_id,
             "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,
         }
+
+    def _rope_scaling_of_hf(self) -> dict[str, Any] | None:
+        if self.rope_linear_factor != 1:
+            return {"rope_type": "linear", "factor": self.rope_linear_factor}
+        if self.rope_scaling is not None:
+            return {"rope_type": "llama3", **vars(self.rope_scaling)}
+        return None
 
     @classmethod
     def from_params_json(

@@ -28,6 +28,7 @@ TokenId = Annotated[int, Meta(ge=0, lt=2**24)]
 NormEps = Annotated[float, Meta(ge=1e-12, le=0.01)]
 Theta = Annotated[float, Meta(ge=1, le=1e15)]
 Factor = Annotated[float, Meta(gt=0, le=1e6)]
+Stretch = Annotated[float, Meta(ge=1, le=1e6)]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class RopeScaling:
     Source: `apply_scaling` in meta-llama/llama-models, `llama3` in transformers' rope utilities.
     """
 
-    factor: Annotated[float, Meta(ge=1, le=1e6)]
+    factor: Stretch
     low_freq_factor: Factor
     high_freq_factor: Factor
     original_max_position_embeddings: Length
@@ -212,8 +213,12 @@ def read_hf(values: Mapping[str, Any], where: Path | str) -> HfConfig:
     return found
 
 
-def rope_of(hf: HfConfig, where: Path | str) -> tuple[float, RopeScaling | None]:
-    """Theta, and the stretching of the wavelengths if there is any. Raises `ConfigError`."""
+def rope_of(hf: HfConfig, where: Path | str) -> tuple[float, RopeScaling | None, float]:
+    """Theta, Llama 3.1's stretching of the wavelengths if there is any, and the factor by which all
+    of them are stretched. Raises `ConfigError`.
+
+    "dynamic" stretches only what is longer than max_position_embeddings, which no text is here.
+    """
     given = {
         key: {name: value for name, value in rope.items() if value is not None}
         for key in ("rope_parameters", "rope_scaling")
@@ -236,18 +241,30 @@ def rope_of(hf: HfConfig, where: Path | str) -> tuple[float, RopeScaling | None]
     rope_type = rope.pop("rope_type", old_name) or old_name or "default"
     if old_name not in (None, rope_type):
         raise ConfigError(f"{where}: {key} has type {old_name!r} and rope_type {rope_type!r}")
-    if rope_type == "linear" and _same(rope.get("factor"), 1.0):
-        rope_type, rope = "default", {}
-    if rope_type == "default":
-        if rope:
+    match rope_type:
+        case "default" if rope:
             raise ConfigError(f"{where}: {key} has {', '.join(map(shown, rope))} but no rope_type")
-        return theta, None
-    if rope_type != "llama3":
-        raise ConfigError(
-            f"{where}: {key}.rope_type is {shown(rope_type)}, which is not implemented, expected "
-            "default or llama3. Take a checkpoint whose context was not stretched in this way."
-        )
-    return theta, _converted(rope, RopeScaling, f"{where}: {key}")
+        case "default":
+            return theta, None, 1.0
+        case "linear" | "dynamic":
+            original = rope.pop("original_max_position_embeddings", hf.max_position_embeddings)
+            factor = _converted(rope, _Factor, f"{where}: {key}").factor
+            if rope_type == "linear":
+                return theta, None, factor
+            if original != hf.max_position_embeddings:
+                raise ConfigError(
+                    f"{where}: {key}.original_max_position_embeddings is {shown(original)}, which "
+                    f"is not implemented for dynamic, expected max_position_embeddings"
+                )
+            return theta, None, 1.0
+        case "llama3":
+            return theta, _converted(rope, RopeScaling, f"{where}: {key}"), 1.0
+        case unknown:
+            raise ConfigError(
+                f"{where}: {key}.rope_type is {shown(unknown)}, which is not implemented, expected "
+                "default, linear, dynamic or llama3. Take a checkpoint whose context was not "
+                "stretched in this way."
+            )
 
 
 def read_params(values: Mapping[str, Any], where: Path | str) -> MetaParams:
@@ -261,6 +278,10 @@ def read_params(values: Mapping[str, Any], where: Path | str) -> MetaParams:
 
 class _Theta(Struct):
     rope_theta: Theta
+
+
+class _Factor(Struct, forbid_unknown_fields=True):
+    factor: Stretch
 
 
 def _converted[T](values: Mapping[str, Any], schema: type[T], where: Path | str) -> T:

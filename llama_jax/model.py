@@ -114,7 +114,7 @@ class LayerCache(NamedTuple):
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Angular frequencies of the rotary pairs, float32 [head_dim / 2], scaled as Llama 3.1 does.
+    """Angular frequencies of the rotary pairs, float32 [head_dim / 2], stretched as configured.
 
     Source: `apply_scaling` in llama-models; its formula with the config's constants.
     """
@@ -123,7 +123,7 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
     inv = np.float32(1.0) / powers.astype(np.float32)  # as torch rounds it, bit for bit
     scaling = config.rope_scaling
     if scaling is None:
-        return inv
+        return inv / np.float32(config.rope_linear_factor)
     wavelength = np.float32(2 * np.pi) / inv
     turns = np.float32(scaling.original_max_position_embeddings) / wavelength
     low, high = np.float32(scaling.low_freq_factor), np.float32(scaling.high_freq_factor)

@@ -58,6 +58,7 @@ CASES = (
     ),
     Case("factor-32", replace(_BASE, rope_scaling=replace(LLAMA3_ROPE, factor=32.0)), 20000),
     Case("theta-10000", replace(_BASE, rope_theta=10000.0, rope_scaling=None), 4000),
+    Case("linear-4", replace(_BASE, rope_linear_factor=4.0, rope_scaling=None), 4000),
     Case("other-eps", replace(_BASE, rms_norm_eps=1e-2)),
     Case(
         "really-8200-long",
@@ -126,9 +127,7 @@ def transformers_logits(case: Case, ids: np.ndarray | None = None) -> np.ndarray
     from transformers import LlamaForCausalLM
 
     config = case.config
-    rope = {"rope_type": "default"}
-    if config.rope_scaling:
-        rope = {"rope_type": "llama3", **vars(config.rope_scaling)}
+    rope = config.to_hf()["rope_scaling"] or {"rope_type": "default"}
     model = LlamaForCausalLM(
         HFConfig(
             vocab_size=config.vocab_size,

@@ -1,10 +1,12 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from llama_jax.config import PRESETS, ConfigError, LlamaConfig, RopeScaling
 from llama_jax.config_files import FIXED, HARMLESS
+from llama_jax.model import rope_frequencies
 
 HF = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
@@ -94,9 +96,22 @@ def test_what_asks_for_nothing_is_read(extra):
     assert LlamaConfig.from_hf({**HF, **extra}) == PRESETS["llama-3.1-8b"]
 
 
-def test_rope_that_is_stretched_by_one_is_not_stretched():
-    config = LlamaConfig.from_hf({**HF, "rope_scaling": {"type": "linear", "factor": 1.0}})
-    assert config.rope_scaling is None
+@pytest.mark.parametrize(
+    ("rope", "factor"),
+    [
+        ({"type": "linear", "factor": 1.0}, 1),
+        ({"type": "linear", "factor": 4.0}, 4),
+        ({"rope_type": "linear", "factor": 4}, 4),
+        ({"type": "dynamic", "factor": 2.0}, 1),  # says something of longer texts alone
+    ],
+)
+def test_rope_may_be_stretched_evenly(rope, factor):
+    config = LlamaConfig.from_hf({**HF, "rope_scaling": rope})
+    assert config.rope_scaling is None and config.rope_linear_factor == factor
+    assert LlamaConfig.from_hf(config.to_hf()) == config
+    assert LlamaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    plain = LlamaConfig.from_hf({**HF, "rope_scaling": None})
+    np.testing.assert_array_equal(rope_frequencies(config), rope_frequencies(plain) / factor)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +129,11 @@ def test_rope_that_is_stretched_by_one_is_not_stretched():
         ("quantization", {"group_size": 64, "bits": 4}),
         ("attn_logit_softcapping", 50.0),
         ("rope_scaling", {"rope_type": "llama3"} | {"factor": 4.0}),
-        ("rope_scaling", {"type": "linear", "factor": 4.0}),
+        ("rope_scaling", {"type": "linear", "factor": 4.0, "mscale": 2.0}),
+        ("rope_scaling", {"type": "linear", "factor": 0.5}),
+        ("rope_scaling", {"type": "linear"}),
+        ("rope_scaling", {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 9}),
+        ("rope_scaling", {"type": "yarn", "factor": 4.0}),
         ("rope_scaling", {"type": "linear", "rope_type": "llama3"}),
         ("rope_scaling", HF["rope_scaling"] | {"mscale": 2.0}),
         ("rope_parameters", HF["rope_scaling"] | {"factor": 4.0}),

@@ -54,15 +54,16 @@ def test_logits_equal_transformers(case: Case, stored: dict[str, np.ndarray]) ->
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, "deepseek-coder"])
 def test_rotary_frequencies_are_bit_equal_to_transformers(preset: str) -> None:
     from transformers import LlamaConfig as HFConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    config = PRESETS[preset]
-    rope = {"rope_type": "default"}
-    if config.rope_scaling:
-        rope = {"rope_type": "llama3", **vars(config.rope_scaling)}
+    if preset == "deepseek-coder":
+        config = replace(PRESETS["llama-2-7b"], rope_theta=100000.0, rope_linear_factor=4.0)
+    else:
+        config = PRESETS[preset]
+    rope = config.to_hf()["rope_scaling"] or {"rope_type": "default"}
     theirs = LlamaRotaryEmbedding(
         HFConfig(
             hidden_size=config.hidden_size,

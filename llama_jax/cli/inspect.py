@@ -290,6 +290,8 @@ def _render(checkpoint: "Opened", facts: Mapping[str, Any], plan: "MemoryPlan") 
             f", stretched {c.rope_scaling.factor:g} times as in Llama 3.1 beyond "
             f"{c.rope_scaling.original_max_position_embeddings} positions"
         )
+    elif c.rope_linear_factor != 1:
+        rope += f", all wavelengths stretched {c.rope_linear_factor:g} times"
     rows = {
         "what": f"{facts['container']}, {checkpoint.dialect} layout",
         "size": f"{decimal(facts['total_bytes'])} in memory, "
