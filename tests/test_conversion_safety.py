@@ -348,7 +348,8 @@ print(resident("VmHWM") - before)
 def large(directory: Path, layers: int) -> Path:
     """A dense bf16 checkpoint of zeros: 56 MB in each layer, and 131 MB beside them."""
     config = replace(
-        PRESETS["llama-3.2-1b"], vocab_size=16000, num_layers=layers, intermediate_size=3072,
+        PRESETS["llama-3.2-1b"], vocab_size=16000, bos_token_id=1, eos_token_ids=(2,),
+        num_layers=layers, intermediate_size=3072,
         tie_word_embeddings=False,
     )  # fmt: skip
     weights = traverse_util.flatten_dict(abstract_params(ModelSpec(config)), sep="/")

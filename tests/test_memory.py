@@ -197,7 +197,7 @@ def test_the_device_of_a_container_is_no_larger_than_it(monkeypatch: pytest.Monk
 def small_8b(is_fp8: bool) -> ModelSpec:
     config = replace(
         CONFIG_8B, num_layers=6, hidden_size=1024, intermediate_size=3584, num_heads=8,
-        num_kv_heads=2, vocab_size=16384,
+        num_kv_heads=2, vocab_size=16384, bos_token_id=1, eos_token_ids=(2,),
     )  # fmt: skip
     return ModelSpec(config, fp8_formats(config.num_layers) if is_fp8 else {})
 
