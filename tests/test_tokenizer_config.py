@@ -213,7 +213,11 @@ def test_yis_chat_tokens_are_special(write: Write) -> None:
         ("tokenizer_config", {"bos_token": 5}, "bos_token is 5, expected"),
         ("tokenizer_config", {"bos_token": ""}, "bos_token is"),
         ("tokenizer_config", {"eos_token": {"id": 5}}, "eos_token.content is missing"),
-        ("tokenizer_config", {"add_bos_token": "no"}, "add_bos_token is no, expected bool or null"),
+        (
+            "tokenizer_config",
+            {"add_bos_token": "no"},
+            "add_bos_token is 'no', expected bool or null",
+        ),
         ("tokenizer_config", {"legacy": 0}, "legacy is 0, expected bool or null"),
         ("tokenizer_config", {"added_tokens_decoder": [1]}, "added_tokens_decoder is"),
         ("tokenizer_config", {"added_tokens_decoder": {"x": {"content": "y"}}}, "token ids up to"),
@@ -225,7 +229,7 @@ def test_yis_chat_tokens_are_special(write: Write) -> None:
         (
             "tokenizer_config",
             {"added_tokens_decoder": {"5": {"content": "y"}}},
-            "id 5 belongs to the added token y and to an ordinary one",
+            "id 5 belongs to the added token 'y' and to an ordinary one",
         ),
         ("tokenizer_config", {"chat_template": 5}, "chat_template is 5"),
         ("tokenizer_config", {"chat_template": [{"name": "x"}]}, "template is missing"),
