@@ -73,6 +73,6 @@ def read_chat_templates(
         )
     if templates and DEFAULT not in templates:
         raise CheckpointError(
-            f"{where} has {sorted(templates)} but none named {DEFAULT!r}; name one so"
+            f'{where} has {sorted(templates)} but none named "{DEFAULT}"; name one so'
         )
     return templates

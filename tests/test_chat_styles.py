@@ -271,7 +271,7 @@ def test_where_templates_are_read_from(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"chat_template.jinja is not UTF-8: byte 1"):
         read_chat_templates(tmp_path, listed)
     (tmp_path / "chat_template.jinja").unlink()
-    with pytest.raises(CheckpointError, match="but none named 'default'"):
+    with pytest.raises(CheckpointError, match='but none named "default"'):
         read_chat_templates(tmp_path, None)
 
 
