@@ -120,5 +120,5 @@ def write_pages(
     page = jnp.take_along_axis(page_table, column, axis=1)
     page = jnp.where(positions < lengths[:, None], page, num_pages)
     if pages.dtype in (e4m3.DTYPE, jnp.int8):
-        new = e4m3.store(new.astype(jnp.float32) / scale[..., None], pages.dtype)
+        new = e4m3.store(new.astype(jnp.float32) / jnp.asarray(scale)[..., None], pages.dtype)
     return pages.at[page, positions % page_size].set(new.astype(pages.dtype), mode="drop")
