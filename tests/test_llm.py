@@ -434,7 +434,7 @@ def test_prompts_begin_and_end_as_the_tokenizer_says(llm, tokenizer):
         assert other.generate("ab", once).prompt_token_ids == (*prefix, *b"ab", *suffix)
         assert other.pair_ids("ab", "c") == ([*prefix, *b"abc"], len(prefix) + 2)
     template = "{{ messages[0].content }}<|eot_id|>"
-    other.tokenizer = dataclasses.replace(tokenizer, chat_template=template)
+    other.tokenizer = dataclasses.replace(tokenizer, chat_template=template, prefix_ids=())
     reply = other.chat([{"role": "user", "content": "ab"}], once)
     assert reply.prompt_token_ids == (*b"ab", EOT)
 

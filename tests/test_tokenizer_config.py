@@ -132,7 +132,7 @@ def test_legacy_says_where_sentencepieces_space_goes(
     """huggingface/transformers #24565: TinyLlama-Chat, Llama 2 as published today."""
     directory = write(
         tokenizer_config={
-            "bos_token": "<s>", "eos_token": "</s>", "legacy": legacy,
+            "bos_token": "<s>", "eos_token": "</s>", "legacy": legacy, "add_bos_token": False,
             "chat_template": "hello{{ eos_token }}{{ messages[0].content }}",
         }
     )  # fmt: skip
@@ -192,9 +192,8 @@ def test_ids_that_only_the_model_has_decode_to_nothing(write: Write) -> None:
 
 def test_template_writes_tokens_that_take_spaces(write: Write) -> None:
     template = "{{ messages[0].content }} \u2581<PRE>  x"
-    tokenizer = load_tokenizer(
-        write(tokenizer_json=code_llama(), tokenizer_config={"chat_template": template})
-    )
+    settings = {"chat_template": template, "add_bos_token": False}
+    tokenizer = load_tokenizer(write(tokenizer_json=code_llama(), tokenizer_config=settings))
     ids = encode_chat(tokenizer, [{"role": "user", "content": "the"}])
     assert ids == tokenizer.encode("the \u2581<PRE>  x", parse_special=True)
 
