@@ -120,8 +120,13 @@ def read_tokenizer(directory: Path, config: LlamaConfig | None) -> Tokenizer | N
 
 def tokenizer_path(directory: Path, name: str) -> Path:
     """A file of `tokenizer_files`, refused where it leads out of the directory."""
-    folder, _, file = name.rpartition("/")
-    return shard_path((directory / folder).resolve(), file)
+    template = name.removeprefix(f"{TEMPLATE_DIRECTORY}/")
+    if template == name:
+        return shard_path(directory.resolve(), name)
+    folder = directory / TEMPLATE_DIRECTORY
+    if folder.is_symlink():
+        raise CheckpointError(f"{folder} is a link, expected a folder of the checkpoint")
+    return shard_path(folder.resolve(), template)
 
 
 def published_name(directory: Path) -> str:

@@ -196,7 +196,8 @@ def test_inspect_shows_paths_of_another_device(run: Run, friendli: Path) -> None
     prefill, decode = found["programs"]
     assert (prefill["phase"], prefill["name"]) == ("prefill", "prefill of 1 x 32 tokens")
     assert (decode["phase"], decode["name"]) == ("decode", "decode of 3 rows")
-    assert set(decode["calls"][0]) == {"module", "matrices", "path", "operands", "why_not"}
+    fields = {"module", "matrices", "path", "operands", "why_not", "cost"}
+    assert set(decode["calls"][0]) == fields
     attention = [call for call in decode["calls"] if not call["matrices"]]
     assert {call["why_not"] for call in attention} == {"head_dim must be 64 or 128, got 16"}
     _, out, _ = run("inspect", friendli, "--paths", *sizes)

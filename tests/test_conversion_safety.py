@@ -272,18 +272,33 @@ def test_a_config_is_not_read_through_a_link_that_leads_out(
     assert not (tmp_path / "o").exists()
 
 
-def test_a_manifest_cannot_name_files_elsewhere(whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "elsewhere", ["../secret", "additional_chat_templates/../../secret", "/etc/hostname"]
+)
+def test_a_manifest_cannot_name_files_elsewhere(
+    whole: Path, tmp_path: Path, elsewhere: str
+) -> None:
     copied = shutil.copytree(whole, tmp_path / "a" / "s")
     (tmp_path / "a" / "secret").write_text("1234")
     manifest = copied / "manifest.json"
     manifest.write_text(
-        manifest.read_text().replace('"tokenizer.json"\n ]', '"tokenizer.json", "../secret"\n ]')
+        manifest.read_text().replace('"tokenizer.json"\n ]', f'"tokenizer.json", "{elsewhere}"\n ]')
     )
-    assert read_manifest(copied).tokenizer_files == ("tokenizer.json", "../secret")
+    assert read_manifest(copied).tokenizer_files == ("tokenizer.json", elsewhere)
     for make in (convert, partial(export, format="bf16")):
         with pytest.raises(CheckpointError, match="a plain file name is expected"):
             make(copied, tmp_path / "b" / "o", progress=False)
     assert not (tmp_path / "b").exists()
+
+
+def test_templates_cannot_lie_elsewhere(source: Path, tmp_path: Path) -> None:
+    copied = shutil.copytree(source, tmp_path / "s")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "tool_use.jinja").write_text("{{ messages }}")
+    (copied / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="is a link, expected a folder of the checkpoint"):
+        convert(copied, tmp_path / "o", progress=False)
+    assert not (tmp_path / "o").exists()
 
 
 def test_one_that_waits_takes_over_from_one_that_is_interrupted(

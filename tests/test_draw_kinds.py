@@ -72,6 +72,7 @@ def test_tokens_of_a_gpus_launches(expected, monkeypatch) -> None:
     assert launched == {(kind, steps) for kind in KINDS for steps in (1, OPTIONS.max_steps)}
 
 
+@pytest.mark.slow
 def test_company_changes_nothing(expected, monkeypatch) -> None:
     for options in ({}, {"num_pages": 5}, {"lookahead": 2}):
         found = finish(as_on_a_gpu(monkeypatch, **options), *requests())
