@@ -12,15 +12,16 @@ compile meanwhile.
 
 In the table: rows, how many requests were worked on at the same time, on average. padding: the part
 of the tokens in prefill's calls that was computed for nothing. host: the part of the time in which
-the host worked, rather than waited for the device; near 100 % it is what limits. ratio: output over
-what is published. For scoring, "of peak" counts the multiplications and additions of all matrices
-and of causal attention, over the data sheet's FP8 rate.
+the host worked, rather than waited for the device; near 100 % it is what limits. H200, H100: what
+TensorRT-LLM publishes for one; ratio: output over that of the card in use. For scoring, "of peak"
+counts the multiplications and additions of all matrices and of causal attention, over the data
+sheet's FP8 rate.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -41,9 +42,16 @@ from llama_jax.sampling_params import SamplingParams
 from llama_jax.scheduling import EngineOptions
 from pallas_kernels.case import FP8_OPERATIONS_PER_SECOND
 
-# Output tokens/s of Llama 3.1 8B in FP8 on one H200, by input and output tokens: TensorRT-LLM 1.0,
+# Output tokens/s of Llama 3.1 8B in FP8 on one GPU, by input and output tokens: TensorRT-LLM 1.0,
 # docs/source/performance/perf-overview.md.
-PUBLISHED = {(128, 128): 27_911, (1000, 1000): 17_744, (2048, 2048): 12_194, (20_000, 2000): 1_804}
+PUBLISHED = {
+    "H200": {
+        (128, 128): 27_911, (1000, 1000): 17_744, (2048, 2048): 12_194, (20_000, 2000): 1_804,
+    },
+    "H100": {
+        (128, 128): 28_312, (1000, 1000): 15_220, (2048, 2048): 9_305, (20_000, 2000): 1_351,
+    },
+}  # fmt: skip
 PUBLISHED_FOR = "llama-3.1-8b"
 SCORED_TOKENS = 2048
 TINY = LlamaConfig(
@@ -187,7 +195,14 @@ def make_engine(config: LlamaConfig, max_batch_size: int, max_seq_len: int) -> E
     return Engine(random_params(spec), spec, options, cache_dtype)
 
 
-def to_dict(result: Result, published: int | None) -> dict[str, Any]:
+def published_for(model: str, workload: Workload) -> dict[str, int]:
+    """What TensorRT-LLM publishes for such requests, by card."""
+    key = workload.input_tokens, workload.output_tokens
+    found = PUBLISHED if model == PUBLISHED_FOR else {}
+    return {card: figures[key] for card, figures in found.items() if key in figures}
+
+
+def to_dict(result: Result, published: Mapping[str, int]) -> dict[str, Any]:
     rates = {
         "output_per_second": result.output_per_second,
         "input_per_second": result.input_per_second,
@@ -197,17 +212,20 @@ def to_dict(result: Result, published: int | None) -> dict[str, Any]:
     return asdict(result) | rates
 
 
-def row(result: Result, max_batch_size: int, published: int | None) -> str:
+def row(result: Result, max_batch_size: int, published: Mapping[str, int]) -> str:
+    """A line of the table. The ratio is to what is published for the card in use."""
     output = f"{result.output_per_second:,.0f}" if result.output_tokens else ""
     rows = f"{result.mean_rows:.0f} of {max_batch_size}"
-    beside = f"{published:,}" if published else ""
-    ratio = f"{result.output_per_second / published:.2f}" if published else ""
+    beside = "".join(f"{published[c]:>9,}" if c in published else f"{'':>9}" for c in PUBLISHED)
+    device = jax.devices()[0].device_kind
+    own = next((figure for card, figure in published.items() if card in device), None)
+    ratio = f"{result.output_per_second / own:.2f}" if own else ""
     if not result.output_tokens and jax.default_backend() == "gpu":
         ratio = f"{result.operations_per_second / FP8_OPERATIONS_PER_SECOND:.0%} of peak"
     return (
         f"{result.workload.name:<12}{output:>10}{result.input_per_second:>10,.0f}{rows:>12}"
         f"{result.padding_share:>9.0%}{result.host_share:>6.0%}{result.preempted:>10,}"
-        f"{beside:>11}  {ratio}" + ("" if result.is_steady else "  not steady: more --seconds")
+        f"{beside}  {ratio}" + ("" if result.is_steady else "  not steady: more --seconds")
     )
 
 
@@ -238,7 +256,7 @@ def main() -> None:
         workloads = [Workload(16, 16), Workload(100, 100), Workload(500, 50), Workload(128, 0)]
     else:
         config, name, max_batch_size = PRESETS[chosen.preset], chosen.preset, chosen.max_batch_size
-        workloads = [*(Workload(*each) for each in PUBLISHED), Workload(SCORED_TOKENS, 0)]
+        workloads = [*(Workload(*each) for each in PUBLISHED["H200"]), Workload(SCORED_TOKENS, 0)]
     if chosen.lengths:
         workloads = [*chosen.lengths, workloads[-1]]
     max_seq_len = max(each.length for each in workloads)
@@ -258,7 +276,7 @@ def main() -> None:
     print(f"{name}: cache of {pages:,} pages of {PAGE_SIZE} tokens; {ready}")
     print(
         f"{'':<12}{'output/s':>10}{'input/s':>10}{'rows':>12}{'padding':>9}{'host':>6}"
-        f"{'preempted':>10}{'published':>11}  ratio"
+        f"{'preempted':>10}" + "".join(f"{card:>9}" for card in PUBLISHED) + "  ratio"
     )
     document = {
         "model": name, "environment": asdict(environment()), "compile": asdict(ready),
@@ -268,8 +286,7 @@ def main() -> None:
     for each in workloads:
         with compile_cache.forbid_compile():
             result = run(engine, each, chosen.seconds / len(workloads))
-        published = PUBLISHED.get((each.input_tokens, each.output_tokens))
-        published = published if name == PUBLISHED_FOR else None
+        published = published_for(name, each)
         print(row(result, max_batch_size, published), flush=True)
         document["results"].append(to_dict(result, published))
         if chosen.json:

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import bench, report, sm90, tune, tuned
+from pallas_kernels import bench, device_trace, report, sm90, tune, tuned
+from pallas_kernels.device_trace import Event
 from pallas_kernels.fp8_matmul import cases, hopper
 from pallas_kernels.fp8_matmul.hopper import Config
 from pallas_kernels.paged_attention import cases as attention_cases
@@ -33,7 +34,6 @@ def table(tmp_path, monkeypatch):
 
 @pytest.fixture
 def few_inputs(monkeypatch):
-    monkeypatch.setattr(bench, "MIN_INPUTS", 2)
     monkeypatch.setattr(bench, "MAX_INPUTS", 2)
 
 
@@ -65,17 +65,22 @@ def test_a_wrong_result_fails_the_check(monkeypatch, capsys):
 
 def test_a_measurement_is_checked_and_put_beside_the_floor(few_inputs):
     case = on_cpu(cases.matmul(TINY, 64, "row"))
-    result = bench.run(case, bytes_per_second=1e9)
-    assert result.seconds > 0 and result.rival_seconds["xla"] > 0
+    result = bench.run(bench.prepare(case, with_rivals=True), bytes_per_second=1e9)
+    assert result.timing.seconds > 0 and result.rivals["xla"].seconds > 0
+    assert result.timing.launches == ()  # a CPU keeps no record of what it launches
+    assert result.timing.kernel_seconds == result.timing.seconds
     assert result.error < 0.01
     assert result.floor_seconds == case.bytes / 1e9  # few operations
     assert len(str(result)) == len(bench.HEADER)
+    alone = bench.run(bench.prepare(case, with_rivals=False), bytes_per_second=1e9)
+    assert not alone.rivals and len(str(alone)) == len(bench.HEADER)
 
 
 def test_what_cannot_run_is_not_put_beside_it(few_inputs, capsys):
     case = attention_cases.prefill(Heads("tiny", 1, 4, 1, 64), "bf16", 40)
-    result = bench.run(on_cpu(case), bytes_per_second=1e9)  # cuDNN needs a GPU
-    assert list(result.rival_seconds) == ["xla"]
+    prepared = bench.prepare(on_cpu(case), with_rivals=True)  # cuDNN needs a GPU
+    result = bench.run(prepared, bytes_per_second=1e9)
+    assert list(result.rivals) == ["xla"]
     assert capsys.readouterr().err.startswith("cudnn does not run: ")
     assert len(str(result)) == len(bench.HEADER)
 
@@ -84,8 +89,62 @@ def test_what_cannot_run_is_not_put_beside_it(few_inputs, capsys):
 def test_a_wrong_kernel_is_not_timed(few_inputs, factor):
     case = cases.matmul(TINY, 64, "row")
     wrong = replace(case, run=lambda *a: case.rivals["xla"](*a) * jnp.bfloat16(factor))
+    prepared = bench.prepare(wrong, with_rivals=False)
     with pytest.raises(ValueError, match="fp8_matmul is wrong for tiny TP1 linear 256x384 m=64"):
-        bench.run(wrong, bytes_per_second=1e9)
+        bench.run(prepared, bytes_per_second=1e9)
+
+
+def test_a_call_takes_what_the_device_records_of_its_kernels(monkeypatch):
+    """Each call: a kernel of 30 us, but once of 300 us, and two fusions of 5 us around it."""
+    called = []
+
+    def record(calls):
+        calls()
+        events = []
+        for i in range(len(called)):
+            events += [Event("fusion", i, 5e-6), Event("fusion", i, 5e-6)]
+            events.append(Event("matmul", i, 300e-6 if i == 3 else 30e-6))
+        return events
+
+    monkeypatch.setattr(device_trace, "is_kept", lambda: True)
+    monkeypatch.setattr(device_trace, "record", lambda calls: called.clear() or record(calls))
+    timing = bench.timed(lambda x: called.append(x) or x, [(1,), (2,), (3,)])
+    assert len(called) >= 6 and set(called) == {1, 2, 3}
+    assert [(each.name, each.count) for each in timing.launches] == [("matmul", 1), ("fusion", 2)]
+    assert timing.kernel_seconds == pytest.approx(30e-6)
+    assert timing.seconds == pytest.approx(40e-6)
+
+
+def test_all_programs_are_compiled_before_any_is_timed(few_inputs, tmp_path, monkeypatch, capsys):
+    done = []
+    prepare, run = bench.prepare, bench.run
+    matmul = cases.matmul(TINY, 64, "row")
+    chosen = [on_cpu(matmul, name=name) for name in ("first", "second", "third")]
+    chosen[1] = replace(chosen[1], run=lambda *a: matmul.rivals["xla"](*a) * 2)
+
+    def prepared(case, with_rivals):
+        done.append(f"{case.name} compiled")
+        return prepare(case, with_rivals)
+
+    def timed(prepared, bandwidth):
+        done.append(f"{prepared.case.name} timed")
+        return run(prepared, bandwidth)
+
+    monkeypatch.setattr(bench, "prepare", prepared)
+    monkeypatch.setattr(bench, "run", timed)
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda: 1e9)
+    path = tmp_path / "results.json"
+    failures = bench.measure_all(chosen, "third", 1e9, path)
+    assert sorted(done[:3]) == ["first compiled", "second compiled", "third compiled"]
+    assert done[3:] == ["first timed", "second timed", "third timed"]
+    assert len(failures) == 1 and failures[0].startswith("second: fp8_matmul is wrong")
+    first, third = json.loads(path.read_text())["results"]
+    assert (first["name"], first["rivals"]) == ("first", {}) and list(third["rivals"]) == ["xla"]
+    assert "3 cases compiled in" in capsys.readouterr().out
+    done.clear()
+    assert bench.measure_all(chosen, None, 0, None) == []
+    assert "0 seconds are over: nothing from first on" in capsys.readouterr().out
+    assert not any("timed" in each for each in done)
 
 
 REPORT = Path(__file__).parents[1] / "benchmarks/results/kernels_sm90a.json"

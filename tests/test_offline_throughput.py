@@ -20,6 +20,14 @@ def test_the_first_requests_stand_at_every_stage_of_their_output():
     assert {(len(request.prompt), request.wanted) for request in texts} == {(100, "logprobs")}
 
 
+def test_figures_are_published_for_both_cards_and_for_8b_alone():
+    published = offline_throughput.published_for
+    assert published("llama-3.1-8b", Workload(1000, 1000)) == {"H200": 17_744, "H100": 15_220}
+    assert published("llama-3.1-8b", Workload(1000, 10)) == published("tiny", Workload(128, 128))
+    assert all(figures.keys() == offline_throughput.PUBLISHED["H200"].keys()
+               for figures in offline_throughput.PUBLISHED.values())  # fmt: skip
+
+
 def test_operations_for_a_token_of_8b():
     # Per layer q and o, k and v, and the MLP's three; lm_head; 2048 / 2 keys on average, which are
     # multiplied twice, by queries and by probabilities.

@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# What is to be measured on an H100 or H200, made for 15 minutes of one: two calls of under 5 minutes,
+# the most telling stages first. Needs Python 3.12 with the dependencies, jax 0.11.2 with CUDA, and no
+# network.
+#
+#     benchmarks/gpu.sh first                   kernels, then model: 280 s at most
+#     benchmarks/gpu.sh second                  tune, throughput, elementwise: 290 s at most
+#     benchmarks/gpu.sh model tune              some stages, in this order
+#     benchmarks/gpu.sh --simulate first        without a GPU: the same stages at tiny sizes
+#
+# kernels: every kernel's result beside a reference, then its time. model: 8B with random weights,
+# steps of decode and prefill, and what the device does in a step. tune: configurations of the kernels.
+# throughput: of the engine and of scoring. elementwise: XLA's passes between the kernels.
+#
+# A stage that fails, or whose time is over, does not stop the others; the exit status is that of all.
+# SECONDS_PER_STAGE replaces the stages' own limits. Results go to $OUT, or else benchmarks/results/, in
+# files that begin with the card's name.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+python=${PYTHON:-python3}
+out=${OUT:-benchmarks/results}
+first=(kernels model)
+second=(tune throughput elementwise)
+declare -A limits=([kernels]=150 [model]=130 [tune]=60 [throughput]=200 [elementwise]=30)
+
+simulate=
+if [ "${1:-}" = --simulate ]; then
+    simulate=1
+    name=simulated
+    export JAX_PLATFORMS=cpu
+    shift
+else
+    card=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
+    name=$(grep -oE 'H100|H200' <<<"$card" | head -n 1)
+    name=${name:-gpu}
+    name=${name,,}
+fi
+case ${1:-} in
+first) stages=("${first[@]}") ;;
+second) stages=("${second[@]}") ;;
+"")
+    sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' "$0" >&2
+    exit 2
+    ;;
+*) stages=("$@") ;;
+esac
+mkdir -p "$out"
+out=$(realpath "$out")
+
+run() { # python, until the stage's time is over
+    local left=$((deadline - SECONDS))
+    timeout $((left > 0 ? left : 1)) "$python" "$@"
+}
+left() { echo $((deadline - SECONDS)); }
+
+kernels() {
+    if [ $simulate ]; then run -m pallas_kernels.bench --simulate; else
+        local cases='^8B TP1 (q|gate|down)_proj .* m=(65|128|2048|8192) row( swiglu| after swiglu)?$'
+        cases+='|^8B TP1 .* m=(1|16|64) row weight-only$'
+        cases+='|^8B TP1 (qkv|down)_proj .* m=1 block weight-only$'
+        cases+='|^8B TP1 heads.* (T=8192 bf16|T=8192 fp8|T=2048 after 30720 bf16) prefill'
+        cases+='|^8B TP1 heads.* (B=1 S=8192|B=32 S=1024|B=32 S=8192|B=128 S=8192) tokens=1 '
+        # XLA's path beside one matmul of each kind, and cuDNN beside one prompt.
+        run -m pallas_kernels.bench --rows 1 16 64 65 128 2048 8192 --only "$cases" \
+            --rivals '(gate|down)_proj .* m=2048 row$|T=8192 bf16' \
+            --seconds $(($(left) - 10)) --json "$out/${name}_kernels.json"
+    fi
+}
+model() { # batch 1 first, since it shows most
+    if [ $simulate ]; then
+        run -m llama_jax.cli bench --batch 1 --prompt-len 16 --new-tokens 4 --json \
+            >"$out/${name}_model.json"
+        return
+    fi
+    local failed=0 batch prompt
+    while read -r batch prompt; do
+        run -m llama_jax.cli bench --preset llama-3.1-8b --kv-dtype fp8 --new-tokens 129 \
+            --batch "$batch" --prompt-len "$prompt" --json \
+            >"$out/${name}_model_${batch}x$prompt.json" || failed=1
+    done <<<"1 1024
+1 8192
+64 1024"
+    return $failed
+}
+tune() {
+    if [ $simulate ]; then run -m pallas_kernels.tune --simulate --only 'tiny one'; else
+        run -m pallas_kernels.tune --seconds $(($(left) - 15)) --rows 1 64 2048 \
+            --only '^8B TP1 .* row weight-only$|^8B TP1 (gate|down)_proj .* m=2048 row|^8B TP1 heads'
+        cp -r pallas_kernels/tuned "$out/" 2>/dev/null || true
+    fi
+}
+throughput() {
+    # The cache takes what this leaves it; XLA's default is three quarters.
+    XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 run benchmarks/offline_throughput.py \
+        $([ $simulate ] && echo --tiny --seconds 8 || echo --seconds 50 --lengths 1000/1000 128/128) \
+        --json "$out/${name}_throughput.json"
+}
+elementwise() {
+    run benchmarks/elementwise.py ${simulate:+--tiny} --json "$out/${name}_elementwise.json"
+}
+
+failed=()
+for stage in "${stages[@]}"; do
+    if [ -z "${limits[$stage]:-}" ]; then
+        echo "no stage '$stage': see the head of $0" >&2
+        failed+=("$stage")
+        continue
+    fi
+    echo "== $stage"
+    begin=$SECONDS
+    deadline=$((begin + ${SECONDS_PER_STAGE:-${limits[$stage]}}))
+    "$stage" 2>&1 | tee "$out/${name}_$stage.txt" || failed+=("$stage")
+    echo "== $stage: $((SECONDS - begin)) s"
+done
+[ ${#failed[@]} -eq 0 ] || { echo "FAILED: ${failed[*]}" >&2 && exit 1; }
