@@ -415,6 +415,7 @@ def test_held_out_questions_are_answered_exactly(llm: LLM) -> None:
     assert 1.0 < report.perplexity < 1.1
 
 
+@pytest.mark.slow
 def test_a_chat_with_the_calculator_goes_all_the_way(llm: LLM) -> None:
     messages: list[data.Message] = [{"role": "user", "content": "What is 4831 * 297?"}]
     (call,) = llm.chat(messages, tools=[tasks.CALCULATOR]).tool_calls

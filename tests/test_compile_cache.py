@@ -58,6 +58,7 @@ def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_second_process_takes_its_programs_from_the_cache(tmp_path):
     first, second = (run(PROGRAM, LLAMA_JAX_CACHE=str(tmp_path / "cache")) for _ in range(2))
     directory, cold, total = json.loads(first.stdout)

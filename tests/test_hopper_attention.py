@@ -89,7 +89,9 @@ def test_prefill_in_tiles_of_several_blocks():
     check(prefill(arrays, config=hopper_prefill.Config(keys=128, stages=2)), arrays)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
+@pytest.mark.parametrize(
+    "dtype", [BF16, pytest.param(FP8, marks=pytest.mark.slow)], ids=["bf16", "fp8"]
+)
 def test_prefill_at_the_edges_of_pages(dtype):
     lengths = [0, 1, 63, 64, 65, 200]
     starts = [0, 0, 54, 0, 60, 190]
@@ -104,7 +106,9 @@ def test_decode_of_every_head_shape(heads, kv_heads, head_dim, dtype):
 
 
 @pytest.mark.parametrize(
-    ("heads", "tokens"), [(4, 5), (16, 5)], ids=["one-tile-of-24", "two-tiles-of-40"]
+    ("heads", "tokens"),
+    [pytest.param(4, 5, marks=pytest.mark.slow), (16, 5)],
+    ids=["one-tile-of-24", "two-tiles-of-40"],
 )
 def test_decode_of_several_tokens(heads, tokens):
     lengths = [200, 129, tokens]
@@ -113,7 +117,9 @@ def test_decode_of_several_tokens(heads, tokens):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "keys_per_split"), [(BF16, None), (FP8, 128)], ids=["bf16-even", "fp8-fixed"]
+    ("dtype", "keys_per_split"),
+    [pytest.param(BF16, None, marks=pytest.mark.slow), (FP8, 128)],
+    ids=["bf16-even", "fp8-fixed"],
 )
 def test_decode_at_the_edges_of_pages_and_splits(dtype, keys_per_split):
     lengths = [0, 1, 63, 64, 65, 128, 129, 257]

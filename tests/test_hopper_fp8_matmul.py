@@ -60,10 +60,12 @@ def exact(x, weight, weight_scale, x_scale):
     ("m", "n", "k", "config"),
     [
         (1, 64, 128, NARROW),
-        (7, 72, 384, NARROW),
-        (64, 256, 256, Config(tile_m=64, tile_n=256, stages=4)),
+        pytest.param(7, 72, 384, NARROW, marks=pytest.mark.slow),
+        pytest.param(64, 256, 256, Config(tile_m=64, tile_n=256, stages=4), marks=pytest.mark.slow),
         (65, 136, 256, WIDE),
-        (130, 264, 128, Config(tile_m=128, tile_n=256, stages=2)),
+        pytest.param(
+            130, 264, 128, Config(tile_m=128, tile_n=256, stages=2), marks=pytest.mark.slow
+        ),
         (200, 200, 384, PAIRED),
         (129, 128, 256, Config(tile_m=128, tile_n=128, stages=2, promote=True)),
     ],
@@ -90,8 +92,17 @@ def test_blocks_go_on_to_further_tiles(monkeypatch, config):
     np.testing.assert_array_equal(y, expected.astype(BF16))
 
 
-@pytest.mark.parametrize("weight_layout", ["row", "block"])
-@pytest.mark.parametrize("x_layout", ["static", "row", "grouped"])
+@pytest.mark.parametrize(
+    ("x_layout", "weight_layout"),
+    [
+        ("static", "row"),
+        ("row", "block"),
+        ("grouped", "row"),
+        pytest.param("static", "block", marks=pytest.mark.slow),
+        pytest.param("row", "row", marks=pytest.mark.slow),
+        pytest.param("grouped", "block", marks=pytest.mark.slow),
+    ],
+)
 def test_scales(x_layout, weight_layout):
     arrays = operands(70, 256, 256, x_layout, weight_layout)
     y = simulate(hopper.fp8_matmul, *arrays, F32, config=WIDE)

@@ -416,6 +416,7 @@ def convert_abacus(target: Path, *arguments: object) -> object:
     return done.value.code
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path, text: Path, capfd: pytest.CaptureFixture[str]) -> None:
     target, plot = tmp_path / "o", tmp_path / "report.png"
     code = convert_abacus(

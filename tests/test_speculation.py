@@ -41,7 +41,15 @@ def expected() -> list[list[int]]:
 
 
 @pytest.mark.parametrize("lookahead", [pytest.param(1, marks=pytest.mark.slow), 4])
-@pytest.mark.parametrize("changes", [{}, {"num_pages": 5}, {"batch_invariant": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        pytest.param({"num_pages": 5}, marks=pytest.mark.slow),
+        {"batch_invariant": True},
+    ],
+    ids=str,
+)
 def test_looked_up_guesses_change_no_token(
     expected: list[list[int]], lookahead: int, changes: dict
 ) -> None:

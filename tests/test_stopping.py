@@ -118,7 +118,11 @@ def cases() -> list[Case]:
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_batch_size": 16}, {"num_pages": 5, "max_batch_size": 6}, {"lookahead": 2}],
+    [
+        {"max_batch_size": 16},
+        pytest.param({"num_pages": 5, "max_batch_size": 6}, marks=pytest.mark.slow),
+        pytest.param({"lookahead": 2}, marks=pytest.mark.slow),
+    ],
     ids=["plain", "preempted", "guessing"],
 )
 def test_the_product_of_all_ways_to_stop(options: dict) -> None:
