@@ -46,8 +46,9 @@ def render_chat(
     """The prompt as text, to look at. Give the model `encode_chat`: in text a special token that a
     user wrote looks like one that the template wrote.
 
-    Each message is a mapping with a "role" (one of `ROLES`) and a "content": a string or a list of
-    {"type": "text", "text": ...}, and for a tool's result any JSON value. An assistant message may
+    Each message is a mapping with a "role" (any that the template knows; without a template one of
+    `ROLES`) and a "content": a string or a list of {"type": "text", "text": ...}, and for a tool's
+    result any JSON value. An assistant message may
     have "tool_calls" instead: `ToolCall`s or {"type": "function", "function": {"name",
     "arguments"}}. `tools` are functions or JSON schemas (see `tool_schema`). `template_kwargs`, or
     the same as `chat_template_kwargs`, reach the template (`date_string`, `enable_thinking`, ...);
@@ -99,18 +100,18 @@ def _pieces(
     chat_template: str | None,
     template_kwargs: Mapping[str, Any],
 ) -> list[Piece]:
-    checked = _check_messages(messages)
+    template = choose_template(tokenizer, tools=bool(tools), chat_template=chat_template)
+    checked = _check_messages(messages, ROLES if template is None else None)
     schemas = (
         [_plain(tool_schema(tool), f"tools[{i}]") for i, tool in enumerate(tools)]
         if tools
         else None
     )
-    end = ""
+    end, continued = "", ""
     if continue_final_message:
         end = _unused_characters(json.dumps([checked, schemas], ensure_ascii=False), 1)
-        _mark_end(checked, end)
+        continued = _mark_end(checked, end)
         add_generation_prompt = False
-    template = choose_template(tokenizer, tools=schemas is not None, chat_template=chat_template)
     if template is None:
         joined = [_joined(message) for message in checked]
         pieces = _meta_pieces(tokenizer, joined, schemas, add_generation_prompt, template_kwargs)
@@ -119,7 +120,7 @@ def _pieces(
         formed = _formed(checked, template)
         variables = {"documents": None, **variables, "messages": formed, "tools": schemas}
         pieces = _template_pieces(tokenizer, template, variables, add_generation_prompt)
-    return _cut_at(pieces, end) if end else pieces
+    return _cut_at(pieces, end, continued) if end else pieces
 
 
 def choose_template(
@@ -143,25 +144,29 @@ def choose_template(
     )
 
 
-def _mark_end(messages: list[dict[str, Any]], end: str) -> None:
-    """Puts `end` and a space behind the last message's text. Where a template strips messages the
-    space goes."""
+def _mark_end(messages: list[dict[str, Any]], end: str) -> str:
+    """Puts `end` and a space behind the last message's text, which is returned. Where a template
+    strips messages the space goes."""
     content: Any = messages[-1].get("content")
     if _is_text_parts(content):
-        messages[-1]["content"] = [
-            *content[:-1], content[-1] | {"text": content[-1]["text"] + end + " "}
-        ]  # fmt: skip
+        text = content[-1]["text"]
+        messages[-1]["content"] = [*content[:-1], content[-1] | {"text": text + end + " "}]
     elif isinstance(content, str):
-        messages[-1]["content"] = content + end + " "
+        text = content
+        messages[-1]["content"] = text + end + " "
     else:
         raise ValueError("continue_final_message: the last message has no text to continue")
+    return str(text)
 
 
-def _cut_at(pieces: list[Piece], end: str) -> list[Piece]:
+def _cut_at(pieces: list[Piece], end: str, continued: str) -> list[Piece]:
+    """The pieces up to `end`. White space before it goes where the template strips messages, but
+    not what it wrote before a message that is empty."""
     for index in reversed(range(len(pieces))):
         before, found, after = pieces[index].text.rpartition(end)
         if found:
-            text = before if after.startswith(" ") else before.rstrip()
+            keeps = after.startswith(" ") or not continued.strip()
+            text = before if keeps else before.rstrip()
             return [*pieces[:index], *([Piece(text, False)] if text else [])]
     raise ValueError("continue_final_message: the chat template does not write the last message")
 
@@ -290,8 +295,11 @@ def _with_bos(tokenizer: Tokenizer, pieces: list[Piece]) -> list[Piece]:
     return pieces if pieces[: len(prefix)] == prefix else prefix + pieces
 
 
-def _check_messages(messages: Messages) -> list[dict[str, Any]]:
-    """The messages as plain data: tool calls in one form, everything else as given."""
+def _check_messages(messages: Messages, roles: tuple[str, ...] | None) -> list[dict[str, Any]]:
+    """The messages as plain data: tool calls in one form, everything else as given.
+
+    roles: those that there are; None where a template knows.
+    """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise ValueError(
             f'messages: expected a list of {{"role", "content"}}, got {type(messages).__name__}'
@@ -306,8 +314,10 @@ def _check_messages(messages: Messages) -> list[dict[str, Any]]:
                 f'{where}: expected {{"role", "content"}}, got {type(message).__name__}'
             )
         role = message.get("role")
-        if role not in ROLES:
-            raise ValueError(f"{where}: role: expected one of {', '.join(ROLES)}, got {role!r}")
+        if not isinstance(role, str) or not role or (roles and role not in roles):
+            raise ValueError(
+                f"{where}: role: expected one of {', '.join(roles or ROLES)}, got {role!r}"
+            )
         calls = message.get("tool_calls")
         if calls and role != "assistant":
             raise ValueError(
@@ -352,7 +362,7 @@ def _check_content(content: Any, role: str, where: str) -> Any:
                     f"{type(part.get('text')).__name__}"
                 )
         return _plain(content, where)
-    if role in ("tool", "ipython"):
+    if role in ("tool", "ipython", "function"):
         return _plain(content, where)
     found = (
         f"parts of type {[part['type'] for part in content]}"
@@ -379,7 +389,9 @@ def _check_call(call: Any, where: str) -> dict[str, Any]:
             f'{where}: expected {{"type": "function", "function": {{"name", "arguments"}}}}, got '
             f"{call!r:.200}"
         )
-    arguments = function.get("arguments", {})
+    arguments = function.get("arguments")
+    if arguments is None or arguments == "":  # servers write a call without arguments so
+        arguments = {}
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)

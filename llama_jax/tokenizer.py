@@ -291,9 +291,9 @@ def _named_tokens(
         named["bos_token"] = names.get(vocabulary.around[0][0])
     found = {role: name for role, name in named.items() if name is not None}
     for role, name in settings.named.items():
-        if name in ids:
+        if name in ids or role not in ("bos_token", "eos_token"):  # the others only reach templates
             found[role] = name
-        elif role in named:
+        else:
             raise CheckpointError(
                 f"{path.parent / CONFIG_FILE}: {role} is {shown(name)}, which is no token of "
                 f"{path.name}; correct the name or add the token"

@@ -36,7 +36,7 @@ class _Token(Struct, frozen=True):
     normalized: bool | None = None
 
 
-_Name = Content | _Token | None
+_Name = str | _Token | None  # "" names none, in LLaMA 1's first files
 _Names = list[Content | _Token]
 
 
@@ -97,7 +97,7 @@ def read_settings(directory: Path) -> TokenizerSettings:
     named = {}
     for key in NAMED:
         token = getattr(config, key) or getattr(special_map, key)
-        if token is not None:
+        if token:
             named[key] = _content(token)
     special = {*named.values(), *_extra(config), *_extra(special_map)}
     added = directory / ADDED_FILE

@@ -296,3 +296,8 @@ def test_the_last_message_is_continued(plain: Tokenizer, style: str | None) -> N
     assert render_chat(tokenizer, messages, continue_final_message=True) == text
     with pytest.raises(ValueError, match="has no text to continue"):
         render_chat(tokenizer, asked(), continue_final_message=True)
+    messages[1] = {"role": "assistant", "content": ""}
+    opened = render_chat(tokenizer, messages, continue_final_message=True)
+    assert opened and whole.startswith(opened)
+    if style == "llama31":
+        assert opened == render_chat(tokenizer, messages[:1])

@@ -349,9 +349,16 @@ def test_config_names_specials_of_a_tiktoken_file(tmp_path: Path) -> None:
     path.write_text(json.dumps(config))
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids) == (270, 266, (269,))
-    path.write_text(json.dumps(config | {"pad_token": "<pad>"}))
-    with pytest.raises(ValueError, match="pad_token is '<pad>', which is no token of"):
+    path.write_text(json.dumps(config | {"eos_token": "<end>"}))
+    with pytest.raises(ValueError, match="eos_token is '<end>', which is no token of"):
         load_tokenizer(tmp_path)
+    # Nothing is padded here: the name only reaches templates.
+    path.write_text(json.dumps(config | {"pad_token": "[PAD]", "unk_token": "<unk>"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.pad_id is None and tokenizer.named_tokens["pad_token"] == "[PAD]"
+    # LLaMA 1's first files in transformers' format name no tokens.
+    path.write_text(json.dumps(config | {"bos_token": "", "unk_token": ""}))
+    assert load_tokenizer(tmp_path).named_tokens == {"eos_token": "<3>"}
 
 
 @pytest.mark.parametrize("names", [["default", "tool_use"], ["tool_use"]])

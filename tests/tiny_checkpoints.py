@@ -267,6 +267,9 @@ ATTENTION = [
 VARIANTS = {
     "autofp8 static": Variant("autofp8", autofp8("static"), input_scale="input_scale"),
     "autofp8 dynamic": Variant("autofp8", autofp8("dynamic"), scale="one"),
+    "autofp8, blocks named and none": Variant(
+        "autofp8", autofp8("dynamic", weight_block_size=None)
+    ),
     "autofp8 with cache scales": Variant(
         "autofp8",
         autofp8("static", kv_cache_scheme="static", ignored_layers=["lm_head", DOWN]),

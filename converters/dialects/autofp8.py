@@ -20,7 +20,7 @@ def applies(source: Source) -> bool:
     quantization = source.quantization
     return (
         quantization.get("quant_method") == "fp8"
-        and "weight_block_size" not in quantization
+        and not quantization.get("weight_block_size")
         and not source.hf_config.get("use_fp8_e4m3")
         and not any(
             name.endswith((".in_scale", ".weight_scale_inv"))
@@ -42,6 +42,7 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
             "modules_to_not_convert": None,
             "kv_cache_scheme": ("static", None),
             "fmt": ("e4m3", None),
+            "weight_block_size": (None,),
         },
     )
     ignored = [

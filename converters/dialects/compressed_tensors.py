@@ -76,6 +76,7 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
             "global_compression_ratio": None,
             "sparsity_config": None,
             "version": None,
+            "run_compressed": None,  # how transformers loads it
         },
     )
     sparsity = as_object(quantization, "sparsity_config", _WHERE)

@@ -29,7 +29,7 @@ from pallas_kernels.fp8_matmul.reference import BLOCK
 
 def applies(source: Source) -> bool:
     return source.quantization.get("quant_method") == "fp8" and (
-        "weight_block_size" in source.quantization
+        bool(source.quantization.get("weight_block_size"))
         or any(name.endswith(".weight_scale_inv") for name in source.tensors)
     )
 
