@@ -396,11 +396,14 @@ class LLM:
         if isinstance(prompt, str) and isinstance(completion, str):
             before, whole = encode(prompt, bos=True), encode(prompt + completion, bos=True)
             if whole[: len(before)] != before:
-                whole = before + encode(completion)
+                whole = before + self.tokenizer.encode_continuation(completion)
         else:
             before = encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
-            after = encode(completion) if isinstance(completion, str) else list(completion)
-            whole = before + after
+            after = completion
+            if isinstance(completion, str):
+                goes_on = bool(self.tokenizer.decode(before))
+                after = (self.tokenizer.encode_continuation if goes_on else encode)(completion)
+            whole = [*before, *after]
         if len(whole) == len(before):
             raise ValueError(f"the completion {completion!r} is empty")
         if not before:

@@ -88,6 +88,15 @@ class Tokenizer:
             *(self.suffix_ids if eos else ()),
         ]
 
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of text that goes on from other text: without the space that SentencePiece puts
+        in front of one that begins."""
+        if not self._strip_spaces:
+            return self.encode(text)
+        line = self.encode("\n")
+        ids = self.encode("\n" + text)
+        return ids[len(line) :] if ids[: len(line)] == line else self.encode(text)
+
     def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
         """Token ids of a text that is cut into pieces: (text, False), which stays text, or the name
         of an added token with True."""

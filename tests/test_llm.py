@@ -425,6 +425,17 @@ def test_a_reply_reads_on_from_its_prompt(spoken):
     assert first.text == "Paris Paris"  # nothing comes before it
 
 
+def test_a_completion_reads_on_from_its_prompt(spoken):
+    """Also where its tokens are not those of both together; the same for token ids."""
+    tokenizer, whole = spoken.tokenizer, "the capital of France is Paris"
+    for cut in range(len(whole)):
+        prompt, completion = whole[:cut], whole[cut:]
+        for given in (prompt, tokenizer.encode(prompt, bos=True)):
+            ids, begin = spoken.pair_ids(given, completion)
+            assert tokenizer.decode(ids) == whole and begin == len(tokenizer.encode(prompt)) + 1
+    assert spoken.pair_ids("a", "\n\n b")[0] == tokenizer.encode("a\n\n b", bos=True)
+
+
 def test_prompts_begin_and_end_as_the_tokenizer_says(llm, tokenizer):
     """ggml-org/llama.cpp #3966 and #4040: no BOS for Yi; some files ask for EOS as well."""
     once = SamplingParams(temperature=0, max_new_tokens=1)
