@@ -342,7 +342,7 @@ def _check_messages(messages: Messages, roles: tuple[str, ...] | None) -> list[d
             clean["content"] = _check_content(message["content"], role, f"{where}: content")
         elif not calls:
             raise ValueError(f"{where}: content: missing; give a string")
-        checked.append(clean)
+        checked.append({key: clean[key] for key in message if key in clean})
     return checked
 
 

@@ -300,6 +300,13 @@ def test_bad_messages(plain: Tokenizer, templated: Tokenizer, messages: Any, mes
             encode_chat(tokenizer, messages)
 
 
+def test_keys_keep_their_order(plain: Tokenizer) -> None:
+    messages = [{"x": 1, "content": "a", "role": "user", "name": None}]
+    tokenizer = dataclasses.replace(plain, chat_template="{{ messages | tojson }}")
+    text = render_chat(tokenizer, messages).removeprefix("<|begin_of_text|>")
+    assert text == json.dumps(messages)
+
+
 def test_a_template_knows_its_roles(plain: Tokenizer) -> None:
     messages = [{"role": "developer", "content": "D"}, {"role": "critic", "content": "C"}]
     source = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
