@@ -221,7 +221,8 @@ def parse_tool_calls(text: str, form: ToolFormat = "llama") -> tuple[ToolCall, .
     form: see `tool_format`. "hermes" is `<tool_call>{...}</tool_call>`, "nemotron"
     `<TOOLCALL>[{...}, ...]</TOOLCALL>`, and "deepseek" what R1 and its distilled models write: a
     name and JSON between marks of their own. Text may stand around these, and after `</think>`
-    only. A reply in which there is none of the form's marks is read as Llama's.
+    only; the last JSON needs no mark behind it, as in vLLM. A reply in which there is none of the
+    form's marks is read as Llama's.
 
     `text` is the reply decoded with its special tokens. Read are, as Llama 3.1 writes them: JSON
     objects {"name", "parameters" or "arguments"} that make up the whole reply, alone, in a list, or
@@ -253,6 +254,9 @@ def _as_calls(calls: "_Calls | None") -> tuple[ToolCall, ...]:
 
 
 _Calls = list[tuple[str, dict[str, Any]]]
+_ARGUMENTS = {"parameters", "arguments"}
+# What is left of a reply whose last tag is not closed: nothing, or the token that ended it.
+_END = re.compile(r"\s*(?:<\|\w+\|>|</s>)?\s*")
 
 
 # By form: how the inside of one tag is read, and the tag.
@@ -281,7 +285,8 @@ def _between_tags(body: str, form: ToolFormat) -> _Calls | None:
             except (json.JSONDecodeError, RecursionError):
                 return None
             found = [_json_call(each) for each in (value if isinstance(value, list) else [value])]
-            if not body[position:].lstrip().startswith(end):
+            rest = body[position:].lstrip()
+            if not rest.startswith(end) and not _END.fullmatch(rest):
                 return None
         else:
             close = body.find(end, position)
@@ -338,9 +343,10 @@ def _json_call(value: Any) -> tuple[str, dict[str, Any]] | None:
     if isinstance(value.get("function"), dict):
         return _json_call(value["function"])
     name = value.get("name", value.get("function"))
-    arguments = value.get(
-        "parameters", value.get("arguments", {} if value.get("type") == "function" else None)
-    )
+    says_so = value.get("type") == "function" or not _ARGUMENTS.isdisjoint(value)
+    arguments = value.get("parameters", value.get("arguments"))
+    if says_so and (arguments is None or arguments == ""):
+        arguments = {}
     if isinstance(arguments, str):
         try:
             arguments = _DECODER.decode(arguments)

@@ -199,7 +199,12 @@ def test_tool_loop(plain: Tokenizer, style: str, reply: str) -> None:
          '</tool_call>\n<tool_call>{"name": "g", "arguments": {}}</tool_call>', 2),
         ("hermes", '<tool_call>{"name": "f", "arguments": {}}</tool_call><tool_call>{</tool_call>',
          0),
-        ("hermes", '<tool_call>{"name": "f", "arguments": {}}', 0),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {}}<|im_end|>', 1),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {}} and', 0),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {}', 0),
+        ("llama", '{"name": "f", "parameters": null}', 1),
+        ("llama", '{"name": "f", "arguments": ""}', 1),
+        ("llama", '{"name": "f"}', 0),
         ("hermes", "no call", 0),
         ("hermes", '<think><tool_call>{"name": "f", "arguments": {}}</tool_call></think>no', 0),
         ("nemotron", '<TOOLCALL>[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]'
