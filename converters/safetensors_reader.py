@@ -42,6 +42,8 @@ DTYPES: Mapping[str, np.dtype] = MappingProxyType(
 )
 _MAX_AXES = 32
 _MAX_ELEMENTS = 2**60
+# What the config says anyhow; old versions and ColossalAI store it, and indexes name it without it.
+ROTARY_CONSTANT = re.compile(r"\.rotary_emb\.(?:inv_freq|cos_cached|sin_cached)$")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 
 
@@ -154,13 +156,16 @@ def read_shards(
             if tensor.name in tensors:
                 other = tensors[tensor.name].path.name
                 raise CheckpointError(f"{tensor.name} is in both {other} and {name} of {directory}")
-            if weight_map is not None and weight_map.get(tensor.name) != name:
-                listed = weight_map.get(tensor.name, "nowhere")
+            is_listed = weight_map is None or weight_map.get(tensor.name) == name
+            if not is_listed and not ROTARY_CONSTANT.search(tensor.name):
+                listed = (weight_map or {}).get(tensor.name, "nowhere")
                 raise CheckpointError(
                     f"{name} holds {tensor.name}, which {index} lists in {listed}"
                 )
             tensors[tensor.name] = tensor
     for lacking in (weight_map or {}).keys() - tensors.keys():
+        if ROTARY_CONSTANT.search(lacking):
+            continue
         raise CheckpointError(
             f"{index} lists {lacking} in {(weight_map or {})[lacking]}, which does not hold it"
         )

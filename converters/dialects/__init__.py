@@ -15,6 +15,7 @@ from converters.dialects.layout import Dialect, Plan
 from converters.dialects.meta import META
 from converters.dialects.modelopt import MODELOPT
 from converters.dialects.torchao import TORCHAO
+from converters.safetensors_reader import ROTARY_CONSTANT
 from converters.source import Source, same_bytes
 from llama_jax.checkpoint import CheckpointError
 from llama_jax.json_file import shown
@@ -23,8 +24,6 @@ from llama_jax.model import ModelSpec, abstract_params
 DIALECTS: tuple[Dialect, ...] = (
     DENSE, FRIENDLI, AUTOFP8, COMPRESSED_TENSORS, FBGEMM, MODELOPT, FINEGRAINED, TORCHAO, META,
 )  # fmt: skip
-# What the config says anyhow, and old versions and ColossalAI store.
-_CONSTANT = re.compile(r"\.rotary_emb\.(?:inv_freq|cos_cached|sin_cached)$")
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _UNSUPPORTED = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "mxfp4": "MXFP4"}
 
@@ -39,7 +38,7 @@ def make_plan(source: Source) -> tuple[Plan, str]:
     tree = traverse_util.flatten_dict(abstract_params(ModelSpec(source.config)))
     weights = {"/".join(path[:-1]): leaf.shape for path, leaf in tree.items()}
     plan = dialect.plan(source, weights)
-    left = {name for name in source.tensors.keys() - plan.used if not _CONSTANT.search(name)}
+    left = {name for name in source.tensors.keys() - plan.used if not ROTARY_CONSTANT.search(name)}
     if source.config.tie_word_embeddings and "lm_head.weight" in left:
         _check_tied(source)
         left.remove("lm_head.weight")
