@@ -63,8 +63,14 @@ def takes_text_arguments(source: str) -> bool:
     def works(arguments: Any) -> bool:
         call = {"type": "function", "id": "call00001"}
         call["function"] = {"name": "f", "arguments": arguments}  # type: ignore[assignment]
-        message = {"role": "assistant", "content": None, "tool_calls": [call]}
-        return f'"{_WORD}"' in _tried(source, [*_user("a"), message])
+        # Templates refuse conversations: with null, without a system message, without a result.
+        return any(
+            f'"{_WORD}"' in _tried(source, [*before, *_user("a"), message, *after])
+            for content in (None, "")
+            for message in [{"role": "assistant", "content": content, "tool_calls": [call]}]
+            for before in ([], [{"role": "system", "content": "a"}])
+            for after in ([], [{"role": "tool", "tool_call_id": "call00001", "content": "a"}])
+        )
 
     return not works({_WORD: 1}) and works(f'{{"{_WORD}": 1}}')
 

@@ -306,3 +306,25 @@ def test_the_last_message_is_continued(plain: Tokenizer, style: str | None) -> N
     assert opened and whole.startswith(opened)
     if style == "llama31":
         assert opened == render_chat(tokenizer, messages[:1])
+
+
+@pytest.mark.parametrize(
+    "refuses", ["messages[0].role != 'system'", "messages[-1].role != 'tool'", ""]
+)
+def test_arguments_as_text_where_a_template_is_particular(plain: Tokenizer, refuses: str) -> None:
+    """A template that concatenates arguments needs text, whatever else it refuses."""
+    source = (
+        "{% for m in messages if m.tool_calls %}"
+        "{{ m.content + m.tool_calls[0].function.arguments }}{% endfor %}"
+    )
+    if refuses:
+        source = f"{{% if {refuses} %}}{{{{ raise_exception('no') }}}}{{% endif %}}{source}"
+    tokenizer = dataclasses.replace(plain, chat_template=source)
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
+    messages = [
+        {"role": "system", "content": "s"},
+        *user("u"),
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+    ]
+    assert render_chat(tokenizer, messages) == '<|begin_of_text|>{"a": 1}'
