@@ -241,9 +241,13 @@ def rope_of(hf: HfConfig, where: Path | str) -> tuple[float, RopeScaling | None,
     rope_type = rope.pop("rope_type", old_name) or old_name or "default"
     if old_name not in (None, rope_type):
         raise ConfigError(f"{where}: {key} has type {old_name!r} and rope_type {rope_type!r}")
+    if rope_type == "default" and _same(rope.get("factor"), 1.0):
+        del rope["factor"]
     match rope_type:
         case "default" if rope:
-            raise ConfigError(f"{where}: {key} has {', '.join(map(shown, rope))} but no rope_type")
+            raise ConfigError(
+                f"{where}: {key} has {', '.join(map(shown, rope))}, and no rope_type for it"
+            )
         case "default":
             return theta, None, 1.0
         case "linear" | "dynamic":

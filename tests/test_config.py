@@ -43,7 +43,7 @@ def test_old_spelling_of_the_rope_type():
 
 
 def test_unscaled_rope():
-    for rope in (None, {"rope_type": "default"}):
+    for rope in (None, {"rope_type": "default"}, {"rope_type": "default", "factor": 1.0}):
         assert LlamaConfig.from_hf({**HF, "rope_scaling": rope}).rope_scaling is None
 
 
