@@ -210,7 +210,7 @@ def test_yis_chat_tokens_are_special(write: Write) -> None:
     [
         ("tokenizer_config", [], "tokenizer_config.json: its JSON is .*, expected object"),
         ("tokenizer_config", {"bos_token": 5}, "bos_token is 5, expected"),
-        ("tokenizer_config", {"bos_token": ""}, "bos_token is"),
+        ("tokenizer_config", {"bos_token": {"content": ""}}, "bos_token.content is"),
         ("tokenizer_config", {"eos_token": {"id": 5}}, "eos_token.content is missing"),
         (
             "tokenizer_config",
