@@ -118,7 +118,10 @@ class Budget:
 
     def check_arguments(self, *values: Any) -> None:
         """Checks what a call is given, which `varargs` and `kwargs` may hand on together."""
-        self.room(sum(self.measure(value)[0] for value in values))
+        size = 0
+        for value in values:
+            size += _ELEMENT + self.measure(value)[0]
+            self.room(size)
 
     def keep(self, value: Any) -> Any:
         """Counts a value that an operation made, and returns it."""

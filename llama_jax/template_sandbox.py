@@ -12,6 +12,7 @@ import functools
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from types import BuiltinMethodType
@@ -23,16 +24,18 @@ from jinja2 import filters, nodes
 from jinja2 import tests as jinja2_tests
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.lexer import Token, TokenStream
 from jinja2.parser import Parser
 from jinja2.runtime import Context, LoopContext
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
-from jinja2.utils import Namespace
+from jinja2.utils import Cycler, Joiner, Namespace
 from jinja2.visitor import NodeTransformer
 
 from llama_jax.template_budget import Budget, OverBudgetError, current_budget
 
 _WIDEST = 4  # bytes that a character may take
 _PIECE = 64  # bytes that a short text takes
+_ESCAPED = 6  # characters that JSON in ASCII has for each byte of a text
 _JINJA_ARGUMENTS = ("_loop_vars", "_block_vars")  # which jinja2 hands to its own `call`
 _MAX_FIELD = 999  # width and precision in a format
 _MAX_TIME_FORMAT = 200  # characters that strftime_now is given
@@ -76,7 +79,9 @@ def compile_template(source: str) -> jinja2.Template:
     """The template, made to count what it does; jinja2's errors for what is no template."""
     environment = _environment()
     tree = _Counting(environment).visit(environment.parse(source))
-    return environment.from_string(tree)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # Python's, of the code that jinja2 makes
+        return environment.from_string(tree)
 
 
 @functools.cache
@@ -102,7 +107,9 @@ def _environment() -> jinja2.Environment:
     }
     del environment.globals["lipsum"]
     environment.globals |= {
+        "cycler": _cycler,
         "dict": _dict,
+        "joiner": _joiner,
         "namespace": _SafeNamespace,
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,
@@ -156,6 +163,12 @@ class _Counting(NodeTransformer):
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
         node.iter = self._around(node.iter, "_taken", node.iter.lineno)
+        return node
+
+    def visit_Call(self, node: nodes.Call) -> nodes.Expr:
+        self.generic_visit(node)
+        if node.dyn_args is not None:
+            node.dyn_args = self._around(node.dyn_args, "_taken", node.lineno)
         return node
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
@@ -479,7 +492,7 @@ def _check_attribute_names(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
             raise OverBudgetError(f"the name of an attribute has more than {_ATTRIBUTE} parts")
 
 
-def _check_join(budget: Budget, items: list[Any], between: Any = "", attribute: Any = None) -> None:
+def _check_join(budget: Budget, items: list[Any], between: Any = "") -> None:
     size = budget.measure(items)[0]
     budget.room(size + _WIDEST * len(str(between)) * len(items))
 
@@ -524,21 +537,26 @@ def _check_json(
     size, depth = budget.measure(value)
     wide = len(indent) if isinstance(indent, str) else indent or 0
     wide += sum(map(len, separators or ()))
+    budget.room(_ESCAPED * size if ensure_ascii else size)
     budget.room(size + _WIDEST * wide * (depth + 1) * (size // _PIECE + 1))
 
 
 _FILTER_CHECKS: dict[str, Callable[..., None]] = {
-    "batch": _check_elements,
+    "batch": lambda budget, items, linecount, fill_with=None: _check_elements(
+        budget, items, linecount, fill_with
+    ),
     "center": lambda budget, text, width=80: _check_padding(budget, str(text), width),
     "format": _check_format,
     "indent": _check_indent,
-    "join": _check_join,
+    "join": lambda budget, items, d="", attribute=None: _check_join(budget, items, d),
     "replace": _check_replace,
     "round": _check_round,
     "groupby": _check_groups,
     "title": _check_title,
-    "trim": _check_search,
-    "slice": _check_elements,
+    "trim": lambda budget, text, chars=None: _check_search(budget, text, chars),
+    "slice": lambda budget, items, slices, fill_with=None: _check_elements(
+        budget, items, slices, fill_with
+    ),
     "tojson": _check_json,
 }
 
@@ -557,6 +575,15 @@ def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
     for key, _ in pairs:
         _check_key(key)
     return dict(pairs, **kwargs)
+
+
+def _cycler(*items: Any) -> Cycler:
+    """jinja2's cycler; the class itself has functions that change whatever they are given."""
+    return Cycler(*items)
+
+
+def _joiner(sep: str = ", ") -> Joiner:
+    return Joiner(sep)
 
 
 class _SafeNamespace(Namespace):
@@ -661,6 +688,10 @@ class _GenerationTag(Extension):
     renders its body."""
 
     tags = frozenset({"generation"})  # type: ignore[assignment]  # jinja2 only looks names up
+
+    def filter_stream(self, stream: TokenStream) -> list[Token]:
+        # At once: a lexer that is left halfway where Python's stack is full complains on stderr.
+        return list(stream)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

@@ -7,6 +7,7 @@ turns tokens back into text (https://huggingface.co/docs/tokenizers/pipeline). T
 the steps that are known, field by field; anything else is refused by name.
 """
 
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +45,9 @@ _UNSURE = re.compile(
 )
 # How long a pattern may search a text: some take a time that is exponential in its length.
 _SECONDS, _CHARS_PER_SECOND = 5, 20_000
+# A repeated group is compiled once for each time, so counts inside each other multiply.
+_MAX_PATTERN, _MAX_REPEATS = 10_000, 10_000
+_COUNT = re.compile(r"\{(\d{0,9}),?(\d{0,9})")
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 # A space that follows something else; runs of spaces with what follows them.
 _CROSSING = re.compile(f"[^{SPACE}]{SPACE}")
@@ -439,13 +443,22 @@ def _compiled(path: Path, source: str) -> "regex.Pattern[str]":
             f"{path}: the pattern {shown(source)} has {shown(unsure[0])}, which engines of regular "
             "expressions read differently; only patterns without it are read"
         )
+    counts = [max(int(n or 1) for n in found) for found in _COUNT.findall(source[:_MAX_PATTERN])]
+    if len(source) > _MAX_PATTERN or math.prod(max(n, 1) for n in counts) > _MAX_REPEATS:
+        raise CheckpointError(
+            f"{path}: the pattern {shown(source)} is too large: at most {_MAX_PATTERN:,} "
+            f"characters, and counts of repeats whose product is at most {_MAX_REPEATS:,}, are read"
+        )
     try:
         compiled = regex.compile(source)
+        is_empty = compiled.match("", timeout=_SECONDS)
+    except TimeoutError as error:
+        raise CheckpointError(f"{path}: the pattern {shown(source)} takes too long") from error
     except (regex.error, OverflowError, RecursionError, ValueError) as error:
         raise CheckpointError(
             f"{path}: {shown(source)} is not a regular expression: {error}"
         ) from error
-    if compiled.match(""):
+    if is_empty:
         raise CheckpointError(
             f"{path}: the pattern {shown(source)} matches an empty text, expected one that finds "
             "words"

@@ -95,6 +95,9 @@ HOSTILE = {
     "batch": "{{ [1] | batch(2000000000, 'x') | list }}",
     "slice": "{{ [1] | slice(2000000000) | list }}",
     "tojson": "{{ {'a': {'b': range(9999) | list}} | tojson(indent=1000000) }}",
+    "tojson in ASCII": "{{ ('é' * 4000000) | tojson(ensure_ascii=true) | length }}",
+    "text as arguments": "{{ cycler(*('ab' * 3000000)).items | length }}",
+    "class of cycler": "{{ cycler.reset(cycler) }}",
     "tojson again": grown("'\"'", "ns.x | tojson"),
     "escape": grown("'&'", "ns.x ~ ns.x | e"),
     "repr": grown("'\\\\'", "[ns.x] | string"),
@@ -232,6 +235,29 @@ def test_any_small_template_ends(body: str) -> None:
     with suppress(ChatTemplateError):
         assert len(render_template(source, {"messages": MESSAGES})) < 1.1 * 2**20
     assert thread_time() - before < MAX_SECONDS + 1
+
+
+@pytest.mark.parametrize("source", ["{{ " + "[" * 5000, "{{ " + "not " * 5000, "{{" * 9999])
+def test_deep_nesting_says_nothing_on_stderr(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    with pytest.raises(ChatTemplateError, match="RecursionError"):
+        render_template(source, {})
+    assert not said
+
+
+@pytest.mark.filterwarnings("error")
+def test_odd_code_says_nothing_on_stderr() -> None:
+    with pytest.raises(ChatTemplateError, match="refuses"):
+        render_template("{{ 3[0] }}{{ 'a'() if false }}{{ raise_exception('refuses') }}", {})
+
+
+def test_arguments_of_filters_may_be_named() -> None:
+    source = (
+        "{{ [1, 2] | join(d=', ') }} {{ '-a-' | trim(chars='-') }} "
+        "{{ [1] | batch(linecount=2, fill_with=0) }} {{ [1, 2] | slice(slices=2) }}"
+    )
+    assert render_template(source, {}) == "1, 2 a [[1, 0]] [[1], [2]]"
 
 
 def long_conversation() -> list[dict[str, Any]]:

@@ -306,6 +306,8 @@ def change(*keys: str | int, value: object) -> dict:
         (split_by(""), "'' matches an empty text"),
         (split_by("x*"), "matches an empty text"),
         (split_by("(a"), "is not a regular expression"),
+        (split_by("((((a{50}){50}){50}){50}){50}"), "too large: at most"),  # 18 GB
+        (split_by("a" * 20_000), "too large: at most"),
         (split_by(r"\h+"), "which engines of regular expressions read differently"),
         (change("model", "merges", 0, value="q q"), r"merges\[0\] is 'q q', expected two tokens"),
         (change("model", "merges", 2, value="h ell"), r"merges\[2\] is 'h ell', expected two"),
