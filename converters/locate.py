@@ -14,7 +14,10 @@ def locate(path_or_id: str | Path) -> Path:
 
     Raises `CheckpointError` for a name that is neither, and for an id that cannot be downloaded.
     """
-    path = Path(path_or_id).expanduser()
+    try:
+        path = Path(path_or_id).expanduser()
+    except RuntimeError as error:  # "~name" of nobody
+        raise CheckpointError(f"{path_or_id}: {error}") from error
     return path if path.exists() else _download(str(path_or_id))
 
 

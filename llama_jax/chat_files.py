@@ -29,6 +29,13 @@ class TemplateSource(str):
         return made
 
 
+def said_to_lie_in(directory: str | Path, template: str, found_in: Path) -> str:
+    """A template of `found_in`, which messages look for in another directory."""
+    if not isinstance(template, TemplateSource):
+        return template
+    return TemplateSource(template, template.where.replace(str(found_in), str(directory)))
+
+
 class _Named(Protocol):
     @property
     def name(self) -> str: ...

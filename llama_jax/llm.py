@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from llama_jax import checkpoint, compile_cache, memory
 from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.chat import choose_template, encode_chat
+from llama_jax.chat_files import said_to_lie_in
 from llama_jax.compile_cache import CompileReport
 from llama_jax.config import LlamaConfig, token_ids
 from llama_jax.engine import Engine
@@ -581,14 +582,20 @@ class LLM:
 
 
 def _load_tokenizer(name: str | Path, directory: Path, config: LlamaConfig) -> Tokenizer:
-    """The tokenizer of a converted checkpoint; name: what the user calls it."""
+    """The tokenizer of a converted checkpoint; name: what the user calls it, messages too."""
     try:
-        return load_tokenizer(directory, config)
+        tokenizer = load_tokenizer(directory, config)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{name} has no tokenizer.json and no tokenizer.model; copy one of them from the "
             "original checkpoint"
         ) from error
+    main, others = tokenizer.chat_template, tokenizer.named_templates
+    return replace(
+        tokenizer,
+        chat_template=main and said_to_lie_in(name, main, directory),
+        named_templates={n: said_to_lie_in(name, each, directory) for n, each in others.items()},
+    )
 
 
 def sequence_limit(config: LlamaConfig, max_seq_len: int | None) -> int:

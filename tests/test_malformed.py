@@ -337,3 +337,45 @@ def test_a_process_ends_soon_and_small(directory: Path, case: str) -> None:
     assert str(directory / name) in message or str(directory) in message
     assert time.monotonic() - began < SECONDS
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 10**6
+
+
+def test_words_of_a_file_do_not_reach_the_terminal_as_they_are(directory: Path) -> None:
+    def told(template: str) -> str:
+        publish(directory, "chat_template.jinja", template.encode())
+        code, message, _ = run("chat", directory, "-m", "hi", "--json")
+        lines = message[message.index("error:") :]
+        assert code == 2 and lines.count("\n") <= LINES and "\x1b" not in lines
+        assert f"{directory}/chat_template.jinja" in lines.replace("\n", "")
+        return lines
+
+    assert "a a a" in told("{{ raise_exception('a\\n' * 500) }}")
+    assert "\\x1b[2J" in told("{{ raise_exception('\x1b[2J') }}")
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "directory", "brackets", "number in a list"])
+@pytest.mark.parametrize("command", ["score", "tools", "calibrate"])
+def test_an_input_that_is_no_file_is_named(tmp_path: Path, command: str, kind: str) -> None:
+    path = tmp_path / "input"
+    if kind == "FIFO":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    elif command == "tools":
+        path.write_text("[" * 200_000 if kind == "brackets" else "[5]")
+    else:
+        pytest.skip("is read line by line, or as text")
+    arguments: dict[str, tuple[object, ...]] = {
+        "score": ("score", path, tmp_path / "out"),
+        "tools": ("chat", "--tools", path, "-m", "hi"),
+        "calibrate": ("convert", SHIPPED, tmp_path / "t", "--quantize", "row", "--calibrate", path),
+    }
+    code, message, _ = run(*arguments[command])
+    assert code == 2 and str(path) in message and message.count("\n") <= LINES
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/x", "a\n\n\n\n\x1b[2J"])
+def test_an_odd_name_of_a_model_is_told(name: str) -> None:
+    code, message, _ = run("inspect", name)
+    assert code == 2 and message.count("\n") <= LINES and len(message) < 1100
+    assert "\x1b" not in message

@@ -12,6 +12,7 @@ from llama_jax.cli import signals
 if os.path.basename(sys.argv[0]) in ("llama-jax", "-m"):  # as a program, not from another one
     signals.install()
 
+import errno
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +28,7 @@ from llama_jax.cli.eval import eval
 from llama_jax.cli.export import export
 from llama_jax.cli.generate import generate
 from llama_jax.cli.inspect import inspect
-from llama_jax.cli.output import note, stderr
+from llama_jax.cli.output import in_few_lines, note, stderr
 from llama_jax.cli.score import score
 from llama_jax.cli.verify import verify
 
@@ -37,6 +38,7 @@ _BAD_INPUT = (
     ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
     PermissionError,
 )  # fmt: skip
+_BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -95,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except (OSError, MemoryError, RuntimeError) as error:
         _report(error)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, OSError) and error.errno in _BAD_NAMES else 1)
     except KeyboardInterrupt:  # before the command began; later ones Typer handles
         sys.exit(130)
 
@@ -103,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _report(error: Exception) -> None:
     if os.environ.get(_DEBUG):
         traceback.print_exception(error)
-    message = str(error) or type(error).__name__
+    message = in_few_lines(error) or type(error).__name__
     stderr.print("[bold red]error:[/bold red]", end=" ")
     stderr.print(message, markup=False, highlight=False, soft_wrap=True)
     if isinstance(error, RuntimeError) and not os.environ.get(_DEBUG):

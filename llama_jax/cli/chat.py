@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from llama_jax.cli import options
-from llama_jax.cli.output import note, print_json, stderr
+from llama_jax.cli.output import in_few_lines, note, print_json, stderr
 from llama_jax.cli.speed import Speed, snapshot, speed_since
 
 if TYPE_CHECKING:
@@ -169,7 +169,9 @@ def _say(
     except ValueError as error:
         if not interactive:
             raise
-        stderr.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        stderr.print(
+            in_few_lines(error), style="red", markup=False, highlight=False, soft_wrap=True
+        )
         note("Your message was not added. /reset starts over.")
         return
     print()
@@ -253,13 +255,17 @@ def _why_cut(llm: "LLM", result: "Generation") -> str:
     return f"cut after {len(result.token_ids)} tokens; --max-new-tokens allows more"
 
 
-def _read_tools(path: Path) -> list[Any]:
-    try:
-        schemas = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+def _read_tools(path: Path) -> list[dict[str, Any]]:
+    from llama_jax.json_file import parse, read_bytes
+
+    schemas = parse(read_bytes(path), path)
     if isinstance(schemas, dict):
         return [schemas]
     if not isinstance(schemas, list):
         raise ValueError(f"{path}: expected a list of tool schemas, got {type(schemas).__name__}")
+    for index, schema in enumerate(schemas):
+        if not isinstance(schema, dict):
+            raise ValueError(
+                f"{path}: expected an object in place {index}, got {type(schema).__name__}"
+            )
     return schemas

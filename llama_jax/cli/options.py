@@ -167,9 +167,11 @@ def directory(model: str | None) -> Path:
 
 
 def check_file(option: str, path: Path | None) -> None:
-    """Raise an OSError that names the option unless its file can be opened, or is not wanted."""
+    """Raise an error that names the option unless its file can be opened, or is not wanted."""
     if path is None:
         return
+    if path.is_fifo() or path.is_char_device():
+        raise ValueError(f"{option}: {path} is a FIFO or a device, expected a file")
     try:
         path.open("rb").close()
     except OSError as error:
@@ -182,7 +184,8 @@ def load(model: str | None, *, show_plan: bool, **settings: Any) -> "LLM":
     name = model_name(model)
     if settings.get("draft") is not None:
         locate(settings["draft"])  # before the model is converted
-    path = directory(model)
+    path = locate(SHIPPED_MODEL if model is None else model)
+    directory(str(path))
     from llama_jax.llm import LLM
     from llama_jax.memory import share_one_arena
 

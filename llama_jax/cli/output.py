@@ -29,9 +29,21 @@ stdout = Console()
 stderr = Console(stderr=True)
 
 
+_MESSAGE_LINES, _MESSAGE_LENGTH = 3, 1000
+
+
 def note(text: str) -> None:
     """A remark on stderr, beside the results."""
-    stderr.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+    stderr.print(in_few_lines(text), style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def in_few_lines(message: object) -> str:
+    """A message that may quote files: without control characters, which a terminal would obey, in
+    at most three lines and 1000 characters."""
+    lines = str(message).splitlines()
+    joined = ("\n" if len(lines) <= _MESSAGE_LINES else " ").join(lines)
+    text = "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in joined)
+    return text if len(text) <= _MESSAGE_LENGTH else f"{text[: _MESSAGE_LENGTH - 3]}..."
 
 
 class _RateColumn(ProgressColumn):

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import sys
 import time
 from collections import deque
@@ -221,6 +222,8 @@ def _survey(path: str) -> tuple[int | None, str | None]:
     """How many lines the input has, and a digest of it; None for stdin, which is read once."""
     if path == "-":
         return None, None
+    if not os.path.isfile(path) and os.path.exists(path):
+        raise ValueError(f"{path} is no file, which is read twice; give - to read stdin")
     count, digest = 0, hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         for line in file:
