@@ -48,6 +48,14 @@ def resolve(
         except FileExistsError:  # another process was faster
             if not is_converted(target):
                 raise
+        except OSError as error:
+            failed = Path(str(error.filename))
+            if not (failed.is_relative_to(target.parent) or target.is_relative_to(failed)):
+                raise
+            raise CheckpointError(
+                f"{path} is converted into {target.parent}, which cannot be written: "
+                f"{error.strerror}. Set LLAMA_JAX_CACHE to a directory that can be."
+            ) from error
     return target
 
 

@@ -491,8 +491,11 @@ class Engine:
 
     @property
     def _step_counts(self) -> tuple[int, ...]:
-        """How many steps decode programs are compiled for."""
+        """How many steps decode programs are compiled for; those of different numbers might be
+        rounded differently."""
         most = self.options.max_steps
+        if self.options.batch_invariant and not self._stops_early:
+            return (1,)
         return (most,) if self._stops_early else tuple(dict.fromkeys((1, most)))
 
     def _kind(self, needed: Kind) -> Kind:

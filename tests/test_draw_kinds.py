@@ -88,4 +88,5 @@ def test_nothing_compiles_after_warm_up(monkeypatch) -> None:
 
 
 def test_batch_invariant_engines_draw_with_one_program(monkeypatch) -> None:
-    assert as_on_a_gpu(monkeypatch, batch_invariant=True)._kinds == ("everything",)
+    engine = as_on_a_gpu(monkeypatch, batch_invariant=True)
+    assert engine._kinds == ("everything",) and engine._step_counts == (1,)

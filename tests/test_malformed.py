@@ -379,3 +379,10 @@ def test_an_odd_name_of_a_model_is_told(name: str) -> None:
     code, message, _ = run("inspect", name)
     assert code == 2 and message.count("\n") <= LINES and len(message) < 1100
     assert "\x1b" not in message
+
+
+def test_a_cache_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cache in ("/dev/null", "/proc/no/such"):
+        monkeypatch.setenv("LLAMA_JAX_CACHE", cache)
+        code, message, _ = run("chat", "-m", "hi")
+        assert code == 2 and "which cannot be written" in message and "LLAMA_JAX_CACHE" in message
