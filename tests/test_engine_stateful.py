@@ -150,7 +150,16 @@ class DraftMachine(GuessingMachine):
         return with_draft(init_params(SMALL, seed=1), SMALL, **SIZES)
 
 
-for machine in (EngineMachine, GuessingMachine, DraftMachine):
+class FixedStepsMachine(GuessingMachine):
+    """Launches have a fixed number of steps, as on a GPU."""
+
+    def make(self) -> Engine:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine_module, "has_free_conditions", lambda: False)
+            return super().make()
+
+
+for machine in (EngineMachine, GuessingMachine, DraftMachine, FixedStepsMachine):
     machine.TestCase.settings = settings(
         max_examples=15, stateful_step_count=25, deadline=None, derandomize=True,
         suppress_health_check=[HealthCheck.too_slow],
@@ -158,3 +167,4 @@ for machine in (EngineMachine, GuessingMachine, DraftMachine):
 TestEngine = EngineMachine.TestCase
 TestGuessingEngine = pytest.mark.slow(GuessingMachine.TestCase)
 TestDraftingEngine = pytest.mark.slow(DraftMachine.TestCase)
+TestEngineOfFixedSteps = pytest.mark.slow(FixedStepsMachine.TestCase)
