@@ -469,17 +469,30 @@ def _compiled(path: Path, source: str) -> "regex.Pattern[str]":
 def _isolated(pattern: "regex.Pattern[str]", text: str) -> list[str]:
     """The matches of a pattern and what is between them, without empty strings."""
     parts, done = [], 0
+    for start, stop in _spans(pattern, text):
+        parts += [text[done:start], text[start:stop]]
+        done = stop
+    return [part for part in (*parts, text[done:]) if part]
+
+
+def _spans(pattern: "regex.Pattern[str]", text: str) -> list[tuple[int, int]]:
+    """Where a pattern matches. Raises ValueError where that takes too long."""
     try:
-        for match in pattern.finditer(text, timeout=_SECONDS + len(text) / _CHARS_PER_SECOND):
-            start, stop = match.span()
-            parts += [text[done:start], text[start:stop]]
-            done = stop
+        seconds = _SECONDS + len(text) / _CHARS_PER_SECOND
+        return [match.span() for match in pattern.finditer(text, timeout=seconds)]
     except TimeoutError:
         raise ValueError(
             f"the tokenizer's pattern {shown(pattern.pattern)} takes too long for a text of "
             f"{len(text)} characters"
         ) from None
-    return [part for part in (*parts, text[done:]) if part]
+
+
+def _replaced(pattern: "regex.Pattern[str]", content: str, text: str) -> str:
+    parts, done = [], 0
+    for start, stop in _spans(pattern, text):
+        parts += [text[done:start], content]
+        done = stop
+    return "".join([*parts, text[done:]])
 
 
 def _normalizer(path: Path, step: Any) -> Callable[[str], str]:
@@ -487,7 +500,7 @@ def _normalizer(path: Path, step: Any) -> Callable[[str], str]:
         return lambda text: step.prepend + text if text else text
     if isinstance(step, _Replace):
         pattern = _compiled(path, _source(step.pattern))
-        return lambda text: pattern.sub(lambda match: step.content, text)
+        return lambda text: _replaced(pattern, step.content, text)
     form: Any = type(step).__name__[1:]
     return lambda text: unicodedata.normalize(form, text)
 

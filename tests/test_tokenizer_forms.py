@@ -141,3 +141,10 @@ def test_a_pattern_that_takes_for_ever_is_stopped(tmp_path: Path, monkeypatch) -
     assert tokenizer.encode("aaaa") == [97] * 4
     with pytest.raises(ValueError, match="takes too long for a text of 41 characters"):
         tokenizer.encode("a" * 40 + "b")
+    replaced = llama2(normalizer={
+        "type": "Replace", "pattern": {"Regex": "(a|a)+$"}, "content": "b"
+    })  # fmt: skip
+    tokenizer = load(tmp_path, replaced)
+    assert tokenizer.encode("aaa") == tokenizer.encode("b")
+    with pytest.raises(ValueError, match="takes too long for a text of 41 characters"):
+        tokenizer.encode("a" * 40 + "b")
