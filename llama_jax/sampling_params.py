@@ -17,8 +17,9 @@ class SamplingParams:
     max_new_tokens, min_new_tokens: bounds on the number of generated tokens. Before there are
         `min_new_tokens`, stop tokens are not drawn (the checkpoint's own neither, even with
         `ignore_eos`) and stop strings do not end the text.
-    temperature: 0 is greedy. top_k: 0 keeps all tokens; ties with the k-th are kept. top_p: mass
-        of the nucleus, in (0, 1]. min_p: least probability relative to the likeliest token.
+    temperature: 0 is greedy. top_k: 0 (or -1) keeps all tokens; ties with the k-th are kept.
+        top_p: mass of the nucleus, in (0, 1]. min_p: least probability relative to the likeliest
+        token.
     repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or
         the output (Keskar et al., 2019); 1 is off. presence_penalty, frequency_penalty: subtracted
         once, or per occurrence, for tokens in the output.
@@ -49,6 +50,15 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        # As vLLM's users write what is off.
+        off: tuple[tuple[str, Any, Any], ...] = (
+            ("top_k", -1, 0), ("stop", None, ()), ("stop_token_ids", None, ()),
+            ("logit_bias", None, {}),
+        )  # fmt: skip
+        for name, theirs, ours in off:
+            value = getattr(self, name)
+            if value is None if theirs is None else value == theirs:
+                object.__setattr__(self, name, ours)
         for name, kind in _KINDS.items():
             _check_kind(name, getattr(self, name), kind)
         for name, kind in _OPTIONAL_KINDS.items():

@@ -153,7 +153,7 @@ def test_logprobs_are_the_models_own():
     ("name", "value"),
     [
         ("max_new_tokens", 0), ("min_new_tokens", 300), ("temperature", -0.1),
-        ("temperature", float("nan")), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1),
+        ("temperature", float("nan")), ("top_k", -2), ("top_p", 0.0), ("top_p", 1.1),
         ("min_p", -0.1), ("repetition_penalty", 0.0), ("presence_penalty", float("inf")),
         ("frequency_penalty", float("nan")), ("logit_bias", {1: float("nan")}), ("seed", -1),
         ("stop", [""]), ("logprobs", 21),
@@ -180,6 +180,11 @@ def test_settings_of_a_wrong_type_are_named(name, value):
     # `max_new_tokens=2.5` once kept the engine decoding for ever: 2.5 tokens are never reached.
     with pytest.raises(TypeError, match=rf"{name}.*: expected"):
         SamplingParams(**{name: value})
+
+
+def test_what_is_off_may_be_written_as_for_vllm():
+    theirs = SamplingParams(top_k=-1, stop=None, stop_token_ids=None, logit_bias=None)
+    assert theirs == SamplingParams()
 
 
 def test_numbers_of_numpy_are_settings_too():
