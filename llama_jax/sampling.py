@@ -27,6 +27,7 @@ Kind = Literal["greedy", "sampled", "truncated", "everything"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 # Stop tokens of a row that are sent to the device as a list rather than a mask, see `is_plain`.
 _LISTED_STOPS = 16
+_LEAST_TEMPERATURE = np.float32(1e-30)
 
 
 class SamplingState(struct.PyTreeNode):
@@ -156,6 +157,9 @@ def host_rows(
             ("min_new_tokens", np.int32),
         )
     }
+    # Logits over less would be infinite, and which of them is largest unknown.
+    warm = columns["temperature"] > 0
+    columns["temperature"][warm] = np.maximum(columns["temperature"][warm], _LEAST_TEMPERATURE)
     columns |= {
         "top_logprobs": np.array([p.logprobs or 0 for p in params], np.int32),
         "seed": np.array(seeds, np.uint32),

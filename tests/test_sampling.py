@@ -38,6 +38,15 @@ def test_greedy_is_argmax_and_ties_take_the_first():
     assert sample(row, state(SamplingParams(temperature=0))).tokens[0] == 7
 
 
+@pytest.mark.parametrize("temperature", [1e-4, 1e-12, 1e-37, 1e-38, 1e-44])
+@pytest.mark.parametrize("rest", [{}, {"top_k": 5, "top_p": 0.9}, {"min_p": 0.1}], ids=str)
+def test_hardly_any_temperature_is_greedy(temperature, rest):
+    """Divided by it, both logits would be infinite, and the first of them the one that is drawn."""
+    row = jnp.zeros((1, VOCAB)).at[0, jnp.array([7, 30])].set(jnp.array([90.0, 100.0]))
+    settings = state(SamplingParams(temperature=temperature, seed=1, **rest))
+    assert sample(row, settings).tokens[0] == 30
+
+
 def test_frequencies_follow_the_softmax():
     row = logits()
     drawn = draws(SamplingParams(temperature=0.7, seed=1), row)
