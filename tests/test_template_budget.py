@@ -152,26 +152,32 @@ def test_hostile_template_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch)
     assert thread_time() - before < MAX_SECONDS + 1
 
 
+# ru_maxrss would begin with what pytest had: Linux keeps it over exec, unlike VmHWM.
 _MEASURE = """
-import json, resource, sys, time
+import json, sys, time
 from llama_jax import template_budget
 from llama_jax.chat_template import ChatTemplateError, render_template
 from tests.test_template_budget import HOSTILE, MESSAGES
+
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
 found = {}
 for name, source in HOSTILE.items():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     start = time.thread_time()
     try:
         render_template(source, {"messages": MESSAGES, "tools": None})
     except ChatTemplateError:
         pass
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found[name] = time.thread_time() - start, (after - before) / 1024
+    found[name] = time.thread_time() - start, (peak() - before) / 1024
 print(json.dumps(found))
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_hostile_templates_take_two_seconds_and_300_mb() -> None:
     run = subprocess.run([sys.executable, "-c", _MEASURE], capture_output=True, text=True,
                          timeout=600, check=True, cwd=Path(__file__).parents[1])  # fmt: skip
