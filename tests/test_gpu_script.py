@@ -37,6 +37,7 @@ def test_without_stages_it_explains_itself(tmp_path):
     assert "benchmarks/gpu.sh first" in done.stderr and "set -uo" not in done.stderr
 
 
+@pytest.mark.slow
 def test_the_stage_of_kernels_names_cases_of_every_kernel():
     """What a GPU's first minutes are spent on is chosen by names: each part has to find some."""
     script = (ROOT / "benchmarks/gpu.sh").read_text()

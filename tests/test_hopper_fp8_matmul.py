@@ -66,8 +66,14 @@ def exact(x, weight, weight_scale, x_scale):
         pytest.param(
             130, 264, 128, Config(tile_m=128, tile_n=256, stages=2), marks=pytest.mark.slow
         ),
-        (200, 200, 384, PAIRED),
-        (129, 128, 256, Config(tile_m=128, tile_n=128, stages=2, promote=True)),
+        pytest.param(200, 200, 384, PAIRED, marks=pytest.mark.slow),
+        pytest.param(
+            129,
+            128,
+            256,
+            Config(tile_m=128, tile_n=128, stages=2, promote=True),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=lambda each: f"{each.tile_m}x{each.tile_n}" if isinstance(each, Config) else str(each),
 )
@@ -80,7 +86,9 @@ def test_small_integers_are_exact(m, n, k, config):
     np.testing.assert_array_equal(y, 2 * np.asarray(x, np.float64) @ np.asarray(weight).T)
 
 
-@pytest.mark.parametrize("config", [WIDE, PAIRED], ids=["alone", "in pairs"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(WIDE, marks=pytest.mark.slow), PAIRED], ids=["alone", "in pairs"]
+)
 def test_blocks_go_on_to_further_tiles(monkeypatch, config):
     """Two multiprocessors, tiles for many: the ring of tiles wraps around in the middle of one."""
     monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)
@@ -96,7 +104,7 @@ def test_blocks_go_on_to_further_tiles(monkeypatch, config):
     ("x_layout", "weight_layout"),
     [
         ("static", "row"),
-        ("row", "block"),
+        pytest.param("row", "block", marks=pytest.mark.slow),
         ("grouped", "row"),
         pytest.param("static", "block", marks=pytest.mark.slow),
         pytest.param("row", "row", marks=pytest.mark.slow),
@@ -134,7 +142,7 @@ def test_extreme_scales(size):
     np.testing.assert_allclose(np.asarray(y) / size, exact(*arrays) / size, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(BF16, marks=pytest.mark.slow), F32], ids=str)
 def test_the_residual_is_added_before_rounding(dtype):
     x, weight, weight_scale, x_scale = operands(65, 144, 256, "row")
     rng = np.random.default_rng(5)
@@ -147,7 +155,11 @@ def test_the_residual_is_added_before_rounding(dtype):
 
 @pytest.mark.parametrize(
     ("m", "x_layout", "weight_layout"),
-    [(1, "row", "row"), (65, "grouped", "block"), (130, "row", "block")],
+    [
+        (1, "row", "row"),
+        (65, "grouped", "block"),
+        pytest.param(130, "row", "block", marks=pytest.mark.slow),
+    ],
 )
 def test_swiglu(m, x_layout, weight_layout):
     x, gate, gate_scale, x_scale = operands(m, 256, 256, x_layout, weight_layout)

@@ -108,6 +108,7 @@ def test_logprobs_are_those_of_the_tokens() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_distribution_is_the_models_own() -> None:
     """The second and third tokens after a guess by a different draft, over many seeds."""
     engine = with_draft(
