@@ -169,7 +169,7 @@ def test_a_damaged_value_is_told(directory: Path, name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_any_damaged_value_is_told(directory: Path, name: str) -> None:
-    @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
     @given(DAMAGES)
     def each(damage: tuple[str, int, Any]) -> None:
         check(directory, name, damage)
