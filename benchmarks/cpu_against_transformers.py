@@ -46,10 +46,11 @@ def llama_jax_runner() -> Run:
     sys.modules["jax_plugins.xla_cuda13"] = None
     import jax.numpy as jnp
 
-    from llama_jax import bench, compile_cache
-    from llama_jax.config import PRESETS
-    from llama_jax.memory import share_one_arena
-    from llama_jax.request import Request
+    from llama_jax import bench
+    from llama_jax.engine import compile_cache
+    from llama_jax.engine.memory import share_one_arena
+    from llama_jax.engine.request import Request
+    from llama_jax.model.config import PRESETS
 
     share_one_arena()  # as the commands do
     compile_cache.enable()
@@ -91,7 +92,7 @@ def transformers_runner(dtype: str) -> Run:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from llama_jax.config import PRESETS
+    from llama_jax.model.config import PRESETS
 
     torch.set_num_threads(CORES)
     torch.manual_seed(0)

@@ -55,14 +55,14 @@ run() { # python, until the stage's time is over
 left() { echo $((deadline - SECONDS)); }
 
 kernels() {
-    if [ $simulate ]; then run -m pallas_kernels.bench --simulate; else
+    if [ $simulate ]; then run -m pallas_kernels.dev.bench --simulate; else
         local cases='^8B TP1 (q|gate|down)_proj .* m=(65|128|2048|8192) row( swiglu| after swiglu)?$'
         cases+='|^8B TP1 .* m=(1|16|64) row weight-only$'
         cases+='|^8B TP1 (qkv|down)_proj .* m=1 block weight-only$'
         cases+='|^8B TP1 heads.* (T=8192 bf16|T=8192 fp8|T=2048 after 30720 bf16) prefill'
         cases+='|^8B TP1 heads.* (B=1 S=8192|B=32 S=1024|B=32 S=8192|B=128 S=8192) tokens=1 '
         # XLA's path beside one matmul of each kind, and cuDNN beside one prompt.
-        run -m pallas_kernels.bench --rows 1 16 64 65 128 2048 8192 --only "$cases" \
+        run -m pallas_kernels.dev.bench --rows 1 16 64 65 128 2048 8192 --only "$cases" \
             --rivals '(gate|down)_proj .* m=2048 row$|T=8192 bf16' \
             --seconds $(($(left) - 10)) --json "$out/${name}_kernels.json"
     fi
@@ -84,8 +84,8 @@ model() { # batch 1 first, since it shows most
     return $failed
 }
 tune() {
-    if [ $simulate ]; then run -m pallas_kernels.tune --simulate --only 'tiny one'; else
-        run -m pallas_kernels.tune --seconds $(($(left) - 15)) --rows 1 64 2048 \
+    if [ $simulate ]; then run -m pallas_kernels.dev.tune --simulate --only 'tiny one'; else
+        run -m pallas_kernels.dev.tune --seconds $(($(left) - 15)) --rows 1 64 2048 \
             --only '^8B TP1 .* row weight-only$|^8B TP1 (gate|down)_proj .* m=2048 row|^8B TP1 heads'
         cp -r pallas_kernels/tuned "$out/" 2>/dev/null || true
     fi

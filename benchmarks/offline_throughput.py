@@ -30,17 +30,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from llama_jax import compile_cache
 from llama_jax.bench import environment, preset_spec, random_params
-from llama_jax.config import PRESETS, LlamaConfig
-from llama_jax.engine import Engine
-from llama_jax.kv_cache import PAGE_SIZE, storage_dtype
-from llama_jax.memory import MemoryPlan, fitting_pages, plan_memory
-from llama_jax.model import ModelSpec, abstract_params
-from llama_jax.request import Request
+from llama_jax.engine import compile_cache
+from llama_jax.engine.engine import Engine
+from llama_jax.engine.memory import MemoryPlan, fitting_pages, plan_memory
+from llama_jax.engine.request import Request
+from llama_jax.engine.scheduling import EngineOptions
+from llama_jax.model.config import PRESETS, LlamaConfig
+from llama_jax.model.kv_cache import PAGE_SIZE, storage_dtype
+from llama_jax.model.llama import ModelSpec, abstract_params
 from llama_jax.sampling_params import SamplingParams
-from llama_jax.scheduling import EngineOptions
-from pallas_kernels.case import FP8_OPERATIONS_PER_SECOND
+from pallas_kernels.dev.case import FP8_OPERATIONS_PER_SECOND
 
 # Output tokens/s of Llama 3.1 8B in FP8 on one GPU, by input and output tokens: TensorRT-LLM 1.0,
 # docs/source/performance/perf-overview.md.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from converters.dialects.layout import LazyArray, Module, Plan, constant, is_linear, source_name
-from llama_jax.checkpoint import CheckpointError
+from llama_jax.checkpoint.store import CheckpointError
 from pallas_kernels.fp8_matmul.reference import BLOCK
 
 _log = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from converters.writing import (
     full_disk_explained,
     package_version,
 )
-from llama_jax import fp8
+from llama_jax.model import fp8
 from pallas_kernels.fp8_matmul.reference import BLOCK
 
 ExportFormat = Literal["bf16", "fp8"]

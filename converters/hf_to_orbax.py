@@ -11,7 +11,7 @@ from rich.filesize import decimal
 from converters.dialects import DIALECTS
 from converters.locate import locate
 from converters.pipeline import convert
-from llama_jax.checkpoint import Manifest
+from llama_jax.checkpoint.store import Manifest
 
 HELP = f"""Convert a Hugging Face checkpoint of Llama into an Orbax directory.
 

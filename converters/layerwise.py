@@ -2,8 +2,8 @@
 
 A model larger than memory can be calibrated, scored and compared this way: what is held at once is
 one layer's weights beside the hidden states of all tokens. Each layer runs as a model one layer
-deep, by the model's own code (`llama_jax.model.Llama`) with a cache, so layers that are stored
-alike share one compiled program.
+deep, by the model's own code (`llama_jax.model.llama.Llama`) with a cache, so layers that are
+stored alike share one compiled program.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -31,10 +31,10 @@ from rich.progress import (
 from rich.text import Text
 
 from converters.dialects.layout import Plan, pieces
-from llama_jax.config import LlamaConfig
-from llama_jax.kv_cache import KVDtype, init_cache, storage_dtype
-from llama_jax.model import LayerCache, Linear, Llama, ModelSpec, Params
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.kv_cache import KVDtype, init_cache, storage_dtype
+from llama_jax.model.llama import LayerCache, Linear, Llama, ModelSpec, Params
+from llama_jax.text.tokenizer import Tokenizer
 from pallas_kernels import e4m3
 
 # Tokens that go through a layer at once, and tokens whose logits exist at once.

@@ -9,12 +9,12 @@ from converters.dialects import make_plan
 from converters.dialects.layout import Plan
 from converters.orbax_reader import converted_plan
 from converters.source import read_source, read_tokenizer, tokenizer_path
-from llama_jax.checkpoint import PARAMS, read_manifest
-from llama_jax.config import LlamaConfig
-from llama_jax.converted import is_converted
+from llama_jax.checkpoint.converted import is_converted
+from llama_jax.checkpoint.store import PARAMS, read_manifest
 from llama_jax.errors import CheckpointError
-from llama_jax.model import Activations, ModelSpec
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.llama import Activations, ModelSpec
+from llama_jax.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The files that make a directory of arrays one Orbax PyTree checkpoint.
 
 Orbax saves a tree that is wholly in memory. What it writes without OCDBT is simple enough to stream
-instead: for each array a zarr directory named by its path with dots (`llama_jax.array_file` writes
-them), and a `_METADATA` file that lists the tree.
+instead: for each array a zarr directory named by its path with dots
+(`llama_jax.checkpoint.array_file` writes them), and a `_METADATA` file that lists the tree.
 """
 
 import json

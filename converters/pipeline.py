@@ -33,8 +33,8 @@ from converters.writing import (
     full_disk_explained,
     package_version,
 )
-from llama_jax.array_file import WORKERS, Advance, holds, write_array
-from llama_jax.checkpoint import MANIFEST, PARAMS, Manifest, file_sha256
+from llama_jax.checkpoint.array_file import WORKERS, Advance, holds, write_array
+from llama_jax.checkpoint.store import MANIFEST, PARAMS, Manifest, file_sha256
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def convert(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Manifest:
-    """Convert a published checkpoint into a directory that `llama_jax.checkpoint` loads.
+    """Convert a published checkpoint into a directory that `llama_jax.checkpoint.store` loads.
 
     source: config.json, safetensors (one file, or shards with an index) and tokenizer files; Meta's
         params.json, consolidated.*.pth and tokenizer.model; or a converted checkpoint, to quantise

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from converters.safetensors_reader import StoredTensor, read_shards, shard_path
 from converters.torch_pickle import MAX_PROGRAM, Tensor, described_tensors
-from llama_jax.checkpoint import CheckpointError
+from llama_jax.checkpoint.store import CheckpointError
 
 # Signature, then, after what the archive's directory repeats, the lengths of name and extra field.
 _LOCAL_HEADER = struct.Struct("<4s22xHH")

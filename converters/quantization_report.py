@@ -18,10 +18,10 @@ from converters.dialects.layout import LazyArray, Module, Plan, piece_rows
 from converters.layerwise import final_hidden, log_likelihoods
 from converters.on_host import on_host
 from converters.quantize_options import check_report_path
-from llama_jax import fp8
-from llama_jax.checkpoint import CheckpointError
-from llama_jax.config import LlamaConfig
-from llama_jax.model import Activations, LayerCache, ModelSpec, Params
+from llama_jax.checkpoint.store import CheckpointError
+from llama_jax.model import fp8
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.llama import Activations, LayerCache, ModelSpec, Params
 from pallas_kernels.fp8_matmul.reference import BLOCK, expand_scale
 
 if TYPE_CHECKING:

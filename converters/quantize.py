@@ -25,9 +25,9 @@ from converters.quantization_report import (
 )
 from converters.quantize_options import Layout as Layout
 from converters.quantize_options import QuantizeOptions as QuantizeOptions
-from llama_jax import fp8
-from llama_jax.checkpoint import CheckpointError
-from llama_jax.tokenizer import load_tokenizer
+from llama_jax.checkpoint.store import CheckpointError
+from llama_jax.model import fp8
+from llama_jax.text.tokenizer import load_tokenizer
 from pallas_kernels.fp8_matmul.reference import BLOCK
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from converters.locate import locate
 from converters.source import CONVERTER_VERSION, OLDER_FILES, WANTED_FILES, published_name
-from llama_jax.checkpoint import CheckpointError
-from llama_jax.converted import is_converted
+from llama_jax.checkpoint.converted import is_converted
+from llama_jax.checkpoint.store import CheckpointError
 
 if TYPE_CHECKING:
     from converters.quantize import Layout

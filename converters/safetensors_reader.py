@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from msgspec import Struct
 
-from llama_jax.checkpoint import CheckpointError
+from llama_jax.checkpoint.store import CheckpointError
 from llama_jax.json_file import MAX_BYTES, convert, is_there, parse, read_json
 
 DTYPES: Mapping[str, np.dtype] = MappingProxyType(

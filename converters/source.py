@@ -11,12 +11,12 @@ import numpy as np
 from converters.pth_reader import read_bin_checkpoint, read_consolidated
 from converters.safetensors_reader import StoredTensor, read_checkpoint, read_rows, shard_path
 from llama_jax import json_file
-from llama_jax.chat_files import TEMPLATE_DIRECTORY
-from llama_jax.checkpoint import CheckpointError
-from llama_jax.config import PARAM_DTYPES, LlamaConfig
-from llama_jax.config_files import GENERATION_KEYS, read_params
-from llama_jax.generation_config import read_settings
-from llama_jax.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.checkpoint.generation_config import read_settings
+from llama_jax.checkpoint.store import CheckpointError
+from llama_jax.model.config import PARAM_DTYPES, LlamaConfig
+from llama_jax.model.config_files import GENERATION_KEYS, read_params
+from llama_jax.text.chat_files import TEMPLATE_DIRECTORY
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 # Counted up when the same source would convert to something else.
 CONVERTER_VERSION = 4

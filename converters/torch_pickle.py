@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from llama_jax.checkpoint import CheckpointError
+from llama_jax.checkpoint.store import CheckpointError
 
 # Llama 3.1 405B's pickles have a quarter of a megabyte.
 MAX_PROGRAM = 4 * 1024 * 1024

@@ -19,7 +19,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from llama_jax.converted import is_converted
+from llama_jax.checkpoint.converted import is_converted
 from llama_jax.errors import CheckpointError
 from llama_jax.json_file import read_object
 

@@ -11,8 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_jax.config import PRESETS, LlamaConfig
     from llama_jax.llm import LLM
+    from llama_jax.model.config import PRESETS, LlamaConfig
     from llama_jax.results import (
         Generation,
         Perplexity,
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
         TokenLogprob,
     )
     from llama_jax.sampling_params import SamplingParams
-    from llama_jax.tools import ToolCall
+    from llama_jax.text.tools import ToolCall
 
 _HOMES = {
-    "LLM": "llm", "PRESETS": "config", "LlamaConfig": "config", "SamplingParams": "sampling_params",
-    "Generation": "results", "Perplexity": "results", "Piece": "results", "Ranking": "results",
-    "Score": "results", "Timings": "results", "TokenLogprob": "results", "ToolCall": "tools",
+    "LLM": "llm", "PRESETS": "model.config", "LlamaConfig": "model.config",
+    "SamplingParams": "sampling_params", "Generation": "results", "Perplexity": "results",
+    "Piece": "results", "Ranking": "results", "Score": "results", "Timings": "results",
+    "TokenLogprob": "results", "ToolCall": "text.tools",
 }  # fmt: skip
 
 __all__ = [

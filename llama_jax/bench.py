@@ -25,17 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from llama_jax import compile_cache
-from llama_jax.compile_cache import CompileReport
-from llama_jax.config import LlamaConfig
-from llama_jax.engine import Engine
-from llama_jax.fp8 import WeightFormat
-from llama_jax.kv_cache import PAGE_SIZE
-from llama_jax.memory import MemoryPlan, plan_memory
-from llama_jax.model import ModelSpec, Params, abstract_params
-from llama_jax.request import Request
+from llama_jax.engine import compile_cache
+from llama_jax.engine.compile_cache import CompileReport
+from llama_jax.engine.engine import Engine
+from llama_jax.engine.memory import MemoryPlan, plan_memory
+from llama_jax.engine.request import Request
+from llama_jax.engine.scheduling import EngineOptions
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.fp8 import WeightFormat
+from llama_jax.model.kv_cache import PAGE_SIZE
+from llama_jax.model.llama import ModelSpec, Params, abstract_params
 from llama_jax.sampling_params import SamplingParams
-from llama_jax.scheduling import EngineOptions
 from pallas_kernels import device_trace, e4m3
 
 _TILE = 1 << 22  # random numbers that are drawn once and repeated to fill larger arrays
@@ -356,7 +356,7 @@ def random_params(spec: ModelSpec, seed: int = 0) -> Params:
     """Parameters of the right shapes and formats and of plausible size, made in a moment.
 
     Matrices repeat a few million random numbers. Codes are never NaN. On a CPU float8_e4m3fn comes
-    as int8 bits, as `checkpoint.load_params` gives it there.
+    as int8 bits, as `store.load_params` gives it there.
     """
     rng = np.random.default_rng(seed)
     codes = rng.integers(-128, 128, _TILE, np.int8)

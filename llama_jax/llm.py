@@ -11,22 +11,24 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from llama_jax import checkpoint, compile_cache, memory
 from llama_jax.abacus import SHIPPED_MODEL
-from llama_jax.chat import choose_template, encode_chat
-from llama_jax.chat_files import said_to_lie_in
-from llama_jax.compile_cache import CompileReport
-from llama_jax.config import LlamaConfig, token_ids
-from llama_jax.engine import Engine
-from llama_jax.errors import CheckpointError
-from llama_jax.generation_config import (
+from llama_jax.checkpoint import store
+from llama_jax.checkpoint.generation_config import (
     default_sampling,
     read_settings,
     warn_of_fields_without_effect,
 )
-from llama_jax.kv_cache import KVDtype, storage_dtype
-from llama_jax.model import Activations, Implementation, ModelSpec, Params
-from llama_jax.request import Request, Wanted
+from llama_jax.engine import compile_cache, memory
+from llama_jax.engine.compile_cache import CompileReport
+from llama_jax.engine.engine import Engine
+from llama_jax.engine.request import Request, Wanted
+from llama_jax.engine.sampling import check_ids
+from llama_jax.engine.scheduling import EngineOptions, Stats
+from llama_jax.engine.speculation import Speculation
+from llama_jax.errors import CheckpointError
+from llama_jax.model.config import LlamaConfig, token_ids
+from llama_jax.model.kv_cache import KVDtype, storage_dtype
+from llama_jax.model.llama import Activations, Implementation, ModelSpec, Params
 from llama_jax.results import (
     Generation,
     Perplexity,
@@ -36,9 +38,7 @@ from llama_jax.results import (
     Timings,
     TokenLogprob,
 )
-from llama_jax.sampling import check_ids
 from llama_jax.sampling_params import SamplingParams
-from llama_jax.scheduling import EngineOptions, Stats
 from llama_jax.scoring import (
     Question,
     answers,
@@ -46,10 +46,11 @@ from llama_jax.scoring import (
     score_of,
     score_request,
 )
-from llama_jax.speculation import Speculation
-from llama_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
-from llama_jax.tools import parse_tool_calls, tool_format
-from llama_jax.windows import rolling_windows, window_and_stride
+from llama_jax.text.chat import choose_template, encode_chat
+from llama_jax.text.chat_files import said_to_lie_in
+from llama_jax.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from llama_jax.text.tools import parse_tool_calls, tool_format
+from llama_jax.text.windows import rolling_windows, window_and_stride
 
 DEFAULT_MAX_SEQ_LEN = 8192
 DEFAULT_LOOKAHEAD = 4
@@ -68,7 +69,7 @@ class LLM:
         spec: ModelSpec,
         tokenizer: Tokenizer,
         *,
-        manifest: checkpoint.Manifest,
+        manifest: store.Manifest,
         kv_dtype: KVDtype,
         options: EngineOptions,
         draft: tuple[Params, ModelSpec] | None = None,
@@ -133,19 +134,19 @@ class LLM:
         draft: a smaller model with the same vocabulary that guesses `lookahead` tokens (by default
             4) for the model to check together; the tokens stay the same. `lookahead` without a
             draft looks guesses up in the text so far.
-        mesh: devices to shard over (`llama_jax.sharding`); by default the first device alone.
+        mesh: devices to shard over (`llama_jax.model.sharding`); by default the first device alone.
         verbose: print the memory plan.
         scheduling: other fields of `scheduling.EngineOptions`: prefill_chunk, prefill_budget,
             num_pages, max_steps, lookahead, max_waiting, share_prefixes, batch_invariant. By
             default the cache has pages for all sequences at full length, or what there is memory
             for.
 
-        Raises `checkpoint.CheckpointError` for what cannot be read, `memory.DoesNotFitError` before
+        Raises `store.CheckpointError` for what cannot be read, `memory.DoesNotFitError` before
         anything is loaded, ValueError for settings.
         """
         compile_cache.enable()
-        directory = checkpoint.resolve(path_or_id)
-        manifest = checkpoint.read_manifest(directory)
+        directory = store.resolve(path_or_id)
+        manifest = store.read_manifest(directory)
         config = manifest.config
         tokenizer = _load_tokenizer(path_or_id, directory, config)
         max_seq_len = sequence_limit(config, max_seq_len)
@@ -154,8 +155,8 @@ class LLM:
         spec.check_runs()
         draft_directory, draft_spec = None, None
         if draft is not None:
-            draft_directory = checkpoint.resolve(draft)
-            draft_spec = checkpoint.read_manifest(draft_directory).spec(dtype, "auto")
+            draft_directory = store.resolve(draft)
+            draft_spec = store.read_manifest(draft_directory).spec(dtype, "auto")
             draft_spec = replace(draft_spec, implementation=implementation, mesh=mesh)
             scheduling.setdefault("lookahead", DEFAULT_LOOKAHEAD)
         options = EngineOptions(max_batch_size, max_seq_len, **scheduling)
@@ -179,7 +180,7 @@ class LLM:
 
         def load(directory: Path, spec: ModelSpec) -> Params:
             bits = jax.default_backend() == "cpu"
-            return checkpoint.load_params(directory, spec, bits=bits)
+            return store.load_params(directory, spec, bits=bits)
 
         drafting = None
         if draft_directory and draft_spec:

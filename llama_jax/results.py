@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.request import FinishReason
-from llama_jax.tools import ToolCall
+from llama_jax.engine.request import FinishReason
+from llama_jax.text.tools import ToolCall
 
 
 @dataclass(frozen=True)

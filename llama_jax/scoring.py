@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llama_jax.engine import Engine
-from llama_jax.kv_cache import PAGE_SIZE
-from llama_jax.request import Request
+from llama_jax.engine.engine import Engine
+from llama_jax.engine.request import Request
+from llama_jax.model.kv_cache import PAGE_SIZE
 from llama_jax.results import Perplexity, Ranking, Score
 
 if TYPE_CHECKING:

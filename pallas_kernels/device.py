@@ -14,8 +14,8 @@ H200_MULTIPROCESSORS = 132
 def not_hopper() -> str | None:
     """Why kernels for Hopper cannot run on what is lowered for; None if they can.
 
-    That is the abstract device of the mesh in use (`pallas_kernels.sm90` sets one), or else JAX's
-    default device.
+    That is the abstract device of the mesh in use (`pallas_kernels.dev.sm90` sets one), or else
+    JAX's default device.
     """
     if (abstract := jax.sharding.get_abstract_mesh().abstract_device) is not None:
         kind = abstract.device_kind

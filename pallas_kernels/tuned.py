@@ -1,7 +1,7 @@
 """Configurations that were measured: one table per kind of GPU, tuned/<device>.json.
 
-`python -m pallas_kernels.tune` writes the table of the GPU that it runs on; kernels look up theirs
-when they are lowered, and have a heuristic for what no table holds.
+`python -m pallas_kernels.dev.tune` writes the table of the GPU that it runs on; kernels look up
+theirs when they are lowered, and have a heuristic for what no table holds.
 """
 
 import json

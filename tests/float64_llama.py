@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.config import LlamaConfig
+from llama_jax.model.config import LlamaConfig
 
 
 def forward(

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.config import LlamaConfig
-from llama_jax.kv_cache import init_cache
-from llama_jax.model import Llama, ModelSpec, abstract_params
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.kv_cache import init_cache
+from llama_jax.model.llama import Llama, ModelSpec, abstract_params
 from tests.tiny import CONFIG, LLAMA3_ROPE, tokens
 
 REFERENCES = Path(__file__).parent / "references" / "hf_logits.npz"

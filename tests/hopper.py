@@ -11,7 +11,7 @@ import jax
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import sm90
+from pallas_kernels.dev import sm90
 
 
 def simulate(kernel: Callable[..., Any], *arguments: Any, **options: Any) -> Any:

@@ -17,10 +17,10 @@ from safetensors import safe_open
 
 from llama_jax import LLM
 from llama_jax.abacus import data, evaluate, number_tasks, tasks, vocabulary, words
-from llama_jax.chat import encode_chat, render_chat
-from llama_jax.chat_template import render_template
-from llama_jax.config import LlamaConfig
-from llama_jax.tokenizer import LLAMA31_SPECIAL_TOKENS, load_tokenizer
+from llama_jax.model.config import LlamaConfig
+from llama_jax.text.chat import encode_chat, render_chat
+from llama_jax.text.chat_template import render_template
+from llama_jax.text.tokenizer import LLAMA31_SPECIAL_TOKENS, load_tokenizer
 
 PACKAGE = Path(tasks.__file__).parent
 GOLDEN = Path(__file__).parents[2] / "shared" / "data" / "golden" / "chat.json"

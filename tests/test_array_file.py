@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from llama_jax import array_file
+from llama_jax.checkpoint import array_file
 
 CASES = [
     ("float8_e4m3fn", (2048, 256)),  # 16 x 2 chunks

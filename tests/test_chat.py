@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.chat import ChatTemplateError, encode_chat, render_chat
-from llama_jax.tokenizer import Tokenizer, load_tokenizer
-from llama_jax.tools import parse_tool_calls
+from llama_jax.text.chat import ChatTemplateError, encode_chat, render_chat
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.text.tools import parse_tool_calls
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="shared data absent")

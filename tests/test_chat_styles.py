@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from llama_jax.chat import choose_template, encode_chat, render_chat
-from llama_jax.chat_files import TemplateSource, read_chat_templates
-from llama_jax.chat_template import ChatTemplateError
 from llama_jax.errors import CheckpointError
-from llama_jax.tokenizer import Tokenizer
-from llama_jax.tools import parse_tool_calls, tool_format
+from llama_jax.text.chat import choose_template, encode_chat, render_chat
+from llama_jax.text.chat_files import TemplateSource, read_chat_templates
+from llama_jax.text.chat_template import ChatTemplateError
+from llama_jax.text.tokenizer import Tokenizer
+from llama_jax.text.tools import parse_tool_calls, tool_format
 from tests.test_chat import ATTACK, plain, specials, user
 
 __all__ = ["plain"]  # the fixture

@@ -10,9 +10,9 @@ import orbax.checkpoint as ocp
 import pytest
 
 from converters.pipeline import convert
-from llama_jax import array_file, checkpoint
-from llama_jax.checkpoint import CheckpointError, load_params, read_manifest
-from llama_jax.model import Llama, ModelSpec, abstract_params
+from llama_jax.checkpoint import array_file, store
+from llama_jax.checkpoint.store import CheckpointError, load_params, read_manifest
+from llama_jax.model.llama import Llama, ModelSpec, abstract_params
 from pallas_kernels import e4m3
 from tests import tiny_checkpoints as tiny
 
@@ -137,14 +137,14 @@ def test_damage_is_found_before_loading(directory: Path) -> None:
 def test_another_model_than_the_stored_one_is_refused_by_name(pristine: Path) -> None:
     manifest = read_manifest(pristine)
     refused(pristine, r"lacks|no place", ModelSpec(manifest.config))
-    formats = dict(manifest.formats) | {"norm": checkpoint.WeightFormat("float32")}
+    formats = dict(manifest.formats) | {"norm": store.WeightFormat("float32")}
     match = re.escape("norm.weight is stored as bfloat16 [64], expected is float32 [64]")
     refused(pristine, match, ModelSpec(manifest.config, formats))
 
 
 def test_a_sound_checkpoint_is_verified_byte_by_byte(pristine: Path) -> None:
     counted: list[int] = []
-    assert checkpoint.verify(pristine, counted.append) == {}
+    assert store.verify(pristine, counted.append) == {}
     assert sum(counted) == read_manifest(pristine).total_bytes
 
 
@@ -165,7 +165,7 @@ def test_verify_names_what_is_damaged_missing_or_extra(directory: Path) -> None:
     (directory / "tokenizer.json").unlink()
     (directory / "notes.txt").touch()
     (params / "norm.weight" / "1").touch()
-    assert checkpoint.verify(directory) == {
+    assert store.verify(directory) == {
         f"params/{Q}.weight": "damaged",
         f"params/{Q}.weight_scale": "damaged",
         "params/norm.weight": "damaged",
@@ -181,7 +181,7 @@ def test_verify_names_what_is_damaged_missing_or_extra(directory: Path) -> None:
 def test_large_arrays_are_read_in_runs(pristine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = read_manifest(pristine).spec()
     whole = load_params(pristine, spec)
-    monkeypatch.setattr(checkpoint, "_RUN_BYTES", 1000)
+    monkeypatch.setattr(store, "_RUN_BYTES", 1000)
     counted: list[tuple[slice, slice]] = []
     read_part = array_file.read_part
     monkeypatch.setattr(
@@ -195,9 +195,9 @@ def test_large_arrays_are_read_in_runs(pristine: Path, monkeypatch: pytest.Monke
 def test_resolve_finds_and_converts(
     pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert checkpoint.resolve(pristine) == pristine
+    assert store.resolve(pristine) == pristine
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
-    found = checkpoint.resolve(pristine.parent / "source")
+    found = store.resolve(pristine.parent / "source")
     assert found.parent == tmp_path / "converted"
     assert read_manifest(found) == read_manifest(pristine)
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from llama_jax import cli
 from llama_jax.cli import output
 from llama_jax.results import Generation, Piece, Timings
-from llama_jax.tools import ToolCall
+from llama_jax.text.tools import ToolCall
 from tests.tiny import config
 
 ROOT = Path(__file__).parents[1]
@@ -402,7 +402,7 @@ def test_mistakes_are_explained(run, model, monkeypatch, tmp_path, arguments, ex
 
 @pytest.mark.parametrize("arguments", [("chat", "-m", "hello"), ("bench", "--prompt-len", "64")])
 def test_a_model_that_does_not_fit_is_refused_with_the_sizes(run, model, monkeypatch, arguments):
-    monkeypatch.setattr("llama_jax.memory.device_memory_bytes", lambda _: 100_000)
+    monkeypatch.setattr("llama_jax.engine.memory.device_memory_bytes", lambda _: 100_000)
     code, out, err = run(*arguments, model)
     assert code == 1 and out == ""
     assert "needed, 100.0 kB there: weights 308.2 kB" in err

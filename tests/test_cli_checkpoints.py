@@ -16,7 +16,7 @@ from converters.safetensors_reader import read_checkpoint
 from llama_jax import cli
 from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.cli import output
-from llama_jax.kv_cache import PAGE_SIZE
+from llama_jax.model.kv_cache import PAGE_SIZE
 from tests import tiny_checkpoints as tiny
 
 Run = Callable[..., tuple[int, str, str]]

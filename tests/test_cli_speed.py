@@ -7,9 +7,9 @@ import time
 import pytest
 from rich.console import Console
 
-from llama_jax import compile_cache
 from llama_jax.cli import output
 from llama_jax.cli.speed import Clock
+from llama_jax.engine import compile_cache
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llama_jax import compile_cache
-from llama_jax.compile_cache import CompileReport
+from llama_jax.engine import compile_cache
+from llama_jax.engine.compile_cache import CompileReport
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,10 +20,10 @@ PROGRAM = """
 import json
 import jax.numpy as jnp
 jnp.arange(3) + 1
-from llama_jax import compile_cache
-from llama_jax.kv_cache import init_cache
-from llama_jax.forward import prefill
-from llama_jax.model import init_params
+from llama_jax.engine import compile_cache
+from llama_jax.model.kv_cache import init_cache
+from llama_jax.model.forward import prefill
+from llama_jax.model.llama import init_params
 from tests.tiny import fp8_spec
 directory = compile_cache.enable()
 spec = fp8_spec()

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llama_jax.forward import decode, prefill
-from llama_jax.kv_cache import init_cache
-from llama_jax.model import ModelSpec, abstract_params
+from llama_jax.model.forward import decode, prefill
+from llama_jax.model.kv_cache import init_cache
+from llama_jax.model.llama import ModelSpec, abstract_params
 from tests.tiny import config, fp8_formats
 
 # Wide enough that a weight outweighs every activation.

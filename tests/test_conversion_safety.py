@@ -23,10 +23,10 @@ from converters.dialects.layout import LazyArray, piece_rows, source_name
 from converters.export import export
 from converters.pipeline import convert
 from converters.safetensors_writer import write_checkpoint
-from llama_jax import array_file
-from llama_jax.checkpoint import CheckpointError, read_manifest, verify
-from llama_jax.config import PRESETS
-from llama_jax.model import ModelSpec, abstract_params
+from llama_jax.checkpoint import array_file
+from llama_jax.checkpoint.store import CheckpointError, read_manifest, verify
+from llama_jax.model.config import PRESETS
+from llama_jax.model.llama import ModelSpec, abstract_params
 from tests import tiny_checkpoints as tiny
 
 # Runs conversions in children of its own, which share its imports, and ends each at its n-th event

@@ -23,9 +23,9 @@ from converters.dialects.layout import piece_rows
 from converters.hf_to_orbax import main
 from converters.pipeline import convert
 from converters.resolve import resolve
-from llama_jax import fp8
-from llama_jax.checkpoint import CheckpointError, load_params, read_manifest
-from llama_jax.fp8 import WeightFormat
+from llama_jax.checkpoint.store import CheckpointError, load_params, read_manifest
+from llama_jax.model import fp8
+from llama_jax.model.fp8 import WeightFormat
 from tests import tiny_checkpoints as tiny
 
 Arrays = dict[str, np.ndarray]

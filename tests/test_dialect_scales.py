@@ -7,7 +7,7 @@ import pytest
 
 from converters.dialects import make_plan
 from converters.source import read_source
-from llama_jax.checkpoint import CheckpointError
+from llama_jax.checkpoint.store import CheckpointError
 from tests import tiny_checkpoints as tiny
 from tests.test_dialects import E4M3, planned, same_bytes
 from tests.tiny_checkpoints import VARIANTS, Q

@@ -15,10 +15,10 @@ from converters.dialects import make_plan
 from converters.dialects.layout import pieces
 from converters.pipeline import convert
 from converters.source import read_source
-from llama_jax.checkpoint import CheckpointError, load_params, read_manifest
-from llama_jax.forward import prefill
-from llama_jax.fp8 import WeightFormat, dequantize
-from llama_jax.kv_cache import init_cache
+from llama_jax.checkpoint.store import CheckpointError, load_params, read_manifest
+from llama_jax.model.forward import prefill
+from llama_jax.model.fp8 import WeightFormat, dequantize
+from llama_jax.model.kv_cache import init_cache
 from tests import tiny_checkpoints as tiny
 from tests.tiny_checkpoints import DOWN, VARIANTS, Arrays, Q, Variant
 

@@ -10,7 +10,7 @@ import pytest
 
 from converters.dialects import make_plan
 from converters.source import read_source
-from llama_jax.fp8 import dequantize
+from llama_jax.model.fp8 import dequantize
 from tests import tiny_checkpoints as tiny
 from tests.test_dialects import planned
 from tests.tiny_checkpoints import VARIANTS

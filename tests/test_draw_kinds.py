@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.compile_cache import forbid_compile
-from llama_jax.engine import Engine
-from llama_jax.request import Request
-from llama_jax.sampling import KINDS, kind_of, sample
+from llama_jax.engine.compile_cache import forbid_compile
+from llama_jax.engine.engine import Engine
+from llama_jax.engine.request import Request
+from llama_jax.engine.sampling import KINDS, kind_of, sample
 from llama_jax.sampling_params import SamplingParams
 from tests.test_engine import OPTIONS, finish, greedy, make, prompt, sampled
 from tests.test_sampling import logits, state
@@ -20,7 +20,7 @@ OTHERS = (sampled(4, 9, repetition_penalty=1.3), greedy(6, logprobs=2),
 
 
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, **options) -> Engine:
-    monkeypatch.setattr("llama_jax.engine.has_free_conditions", lambda: False)
+    monkeypatch.setattr("llama_jax.engine.engine.has_free_conditions", lambda: False)
     return make(**options)
 
 

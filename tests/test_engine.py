@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.compile_cache import forbid_compile
-from llama_jax.engine import Engine, QueueFullError
-from llama_jax.model import Llama, ModelSpec, init_params
-from llama_jax.request import Request
+from llama_jax.engine.compile_cache import forbid_compile
+from llama_jax.engine.engine import Engine, QueueFullError
+from llama_jax.engine.request import Request
+from llama_jax.engine.scheduling import EngineOptions
+from llama_jax.model.llama import Llama, ModelSpec, init_params
 from llama_jax.sampling_params import SamplingParams
-from llama_jax.scheduling import EngineOptions
 from tests.tiny import config, tokens
 
 VOCAB = 64
@@ -305,7 +305,7 @@ def test_a_failed_step_loses_nothing(
             raise with_error
         return program(*arguments, **settings)
 
-    from llama_jax import engine as module
+    from llama_jax.engine import engine as module
 
     engine.warmup()
     program = module.decode_steps

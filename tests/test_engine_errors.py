@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.engine import Engine
-from llama_jax.request import Request
+from llama_jax.engine.engine import Engine
+from llama_jax.engine.request import Request
 from llama_jax.sampling_params import SamplingParams
 from tests.test_engine import VOCAB, drawn, greedy, make, prompt, sampled
 

@@ -25,9 +25,9 @@ from converters.orbax_to_hf import main
 from converters.pipeline import convert
 from converters.safetensors_reader import read_checkpoint, read_rows
 from converters.safetensors_writer import write_checkpoint
-from llama_jax.checkpoint import MANIFEST, CheckpointError, read_manifest
-from llama_jax.config import PRESETS, LlamaConfig
-from llama_jax.fp8 import WeightFormat
+from llama_jax.checkpoint.store import MANIFEST, CheckpointError, read_manifest
+from llama_jax.model.config import PRESETS, LlamaConfig
+from llama_jax.model.fp8 import WeightFormat
 from tests import tiny_checkpoints as tiny
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)

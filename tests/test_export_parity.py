@@ -21,10 +21,10 @@ from converters.export import ExportFormat, export
 from converters.opened import open_checkpoint
 from converters.pipeline import convert
 from converters.safetensors_writer import write_checkpoint
-from llama_jax.checkpoint import MANIFEST, load_params, read_manifest
-from llama_jax.forward import extend, unembed
-from llama_jax.kv_cache import init_cache
-from llama_jax.model import Activations
+from llama_jax.checkpoint.store import MANIFEST, load_params, read_manifest
+from llama_jax.model.forward import extend, unembed
+from llama_jax.model.kv_cache import init_cache
+from llama_jax.model.llama import Activations
 from tests import tiny_checkpoints as tiny
 
 pytestmark = pytest.mark.parity

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from converters.pipeline import convert
-from llama_jax.checkpoint import load_params, read_manifest
-from llama_jax.forward import extend, unembed
-from llama_jax.kv_cache import init_cache
+from llama_jax.checkpoint.store import load_params, read_manifest
+from llama_jax.model.forward import extend, unembed
+from llama_jax.model.kv_cache import init_cache
 
 # The unquantised one and FriendliAI's are in test_checkpoint.py, Meta's is in test_meta.py.
 STATIC = ("autofp8_static", "modelopt_fp8_kv")

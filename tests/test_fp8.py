@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_jax.fp8 import (
+from llama_jax.model.fp8 import (
     WeightFormat,
     dequantize,
     quantize,
@@ -14,7 +14,7 @@ from llama_jax.fp8 import (
     quantize_per_token,
     scale_shape,
 )
-from llama_jax.model import Linear, ModelSpec
+from llama_jax.model.llama import Linear, ModelSpec
 from pallas_kernels import e4m3
 from tests import tiny
 

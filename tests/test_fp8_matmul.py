@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.fp8 import dequantize, quantize, quantize_per_token
+from llama_jax.model.fp8 import dequantize, quantize, quantize_per_token
 from pallas_kernels import e4m3
 from pallas_kernels.fp8_matmul import fp8_matmul, xla
 from pallas_kernels.fp8_matmul.xla import block_rows

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from llama_jax.errors import CheckpointError
-from llama_jax.generation_config import (
+from llama_jax.checkpoint.generation_config import (
     FIELDS,
     HARMLESS,
     NOT_HONOURED,
@@ -15,6 +14,7 @@ from llama_jax.generation_config import (
     read_settings,
     without_effect,
 )
+from llama_jax.errors import CheckpointError
 from llama_jax.sampling_params import SamplingParams
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pallas_kernels import bench
+from pallas_kernels.dev import bench
 
 ROOT = Path(__file__).parents[1]
 

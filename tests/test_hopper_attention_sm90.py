@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import e4m3, sm90
+from pallas_kernels import e4m3
+from pallas_kernels.dev import sm90
+from pallas_kernels.dev.shapes import heads
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 from pallas_kernels.paged_attention import hopper, paged_attention
-from pallas_kernels.shapes import heads
 
 pytestmark = [
     pytest.mark.slow,

@@ -10,8 +10,9 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.core import jaxprs_in_params
 
-from llama_jax.fp8 import dequantize, quantize
-from pallas_kernels import device, e4m3, shapes, sm90
+from llama_jax.model.fp8 import dequantize, quantize
+from pallas_kernels import device, e4m3
+from pallas_kernels.dev import shapes, sm90
 from pallas_kernels.fp8_matmul import (
     fp8_matmul,
     fp8_matmuls,

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import e4m3, sm90
+from pallas_kernels import e4m3
+from pallas_kernels.dev import sm90
+from pallas_kernels.dev.shapes import linears
 from pallas_kernels.fp8_matmul import (
     MAX_WEIGHT_ONLY_ROWS,
     fp8_matmul,
@@ -18,7 +20,6 @@ from pallas_kernels.fp8_matmul import (
     swiglu,
 )
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES
-from pallas_kernels.shapes import linears
 
 pytestmark = [
     pytest.mark.slow,

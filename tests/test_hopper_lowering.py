@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llama_jax.model import ModelSpec
-from llama_jax.paths import programs
-from llama_jax.scheduling import EngineOptions
-from pallas_kernels import e4m3, sm90
+from llama_jax.engine.paths import programs
+from llama_jax.engine.scheduling import EngineOptions
+from llama_jax.model.llama import ModelSpec
+from pallas_kernels import e4m3
+from pallas_kernels.dev import sm90
 from pallas_kernels.fp8_matmul import hopper, hopper_weight_only
 from pallas_kernels.paged_attention import hopper as attention
 from tests import tiny

@@ -11,14 +11,15 @@ import pytest
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from llama_jax.engine import Engine
-from llama_jax.forward import activations_in, extend, last_hidden, unembed
-from llama_jax.kv_cache import init_cache
+from llama_jax.engine.engine import Engine
+from llama_jax.engine.paths import calls, programs
+from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.llm import LLM
-from llama_jax.model import ModelSpec, init_params
-from llama_jax.paths import calls, programs
-from llama_jax.scheduling import EngineOptions
-from pallas_kernels import device, sm90
+from llama_jax.model.forward import activations_in, extend, last_hidden, unembed
+from llama_jax.model.kv_cache import init_cache
+from llama_jax.model.llama import ModelSpec, init_params
+from pallas_kernels import device
+from pallas_kernels.dev import sm90
 from pallas_kernels.fp8_matmul import hopper, hopper_weight_only
 from pallas_kernels.paged_attention import hopper as hopper_attention
 from tests import tiny

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import e4m3, shapes
+from pallas_kernels import e4m3
+from pallas_kernels.dev import shapes
 from pallas_kernels.fp8_matmul import hopper_weight_only, weight_only_cases
 from pallas_kernels.fp8_matmul.hopper_weight_only import Config
 from pallas_kernels.fp8_matmul.reference import expand_scale

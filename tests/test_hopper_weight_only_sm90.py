@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import e4m3, sm90
+from pallas_kernels import e4m3
+from pallas_kernels.dev import sm90
 from pallas_kernels.fp8_matmul import hopper_weight_only
 from pallas_kernels.fp8_matmul.weight_only_cases import launches
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pallas_kernels import sm90
+from pallas_kernels.dev import sm90
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,7 +31,7 @@ def imports(path: Path) -> set[str]:
         (
             "llama_jax",
             ("converters", "llama_jax.cli", "llama_jax.integrations"),
-            {"llama_jax/checkpoint.py"},
+            {"llama_jax/checkpoint/store.py"},
         ),
         ("converters", ("llama_jax.cli", "llama_jax.integrations"), set()),
     ],
@@ -54,7 +54,7 @@ def test_nothing_imports_what_stands_above_it(package, above, exceptions):
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU, which JAX starts")
 def test_the_plugin_that_compiles_for_gpus_is_silent_where_there_is_none():
     program = (
-        "from pallas_kernels import sm90; import jax; print(jax.devices()[0].platform, "
+        "from pallas_kernels.dev import sm90; import jax; print(jax.devices()[0].platform, "
         "sm90.devices()[0].device_kind)"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_"))}

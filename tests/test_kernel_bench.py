@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import bench, device_trace, report, sm90, tune, tuned
+from pallas_kernels import device_trace, tuned
+from pallas_kernels.dev import bench, report, sm90, tune
+from pallas_kernels.dev.shapes import Heads, Linear
 from pallas_kernels.device_trace import Event
 from pallas_kernels.fp8_matmul import cases, hopper
 from pallas_kernels.fp8_matmul.hopper import Config
 from pallas_kernels.paged_attention import cases as attention_cases
 from pallas_kernels.paged_attention import hopper_decode, hopper_prefill
-from pallas_kernels.shapes import Heads, Linear
 
 HEADS = Heads("8B", 1, 32, 8, 128)
 TINY = Linear("tiny", 1, "linear", 256, 384)
@@ -174,7 +175,9 @@ def test_the_report_of_the_same_code_is_the_committed_one(tmp_path, capsys):
         names = {row["kernel"]: row for row in found["kernels"]}
         for row in committed["kernels"]:
             if row["case"] == names.get(row["kernel"], {}).get("case"):
-                assert row == names[row["kernel"]], "run `python -m pallas_kernels.report` again"
+                assert row == names[row["kernel"]], (
+                    "run `python -m pallas_kernels.dev.report` again"
+                )
 
 
 def test_the_least_work_of_a_case():

@@ -14,10 +14,10 @@ from converters import layerwise
 from converters.dialects.layout import LazyArray, Module, Plan
 from converters.layerwise import final_hidden, log_likelihoods, logits, read_sequences
 from llama_jax.abacus import vocabulary
-from llama_jax.forward import prefill
-from llama_jax.kv_cache import init_cache
-from llama_jax.model import Llama, ModelSpec, abstract_params
-from llama_jax.tokenizer import load_tokenizer
+from llama_jax.model.forward import prefill
+from llama_jax.model.kv_cache import init_cache
+from llama_jax.model.llama import Llama, ModelSpec, abstract_params
+from llama_jax.text.tokenizer import load_tokenizer
 from pallas_kernels import e4m3
 from tests import float64_llama
 from tests.tiny import config, fp8_spec, tokens

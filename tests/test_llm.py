@@ -9,15 +9,15 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax.checkpoint import Manifest
-from llama_jax.compile_cache import forbid_compile
+from llama_jax.checkpoint.store import Manifest
+from llama_jax.engine.compile_cache import forbid_compile
+from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.llm import LLM
-from llama_jax.model import Llama, init_params
+from llama_jax.model.llama import Llama, init_params
 from llama_jax.results import generation_fields
 from llama_jax.sampling_params import SamplingParams
-from llama_jax.scheduling import EngineOptions
 from llama_jax.scoring import answer_rows
-from llama_jax.tokenizer import load_tokenizer
+from llama_jax.text.tokenizer import load_tokenizer
 from pallas_kernels import e4m3
 from tests.tiny import config, fp8_spec
 
@@ -261,7 +261,7 @@ def test_a_failed_step_does_not_spoil_the_next(llm, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("llama_jax.engine.decode_steps", fail)
+        patch.setattr("llama_jax.engine.engine.decode_steps", fail)
         with pytest.raises(KeyboardInterrupt):
             llm.generate("hello", GREEDY)
     assert llm.generate("hello", GREEDY).token_ids == expected.token_ids

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_jax.cli import main
-from llama_jax.tokenizer import load_tokenizer
+from llama_jax.text.tokenizer import load_tokenizer
 from tests import tiny_checkpoints as tiny
 from tests.tokenizer_forms import code_llama, hermes3, llama2, next_id, r1_distill, smollm2
 

@@ -11,12 +11,8 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from llama_jax import memory
-from llama_jax.config import PRESETS
-from llama_jax.forward import prefill
-from llama_jax.fp8 import WeightFormat
-from llama_jax.kv_cache import PAGE_SIZE, bytes_per_token, init_cache
-from llama_jax.memory import (
+from llama_jax.engine import memory
+from llama_jax.engine.memory import (
     Capacity,
     DoesNotFitError,
     MemoryPlan,
@@ -26,9 +22,13 @@ from llama_jax.memory import (
     fitting_pages,
     plan_memory,
 )
-from llama_jax.model import ModelSpec, Params, abstract_params
-from llama_jax.speculation import Speculation
-from llama_jax.steps import decode_steps, draw_step, prefill_step, score_step, state_builder
+from llama_jax.engine.speculation import Speculation
+from llama_jax.engine.steps import decode_steps, draw_step, prefill_step, score_step, state_builder
+from llama_jax.model.config import PRESETS
+from llama_jax.model.forward import prefill
+from llama_jax.model.fp8 import WeightFormat
+from llama_jax.model.kv_cache import PAGE_SIZE, bytes_per_token, init_cache
+from llama_jax.model.llama import ModelSpec, Params, abstract_params
 from pallas_kernels import e4m3
 
 CONFIG_8B = PRESETS["llama-3.1-8b"]
@@ -264,7 +264,7 @@ def ints(shape: tuple[int, ...], dtype: jnp.dtype = jnp.int32) -> jax.ShapeDtype
 
 THREADS = """
 import ctypes, sys, threading
-from llama_jax.memory import share_one_arena
+from llama_jax.engine.memory import share_one_arena
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.fdopen.restype = ctypes.c_void_p

@@ -22,12 +22,12 @@ from converters.dialects.layout import pieces
 from converters.hf_to_orbax import main
 from converters.pipeline import convert
 from converters.source import read_source
-from llama_jax import checkpoint
-from llama_jax.checkpoint import CheckpointError, load_params, read_manifest
-from llama_jax.config import PRESETS, ConfigError, LlamaConfig
-from llama_jax.fp8 import WeightFormat
+from llama_jax.checkpoint import store
+from llama_jax.checkpoint.store import CheckpointError, load_params, read_manifest
 from llama_jax.llm import LLM
-from llama_jax.model import Llama
+from llama_jax.model.config import PRESETS, ConfigError, LlamaConfig
+from llama_jax.model.fp8 import WeightFormat
+from llama_jax.model.llama import Llama
 from llama_jax.sampling_params import SamplingParams
 from tests import tiny_checkpoints as tiny
 from tests import torch_files
@@ -426,7 +426,7 @@ def test_a_directory_of_metas_opens_and_chats(
     assert reply.prompt_token_ids == (256, *user, *b"Hi", 265, *assistant)
     assert len(reply.token_ids) == 4
     [converted] = (tmp_path / "converted").iterdir()
-    assert checkpoint.verify(converted) == {}
+    assert store.verify(converted) == {}
 
 
 def test_the_scripts_convert_it(talking: Path, tmp_path: Path, capsys: Any) -> None:

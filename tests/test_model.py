@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from llama_jax.forward import decode, prefill
-from llama_jax.fp8 import dequantize
-from llama_jax.kv_cache import init_cache
-from llama_jax.model import (
+from llama_jax.model.forward import decode, prefill
+from llama_jax.model.fp8 import dequantize
+from llama_jax.model.kv_cache import init_cache
+from llama_jax.model.llama import (
     Llama,
     ModelSpec,
     abstract_params,

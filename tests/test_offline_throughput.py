@@ -9,7 +9,7 @@ import pytest
 from benchmarks import offline_throughput
 from benchmarks.offline_throughput import Workload, operations_per_token
 from llama_jax.bench import preset_spec
-from llama_jax.config import PRESETS
+from llama_jax.model.config import PRESETS
 
 
 def test_the_first_requests_stand_at_every_stage_of_their_output():

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.kv_cache import write_pages
+from llama_jax.model.kv_cache import write_pages
 from pallas_kernels import e4m3
 from pallas_kernels.paged_attention import paged_attention as unjitted
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llama_jax.pages import Match, OutOfPagesError, PagePool
+from llama_jax.engine.pages import Match, OutOfPagesError, PagePool
 
 SIZE = 4
 

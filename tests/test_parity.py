@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.config import PRESETS
-from llama_jax.forward import decode, prefill
-from llama_jax.kv_cache import init_cache
-from llama_jax.model import rope_frequencies
+from llama_jax.model.config import PRESETS
+from llama_jax.model.forward import decode, prefill
+from llama_jax.model.kv_cache import init_cache
+from llama_jax.model.llama import rope_frequencies
 from tests.hf_cases import (
     CASES,
     REFERENCES,

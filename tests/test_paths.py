@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llama_jax.config import LlamaConfig
-from llama_jax.model import ModelSpec, abstract_params
-from llama_jax.paths import Call, calls, programs
-from llama_jax.scheduling import EngineOptions
-from pallas_kernels import sm90
+from llama_jax.engine.paths import Call, calls, programs
+from llama_jax.engine.scheduling import EngineOptions
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.llama import ModelSpec, abstract_params
+from pallas_kernels.dev import sm90
 from tests import tiny
 
 # Shapes that the kernels take.

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax import compile_cache, program_cache, steps
-from llama_jax.program_cache import kept_jit
-from llama_jax.sharding import make_mesh
-from llama_jax.speculation import Speculation
+from llama_jax.engine import compile_cache, program_cache, steps
+from llama_jax.engine.program_cache import kept_jit
+from llama_jax.engine.speculation import Speculation
+from llama_jax.model.sharding import make_mesh
 from tests.tiny import config, fp8_spec
 
 ROOT = Path(__file__).parents[1]
@@ -26,15 +26,16 @@ ROOT = Path(__file__).parents[1]
 PROGRAM = """
 import json, sys
 import numpy as np
-from llama_jax import compile_cache, forward
+from llama_jax.engine import compile_cache
+from llama_jax.model import forward
 compile_cache.enable()
 traced, extend = [], forward.extend
 forward.extend = lambda *args, **kwargs: traced.append(kwargs["phase"]) or extend(*args, **kwargs)
-from llama_jax.engine import Engine
-from llama_jax.model import init_params
-from llama_jax.request import Request
+from llama_jax.engine.engine import Engine
+from llama_jax.model.llama import init_params
+from llama_jax.engine.request import Request
 from llama_jax.sampling_params import SamplingParams
-from llama_jax.scheduling import EngineOptions
+from llama_jax.engine.scheduling import EngineOptions
 from tests.tiny import config, fp8_spec
 spec = fp8_spec(config=config(num_layers=1))
 engine = Engine(init_params(spec), spec, EngineOptions(1, 64, prefill_chunk=16), "float32")
@@ -221,7 +222,7 @@ def test_a_key_is_the_same_wherever_programs_are_kept(tmp_path):
     assert key(spec=fp8_spec()) == before
 
 
-@pytest.mark.parametrize("changed", ["llama_jax/model.py", "pallas_kernels/device.py"])
+@pytest.mark.parametrize("changed", ["llama_jax/model/llama.py", "pallas_kernels/device.py"])
 def test_software_is_told_by_the_contents_of_its_files(changed, monkeypatch):
     software, read = program_cache._software.__wrapped__, Path.read_bytes
     before = software()

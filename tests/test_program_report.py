@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from llama_jax import program_report
 from llama_jax.bench import preset_spec
-from llama_jax.config import PRESETS
-from llama_jax.model import ModelSpec
-from llama_jax.program_report import Thunk, host_round_trips, report, thunks
-from llama_jax.scheduling import EngineOptions
-from pallas_kernels import sm90
+from llama_jax.engine import program_report
+from llama_jax.engine.program_report import Thunk, host_round_trips, report, thunks
+from llama_jax.engine.scheduling import EngineOptions
+from llama_jax.model.config import PRESETS
+from llama_jax.model.llama import ModelSpec
+from pallas_kernels.dev import sm90
 
 LISTING = """\
 000: kCommandBuffer [source       | next=008 (1)]
@@ -102,7 +102,7 @@ def test_neither_does_any_kind_of_draw(kind, steps: int, graphs: int) -> None:
 
 @pytest.mark.parametrize("steps", [pytest.param(8, marks=compiles)])
 def test_a_loop_that_may_stop_early_would_wait(steps: int, monkeypatch) -> None:
-    monkeypatch.setattr("llama_jax.paths.has_free_conditions", lambda: True)
+    monkeypatch.setattr("llama_jax.engine.paths.has_free_conditions", lambda: True)
     options = replace(OPTIONS, max_steps=steps)
     program = program_report._program(spec(1), options, "bf16", "decode", "greedy")
     assert program_report.compiled(program)[2] == 1

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from converters.pth_reader import read_bin_checkpoint, read_consolidated, read_state_dict
 from converters.safetensors_reader import read_rows
 from converters.torch_pickle import MAX_PROGRAM
-from llama_jax.checkpoint import CheckpointError
+from llama_jax.checkpoint.store import CheckpointError
 from tests import torch_files as torch_file
 from tests.torch_files import group, name, number, program, save, saved, tensor, text, with_program
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from converters.quantize import Layout
-from llama_jax.fp8 import quantize_per_group
+from llama_jax.model.fp8 import quantize_per_group
 from tests.test_quantize import quantized
 
 pytestmark = pytest.mark.parity

@@ -7,9 +7,9 @@ from types import CodeType
 
 import numpy as np
 
-from llama_jax.engine import Engine
-from llama_jax.request import Request
-from llama_jax.rows import Row, Rows
+from llama_jax.engine.engine import Engine
+from llama_jax.engine.request import Request
+from llama_jax.engine.rows import Row, Rows
 from tests.test_engine import greedy, make, prompt, sampled
 
 # What hands tokens over, for each row that has got any.
@@ -23,7 +23,7 @@ def instructions_of_a_round(engine: Engine) -> Counter[str]:
     tool = monitoring.PROFILER_ID
 
     def count(code: CodeType, _: int) -> object:
-        if not code.co_filename.endswith(("llama_jax/engine.py", "llama_jax/rows.py")):
+        if not code.co_filename.endswith(("engine/engine.py", "engine/rows.py")):
             return monitoring.DISABLE
         counts[code.co_name] += 1
         return None

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from converters.finite import has_nonfinite
 from converters.safetensors_reader import DTYPES, read_checkpoint, read_header, read_rows
-from llama_jax.checkpoint import CheckpointError
+from llama_jax.checkpoint.store import CheckpointError
 from tests import tiny_checkpoints as tiny
 
 ARRAYS = {

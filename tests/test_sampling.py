@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.sampling import host_rows, record
-from llama_jax.sampling import sample as sampled
+from llama_jax.engine.sampling import host_rows, record
+from llama_jax.engine.sampling import sample as sampled
 from llama_jax.sampling_params import SamplingParams
 
 sample = jax.jit(sampled)

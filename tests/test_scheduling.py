@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_jax.kv_cache import PAGE_SIZE
-from llama_jax.scheduling import MAX_TOKENS_PER_CALL, EngineOptions, Stats, prefill_calls
+from llama_jax.engine.scheduling import MAX_TOKENS_PER_CALL, EngineOptions, Stats, prefill_calls
+from llama_jax.model.kv_cache import PAGE_SIZE
 
 
 @given(

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_jax.model import Llama
+from llama_jax.model.llama import Llama
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.scoring import Question, answers, score_rows
-from llama_jax.tokenizer import load_tokenizer
-from llama_jax.windows import rolling_windows
+from llama_jax.text.tokenizer import load_tokenizer
+from llama_jax.text.windows import rolling_windows
 from tests.test_llm import BOS, SPEC, make
 
 TEXT = "It was the best of times, it was the worst of times: one of 2 cities.\n" * 4

@@ -9,20 +9,20 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from converters.pipeline import convert
-from llama_jax.checkpoint import read_manifest
-from llama_jax.model import abstract_params, param_shardings
-from llama_jax.sharding import cache_shardings, make_mesh
+from llama_jax.checkpoint.store import read_manifest
+from llama_jax.model.llama import abstract_params, param_shardings
+from llama_jax.model.sharding import cache_shardings, make_mesh
 from tests import tiny_checkpoints as tiny
 
 FOUR_DEVICES = """
 import sys
 from dataclasses import replace
 import jax, jax.numpy as jnp, numpy as np
-from llama_jax.checkpoint import load_params, read_manifest
-from llama_jax.kv_cache import init_cache
-from llama_jax.memory import plan_memory
-from llama_jax.forward import prefill
-from llama_jax.sharding import cache_shardings, make_mesh
+from llama_jax.checkpoint.store import load_params, read_manifest
+from llama_jax.model.kv_cache import init_cache
+from llama_jax.engine.memory import plan_memory
+from llama_jax.model.forward import prefill
+from llama_jax.model.sharding import cache_shardings, make_mesh
 
 assert jax.device_count() == 4
 for directory, split in zip(sys.argv[1:], (make_mesh(4), make_mesh(2, data=2)), strict=True):
@@ -85,8 +85,8 @@ def test_each_storage_format_divides_over_devices() -> None:
 
 TWO_DEVICES_LLM = """
 from llama_jax import LLM, SamplingParams
-from llama_jax.compile_cache import forbid_compile
-from llama_jax.sharding import make_mesh
+from llama_jax.engine.compile_cache import forbid_compile
+from llama_jax.model.sharding import make_mesh
 
 settings = {"max_batch_size": 2, "max_seq_len": 256, "prefill_chunk": 64, "verbose": False}
 messages = [{"role": "user", "content": "What is 47 + 85?"}]

@@ -3,11 +3,12 @@
 import jax.numpy as jnp
 import pytest
 
-from llama_jax import LLM, memory
+from llama_jax import LLM
 from llama_jax.abacus import SHIPPED_MODEL, evaluate
 from llama_jax.abacus.tasks import CALCULATOR
-from llama_jax.kv_cache import PAGE_SIZE
-from llama_jax.memory import plan_memory
+from llama_jax.engine import memory
+from llama_jax.engine.memory import plan_memory
+from llama_jax.model.kv_cache import PAGE_SIZE
 
 
 @pytest.fixture(scope="module")

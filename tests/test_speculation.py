@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from llama_jax.compile_cache import forbid_compile
-from llama_jax.engine import Engine
-from llama_jax.model import ModelSpec, init_params
-from llama_jax.request import Request
-from llama_jax.speculation import LONGEST_NGRAM, Speculation, look_up
+from llama_jax.engine.compile_cache import forbid_compile
+from llama_jax.engine.engine import Engine
+from llama_jax.engine.request import Request
+from llama_jax.engine.speculation import LONGEST_NGRAM, Speculation, look_up
+from llama_jax.model.llama import ModelSpec, init_params
 from tests.test_engine import (
     OPTIONS,
     PARAMS,
@@ -135,7 +135,7 @@ def test_the_distribution_is_the_models_own() -> None:
 
 
 def _next(ids):
-    from llama_jax.model import Llama
+    from llama_jax.model.llama import Llama
 
     logits = Llama(SPEC).apply({"params": PARAMS}, ids)[:, -1, :6]
     return jax.nn.softmax(logits, axis=-1)

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from llama_jax.model import Llama
-from llama_jax.request import Request, first_stop, held_back
+from llama_jax.engine.request import Request, first_stop, held_back
+from llama_jax.model.llama import Llama
 from llama_jax.sampling_params import SamplingParams
 from tests.test_engine import PARAMS, SPEC, VOCAB, finish, make, prompt, sampled
 from tests.test_speculation import with_draft

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax import template_budget
-from llama_jax.chat_template import ChatTemplateBudgetError, ChatTemplateError, render_template
-from llama_jax.template_budget import MAX_SECONDS, Budget, OverBudgetError
+from llama_jax.text import template_budget
+from llama_jax.text.chat_template import ChatTemplateBudgetError, ChatTemplateError, render_template
+from llama_jax.text.template_budget import MAX_SECONDS, Budget, OverBudgetError
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 LONG = "('a' * 1000 * 4000)"
@@ -155,8 +155,8 @@ def test_hostile_template_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch)
 # ru_maxrss would begin with what pytest had: Linux keeps it over exec, unlike VmHWM.
 _MEASURE = """
 import json, sys, time
-from llama_jax import template_budget
-from llama_jax.chat_template import ChatTemplateError, render_template
+from llama_jax.text import template_budget
+from llama_jax.text.chat_template import ChatTemplateError, render_template
 from tests.test_template_budget import HOSTILE, MESSAGES
 
 def peak():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.tokenizer import (
+from llama_jax.text.tokenizer import (
     LLAMA31_SPECIAL_TOKENS,
     StreamDecoder,
     Tokenizer,

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from llama_jax.chat import encode_chat
-from llama_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from llama_jax.text.chat import encode_chat
+from llama_jax.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from tests.tiny import config
 from tests.tokenizer_forms import code_llama, llama2, llama3, next_id, r1_distill, smollm2, yi
 

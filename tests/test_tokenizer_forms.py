@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_jax import tokenizer_json
-from llama_jax.bpe import bpe, merge, tiktoken_ranks
-from llama_jax.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from llama_jax.text import tokenizer_json
+from llama_jax.text.bpe import bpe, merge, tiktoken_ranks
+from llama_jax.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from tests.make_tokenizer_ids import PATH
 from tests.tokenizer_forms import FORMS, llama2, llama3, llama3_early, merges_of, with_specials
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.tokenizer import Tokenizer, load_tokenizer
+from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 from tests.tokenizer_forms import FORMS, TEXTS, with_specials
 
 pytestmark = pytest.mark.parity

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_jax.tools import ToolCall, parse_tool_calls, tool_schema
+from llama_jax.text.tools import ToolCall, parse_tool_calls, tool_schema
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -11,13 +11,13 @@ import jax
 import pytest
 
 from llama_jax.bench import preset_spec
-from llama_jax.config import PRESETS
-from llama_jax.kv_cache import KVDtype
-from llama_jax.memory import plan_memory
-from llama_jax.model import Activations, ModelSpec
-from llama_jax.paths import Program, calls, programs
-from llama_jax.scheduling import EngineOptions
-from pallas_kernels import sm90
+from llama_jax.engine.memory import plan_memory
+from llama_jax.engine.paths import Program, calls, programs
+from llama_jax.engine.scheduling import EngineOptions
+from llama_jax.model.config import PRESETS
+from llama_jax.model.kv_cache import KVDtype
+from llama_jax.model.llama import Activations, ModelSpec
+from pallas_kernels.dev import sm90
 
 pytestmark = [
     pytest.mark.slow,

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax.config import LlamaConfig, RopeScaling
-from llama_jax.fp8 import WeightFormat
-from llama_jax.model import ModelSpec
+from llama_jax.model.config import LlamaConfig, RopeScaling
+from llama_jax.model.fp8 import WeightFormat
+from llama_jax.model.llama import ModelSpec
 
 LLAMA3_ROPE = RopeScaling(8.0, 1.0, 4.0, 8192)
 

@@ -17,9 +17,9 @@ from converters.dialects.modelopt import MODELOPT
 from converters.dialects.torchao import TORCHAO
 from converters.safetensors_reader import ROTARY_CONSTANT
 from converters.source import Source, same_bytes
-from llama_jax.checkpoint import CheckpointError
+from llama_jax.checkpoint.store import CheckpointError
 from llama_jax.json_file import shown
-from llama_jax.model import ModelSpec, abstract_params
+from llama_jax.model.llama import ModelSpec, abstract_params
 
 DIALECTS: tuple[Dialect, ...] = (
     DENSE, FRIENDLI, AUTOFP8, COMPRESSED_TENSORS, FBGEMM, MODELOPT, FINEGRAINED, TORCHAO, META,

@@ -29,9 +29,9 @@ from converters.dialects.quantized import (
 )
 from converters.dialects.scales import check_zeros
 from converters.source import Source, as_object
-from llama_jax.checkpoint import CheckpointError
-from llama_jax.fp8 import ScaleLayout
+from llama_jax.checkpoint.store import CheckpointError
 from llama_jax.json_file import shown
+from llama_jax.model.fp8 import ScaleLayout
 from pallas_kernels.fp8_matmul.reference import BLOCK
 
 _log = logging.getLogger(__name__)

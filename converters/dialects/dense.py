@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from converters.dialects.layout import Dialect, Plan, Shape, dense_module, source_name
 from converters.source import Source
-from llama_jax.config import PARAM_DTYPES
+from llama_jax.model.config import PARAM_DTYPES
 
 
 def applies(source: Source) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from converters.dialects.layout import Dialect, Plan, Shape
 from converters.dialects.quantized import Scheme, check_fields, is_named, name_list, quantized_plan
 from converters.source import Source
-from llama_jax.checkpoint import CheckpointError
+from llama_jax.checkpoint.store import CheckpointError
 from llama_jax.json_file import shown
 
 # What transformers takes where the config is silent.

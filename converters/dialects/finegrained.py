@@ -21,9 +21,9 @@ from converters.dialects.quantized import (
     quantized_plan,
 )
 from converters.source import Source
-from llama_jax.checkpoint import CheckpointError
-from llama_jax.config import PARAM_DTYPES
+from llama_jax.checkpoint.store import CheckpointError
 from llama_jax.json_file import shown
+from llama_jax.model.config import PARAM_DTYPES
 from pallas_kernels.fp8_matmul.reference import BLOCK
 
 

@@ -14,8 +14,8 @@ import numpy as np
 
 from converters.dialects.layout import LazyArray, pieces
 from converters.safetensors_reader import StoredTensor, read_rows
-from llama_jax.checkpoint import CheckpointError
-from llama_jax.fp8 import ScaleLayout
+from llama_jax.checkpoint.store import CheckpointError
+from llama_jax.model.fp8 import ScaleLayout
 from pallas_kernels.fp8_matmul.reference import BLOCK
 
 FNUZ = "float8_e4m3fnuz"

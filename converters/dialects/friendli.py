@@ -21,7 +21,7 @@ from converters.dialects.layout import Dialect, Plan, Shape, source_name, take
 from converters.dialects.quantized import Scheme, quantized_plan
 from converters.dialects.scales import check_zeros
 from converters.source import Source
-from llama_jax.checkpoint import CheckpointError
+from llama_jax.checkpoint.store import CheckpointError
 from llama_jax.json_file import shown
 
 _CODES = ("int8", "float8_e4m3fn")

@@ -10,10 +10,10 @@ import numpy as np
 from converters.finite import has_nonfinite
 from converters.safetensors_reader import StoredTensor, read_rows
 from converters.source import Source
-from llama_jax.checkpoint import CheckpointError
-from llama_jax.config import PARAM_DTYPES
-from llama_jax.fp8 import WeightFormat
-from llama_jax.kv_cache import KVScales
+from llama_jax.checkpoint.store import CheckpointError
+from llama_jax.model.config import PARAM_DTYPES
+from llama_jax.model.fp8 import WeightFormat
+from llama_jax.model.kv_cache import KVScales
 
 PIECE_BYTES = 8 * 1024 * 1024
 # A boundary between pieces never cuts a block of scales in two.

@@ -30,9 +30,9 @@ from converters.dialects.layout import (
 from converters.dialects.scales import check_products, scale_values
 from converters.safetensors_reader import StoredTensor
 from converters.source import Source, same_bytes
-from llama_jax.checkpoint import CheckpointError
-from llama_jax.config import PARAM_DTYPES
-from llama_jax.fp8 import WeightFormat
+from llama_jax.checkpoint.store import CheckpointError
+from llama_jax.model.config import PARAM_DTYPES
+from llama_jax.model.fp8 import WeightFormat
 
 _CODES = "float8_e4m3fn"
 # What `convert_to_fp8_quantized_model` in Meta's loader takes.

@@ -23,7 +23,7 @@ from converters.dialects.quantized import (
     quantized_plan,
 )
 from converters.source import Source, as_object
-from llama_jax.checkpoint import CheckpointError
+from llama_jax.checkpoint.store import CheckpointError
 
 _WHERE = "quantization_config"
 _MIXED = "MIXED_PRECISION"

@@ -32,11 +32,11 @@ from converters.dialects.scales import (
 )
 from converters.safetensors_reader import StoredTensor
 from converters.source import Source
-from llama_jax.checkpoint import CheckpointError
-from llama_jax.config import PARAM_DTYPES
-from llama_jax.fp8 import ScaleLayout, WeightFormat, scale_shape
+from llama_jax.checkpoint.store import CheckpointError
 from llama_jax.json_file import shown
-from llama_jax.kv_cache import KVScales, Scale
+from llama_jax.model.config import PARAM_DTYPES
+from llama_jax.model.fp8 import ScaleLayout, WeightFormat, scale_shape
+from llama_jax.model.kv_cache import KVScales, Scale
 
 _log = logging.getLogger(__name__)
 SCALE_DTYPES = (*PARAM_DTYPES, "float8_e8m0fnu")

@@ -11,9 +11,9 @@ import numpy as np
 
 from converters.dialects.layout import LazyArray, Shape, Tensors, pieces, take
 from converters.safetensors_reader import StoredTensor, read_rows
-from llama_jax.checkpoint import CheckpointError
-from llama_jax.config import PARAM_DTYPES
-from llama_jax.fp8 import ScaleLayout
+from llama_jax.checkpoint.store import CheckpointError
+from llama_jax.model.config import PARAM_DTYPES
+from llama_jax.model.fp8 import ScaleLayout
 from pallas_kernels import e4m3
 from pallas_kernels.fp8_matmul.reference import BLOCK
 

@@ -24,7 +24,7 @@ from converters.dialects.quantized import (
 )
 from converters.safetensors_reader import read_metadata
 from converters.source import Source, as_object
-from llama_jax.checkpoint import CheckpointError
+from llama_jax.checkpoint.store import CheckpointError
 from pallas_kernels.fp8_matmul.reference import BLOCK
 
 _WHERE = "quantization_config"

@@ -22,8 +22,8 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save
 
 from llama_jax.abacus import data, vocabulary
-from llama_jax.config import LlamaConfig
-from llama_jax.model import Linear, Llama, ModelSpec, Params
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.llama import Linear, Llama, ModelSpec, Params
 from pallas_kernels import e4m3
 
 PACKAGE = Path(__file__).parent

@@ -31,8 +31,8 @@ from jax import Array
 
 from llama_jax.abacus import data, vocabulary
 from llama_jax.abacus.export import PACKAGE, export
-from llama_jax.config import LlamaConfig, RopeScaling
-from llama_jax.model import Llama, ModelSpec, Params, init_params
+from llama_jax.model.config import LlamaConfig, RopeScaling
+from llama_jax.model.llama import Llama, ModelSpec, Params, init_params
 
 CONFIG = LlamaConfig(
     vocab_size=vocabulary.NUM_RANKS + vocabulary.NUM_SPECIAL_TOKENS,

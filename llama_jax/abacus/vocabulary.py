@@ -16,7 +16,7 @@ from typing import Any
 import tiktoken
 
 from llama_jax.abacus import data, tasks, words
-from llama_jax.tokenizer import LLAMA3_PATTERN, LLAMA31_SPECIAL_TOKENS
+from llama_jax.text.tokenizer import LLAMA3_PATTERN, LLAMA31_SPECIAL_TOKENS
 
 NUM_RANKS = 768
 NUM_SPECIAL_TOKENS = 256

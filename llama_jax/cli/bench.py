@@ -17,7 +17,7 @@ from llama_jax.cli.output import key_value_table, note, print_json, stderr, stdo
 
 if TYPE_CHECKING:
     from llama_jax.bench import Measurement, Report, Workload
-    from llama_jax.model import ModelSpec, Params
+    from llama_jax.model.llama import ModelSpec, Params
 
 
 def bench(
@@ -63,8 +63,8 @@ def bench(
     path = None if preset else locate(SHIPPED_MODEL if model is None else model)
     with stderr.status("starting JAX"):
         from llama_jax import bench as benchmark
-        from llama_jax import compile_cache
-        from llama_jax.kv_cache import storage_dtype
+        from llama_jax.engine import compile_cache
+        from llama_jax.model.kv_cache import storage_dtype
     compile_cache.enable()
     workloads = [benchmark.Workload(*sizes, new_tokens) for sizes in product(batches, prompt_lens)]
     directory, spec = _spec(path, preset, workloads, dtype, activations)
@@ -116,14 +116,14 @@ def _spec(
 
     path: of a checkpoint, None for a preset.
     """
-    from llama_jax import checkpoint
+    from llama_jax.checkpoint import store
 
     directory = None
     if path is not None:
         from converters.resolve import resolve
 
         directory = resolve(path)
-        spec = checkpoint.read_manifest(directory).spec(dtype, activations)
+        spec = store.read_manifest(directory).spec(dtype, activations)
     else:
         assert preset is not None
         spec = options.preset_spec(preset, dtype, activations)
@@ -141,7 +141,7 @@ def _params(directory: Path | None, spec: "ModelSpec") -> "Params":
     import jax
 
     from llama_jax.bench import random_params
-    from llama_jax.checkpoint import load_params
+    from llama_jax.checkpoint.store import load_params
 
     if directory is None:
         return random_params(spec)

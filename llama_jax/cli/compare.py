@@ -13,7 +13,7 @@ from llama_jax.cli.output import key_value_table, print_json, stderr, stdout
 
 if TYPE_CHECKING:
     from converters.compare import Comparison
-    from llama_jax.tokenizer import Tokenizer
+    from llama_jax.text.tokenizer import Tokenizer
 
 _DType = Literal["bfloat16", "float32"]
 _Activations = Literal["bf16", "dynamic", "static"]
@@ -82,8 +82,8 @@ def compare(
         from converters.compare import compare as run
         from converters.layerwise import read_sequences, token_progress
         from converters.opened import open_checkpoint
-        from llama_jax import compile_cache
-        from llama_jax.tokenizer import load_tokenizer
+        from llama_jax.engine import compile_cache
+        from llama_jax.text.tokenizer import load_tokenizer
     compile_cache.enable()
     opened = tuple(map(open_checkpoint, directories))
     tokenizers = [load_tokenizer(each.directory, each.config) for each in opened]

@@ -116,7 +116,7 @@ def convert(
             tables,
             write_report,
         )
-        from llama_jax import compile_cache
+        from llama_jax.engine import compile_cache
     compile_cache.enable()
     began = time.perf_counter()
     manifest = run(

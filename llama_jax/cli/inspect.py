@@ -20,8 +20,8 @@ from llama_jax.cli.program import show_program
 if TYPE_CHECKING:
     from converters.dialects.layout import Module, Plan
     from converters.opened import Opened
-    from llama_jax.kv_cache import KVScales
-    from llama_jax.memory import Capacity, MemoryPlan
+    from llama_jax.engine.memory import Capacity, MemoryPlan
+    from llama_jax.model.kv_cache import KVScales
 
 Range = tuple[float, float]
 _PATHS = "Programs: --paths or --program"
@@ -124,10 +124,10 @@ def inspect(
     path = locate(SHIPPED_MODEL if model is None else model)
     with stderr.status("starting JAX"):
         from converters.opened import open_checkpoint
-        from llama_jax.kv_cache import storage_dtype
+        from llama_jax.engine.memory import capacity, plan_memory
+        from llama_jax.engine.scheduling import EngineOptions
         from llama_jax.llm import DEFAULT_MAX_SEQ_LEN
-        from llama_jax.memory import capacity, plan_memory
-        from llama_jax.scheduling import EngineOptions
+        from llama_jax.model.kv_cache import storage_dtype
     if preset:
         spec, title = options.preset_spec(preset, dtype, activations), preset
     else:
@@ -175,7 +175,7 @@ def _parse_size(text: str) -> int:
 def _facts(
     checkpoint: "Opened", plan: "MemoryPlan", capacities: Mapping[str, "Capacity"]
 ) -> dict[str, Any]:
-    from llama_jax.converted import is_converted
+    from llama_jax.checkpoint.converted import is_converted
 
     container = "converted" if is_converted(checkpoint.directory) else "published"
     kinds = _kinds(checkpoint.plan)

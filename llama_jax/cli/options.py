@@ -11,7 +11,7 @@ from llama_jax.cli.output import note, stderr
 
 if TYPE_CHECKING:
     from llama_jax.llm import LLM
-    from llama_jax.model import ModelSpec
+    from llama_jax.model.llama import ModelSpec
 
 _LOADING, _SAMPLING = "Loading", "Sampling (default: what the checkpoint's generation_config says)"
 SHIPPED = "abacus, the small model that ships with llama-jax"
@@ -140,7 +140,7 @@ def model_name(model: str | None) -> str:
 
 
 def check_preset(preset: str) -> None:
-    from llama_jax.config import PRESETS
+    from llama_jax.model.config import PRESETS
 
     if preset not in PRESETS:
         raise typer.BadParameter(
@@ -151,8 +151,8 @@ def check_preset(preset: str) -> None:
 def preset_spec(preset: str, dtype: Any, activations: Any) -> "ModelSpec":
     """The shapes of a known model, see `check_preset`, with FP8 matrices."""
     from llama_jax import bench
-    from llama_jax.config import PRESETS
-    from llama_jax.model import ModelSpec
+    from llama_jax.model.config import PRESETS
+    from llama_jax.model.llama import ModelSpec
 
     formats = bench.preset_spec(PRESETS[preset])
     return ModelSpec(formats.config, formats.formats, dtype, activations)
@@ -186,8 +186,8 @@ def load(model: str | None, *, show_plan: bool, **settings: Any) -> "LLM":
         locate(settings["draft"])  # before the model is converted
     path = locate(SHIPPED_MODEL if model is None else model)
     directory(str(path))
+    from llama_jax.engine.memory import share_one_arena
     from llama_jax.llm import LLM
-    from llama_jax.memory import share_one_arena
 
     share_one_arena()
     settings = {name: value for name, value in settings.items() if value is not None}

@@ -1,4 +1,4 @@
-"""`llama-jax inspect --paths`: what `llama_jax.paths` read, for readers and for machines."""
+"""`llama-jax inspect --paths`: what `llama_jax.engine.paths` read, for readers and for machines."""
 
 import contextlib
 from collections import Counter
@@ -11,10 +11,10 @@ from rich.table import Table
 from llama_jax.cli.output import key_value_table, print_json, runs, stderr, stdout
 
 if TYPE_CHECKING:
-    from llama_jax.kv_cache import KVDtype
-    from llama_jax.model import ModelSpec
-    from llama_jax.paths import Call, Program
-    from llama_jax.scheduling import EngineOptions
+    from llama_jax.engine.paths import Call, Program
+    from llama_jax.engine.scheduling import EngineOptions
+    from llama_jax.model.kv_cache import KVDtype
+    from llama_jax.model.llama import ModelSpec
 
 Device = Literal["h200"]
 
@@ -30,12 +30,12 @@ def show_paths(
     """Trace the programs for `device`, None for this one, and print their calls."""
     import jax
 
-    from llama_jax import paths
+    from llama_jax.engine import paths
     from pallas_kernels import device as target
 
     mesh: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if device == "h200":
-        from pallas_kernels import sm90
+        from pallas_kernels.dev import sm90
 
         mesh = jax.sharding.use_abstract_mesh(sm90.H200)
     with stderr.status("tracing prefill and decode"), mesh:

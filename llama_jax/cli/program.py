@@ -1,4 +1,4 @@
-"""`llama-jax inspect --program`: what `llama_jax.program_report` read, for readers and machines."""
+"""`llama-jax inspect --program`: what `engine.program_report` read, for readers and machines."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -8,10 +8,10 @@ from rich.table import Table
 from llama_jax.cli.output import key_value_table, print_json, stderr, stdout
 
 if TYPE_CHECKING:
-    from llama_jax.kv_cache import KVDtype
-    from llama_jax.model import ModelSpec
-    from llama_jax.program_report import Phase
-    from llama_jax.scheduling import EngineOptions
+    from llama_jax.engine.program_report import Phase
+    from llama_jax.engine.scheduling import EngineOptions
+    from llama_jax.model.kv_cache import KVDtype
+    from llama_jax.model.llama import ModelSpec
 
 
 def show_program(
@@ -26,8 +26,8 @@ def show_program(
 
     Raises ValueError, with what to install, if nothing can be compiled for an H200 here.
     """
-    from llama_jax.program_report import report
-    from pallas_kernels import sm90
+    from llama_jax.engine.program_report import report
+    from pallas_kernels.dev import sm90
 
     if reason := sm90.unavailable():
         raise ValueError(f"--program compiles for an H200: {reason}")

@@ -32,7 +32,7 @@ from llama_jax.cli.output import (
 from llama_jax.cli.resumable import ResumableFile, resumable_file
 from llama_jax.cli.score_ray import score_lines
 from llama_jax.cli.speed import Clock, Snapshot, snapshot
-from llama_jax.windows import window_and_stride
+from llama_jax.text.windows import window_and_stride
 
 if TYPE_CHECKING:
     from llama_jax.llm import LLM
@@ -180,7 +180,7 @@ def score(
         manifest = llm.manifest
         scored = partial(_score_here, llm, input, **asked)
     else:
-        from llama_jax.checkpoint import read_manifest
+        from llama_jax.checkpoint.store import read_manifest
 
         assert num_lines is not None
         manifest = read_manifest(options.directory(model))

@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama_jax.compile_cache import CompileReport
+    from llama_jax.engine.compile_cache import CompileReport
+    from llama_jax.engine.scheduling import Stats
     from llama_jax.llm import LLM
     from llama_jax.results import Generation
-    from llama_jax.scheduling import Stats
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Clock:
         self._began = time.time()
 
     def seconds(self) -> float:
-        from llama_jax.compile_cache import seconds_between
+        from llama_jax.engine.compile_cache import seconds_between
 
         now = time.time()
         return now - self._began - seconds_between(self._began, now)
@@ -77,7 +77,7 @@ class Speed:
 
 
 def snapshot(llm: "LLM") -> Snapshot:
-    from llama_jax import compile_cache
+    from llama_jax.engine import compile_cache
 
     return Snapshot(compile_cache.report(), llm.stats())
 
@@ -85,7 +85,7 @@ def snapshot(llm: "LLM") -> Snapshot:
 def speed_since(before: Snapshot, llm: "LLM", result: "Generation") -> Speed:
     """The speed of a reply that was generated alone, began after `before` was taken and has just
     ended. Decode is launched, and compiled, before the first token is read."""
-    from llama_jax.compile_cache import seconds_between
+    from llama_jax.engine.compile_cache import seconds_between
 
     ended, timings = time.time(), result.timings
     first_token = ended - timings.decode

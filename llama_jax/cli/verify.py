@@ -8,9 +8,9 @@ import typer
 from rich.filesize import decimal
 from rich.table import Table
 
+from llama_jax.checkpoint.converted import is_converted, not_converted
 from llama_jax.cli import options
 from llama_jax.cli.output import print_json, stderr, stdout
-from llama_jax.converted import is_converted, not_converted
 
 
 def verify(
@@ -31,11 +31,11 @@ def verify(
         raise not_converted(directory)
     with stderr.status("starting JAX"):
         from converters.writing import byte_progress
-        from llama_jax import checkpoint
-    total = checkpoint.read_manifest(directory).total_bytes
+        from llama_jax.checkpoint import store
+    total = store.read_manifest(directory).total_bytes
     began = time.perf_counter()
     with byte_progress("verifying", total, not as_json) as advance:
-        problems = checkpoint.verify(directory, advance)
+        problems = store.verify(directory, advance)
     seconds = time.perf_counter() - began
     if as_json:
         print_json(

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from llama_jax.abacus import SHIPPED_MODEL
-from llama_jax.chat import render_chat
 from llama_jax.llm import LLM
 from llama_jax.results import Generation
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.scoring import Question, answers
+from llama_jax.text.chat import render_chat
 
 try:
     from lm_eval.__main__ import cli_evaluate

@@ -22,7 +22,7 @@ from llama_jax.llm import LLM
 from llama_jax.results import Generation, generation_fields
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.scoring import Question, answer_rows, score_rows
-from llama_jax.windows import window_and_stride
+from llama_jax.text.windows import window_and_stride
 
 _SCORE = {
     "logprob": pa.float64(), "num_tokens": pa.int64(), "is_greedy": pa.bool_(),

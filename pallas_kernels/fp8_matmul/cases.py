@@ -1,4 +1,4 @@
-"""What `pallas_kernels.bench` and `pallas_kernels.tune` run of the FP8 x FP8 kernels."""
+"""What `pallas_kernels.dev.bench` and `pallas_kernels.dev.tune` run of the FP8 x FP8 kernels."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import e4m3
-from pallas_kernels.case import FP8_OPERATIONS_PER_SECOND, Case
+from pallas_kernels.dev.case import FP8_OPERATIONS_PER_SECOND, Case
+from pallas_kernels.dev.shapes import Linear, linears
 from pallas_kernels.fp8_matmul import hopper, reference, xla
 from pallas_kernels.fp8_matmul.hopper import Config
 from pallas_kernels.fp8_matmul.reference import BLOCK
-from pallas_kernels.shapes import Linear, linears
 
 Layout = Literal["row", "block"]
 LAYOUTS: tuple[Layout, ...] = ("row", "block")

@@ -1,4 +1,4 @@
-"""What `pallas_kernels.bench` and `pallas_kernels.tune` run of the weight-only kernel."""
+"""What `pallas_kernels.dev.bench` and `pallas_kernels.dev.tune` run of the weight-only kernel."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import e4m3
-from pallas_kernels.case import BF16_OPERATIONS_PER_SECOND, Case
+from pallas_kernels.dev.case import BF16_OPERATIONS_PER_SECOND, Case
+from pallas_kernels.dev.shapes import linears
 from pallas_kernels.fp8_matmul import (
     MAX_WEIGHT_ONLY_ROWS,
     hopper_weight_only,
@@ -20,7 +21,6 @@ from pallas_kernels.fp8_matmul import (
 )
 from pallas_kernels.fp8_matmul.hopper_weight_only import Config, configure, heuristic_cost
 from pallas_kernels.fp8_matmul.reference import BLOCK
-from pallas_kernels.shapes import linears
 
 Layout = Literal["row", "block"]
 LAYOUTS: tuple[Layout, ...] = ("row", "block")

@@ -1,4 +1,4 @@
-"""What `pallas_kernels.bench` and `pallas_kernels.tune` run of the attention kernels."""
+"""What `pallas_kernels.dev.bench` and `pallas_kernels.dev.tune` run of the attention kernels."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels import e4m3
-from pallas_kernels.case import BF16_OPERATIONS_PER_SECOND, Case
+from pallas_kernels.dev.case import BF16_OPERATIONS_PER_SECOND, Case
+from pallas_kernels.dev.shapes import Heads, heads
 from pallas_kernels.paged_attention import hopper_decode, hopper_prefill, reference, xla
 from pallas_kernels.paged_attention.hopper_loop import PAGE_SIZE
-from pallas_kernels.shapes import Heads, heads
 
 BF16 = jnp.dtype(jnp.bfloat16)
 KV_DTYPES = {"bf16": BF16, "fp8": jnp.dtype(e4m3.DTYPE)}

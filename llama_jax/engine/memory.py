@@ -1,0 +1,314 @@
+"""Will it fit? The bytes that a model needs on each device, before any of them is allocated."""
+
+import bisect
+import ctypes
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from llama_jax.engine.scheduling import MAX_TOKENS_PER_CALL
+from llama_jax.engine.speculation import NO_SPECULATION, Speculation
+from llama_jax.model.kv_cache import PAGE_SIZE, init_cache
+from llama_jax.model.llama import ModelSpec, abstract_params, param_shardings
+from llama_jax.model.sharding import cache_shardings
+from pallas_kernels.fp8_matmul.xla import block_rows
+
+# Bytes per token of the intermediate size: the MLP's arrays that are live at the same time, in
+# float32 where weights are widened block by block, else in bfloat16. Per head and token: scores
+# against a block of keys, and the queries. Per row and word of the vocabulary: sampling settings,
+# and the logits on their way through the sampler; per guess and word, its logits. Fitted to XLA's
+# own memory analysis of the compiled steps (tests/test_memory.py holds them against it).
+_MLP_WIDE, _MLP_NARROW = 36, 12
+_HEAD_BYTES = 4 * 1024
+_SAMPLER_BYTES = 40
+_GUESS_BYTES = 6
+_SCORED_TOKENS = 64
+
+
+class DoesNotFitError(MemoryError):
+    """A model and its cache need more memory than the device has."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on the fullest device; on a mesh, what one device holds, a draft model's included.
+
+    weights and kv_cache are exact. workspace is an estimate: the temporaries of prefill and of
+    decode (the larger), logits and sampling state. limit is what the device has.
+    """
+
+    weights: int
+    kv_cache: int
+    workspace: int
+    limit: int
+    max_batch_size: int
+    max_seq_len: int
+    prefill_chunk: int
+    devices: int = 1
+    num_pages: int | None = None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.workspace
+
+    def check(self) -> None:
+        """Raise `DoesNotFitError`, with the sizes and with what to lower, if total > limit."""
+        if self.total <= self.limit:
+            return
+        each = " on each device" if self.devices > 1 else ""
+        advice = []
+        if self.kv_cache > 0.1 * self.total:
+            advice.append(
+                f"lower max_batch_size ({self.max_batch_size}) or max_seq_len "
+                f"({self.max_seq_len}), or use an FP8 cache"
+            )
+        if self.workspace > 0.1 * self.total:
+            advice.append(f"lower prefill_chunk ({self.prefill_chunk})")
+        if self.weights > 0.5 * self.limit:
+            advice.append("use FP8 weights (quantize), a smaller model, or shard over more devices")
+        raise DoesNotFitError(
+            f"{decimal(self.total)} needed{each}, {decimal(self.limit)} there: weights "
+            f"{decimal(self.weights)}, KV cache {decimal(self.kv_cache)}, workspace "
+            f"{decimal(self.workspace)}. To make it fit: {'; '.join(advice)}."
+        )
+
+    def __rich__(self) -> Table:
+        title = "Memory" + (f" on each of {self.devices} devices" if self.devices > 1 else "")
+        table = Table(title=title)
+        table.add_column("what")
+        table.add_column("size", justify="right")
+        table.add_column("of the device", justify="right")
+        parts = {
+            "weights": self.weights,
+            f"KV cache, {self._cache_size}": self.kv_cache,
+            "workspace (estimate)": self.workspace,
+            "total": self.total,
+            "device": self.limit,
+        }
+        for name, size in parts.items():
+            table.add_row(name, decimal(size), f"{size / self.limit:.0%}")
+        return table
+
+    @property
+    def _cache_size(self) -> str:
+        if self.num_pages is None:
+            return f"{self.max_batch_size} x {self.max_seq_len} tokens"
+        return f"{self.num_pages:,} pages of {PAGE_SIZE} tokens"
+
+    def print(self) -> None:
+        """The table, on stderr."""
+        Console(stderr=True).print(self)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """How far the memory goes with one kind of cache; 0 where it does not go at all.
+
+    longest_alone, longest: tokens of context for one sequence, and for as many at the same time as
+    were asked about. most: sequences of the length that was asked about.
+    """
+
+    longest_alone: int
+    longest: int
+    most: int
+
+
+def plan_memory(
+    spec: ModelSpec,
+    max_batch_size: int,
+    max_seq_len: int,
+    kv_dtype: jnp.dtype,
+    prefill_chunk: int,
+    limit: int | None = None,
+    num_pages: int | None = None,
+    speculation: Speculation = NO_SPECULATION,
+) -> MemoryPlan:
+    """What `spec` takes with a cache of max_batch_size rows of max_seq_len tokens.
+
+    kv_dtype: of the cache, as `kv_cache.init_cache` takes it. prefill_chunk: tokens of a row that
+    go through the model at once, all rows together. limit: bytes on each device, in place of what
+    the devices that are here report. num_pages: of the cache, instead of whole rows. speculation:
+    its draft has a cache of the same pages, and what it guesses has logits.
+    """
+    mesh = spec.mesh
+    if limit is None:
+        limit = device_memory_bytes(mesh.devices.flat[0] if mesh else None)
+
+    def weights(spec: ModelSpec) -> int:
+        return _bytes_per_device(abstract_params(spec), param_shardings(spec))
+
+    def kv_cache(spec: ModelSpec) -> int:
+        dtype = jnp.dtype(kv_dtype)
+        cache = jax.eval_shape(
+            lambda: init_cache(spec.config, max_batch_size, max_seq_len, dtype, num_pages=num_pages)
+        )
+        return _bytes_per_device(cache, cache_shardings(spec.config, mesh))
+
+    specs = [spec, speculation.draft] if speculation.draft else [spec]
+    guesses = max_batch_size * speculation.lookahead
+    return MemoryPlan(
+        weights=sum(map(weights, specs)),
+        kv_cache=sum(map(kv_cache, specs)),
+        workspace=_workspace(spec, max_batch_size, min(prefill_chunk, max_seq_len), guesses),
+        limit=limit,
+        max_batch_size=max_batch_size,
+        max_seq_len=max_seq_len,
+        prefill_chunk=prefill_chunk,
+        devices=mesh.size if mesh else 1,
+        num_pages=num_pages,
+    )
+
+
+def fitting_pages(plan: Callable[[int], MemoryPlan], least: int, most: int) -> int:
+    """How many pages to make a cache of: `most`, if they fit, else what a twentieth less than the
+    limit has room for; at least `least`.
+
+    plan: the plan with so many pages.
+    """
+    first = plan(least)
+    if plan(most).total <= first.limit:
+        return most
+    more = _most(lambda n: plan(least + n).total, int(0.95 * first.limit), most - least)
+    return least + max(0, more)
+
+
+def capacity(
+    spec: ModelSpec,
+    max_batch_size: int,
+    max_seq_len: int,
+    kv_dtype: jnp.dtype,
+    prefill_chunk: int,
+    limit: int,
+) -> Capacity:
+    """What fits into `limit` bytes on one device; the arguments are those of `plan_memory`.
+
+    Contexts are whole pages, of at least `prefill_chunk` tokens and at most the model's own.
+    """
+    context = spec.config.max_position_embeddings
+    shortest = min(-(-prefill_chunk // PAGE_SIZE) * PAGE_SIZE, context)
+
+    def total(rows: int, tokens: int) -> int:
+        return plan_memory(spec, rows, tokens, kv_dtype, prefill_chunk, limit=limit).total
+
+    def longest(rows: int) -> int:
+        pages = _most(lambda n: total(rows, shortest + n * PAGE_SIZE), limit, context // PAGE_SIZE)
+        return 0 if pages < 0 else min(shortest + pages * PAGE_SIZE, context)
+
+    most = _most(lambda n: total(1 + n, max_seq_len), limit, 1 << 20) + 1
+    return Capacity(longest(1), longest(max_batch_size), most)
+
+
+def _most(size: Callable[[int], int], limit: int, most: int) -> int:
+    """The largest n of 0 to `most` with size(n) <= limit, or -1; size must not fall."""
+    return bisect.bisect_right(range(most + 1), limit, key=size) - 1
+
+
+def share_one_arena() -> None:
+    """Have glibc keep what threads free in one arena, not in one for each: XLA's threads free much.
+
+    For the whole process and what it allocates from now on, as MALLOC_ARENA_MAX=1 does from the
+    start (mallopt(3)); other C libraries are left alone.
+    """
+    m_arena_max = -8
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(m_arena_max, 1)
+
+
+def device_memory_bytes(device: jax.Device | None = None) -> int:
+    """Bytes that this process may use on a device, the default one when None.
+
+    An accelerator reports the limit of its allocator. CPU devices share what the machine, or the
+    container, has available now.
+    """
+    device = device or jax.devices()[0]
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return _available_ram() // len(jax.local_devices(backend=device.platform))
+
+
+def _available_ram() -> int:
+    """What the machine has available, or the container that this process runs in, if less."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kibibytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        available = int(kibibytes) * 1024
+    except (OSError, StopIteration):  # not Linux: all of it, for want of a better figure
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([available, *_room_in_cgroups()])
+
+
+def _room_in_cgroups(
+    root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
+) -> list[int]:
+    """Bytes left in each control group, version 2 or 1, that this process is in.
+
+    A group's limit holds for those inside it, so that its parents count too. Cached files can be
+    given back, unless they are in use.
+    Source: admin-guide/cgroup-v2 and cgroup-v1/memory in the Linux kernel's documentation.
+    """
+    room = []
+    for line in membership.read_text().splitlines() if membership.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top = root / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = top / path.lstrip("/")
+        for directory in (group, *group.parents):
+            if directory.is_relative_to(top):
+                left = _room_in_cgroup(directory, *names)
+                room += [] if left is None else [left]
+    return room
+
+
+def _room_in_cgroup(directory: Path, limit: str, usage: str, cached: str) -> int | None:
+    """Bytes left in one group, None without a limit; the names are those of its files' figures."""
+    try:
+        most, used = (directory / limit).read_text().strip(), (directory / usage).read_text()
+        stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
+    except OSError:  # the top has no limit, and a container does not see what lies above it
+        return None
+    if most == "max":
+        return None
+    return max(0, int(most) - int(used) + int(stat.get(cached, 0)))
+
+
+def _bytes_per_device(arrays: object, shardings: object) -> int:
+    def size(array: jax.ShapeDtypeStruct, sharding: Sharding) -> int:
+        return math.prod(sharding.shard_shape(array.shape)) * int(array.dtype.itemsize)
+
+    sizes: list[int] = jax.tree.leaves(jax.tree.map(size, arrays, shardings))
+    return sum(sizes)
+
+
+def _workspace(spec: ModelSpec, batch_size: int, chunk: int, guesses: int) -> int:
+    config = spec.config
+    is_fp8 = any(stored.scale for stored in spec.formats.values())
+    wide = is_fp8 or spec.dtype == "float32"
+    per_token = max(
+        (_MLP_WIDE if wide else _MLP_NARROW) * config.intermediate_size,
+        _HEAD_BYTES * config.num_heads,
+    )
+    widened_block = 6 * max(
+        block_rows(columns) * columns for columns in (config.intermediate_size, config.hidden_size)
+    )
+    logits = config.vocab_size * (
+        _SAMPLER_BYTES * batch_size + _GUESS_BYTES * guesses + 8 * _SCORED_TOKENS
+    )
+    tokens = min(batch_size * chunk, max(chunk, MAX_TOKENS_PER_CALL))
+    tokens //= spec.mesh.shape["model"] if spec.mesh else 1
+    return per_token * tokens + widened_block + logits

@@ -1,0 +1,166 @@
+"""Programs that a second start need not trace: their StableHLO, beside XLA's compilation cache.
+
+XLA's cache saves compiling, but JAX has to trace and lower a program before it can look there,
+which takes longer than fetching it. `kept_jit` is `jax.jit` for functions that are worth keeping:
+when one is to be traced, its StableHLO is read from a file, if there is one for all that tracing
+depends on (`_key`); else it is traced, and the file is written (`jax.export`). Everything else
+stays jax.jit's: static and donated arguments, dispatch, and the search in XLA's cache, whose key
+has the compiler, its flags and the processor. A file is StableHLO with a checksum: data that are
+compiled, nothing that is unpickled.
+
+Only where JAX has one device, a CPU, so far; elsewhere functions are traced as ever.
+"""
+
+import functools
+import hashlib
+import inspect
+import logging
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import export
+
+from llama_jax.engine import compile_cache
+
+_log = logging.getLogger(__name__)
+_DIRECTORY = "traced"
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "ml_dtypes")
+# Of jax.config: where programs are kept, and what is said meanwhile.
+_IRRELEVANT = (
+    "jax_compilation_cache", "jax_debug_log", "jax_dump_ir", "jax_enable_compilation_cache",
+    "jax_explain_cache", "jax_log", "jax_persistent_cache", "jax_raise_persistent_cache",
+)  # fmt: skip
+
+
+def kept_jit(
+    function: Callable[..., Any], *, static_argnames: str | Sequence[str] = (), **settings: Any
+) -> Any:
+    """`jax.jit(function, static_argnames=..., **settings)`, of which traces are kept.
+
+    Static arguments need a `repr` that says all of what they are; classes of `flax.struct` in what
+    is returned are to be named by `returns`. `inspect.unwrap` gives the function back.
+    """
+    names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        directory = _directory()
+        if directory is None:
+            return function(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        static = {name: bound.arguments.pop(name) for name in names}
+        leaves, tree = jax.tree.flatten(bound.arguments)
+        avals = [jax.typeof(leaf) for leaf in leaves]
+        path = directory / f"{function.__name__}-{_key(function, static, avals, tree)}"
+        exported = _read(path)
+        if exported is None:
+
+            def flat(*leaves: Any) -> Any:
+                return function(**jax.tree.unflatten(tree, leaves), **static)
+
+            flat.__name__ = function.__name__
+            exported = export.export(jax.jit(flat))(*avals)
+            _write(path, exported)
+        return exported.call(*leaves)
+
+    return jax.jit(traced, static_argnames=names, **settings)
+
+
+def returns(*classes: type) -> None:
+    """Name classes of `flax.struct`, without static fields, that kept functions return."""
+    for each in classes:
+        export.register_pytree_node_serialization(
+            each,
+            serialized_name=f"{each.__module__}.{each.__qualname__}",
+            serialize_auxdata=lambda _: b"",
+            deserialize_auxdata=lambda _: (),
+            from_children=functools.partial(_rebuilt, each),
+        )
+
+
+def _rebuilt(cls: type, _: Any, children: Sequence[Any]) -> Any:
+    return cls(*children)
+
+
+def _directory() -> Path | None:
+    """Where traces are kept; None where they are not, see the head of this file."""
+    directory, mesh = compile_cache.directory(), jax.sharding.get_abstract_mesh()
+    is_plain = (
+        jax.default_backend() == "cpu"
+        and jax.device_count() == 1
+        and mesh.empty
+        and mesh.abstract_device is None
+        and not jax.config.jax_disable_jit
+    )
+    return directory / _DIRECTORY if directory and is_plain else None
+
+
+def _key(
+    function: Callable[..., Any], static: Mapping[str, Any], avals: Sequence[Any], tree: Any
+) -> str:
+    """A hash of what the StableHLO follows from: code and libraries, JAX's settings, the device,
+    static arguments, and shapes and dtypes of the others."""
+    settings = {
+        name: getattr(jax.config, name, value)
+        for name, value in jax.config.values.items()
+        if not name.startswith(_IRRELEVANT)
+    }
+    parts = (
+        _software(), sorted(settings.items()), jax.devices()[0].device_kind,
+        function.__module__, function.__qualname__, sorted(static.items()), str(tree),
+        [(each.shape, str(each.dtype), each.weak_type) for each in avals],
+    )  # fmt: skip
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _software() -> tuple[str, ...]:
+    """Versions of what traces, and a digest of this project's code."""
+    import llama_jax
+    import pallas_kernels
+
+    digest = hashlib.sha256()
+    for package in (Path(llama_jax.__file__).parent, Path(pallas_kernels.__file__).parent):
+        for path in sorted([*package.rglob("*.py"), *package.glob("tuned/*.json")]):
+            digest.update(f"{path.relative_to(package.parent)}\n".encode())
+            digest.update(path.read_bytes())
+    return (platform.python_version(), *map(version, _LIBRARIES), digest.hexdigest())
+
+
+def _read(path: Path) -> export.Exported | None:
+    """What `_write` wrote; None if there is nothing, or something else."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, blob = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    if hashlib.sha256(blob).digest() != digest:
+        _log.info("%s is damaged: its program is traced again", path)
+        return None
+    return export.deserialize(bytearray(blob))
+
+
+def _write(path: Path, exported: export.Exported) -> None:
+    """Keep a program, whole or not at all, if the directory can be written to."""
+    blob = exported.serialize()
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(hashlib.sha256(blob).digest() + blob)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        _log.info("%s is not kept: %s", path, error)

@@ -1,0 +1,163 @@
+"""One request on its way through the engine: what was asked, and what has come of it so far."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from llama_jax.engine.pages import Chain
+from llama_jax.sampling_params import SamplingParams
+from llama_jax.text.tokenizer import StreamDecoder
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+Wanted = Literal["tokens", "logprobs", "logits"]
+
+
+@dataclass(eq=False)
+class Request:
+    """What was asked for, up to `on_change`, and the results.
+
+    stop_ids: tokens that end the text, and are not part of it. eos_ids: those that the model ends
+        its replies with, which are not drawn before `params.min_new_tokens` even where
+        `params.ignore_eos` keeps them out of `stop_ids`. stop_names: the special tokens among
+        `stop_ids` that `params.stop` names.
+    wanted: "tokens" continues the prompt; "logprobs" asks how likely the prompt's own tokens are,
+        from `score_from` on; "logits" for float32 logits of every prompt token.
+    is_streamed: the caller wants each token when it is drawn, rather than several at a time.
+
+    on_change: called by the engine whenever there is something new in the request.
+
+    finish_reason: "stop" by a stop token or string, "length" by the limit of tokens, "cancelled",
+        or "error" where something raised `error` in the work for this request alone. stop_reason:
+        the string, or the id of `params`, that stopped it; None for the model's own end.
+    token_ids, logprobs, top: what was drawn, with natural-log probabilities where `params` asks
+        for them. `text` is the decoded text, as it grows if the request is streamed or has stop
+        strings, else once it has ended; `text[:released]` may be shown: what follows could still
+        turn out to be the beginning of a stop string.
+    prompt_logprobs, prompt_is_likeliest: float32 and bool, one per token from `score_from` on.
+    prompt_logits: float32 [length, vocab]. num_cached: prompt tokens that were found in the cache
+    when it was admitted last. chains: see `pages.extend_chains`, of all tokens or a beginning of
+    them. Times are of `time.perf_counter`.
+    """
+
+    prompt: list[int]
+    params: SamplingParams = field(default_factory=lambda: SamplingParams(temperature=0.0, seed=0))
+    decoder: StreamDecoder | None = None
+    stop_ids: frozenset[int] = frozenset()
+    eos_ids: frozenset[int] = frozenset()
+    stop_names: Mapping[int, str] = field(default_factory=dict)
+    wanted: Wanted = "tokens"
+    score_from: int = 1
+    is_streamed: bool = False
+    on_change: "Callable[[Request], None] | None" = None
+    id: int = -1
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+    text: str = ""
+    released: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    error: BaseException | None = None
+    prompt_logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    prompt_is_likeliest: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    prompt_logits: np.ndarray | None = None
+    num_cached: int = 0
+    chains: list[Chain] = field(default_factory=list)
+    admitted_at: float = 0.0
+    first_token_at: float = 0.0
+    finished_at: float = 0.0
+
+    @property
+    def all_tokens(self) -> list[int]:
+        return self.prompt + self.token_ids
+
+    def start_prompt(self, num_cached: int) -> None:
+        """The prompt goes through the model, from its beginning or from `num_cached` tokens on."""
+        self.num_cached = num_cached
+        self.prompt_logprobs = np.zeros(0, np.float32)
+        self.prompt_is_likeliest = np.zeros(0, bool)
+        self.prompt_logits = None
+
+    def extend(self, token_ids: Sequence[int], limit: int) -> int:
+        """Take in drawn tokens until one of them ends the request; returns how many.
+
+        limit: tokens that may be drawn in all.
+        """
+        for count, token_id in enumerate(token_ids, 1):
+            self._append(token_id, limit)
+            if self.finish_reason:
+                return count
+        return len(token_ids)
+
+    def cancel(self) -> None:
+        """End it where it stands, with the text so far, as far as that can be decoded."""
+        self.finish_reason = "cancelled"
+        with suppress(Exception):
+            self._decode([] if self._is_followed else self.token_ids, is_end=True)
+            self.released = len(self.text)
+
+    def fail(self, error: BaseException) -> None:
+        """End it with `error` as its result."""
+        self.error = error
+        if self.finish_reason != "cancelled":
+            self.finish_reason = "error"
+
+    @property
+    def _is_followed(self) -> bool:
+        """Whether the text is decoded token by token."""
+        return self.is_streamed or bool(self.params.stop)
+
+    def _append(self, token_id: int, limit: int) -> None:
+        """One more token, its text, and whether one or the other is the end.
+
+        Before there are more than `min_new_tokens` tokens, neither is. A stop string may begin
+        earlier.
+        """
+        self.token_ids.append(token_id)
+        may_stop = len(self.token_ids) > self.params.min_new_tokens
+        is_stop = may_stop and token_id in self.stop_ids
+        is_end = is_stop or len(self.token_ids) >= limit
+        searched = len(self.text)
+        if self._is_followed:
+            self._decode([] if is_stop else [token_id], is_end)
+        elif is_end:
+            self._decode(self.token_ids[:-1] if is_stop else self.token_ids, is_end)
+        if may_stop and (found := first_stop(self.text, self.params.stop, searched)):
+            at, self.stop_reason = found
+            self.text = self.text[:at]
+            self.finish_reason = "stop"
+        elif is_stop:
+            is_eos = token_id in self.eos_ids and not self.params.ignore_eos
+            self.stop_reason = None if is_eos else self.stop_names.get(token_id, token_id)
+            self.finish_reason = "stop"
+        elif is_end:
+            self.finish_reason = "length"
+        held = 0 if self.finish_reason else held_back(self.text, self.params.stop)
+        self.released = len(self.text) - held
+
+    def _decode(self, token_ids: Sequence[int], is_end: bool) -> None:
+        if self.decoder:
+            self.text += "".join(map(self.decoder.push, token_ids))
+            self.text += self.decoder.flush() if is_end else ""
+
+
+def first_stop(text: str, stops: Sequence[str], searched: int) -> tuple[int, str] | None:
+    """Where in `text` the first stop string begins that ends after `searched` characters, and
+    which one it is; of several at one place the first."""
+    hits = [
+        (at, stop)
+        for stop in stops
+        if (at := text.find(stop, max(0, searched - len(stop) + 1))) >= 0
+    ]
+    return min(hits, key=lambda hit: hit[0], default=None)
+
+
+def held_back(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` that begins one of the stop strings."""
+    return max(
+        (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])),
+        default=0,
+    )

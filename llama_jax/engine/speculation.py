@@ -1,0 +1,122 @@
+"""Guessing tokens ahead, so that the model checks several while its weights are read once.
+
+A guess stands if it is the token that would have been drawn in its place. What a row draws at a
+step is a function of its logits, seed and step number (`sampling`), so speculation changes no
+token, let alone their distribution; greedy or sampled, with penalties or without. A draft model
+draws with the same random numbers, which makes it agree with the model nearly as often as any rule
+of rejection could: at least (1 - d) / (1 + d) of the time where the distributions are d apart in
+total variation, when 1 - d is the best possible (Daliri, Musco and Suresh, "Coupling without
+communication and drafter-invariant speculative decoding", 2024).
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from llama_jax.engine.sampling import Kind, SamplingState, record, sample
+from llama_jax.model import forward
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.kv_cache import KVCache
+from llama_jax.model.llama import ModelSpec, Params
+
+# How many of the last tokens a place in the text may have in common with its end; more say little.
+LONGEST_NGRAM = 3
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """lookahead: tokens guessed per round, 0 for none. draft: of the model that guesses them; None
+    takes what followed where the last tokens occurred before (prompt lookup)."""
+
+    lookahead: int = 0
+    draft: ModelSpec | None = None
+
+    def __post_init__(self) -> None:
+        if self.lookahead < 0 or (self.draft and not self.lookahead):
+            raise ValueError(
+                f"lookahead must be at least {1 if self.draft else 0}, got {self.lookahead}"
+            )
+
+    def check(self, config: LlamaConfig, max_seq_len: int) -> None:
+        """Raise ValueError unless the draft can guess for a model of `config`."""
+        if self.draft is None:
+            return
+        draft = self.draft.config
+        if draft.vocab_size != config.vocab_size:
+            raise ValueError(
+                f"the draft model has {draft.vocab_size} tokens in its vocabulary, the model "
+                f"{config.vocab_size}: they must be the same"
+            )
+        if draft.max_position_embeddings < max_seq_len:
+            raise ValueError(
+                f"the draft model's context of {draft.max_position_embeddings} tokens is shorter "
+                f"than max_seq_len {max_seq_len}"
+            )
+
+    @property
+    def uses_history(self) -> bool:
+        return self.lookahead > 0 and self.draft is None
+
+
+NO_SPECULATION = Speculation()
+
+
+def look_up(history: Array, last: Array, lookahead: int) -> tuple[Array, Array]:
+    """Guesses from each row's own text: int32 [batch, lookahead], and which rows have any.
+
+    history: int32 [batch, capacity], of which row b's tokens are those up to index last[b]. The
+    place that has most of the last `LONGEST_NGRAM` tokens in common with the end is taken, the
+    latest of several; a text that repeats itself is continued in its period.
+    (Saxena, "Prompt lookup decoding", 2023.)
+    """
+
+    def of_row(history: Array, last: Array) -> tuple[Array, Array]:
+        places = jnp.arange(history.shape[0])
+        run, common = jnp.ones(history.shape, bool), jnp.zeros(history.shape, jnp.int32)
+        for back in range(LONGEST_NGRAM):
+            same = jnp.roll(history, back) == history[last - back]
+            run &= same & (places >= back) & (last >= back)
+            common += run
+        rank = jnp.where(places < last, common * len(places) + places, -1)
+        best = jnp.argmax(rank)
+        period = last - best
+        guesses = history[best + 1 + jnp.arange(lookahead) % jnp.maximum(period, 1)]
+        return guesses, rank[best] >= len(places)
+
+    return jax.vmap(of_row)(history, last)
+
+
+def draft_tokens(
+    params: Params,
+    cache: KVCache,
+    tokens: Array,
+    sampling: SamplingState,
+    room: Array,
+    *,
+    spec: ModelSpec,
+    lookahead: int,
+    kind: Kind = "everything",
+) -> tuple[KVCache, Array]:
+    """What a draft model draws after each row's newest token: int32 [batch, lookahead].
+
+    tokens, room: int32 [batch], the newest token and how many the cache has room for after it; -1
+    for a row that draws nothing. kind: see `sampling.sample`. The last guess goes through the draft
+    model too, so that its cache holds all of them if they stand.
+    """
+
+    def step(
+        carry: tuple[KVCache, Array, SamplingState], i: Array
+    ) -> tuple[tuple[KVCache, Array, SamplingState], Array]:
+        cache, tokens, sampling = carry
+        grows = i <= room
+        hidden, cache = forward.extend(
+            params, cache, tokens[:, None], grows.astype(jnp.int32), spec=spec, phase="decode"
+        )
+        logits = forward.unembed(params, hidden[:, 0], spec=spec)
+        drawn = sample(logits, sampling, kind).tokens
+        return (cache, drawn, record(sampling, drawn, grows, kind)), drawn
+
+    (cache, _, _), drawn = lax.scan(step, (cache, tokens, sampling), jnp.arange(lookahead + 1))
+    return cache, drawn[:lookahead].T

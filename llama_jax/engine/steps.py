@@ -1,0 +1,408 @@
+"""The compiled programs: what runs on the device between two visits of the host.
+
+Each takes the parameters and the device state, which it donates, and returns the state and what the
+host wants to know.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array, lax
+
+from llama_jax.engine.program_cache import kept_jit, returns
+from llama_jax.engine.sampling import (
+    Kind,
+    Sampled,
+    SamplingState,
+    full_rows,
+    init_sampling,
+    is_stop,
+    record,
+    sample,
+)
+from llama_jax.engine.speculation import NO_SPECULATION, Speculation, draft_tokens, look_up
+from llama_jax.model import forward
+from llama_jax.model.kv_cache import KVCache, KVScales, copy_pages, init_cache
+from llama_jax.model.llama import ModelSpec, Params
+from llama_jax.model.sharding import cache_shardings, default_sharding, whole_on
+from pallas_kernels import device
+
+# Tokens whose logits exist at one time while scoring: 64 of 128,256 words in float32 are 33 MB.
+TOKENS_PER_LOGITS_BLOCK = 64
+
+
+class DecodeState(struct.PyTreeNode):
+    """What lives on the device between steps.
+
+    tokens: int32 [batch], each row's newest. remaining: int32 [batch], how many more it may draw;
+    0 while it has nothing to do, and from its stop token on.
+    history: int32 [batch, capacity], the tokens of each row where guesses are looked up among them,
+    else [batch, 0]. draft: the cache of a model that guesses: the same pages, the same table.
+    """
+
+    cache: KVCache
+    sampling: SamplingState
+    tokens: Array
+    remaining: Array
+    history: Array
+    draft: KVCache | None
+
+
+class Drawn(struct.PyTreeNode):
+    """What rows drew. numbers: int32 [3 + steps, batch], all that the host always wants, in one
+    transfer: how many tokens row b drew, how many were guessed for it and how many of these stood,
+    and from there on the tokens. sampled: the tokens with their logprobs, as in `Sampled` with
+    another axis, of steps, in front."""
+
+    numbers: Array
+    sampled: Sampled
+
+
+returns(DecodeState, Drawn, KVCache, Sampled, SamplingState)
+
+
+def state_builder(
+    spec: ModelSpec,
+    batch_size: int,
+    max_seq_len: int,
+    cache_dtype: jnp.dtype,
+    kv_scales: KVScales | None = None,
+    num_pages: int | None = None,
+    speculation: Speculation = NO_SPECULATION,
+) -> Callable[[], DecodeState]:
+    """A program that makes empty rows, in place on their devices, and is compiled once.
+
+    Arguments as `kv_cache.init_cache` takes them.
+    """
+    whole = whole_on(spec.mesh) if spec.mesh else default_sharding()
+
+    def build() -> DecodeState:
+        scales = None if kv_scales is None else jnp.array(kv_scales, jnp.float32)
+        none = jnp.zeros(batch_size, jnp.int32)
+        pages = (batch_size, max_seq_len, cache_dtype)
+        cache = init_cache(spec.config, *pages, scales, num_pages)
+        looked_up = cache.capacity if speculation.uses_history else 0
+        return DecodeState(
+            cache=cache,
+            sampling=init_sampling(batch_size, spec.config.vocab_size),
+            tokens=none,
+            remaining=none,
+            history=jnp.zeros((batch_size, looked_up), jnp.int32),
+            draft=init_cache(draft.config, *pages, None, num_pages) if draft else None,
+        )
+
+    draft = speculation.draft
+    shardings = jax.tree.map(lambda _: whole, jax.eval_shape(build))
+    shardings = shardings.replace(
+        cache=cache_shardings(spec.config, spec.mesh),
+        draft=cache_shardings(draft.config, spec.mesh) if draft else None,
+    )
+    return jax.jit(build, out_shardings=shardings)
+
+
+@partial(kept_jit, donate_argnames="state")
+def admit(
+    state: DecodeState,
+    rows: Array,
+    lengths: Array,
+    fresh: SamplingState,
+    sources: Array,
+    targets: Array,
+    texts: Array,
+) -> DecodeState:
+    """Give rows, int32 [b], to new requests; an index past the end is padding.
+
+    lengths: int32 [b], tokens that their pages hold already. fresh: of `sampling.host_rows`.
+    sources, targets: int32 [b], pages to copy for them first, see `kv_cache.copy_pages`. texts:
+    int32 [b, capacity], see `DecodeState.history`.
+    """
+    cache = copy_pages(state.cache, sources, targets)
+    fresh = full_rows(fresh, state.sampling.counts.shape[1])
+    return state.replace(
+        cache=cache.replace(lengths=cache.lengths.at[rows].set(lengths, mode="drop")),
+        sampling=jax.tree.map(
+            lambda old, new: old.at[rows].set(new, mode="drop"), state.sampling, fresh
+        ),
+        remaining=state.remaining.at[rows].set(0, mode="drop"),
+        history=state.history.at[rows].set(texts, mode="drop"),
+        draft=state.draft and copy_pages(state.draft, sources, targets),
+    )
+
+
+@partial(kept_jit, static_argnames=("spec", "speculation"), donate_argnames="state")
+def prefill_step(
+    params: Params,
+    state: DecodeState,
+    page_table: Array,
+    tokens: Array,
+    lengths: Array,
+    rows: Array,
+    draft_params: Params | None = None,
+    *,
+    spec: ModelSpec,
+    speculation: Speculation = NO_SPECULATION,
+) -> tuple[DecodeState, Array]:
+    """Append a chunk of each prompt; returns hidden states [b, d] of the last tokens, for
+    `draw_step` where a prompt ends here.
+
+    page_table: int32 [batch, pages_per_row]; tokens: int32 [b, t]; lengths, rows: int32 [b]. See
+    `forward.prefill`. draft_params: of `speculation.draft`, which takes in the same chunk.
+    """
+    cache, draft = state.cache.replace(page_table=page_table), state.draft
+    if speculation.draft:
+        assert draft is not None and draft_params is not None
+        draft = _follow(draft, cache)
+        _, draft = forward.extend(
+            draft_params, draft, tokens, lengths, rows, spec=speculation.draft, phase="prefill"
+        )
+    hidden, cache = forward.extend(params, cache, tokens, lengths, rows, spec=spec, phase="prefill")
+    hidden = forward.last_hidden(hidden, lengths)
+    if spec.mesh:
+        hidden = lax.with_sharding_constraint(hidden, whole_on(spec.mesh))
+    return state.replace(cache=cache, draft=draft), hidden
+
+
+@partial(kept_jit, static_argnames=("spec", "kind"), donate_argnames="state")
+def draw_step(
+    params: Params,
+    state: DecodeState,
+    hidden: Array,
+    rows: Array,
+    remaining: Array,
+    *,
+    spec: ModelSpec,
+    kind: Kind = "everything",
+) -> tuple[DecodeState, Sampled]:
+    """Draw the first token of the rows whose prompt has ended.
+
+    hidden: [b, d], of `prefill_step`; rows: int32 [b], as there; remaining: int32 [b], tokens to
+    draw from here on, 0 where the prompt goes on. kind: see `sampling.sample`.
+    """
+    last = remaining > 0
+    logits = forward.unembed(params, hidden, spec=spec)
+    of_rows = jax.tree.map(lambda a: jnp.take(a, rows, axis=0, mode="clip"), state.sampling)
+    drawn = sample(logits, of_rows, kind)
+    left = jnp.where(is_stop(of_rows, drawn.tokens), 0, remaining - 1)
+    of_rows = record(of_rows, drawn.tokens, last, kind)
+    ended = jnp.where(last, rows, len(state.tokens))
+    sampling = state.sampling.replace(
+        step=state.sampling.step.at[ended].set(of_rows.step, mode="drop")
+    )
+    if kind == "everything":
+        counts = sampling.counts.at[ended].set(of_rows.counts, mode="drop")
+        sampling = sampling.replace(counts=counts)
+    state = state.replace(
+        sampling=sampling,
+        tokens=state.tokens.at[ended].set(drawn.tokens, mode="drop"),
+        remaining=state.remaining.at[ended].set(left, mode="drop"),
+    )
+    return state, drawn
+
+
+def has_free_conditions() -> bool:
+    """Whether a loop may end by a condition at no cost. On a GPU XLA has the host evaluate it, and
+    the device is idle before each step until the host has answered."""
+    return device.platform() == "cpu"
+
+
+@partial(
+    kept_jit,
+    static_argnames=("spec", "max_steps", "speculation", "kind", "stops_early"),
+    donate_argnames="state",
+)
+def decode_steps(
+    params: Params,
+    state: DecodeState,
+    page_table: Array,
+    active: Array,
+    steps: Array,
+    draft_params: Params | None = None,
+    *,
+    spec: ModelSpec,
+    max_steps: int,
+    speculation: Speculation = NO_SPECULATION,
+    kind: Kind = "everything",
+    stops_early: bool = True,
+) -> tuple[DecodeState, Drawn]:
+    """Up to `steps` times, feed each row that has tokens left its newest one and draw the next, or
+    several where guesses stand.
+
+    page_table: int32 [batch, pages_per_row], with pages for what will be drawn; active: bool
+    [batch], rows that may go on; steps: int32 [], at most `max_steps`. kind: see `sampling.sample`.
+    stops_early: when no row has anything left to draw; otherwise there are `max_steps` steps,
+    whatever `steps` says, in which rows that are done draw nothing (see `has_free_conditions`).
+    """
+    waiting = jnp.where(active, 0, state.remaining)
+    state = state.replace(
+        cache=state.cache.replace(page_table=page_table),
+        remaining=state.remaining - waiting,
+    )
+    capacity = max_steps * (1 + speculation.lookahead)
+    logits = jax.ShapeDtypeStruct((len(active), spec.config.vocab_size), jnp.float32)
+    blank = jax.eval_shape(partial(sample, kind=kind), logits, state.sampling)
+    empty = jax.tree.map(lambda a: jnp.zeros((capacity, *a.shape), a.dtype), blank)
+
+    def goes_on(carry: tuple[Array, DecodeState, Array, Sampled]) -> Array:
+        i, state, *_ = carry
+        return (i < steps) & jnp.any(state.remaining > 0)
+
+    def body(
+        carry: tuple[Array, DecodeState, Array, Sampled],
+    ) -> tuple[Array, DecodeState, Array, Sampled]:
+        i, state, counts, sampled = carry
+        state, drew, drawn, guessed = _decode(params, draft_params, state, spec, speculation, kind)
+        places = jnp.where(drew, counts[0] + jnp.arange(len(drew))[:, None], capacity)
+        new = jnp.sum(drew, axis=0)
+        sampled = jax.tree.map(
+            lambda all_, these: all_.at[places, jnp.arange(len(new))].set(these, mode="drop"),
+            sampled, drawn,
+        )  # fmt: skip
+        return i + 1, state, counts + jnp.stack([new, guessed, jnp.maximum(new - 1, 0)]), sampled
+
+    none = jnp.zeros((3, len(active)), jnp.int32)
+    carry = (jnp.int32(0), state, none, empty)
+    if stops_early:
+        _, state, counts, sampled = lax.while_loop(goes_on, body, carry)
+    else:
+        _, state, counts, sampled = lax.fori_loop(0, max_steps, lambda _, each: body(each), carry)
+    numbers = jnp.concatenate([counts, sampled.tokens])
+    return state.replace(remaining=state.remaining + waiting), Drawn(numbers, sampled)
+
+
+def _decode(
+    params: Params,
+    draft_params: Params | None,
+    state: DecodeState,
+    spec: ModelSpec,
+    speculation: Speculation,
+    kind: Kind,
+) -> tuple[DecodeState, Array, Sampled, Array]:
+    """One token for each row that has any left, and one more for each guess that stands.
+
+    Also which rows drew, bool [1 + lookahead, batch]; what, with the same first axes; and how many
+    tokens were guessed, int32 [batch].
+    """
+    active, starts = state.remaining > 0, state.cache.lengths
+    # The last token that may be drawn does not follow a guess.
+    state, guesses, guessed = _guess(draft_params, state, speculation, kind)
+    guessed = jnp.where(active, jnp.minimum(guessed, state.remaining - 1), 0)
+    fed = jnp.concatenate([state.tokens[:, None], guesses], axis=1)
+    hidden, cache = forward.extend(
+        params, state.cache, fed, jnp.where(active, 1 + guessed, 0), spec=spec, phase="decode"
+    )
+    logits = forward.unembed(params, hidden, spec=spec)
+
+    def draw(
+        carry: tuple[SamplingState, Array, Array, Array], at: tuple[Array, Array, Array]
+    ) -> tuple[tuple[SamplingState, Array, Array, Array], tuple[Array, Sampled]]:
+        sampling, draws, remaining, newest = carry
+        logits, guess, is_guessed = at
+        temperature = jnp.where(draws, sampling.temperature, 0.0)
+        drawn = sample(logits, sampling.replace(temperature=temperature), kind)
+        left = jnp.where(is_stop(sampling, drawn.tokens), 0, remaining - 1)
+        remaining = jnp.where(draws, left, remaining)
+        stands = draws & is_guessed & (drawn.tokens == guess) & (remaining > 0)
+        newest = jnp.where(draws, drawn.tokens, newest)
+        carry = record(sampling, drawn.tokens, draws, kind), stands, remaining, newest
+        return carry, (draws, drawn)
+
+    following = jnp.pad(guesses, ((0, 0), (0, 1))).T
+    is_guessed = jnp.arange(len(following))[:, None] < guessed
+    (sampling, _, remaining, newest), (drew, drawn) = lax.scan(
+        draw,
+        (state.sampling, active, jnp.where(active, state.remaining, 0), state.tokens),
+        (jnp.moveaxis(logits, 1, 0), following, is_guessed),
+    )
+    state = state.replace(
+        cache=cache.replace(lengths=starts + jnp.sum(drew, axis=0)),
+        sampling=sampling,
+        tokens=newest,
+        remaining=remaining,
+    )
+    return state, drew, drawn, guessed
+
+
+def _guess(
+    draft_params: Params | None, state: DecodeState, speculation: Speculation, kind: Kind
+) -> tuple[DecodeState, Array, Array]:
+    """Guesses for each row, int32 [batch, lookahead], and how many there are, int32 [batch]."""
+    batch, lookahead = len(state.tokens), speculation.lookahead
+    rows, last = jnp.arange(batch), state.cache.lengths
+    if speculation.draft:
+        assert state.draft is not None and draft_params is not None
+        draft, guesses = draft_tokens(
+            draft_params, _follow(state.draft, state.cache), state.tokens, state.sampling,
+            state.remaining - 1, spec=speculation.draft, lookahead=lookahead, kind=kind,
+        )  # fmt: skip
+        return state.replace(draft=draft), guesses, jnp.full(batch, lookahead)
+    if not lookahead:
+        return state, jnp.zeros((batch, 0), jnp.int32), jnp.zeros(batch, jnp.int32)
+    history = state.history.at[rows, last].set(state.tokens, mode="drop")
+    guesses, is_any = look_up(history, last, lookahead)
+    # Those that do not stand are overwritten before they are looked at.
+    places = last[:, None] + 1 + jnp.arange(lookahead)
+    history = history.at[rows[:, None], places].set(guesses, mode="drop")
+    return state.replace(history=history), guesses, jnp.where(is_any, lookahead, 0)
+
+
+def _follow(draft: KVCache, cache: KVCache) -> KVCache:
+    """A draft model's cache, at the place where the model's is."""
+    return draft.replace(page_table=cache.page_table, lengths=cache.lengths)
+
+
+@partial(kept_jit, static_argnames="spec", donate_argnames="state")
+def score_step(
+    params: Params,
+    state: DecodeState,
+    page_table: Array,
+    tokens: Array,
+    lengths: Array,
+    rows: Array,
+    targets: Array,
+    *,
+    spec: ModelSpec,
+) -> tuple[DecodeState, tuple[Array, Array]]:
+    """Append a chunk of each text; how likely is targets[b, t], the token after tokens[b, t]?
+
+    tokens, targets: int32 [b, t]; the others as in `prefill_step`. Returns float32 logprobs [b, t]
+    and bool [b, t], whether the target is the likeliest token. The logits of
+    `TOKENS_PER_LOGITS_BLOCK` tokens exist at a time.
+    """
+    cache = state.cache.replace(page_table=page_table)
+    hidden, cache = forward.extend(params, cache, tokens, lengths, rows, spec=spec, phase="prefill")
+    count = tokens.size
+    block = min(TOKENS_PER_LOGITS_BLOCK, count)
+    padding = -count % block
+    flat = jnp.pad(hidden.reshape(count, -1), ((0, padding), (0, 0)))
+    wanted = jnp.pad(targets.reshape(count), (0, padding))
+
+    def score_block(part: tuple[Array, Array]) -> tuple[Array, Array]:
+        hidden, targets = part
+        logits = forward.unembed(params, hidden, spec=spec)
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1), targets == jnp.argmax(logits, axis=-1)
+
+    blocks = (flat.reshape(-1, block, flat.shape[-1]), wanted.reshape(-1, block))
+    logprobs, greedy = lax.map(score_block, blocks)
+    scores = tuple(a.reshape(-1)[:count].reshape(tokens.shape) for a in (logprobs, greedy))
+    return state.replace(cache=cache), scores
+
+
+@partial(kept_jit, static_argnames="spec", donate_argnames="state")
+def logits_step(
+    params: Params,
+    state: DecodeState,
+    page_table: Array,
+    tokens: Array,
+    lengths: Array,
+    rows: Array,
+    *,
+    spec: ModelSpec,
+) -> tuple[DecodeState, Array]:
+    """Append a chunk of each text; float32 logits [b, t, vocab] of every token."""
+    cache = state.cache.replace(page_table=page_table)
+    hidden, cache = forward.extend(params, cache, tokens, lengths, rows, spec=spec, phase="prefill")
+    return state.replace(cache=cache), forward.unembed(params, hidden, spec=spec)

@@ -1,0 +1,199 @@
+"""The forward pass as functions of parameters and cache, on one device or on a mesh.
+
+On a mesh each device runs the model on its own heads, inner features and words (`device_spec`),
+inside of shard_map: what it multiplies are whole arrays to it, which kernels need. The model sums
+over the devices after the embedding, attention and the MLP; here logits are put together.
+"""
+
+import math
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jax import Array, lax
+from jax.sharding import PartitionSpec
+
+from llama_jax.model.kv_cache import KVCache
+from llama_jax.model.llama import (
+    Activations,
+    Llama,
+    ModelSpec,
+    Params,
+    Phase,
+    abstract_params,
+    logical_axes,
+    param_shardings,
+)
+from llama_jax.model.sharding import RULES, cache_shardings, default_sharding, make_mesh, whole_on
+from pallas_kernels import device
+from pallas_kernels.fp8_matmul import MAX_WEIGHT_ONLY_ROWS
+from pallas_kernels.fp8_matmul.reference import BLOCK
+
+
+@partial(jax.jit, static_argnames="spec", donate_argnames="cache")
+def prefill(
+    params: Params,
+    cache: KVCache,
+    tokens: Array,
+    lengths: Array,
+    rows: Array | None = None,
+    *,
+    spec: ModelSpec,
+) -> tuple[Array, KVCache]:
+    """Append a chunk of each prompt to the cache.
+
+    tokens: int32 [b, t]; lengths: int32 [b], how many of them are real (0 leaves a row alone);
+    rows: int32 [b], the cache rows they belong to, all in order when None. Long prompts go through
+    in chunks: each call continues where the row stands. The cache is donated.
+    Returns float32 logits [b, vocab] after each row's last real token, and the cache.
+    """
+    hidden, cache = extend(params, cache, tokens, lengths, rows, spec=spec, phase="prefill")
+    return unembed(params, last_hidden(hidden, lengths), spec=spec), cache
+
+
+@partial(jax.jit, static_argnames="spec", donate_argnames="cache")
+def decode(
+    params: Params,
+    cache: KVCache,
+    tokens: Array,
+    active: Array | None = None,
+    *,
+    spec: ModelSpec,
+) -> tuple[Array, KVCache]:
+    """Append one token to each active row of the cache.
+
+    tokens: int32 [batch]; active: bool [batch], all when None. The cache is donated.
+    Returns float32 logits [batch, vocab] and the cache.
+    """
+    lengths = jnp.ones_like(tokens) if active is None else active.astype(jnp.int32)
+    hidden, cache = extend(params, cache, tokens[:, None], lengths, spec=spec, phase="decode")
+    return unembed(params, hidden[:, 0], spec=spec), cache
+
+
+def extend(
+    params: Params,
+    cache: KVCache,
+    tokens: Array,
+    lengths: Array,
+    rows: Array | None = None,
+    *,
+    spec: ModelSpec,
+    phase: Phase,
+) -> tuple[Array, KVCache]:
+    """What `prefill` and `decode` share; returns hidden states [b, t, d] of every token."""
+    spec = replace(spec, activations=activations_in(phase, tokens.size, spec))
+    rows = jnp.arange(tokens.shape[0]) if rows is None else rows
+    starts = jnp.take(cache.lengths, rows, mode="clip")
+    positions = starts[:, None] + jnp.arange(tokens.shape[1])
+    spec, whole = _placed(spec), PartitionSpec()
+    pages = spec.mesh and _specs(cache_shardings(spec.config, spec.mesh))
+    extended: Any = _apply(
+        spec, "extend", params, (tokens, positions, cache, rows, lengths),
+        in_specs=(whole, whole, pages, whole, whole), out_specs=(whole, pages),
+    )  # fmt: skip
+    return extended
+
+
+def activations_in(phase: Phase, rows: int, spec: ModelSpec) -> Activations:
+    """Those of `spec`, and what "auto" stands for: "dynamic" where FP8 tensor cores compute, in
+    prefill and where more rows are decoded than the weight-only kernel takes; else "bf16".
+
+    rows: of the call, a static number; nothing here depends on what a batch holds.
+    """
+    if spec.activations != "auto":
+        return spec.activations
+    computes = phase == "prefill" or rows > MAX_WEIGHT_ONLY_ROWS
+    in_fp8 = spec.dtype == "bfloat16" and computes and device.has_fp8_tensor_cores()
+    return "dynamic" if in_fp8 else "bf16"
+
+
+def last_hidden(hidden: Array, lengths: Array) -> Array:
+    """The state of each row's last real token: [b, t, d] and int32 [b] to [b, d]."""
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    return jnp.take_along_axis(hidden, last, axis=1)[:, 0]
+
+
+def unembed(params: Params, hidden: Array, *, spec: ModelSpec) -> Array:
+    """Hidden states [..., d] of `extend` to float32 logits [..., vocab]."""
+    spec, whole = _placed(spec), PartitionSpec()
+    by_word = PartitionSpec(*(None,) * (hidden.ndim - 1), RULES["vocab"])
+    logits: Array = _apply(spec, "unembed", params, (hidden,), in_specs=(whole,), out_specs=by_word)
+    return lax.with_sharding_constraint(logits, whole_on(spec.mesh)) if spec.mesh else logits
+
+
+@cache
+def device_spec(spec: ModelSpec) -> ModelSpec | None:
+    """The model that one device of `spec.mesh` is: `spec` with its share of what is divided.
+
+    None where something does not divide: heads, inner features or words, or scales whose blocks or
+    groups would lie on two devices. XLA then divides the program as it finds best, without kernels.
+    """
+    parts = spec.mesh.shape["model"] if spec.mesh else 1
+    if parts == 1:
+        return replace(spec, mesh=None)
+    names = ("vocab_size", "num_heads", "num_kv_heads", "intermediate_size")
+    sizes = {name: getattr(spec.config, name) for name in names}
+    if any(size % parts for size in sizes.values()):
+        return None
+    config = replace(spec.config, **{name: size // parts for name, size in sizes.items()})
+    axes = traverse_util.flatten_dict(logical_axes(spec), sep="/")
+    formats = {
+        path: replace(stored, column_groups=max(1, stored.column_groups // parts))
+        if axes[f"{path}/weight"][-1] in RULES
+        else stored
+        for path, stored in spec.formats.items()
+    }
+    own = replace(spec, config=config, formats=formats, mesh=None)
+    shapes = traverse_util.flatten_dict(abstract_params(own), sep="/")
+    is_aligned = all(
+        size % BLOCK == 0
+        for path, stored in formats.items()
+        for i, size in enumerate(shapes[f"{path}/weight"].shape)
+        if axes[f"{path}/weight"][i] in RULES
+        and (stored.scale == "block" or (stored.activation_group and i == 1))
+    )
+    held = jax.tree.map(
+        lambda leaf, sharding, of_own: math.prod(sharding.shard_shape(leaf.shape)) == of_own.size,
+        abstract_params(spec), param_shardings(spec), abstract_params(own),
+    )  # fmt: skip
+    return own if is_aligned and all(jax.tree.leaves(held)) else None
+
+
+def _apply(
+    spec: ModelSpec,
+    method: str,
+    params: Params,
+    args: tuple[Any, ...],
+    in_specs: tuple[Any, ...],
+    out_specs: Any,
+) -> Any:
+    """A method of the model; on a mesh, each device's on its own parts if all is divided evenly."""
+    own = device_spec(spec)
+    if spec.mesh is None or own is None:
+        return Llama(spec).apply({"params": params}, *args, method=method)
+
+    def on_device(params: Params, *args: Any) -> Any:
+        # Of several groups of columns with scales a device may hold one: a scale per row.
+        params = jax.tree.map(lambda a, own: a.reshape(own.shape), params, abstract_params(own))
+        return Llama(own).apply({"params": params}, *args, method=method)
+
+    in_specs = (_specs(param_shardings(spec)), *in_specs)
+    # Carries of loops begin as zeros, the same on all devices, which the check would refuse.
+    mapped = jax.shard_map(
+        on_device, mesh=spec.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+    return mapped(params, *args)
+
+
+def _placed(spec: ModelSpec) -> ModelSpec:
+    """Beside other devices, a mesh of the default one says that arrays are whole there."""
+    if spec.mesh or jax.device_count() == 1:
+        return spec
+    return replace(spec, mesh=make_mesh(1, devices=list(default_sharding().device_set)))
+
+
+def _specs(shardings: Any) -> Any:
+    return jax.tree.map(lambda sharding: sharding.spec, shardings)

@@ -1,0 +1,124 @@
+"""The key/value cache: pools of pages, one pair per layer, and a table that says whose they are.
+
+Position p of row b lives in page `page_table[b, p // page_size]`, offset `p % page_size`. Nothing
+outside this file and `paged_attention` knows more than that, so who owns which page can change
+without the model noticing.
+"""
+
+from typing import Annotated, Literal
+
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+from msgspec import Meta
+
+from llama_jax.model.config import LlamaConfig
+from pallas_kernels import device, e4m3
+
+PAGE_SIZE = 64
+
+KVDtype = Literal["bf16", "fp8"]
+# Of an FP8 cache, (k, v) per layer: a scale each, or one for each kv head.
+_Positive = Annotated[float, Meta(gt=0, le=3.4e38)]
+Scale = _Positive | tuple[_Positive, ...]
+KVScales = tuple[tuple[Scale, Scale], ...]
+
+
+def storage_dtype(kv_dtype: KVDtype, dtype: str) -> jnp.dtype:
+    """What the cache holds: activations' `dtype`, or e4m3fn (as int8 bits on a CPU, see e4m3)."""
+    if kv_dtype == "bf16":
+        return jnp.dtype(dtype)
+    if kv_dtype == "fp8":
+        return jnp.dtype(jnp.int8 if device.platform() == "cpu" else e4m3.DTYPE)
+    raise ValueError(f"kv_dtype must be 'bf16' or 'fp8', got {kv_dtype!r}")
+
+
+class KVCache(struct.PyTreeNode):
+    """k, v: per layer [num_pages, page_size, num_kv_heads, head_dim], bfloat16, float32,
+    float8_e4m3fn or its int8 bits.
+
+    k_scale, v_scale: per layer float32 [], or [num_kv_heads] where each head has its own, that FP8
+    codes are multiplied by (1 otherwise). Of one array for all layers, each layer of each step
+    would copy its own out for its kernel.
+    page_table: int32 [batch, pages_per_row]; lengths: int32 [batch], tokens stored per row.
+    """
+
+    k: tuple[Array, ...]
+    v: tuple[Array, ...]
+    k_scale: tuple[Array, ...]
+    v_scale: tuple[Array, ...]
+    page_table: Array
+    lengths: Array
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row has room for."""
+        return self.page_table.shape[1] * self.k[0].shape[1]
+
+
+def init_cache(
+    config: LlamaConfig,
+    batch_size: int,
+    max_seq_len: int,
+    dtype: jnp.dtype | str = "bfloat16",
+    kv_scales: Array | None = None,
+    num_pages: int | None = None,
+) -> KVCache:
+    """An empty cache in which every row owns a run of pages long enough for `max_seq_len` tokens.
+
+    dtype: bfloat16, float32, float8_e4m3fn, or int8 for e4m3fn bit patterns (faster on a CPU).
+    kv_scales: `KVScales` as float32, [num_layers, 2] or [num_layers, 2, num_kv_heads].
+    num_pages: makes a pool of as many pages, none of which belongs to a row yet: the table then
+        holds `num_pages` everywhere, where nothing is written.
+    """
+    dtype = jnp.dtype(dtype)
+    pages_per_row = -(-max_seq_len // PAGE_SIZE)
+    owned = batch_size * pages_per_row
+    table = jnp.arange(owned, dtype=jnp.int32) if num_pages is None else jnp.full(owned, num_pages)
+    pool = (num_pages or owned, PAGE_SIZE, config.num_kv_heads, config.head_dim)
+    is_fp8 = dtype in (e4m3.DTYPE, jnp.int8)
+    if kv_scales is None or not is_fp8:
+        kv_scales = jnp.ones((config.num_layers, 2), jnp.float32)
+    return KVCache(
+        k=tuple(jnp.zeros(pool, dtype) for _ in range(config.num_layers)),
+        v=tuple(jnp.zeros(pool, dtype) for _ in range(config.num_layers)),
+        k_scale=tuple(kv_scales[:, 0]),
+        v_scale=tuple(kv_scales[:, 1]),
+        page_table=table.astype(jnp.int32).reshape(batch_size, pages_per_row),
+        lengths=jnp.zeros(batch_size, jnp.int32),
+    )
+
+
+def copy_pages(cache: KVCache, sources: Array, targets: Array) -> KVCache:
+    """Copy whole pages in every layer. sources, targets: int32 [n]; a target past the end is
+    padding."""
+
+    def copy(pages: Array) -> Array:
+        return pages.at[targets].set(jnp.take(pages, sources, axis=0, mode="clip"), mode="drop")
+
+    return cache.replace(k=tuple(map(copy, cache.k)), v=tuple(map(copy, cache.v)))
+
+
+def bytes_per_token(config: LlamaConfig, dtype: jnp.dtype) -> int:
+    """Cache bytes that one token of one sequence takes over all layers."""
+    itemsize = jnp.dtype(dtype).itemsize
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+
+
+def write_pages(
+    pages: Array, new: Array, page_table: Array, starts: Array, lengths: Array, scale: Array
+) -> Array:
+    """Store the new tokens of each row: positions starts[b] to lengths[b] - 1.
+
+    pages: [num_pages, page_size, num_kv_heads, head_dim]; new: [batch, tokens, num_kv_heads,
+    head_dim]; page_table: int32 [batch, pages_per_row]; scale: float32 [] or [num_kv_heads]. Tokens
+    at or past lengths[b] are dropped.
+    """
+    num_pages, page_size = pages.shape[:2]
+    positions = starts[:, None] + jnp.arange(new.shape[1])
+    column = jnp.minimum(positions // page_size, page_table.shape[1] - 1)
+    page = jnp.take_along_axis(page_table, column, axis=1)
+    page = jnp.where(positions < lengths[:, None], page, num_pages)
+    if pages.dtype in (e4m3.DTYPE, jnp.int8):
+        new = e4m3.store(new.astype(jnp.float32) / jnp.asarray(scale)[..., None], pages.dtype)
+    return pages.at[page, positions % page_size].set(new.astype(pages.dtype), mode="drop")

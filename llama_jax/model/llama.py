@@ -1,0 +1,601 @@
+"""Llama 3.1's forward pass in Flax linen, read from top to bottom.
+
+Source: meta-llama/llama-models (`models/llama3/model.py`); layouts as Hugging Face stores them:
+matrices (out, in), rotary pairs (j, j + head_dim / 2).
+
+Every parameter is declared once, in `_parameter`, with its shape, its dtype and the logical names
+of its axes; initialisation, sharding and the restore target of a checkpoint all come from there
+(`abstract_params`, `logical_axes`). Shapes in comments: b batch, t tokens, d hidden_size.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.core import FrozenDict
+from jax import Array, lax
+from jax.sharding import Mesh
+
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.fp8 import WeightFormat, quantize_per_group, quantize_per_token, scale_shape
+from llama_jax.model.kv_cache import KVCache, write_pages
+from llama_jax.model.sharding import default_sharding, divided_over, sharding_of
+from pallas_kernels import device, e4m3
+from pallas_kernels.fp8_matmul import (
+    chosen,
+    fp8_matmul,
+    fp8_matmuls,
+    swiglu,
+)
+from pallas_kernels.fp8_matmul.xla import MIN_ROWS_FOR_BF16, by_row_blocks, dot
+from pallas_kernels.paged_attention import paged_attention
+
+Activations = Literal["auto", "bf16", "dynamic", "static"]
+Phase = Literal["prefill", "decode"]
+Implementation = Literal["reference", "xla", "hopper"]
+Params = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything that shapes the compiled program besides its arguments.
+
+    formats: how each parameter is stored, by module path ("layers_0/self_attn/q_proj"); those not
+        named are unquantised, of the config's dtype.
+    dtype: "bfloat16" or "float32", of the activations and the residual stream.
+    activations: what FP8 weights are multiplied with: "bf16" (activations as they are, in
+        `dtype`), "dynamic" (e4m3fn, a scale per token, or for each `WeightFormat.activation_group`
+        of its features) or "static" (e4m3fn, the checkpoint's input scale); "auto" is for `extend`
+        to decide, see `activations_in`.
+    implementation: of attention and of products with FP8 weights, see `pallas_kernels`: None for
+        the best that runs on what is lowered for, else "reference", "xla", or "hopper", which
+        refuses what its kernels cannot take.
+    is_batch_invariant: a row's numbers are bit-equal whatever the other rows of the same call are.
+    mesh: the devices that share the work (`sharding.make_mesh`); None for the default device alone.
+    """
+
+    config: LlamaConfig
+    formats: Mapping[str, WeightFormat] = field(default_factory=FrozenDict)
+    dtype: str = "bfloat16"
+    activations: Activations = "bf16"
+    implementation: Implementation | None = None
+    is_batch_invariant: bool = False
+    mesh: Mesh | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "formats", FrozenDict(self.formats))
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"dtype must be 'bfloat16' or 'float32', got {self.dtype!r}")
+        if self.activations not in get_args(Activations):
+            raise ValueError(
+                "activations must be 'auto', 'bf16', 'dynamic' or 'static', got "
+                f"{self.activations!r}"
+            )
+        if self.implementation not in (None, *get_args(Implementation)):
+            raise ValueError(
+                "implementation must be 'reference', 'xla', 'hopper' or None, got "
+                f"{self.implementation!r}"
+            )
+        lacking = [
+            path for path, stored in self.formats.items() if stored.scale and not stored.input_scale
+        ]
+        if self.activations == "static" and lacking:
+            raise ValueError(
+                f"activations='static' needs an input scale for each FP8 matrix; {lacking[0]} and "
+                f"{len(lacking) - 1} more have none. Use 'dynamic' or 'bf16'."
+            )
+
+    def check_runs(self) -> None:
+        """Raise ValueError if the named implementation cannot run on what is lowered for."""
+        if self.implementation == "hopper" and (reason := device.not_hopper()):
+            raise ValueError(
+                f"implementation='hopper' cannot run: {reason}. Leave it out for what can."
+            )
+
+    def format_of(self, path: tuple[str, ...]) -> WeightFormat:
+        return self.formats.get("/".join(path), WeightFormat(self.config.dtype))
+
+
+class LayerCache(NamedTuple):
+    """One layer's pages and where the batch's rows stand in them."""
+
+    k: Array
+    v: Array
+    k_scale: Array
+    v_scale: Array
+    page_table: Array
+    starts: Array
+    lengths: Array
+
+
+def rope_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Angular frequencies of the rotary pairs, float32 [head_dim / 2], stretched as configured.
+
+    Source: `apply_scaling` in llama-models; its formula with the config's constants.
+    """
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    powers = np.float64(config.rope_theta) ** exponents.astype(np.float64)
+    inv = np.float32(1.0) / powers.astype(np.float32)  # as torch rounds it, bit for bit
+    scaling = config.rope_scaling
+    if scaling is None:
+        return inv / np.float32(config.rope_linear_factor)
+    wavelength = np.float32(2 * np.pi) / inv
+    turns = np.float32(scaling.original_max_position_embeddings) / wavelength
+    low, high = np.float32(scaling.low_freq_factor), np.float32(scaling.high_freq_factor)
+    smooth = (turns - low) / (high - low)
+    factor = np.float32(scaling.factor)
+    blended = (np.float32(1.0) - smooth) * inv / factor + smooth * inv
+    return np.where(turns < low, inv / factor, np.where(turns > high, inv, blended))
+
+
+def apply_rope(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
+    """Rotate pairs (j, j + head_dim / 2) of x [batch, tokens, heads, head_dim] by float32 angles.
+
+    positions: int32 [batch, tokens].
+    """
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _parameter(
+    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str
+) -> Array:
+    def initial(key: Array) -> Array:
+        if name != "weight" or len(shape) == 1:
+            return jnp.full(shape, _INITIAL_SCALE if name == "weight_scale" else 1.0, dtype)
+        if dtype == "float8_e4m3fn":
+            return e4m3.cast(jax.random.normal(key, shape) * (0.02 / _INITIAL_SCALE))
+        return (jax.random.normal(key, shape) * 0.02).astype(dtype)
+
+    parameter: Array = module.param(name, nn.with_logical_partitioning(initial, axes))  # type: ignore[assignment]
+    return parameter
+
+
+_INITIAL_SCALE = 0.02 / 64
+
+
+class Embedding(nn.Module):
+    """Token embeddings, [vocab_size, d]; also the output matrix where the two are tied."""
+
+    spec: ModelSpec
+
+    def setup(self) -> None:
+        config = self.spec.config
+        shape = (config.vocab_size, config.hidden_size)
+        dtype = self.spec.format_of(self.path).dtype
+        self.weight = _parameter(self, "weight", shape, ("vocab", "embed"), dtype)
+
+    def __call__(self, tokens: Array) -> Array:
+        axis = divided_over("vocab")
+        if axis is None:
+            return jnp.take(self.weight, tokens, axis=0, mode="clip").astype(self.spec.dtype)
+        here = tokens - lax.axis_index(axis) * self.weight.shape[0]
+        x = self.weight.at[here].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        return lax.psum(x.astype(self.spec.dtype), axis)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, then cast, then times the weight, as Hugging Face orders it."""
+
+    spec: ModelSpec
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        dtype = self.spec.format_of(self.path).dtype
+        weight = _parameter(self, "weight", (x.shape[-1],), ("embed",), dtype)
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        normed = wide * lax.rsqrt(mean_square + self.spec.config.rms_norm_eps)
+        return normed.astype(x.dtype) * weight.astype(x.dtype)
+
+
+class Stored(NamedTuple):
+    """A matrix [out, in] and, where it is quantised, its scales and perhaps that of its inputs.
+
+    summed_over: the mesh axis whose devices have some columns each, so that products are sums.
+    """
+
+    weight: Array
+    scale: Array | None = None
+    input_scale: Array | None = None
+    summed_over: str | None = None
+
+    @property
+    def quantized(self) -> tuple[Array, Array]:
+        assert self.scale is not None
+        return self.weight, self.scale
+
+
+class Operands(NamedTuple):
+    """Of a product x @ matrix.T. x: [rows, in]; x_scale: of FP8 codes, see `fp8_matmul`."""
+
+    x: Array
+    x_scale: Array | None
+    matrix: Stored
+
+
+class Linear(nn.Module):
+    """x [..., in] @ weight [out, in].T + residual [..., out], the weight in whatever format it is
+    stored."""
+
+    spec: ModelSpec
+    in_features: int
+    out_features: int
+    axes: tuple[str, str]
+
+    def __call__(self, x: Array, residual: Array | None = None) -> Array:
+        return multiply(self.spec, self.operands(x), x, residual)
+
+    @nn.compact
+    def stored(self) -> Stored:
+        shape, stored = (self.out_features, self.in_features), self.format
+        weight = _parameter(self, "weight", shape, self.axes, stored.dtype)
+        matrix = Stored(weight, summed_over=divided_over(self.axes[1]))
+        if stored.scale is None:
+            return matrix
+        scales = scale_shape(shape, stored.scale, stored.column_groups)
+        scale = _parameter(self, "weight_scale", scales, self.axes[: len(scales)], "float32")
+        matrix = matrix._replace(scale=scale)
+        if not stored.input_scale:
+            return matrix
+        return matrix._replace(input_scale=_parameter(self, "input_scale", (), (), "float32"))
+
+    def operands(self, x: Array) -> Operands:
+        matrix, rows, x_scale = self.stored(), x.reshape(-1, self.in_features), None
+        if matrix.scale is not None and self.spec.activations == "dynamic":
+            if self.format.activation_group:
+                # No group lies on two devices: `forward.device_spec` sees to it.
+                rows, x_scale = quantize_per_group(rows)
+            else:
+                rows, x_scale = quantize_per_token(
+                    rows, self.format.activation_scale_ub, matrix.summed_over
+                )
+        elif matrix.scale is not None and self.spec.activations == "static":
+            assert matrix.input_scale is not None
+            x_scale = matrix.input_scale
+            rows = e4m3.cast(rows.astype(jnp.float32) / x_scale)
+        return Operands(rows, x_scale, matrix)
+
+    @property
+    def format(self) -> WeightFormat:
+        return self.spec.format_of(self.path)
+
+
+def multiply(
+    spec: ModelSpec, operands: Operands, like: Array, residual: Array | None = None
+) -> Array:
+    """The product, plus a residual, in the dtype and with the leading axes of `like`.
+
+    A kernel adds the residual before it rounds; otherwise the product is rounded first, after it is
+    summed over devices.
+    """
+    x, x_scale, (weight, scale, _, summed_over) = operands
+    is_added = False
+    if scale is None:
+        y = dense(x, weight)
+    else:
+        rows = None
+        if residual is not None and not summed_over:
+            rows = residual.reshape(-1, weight.shape[0])
+        runs = chosen(x, weight, scale, like.dtype, rows, implementation=spec.implementation)
+        is_added = rows is not None and runs.startswith("hopper")
+        y = fp8_matmul(
+            x, weight, scale, x_scale=x_scale, residual=rows if is_added else None,
+            out_dtype=like.dtype, implementation=spec.implementation,
+        )  # fmt: skip
+    if summed_over:
+        y = lax.psum(y.astype(like.dtype), summed_over)
+    y = y.astype(like.dtype).reshape(*like.shape[:-1], weight.shape[0])
+    return y if residual is None or is_added else y + residual
+
+
+def products(spec: ModelSpec, x: Array, linears: Sequence[Linear]) -> list[Array]:
+    """x [..., in] through each, in one launch where a kernel does that."""
+    operands = [linear.operands(x) for linear in linears]
+    if not _is_one_launch(spec, [linear.format for linear in linears], operands, x.dtype):
+        found = []
+        for linear, each in zip(linears, operands, strict=True):
+            with jax.named_scope(str(linear.name)):
+                found.append(multiply(spec, each, x))
+        return found
+    weights, scales = zip(*(each.matrix.quantized for each in operands), strict=True)
+    with jax.named_scope("+".join(str(linear.name) for linear in linears)):
+        ys = fp8_matmuls(
+            operands[0].x, weights, scales, x_scale=operands[0].x_scale, out_dtype=x.dtype,
+            implementation="hopper_weight_only",
+        )  # fmt: skip
+    return [y.reshape(*x.shape[:-1], -1) for y in ys]
+
+
+def _declared(x: Array, *linears: Linear) -> Array:
+    """x, once all parameters are declared: all that initialising needs, much sooner than products
+    are traced."""
+    for linear in linears:
+        linear.stored()
+    return x
+
+
+def _is_one_launch(
+    spec: ModelSpec,
+    formats: Sequence[WeightFormat],
+    operands: Sequence[Operands],
+    dtype: jnp.dtype,
+) -> bool:
+    """Whether what is multiplied is the same for all, and one kernel takes it."""
+    alike = {(x.scale, x.activation_scale_ub, x.activation_group) for x in formats}
+    if formats[0].scale is None or len(alike) > 1 or spec.activations == "static":
+        return False
+    return all(
+        chosen(x, *matrix.quantized, dtype, implementation=spec.implementation)
+        == "hopper_weight_only"
+        for x, _, matrix in operands
+    )
+
+
+class Attention(nn.Module):
+    """Grouped-query attention, plus the residual; causal over its own tokens, or against a layer's
+    cached pages."""
+
+    spec: ModelSpec
+
+    @nn.compact
+    def __call__(
+        self, x: Array, residual: Array, positions: Array, cache: LayerCache | None
+    ) -> tuple[Array, LayerCache | None]:
+        config, hidden = self.spec.config, self.spec.config.hidden_size
+        q_size, kv_size = (
+            count * config.head_dim for count in (config.num_heads, config.num_kv_heads)
+        )
+        linear = partial(Linear, self.spec)
+        projections = (
+            linear(hidden, q_size, ("heads", "embed"), name="q_proj"),
+            linear(hidden, kv_size, ("kv_heads", "embed"), name="k_proj"),
+            linear(hidden, kv_size, ("kv_heads", "embed"), name="v_proj"),
+        )
+        o_proj = linear(q_size, hidden, ("embed", "heads"), name="o_proj")
+        if self.is_initializing():
+            return _declared(residual, *projections, o_proj), cache
+        q, k, v = (
+            y.reshape(*x.shape[:2], -1, config.head_dim)
+            for y in products(self.spec, x, projections)
+        )
+        frequencies = rope_frequencies(config)
+        q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
+
+        if cache is None:
+            y = jax.nn.dot_product_attention(q, k, v, is_causal=True)  # [b, t, heads, head_dim]
+        else:
+            where = (cache.page_table, cache.starts, cache.lengths)
+            k_scale, v_scale = (
+                _of_own_heads(scale, k.shape[2]) for scale in (cache.k_scale, cache.v_scale)
+            )
+            cache = cache._replace(
+                k=write_pages(cache.k, k, *where, k_scale),
+                v=write_pages(cache.v, v, *where, v_scale),
+            )
+            y = paged_attention(
+                _per_head(q, k_scale), cache.k, cache.v, *where,
+                k_scale=1.0 if k_scale.ndim else k_scale, v_scale=1.0 if v_scale.ndim else v_scale,
+                is_batch_invariant=self.spec.is_batch_invariant,
+                implementation=self.spec.implementation,
+            )  # fmt: skip
+            y = _per_head(y, v_scale)
+        y = y.reshape(*x.shape[:2], q_size)
+        return o_proj(y, residual), cache
+
+
+def _of_own_heads(scale: Array, kv_heads: int) -> Array:
+    """Of scales per kv head, those of this device's heads."""
+    axis = divided_over("kv_heads")
+    if scale.ndim == 0 or axis is None:
+        return scale
+    return lax.dynamic_slice_in_dim(scale, lax.axis_index(axis) * kv_heads, kv_heads)
+
+
+def _per_head(x: Array, scale: Array) -> Array:
+    """x [b, t, heads, head_dim] times its kv heads' scales, [kv_heads]: of keys, queries may as
+    well be multiplied, and of values the result. A scalar is left to attention."""
+    if scale.ndim == 0:
+        return x
+    wide = jnp.repeat(scale, x.shape[2] // scale.shape[0])[:, None]
+    return (x.astype(jnp.float32) * wide).astype(x.dtype)
+
+
+class MLP(nn.Module):
+    """SwiGLU, plus the residual: down(silu(gate(x)) * up(x)) + residual."""
+
+    spec: ModelSpec
+
+    @nn.compact
+    def __call__(self, x: Array, residual: Array) -> Array:
+        hidden, inner = self.spec.config.hidden_size, self.spec.config.intermediate_size
+        linear = partial(Linear, self.spec)
+        gate = linear(hidden, inner, ("mlp", "embed"), name="gate_proj")
+        up = linear(hidden, inner, ("mlp", "embed"), name="up_proj")
+        down = linear(inner, hidden, ("embed", "mlp"), name="down_proj")
+        if self.is_initializing():
+            return _declared(residual, gate, up, down)
+        if _is_swiglu_fused(self.spec, x, gate, up, down):
+            rows, x_scale, matrix = gate.operands(x)
+            with jax.named_scope("gate_proj+up_proj"):
+                codes, scale = swiglu(
+                    rows, *matrix.quantized, *up.stored().quantized, x_scale=x_scale,
+                    implementation="hopper_fp8",
+                )  # fmt: skip
+            with jax.named_scope("down_proj"):
+                return multiply(self.spec, Operands(codes, scale, down.stored()), x, residual)
+        g, u = products(self.spec, x, (gate, up))
+        return down(nn.silu(g) * u, residual)
+
+
+def _is_swiglu_fused(spec: ModelSpec, x: Array, gate: Linear, up: Linear, down: Linear) -> bool:
+    """Whether one kernel computes silu(gate(x)) * up(x) and quantises it for down_proj, with a
+    scale per token and 128 columns, where otherwise it is one per token."""
+    formats = [linear.format for linear in (gate, up, down)]
+    if (
+        spec.activations != "dynamic"
+        or spec.implementation not in (None, "hopper")
+        or any(each.scale is None or each.activation_scale_ub for each in formats)
+        or formats[0].scale != formats[1].scale
+    ):
+        return False
+
+    def runs_in_fp8(linear: Linear, out_dtype: jnp.dtype | None) -> bool:
+        codes = jax.ShapeDtypeStruct((x.size // x.shape[-1], linear.in_features), e4m3.DTYPE)
+        return chosen(codes, *linear.stored().quantized, out_dtype) == "hopper_fp8"
+
+    return runs_in_fp8(gate, None) and runs_in_fp8(up, None) and runs_in_fp8(down, x.dtype)
+
+
+class Block(nn.Module):
+    """One decoder layer: attention and MLP, each behind a norm and added to the residual."""
+
+    spec: ModelSpec
+
+    @nn.compact
+    def __call__(
+        self, x: Array, positions: Array, cache: LayerCache | None
+    ) -> tuple[Array, LayerCache | None]:
+        normed = RMSNorm(self.spec, name="input_layernorm")(x)
+        x, cache = Attention(self.spec, name="self_attn")(normed, x, positions, cache)
+        normed = RMSNorm(self.spec, name="post_attention_layernorm")(x)
+        return MLP(self.spec, name="mlp")(normed, x), cache
+
+
+class Llama(nn.Module):
+    """The whole model. Layers are unrolled: their weights may differ in format, and no layer's
+    weights need to be sliced (copied) out of a stack."""
+
+    spec: ModelSpec
+
+    def setup(self) -> None:
+        config = self.spec.config
+        self.embed_tokens = Embedding(self.spec)
+        self.layers = [Block(self.spec) for _ in range(config.num_layers)]
+        self.norm = RMSNorm(self.spec)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(
+                self.spec, config.hidden_size, config.vocab_size, ("vocab", "embed")
+            )
+
+    def __call__(self, tokens: Array) -> Array:
+        """Without a cache, for training and as a second opinion: int [b, t] -> float32 logits
+        [b, t, vocab], full causal attention."""
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        x = self.embed_tokens(tokens)
+        for layer in self.layers:
+            x, _ = layer(x, positions, None)
+        return self.unembed(self.norm(x))
+
+    def extend(
+        self, tokens: Array, positions: Array, cache: KVCache, rows: Array, lengths: Array
+    ) -> tuple[Array, KVCache]:
+        """Append tokens to rows of the cache: the core of prefill and decode.
+
+        tokens: int [b, t], lengths[b] of them real. positions: int [b, t], rotary positions. rows:
+        int [b], cache rows; an index past the end is padding, its lengths must be 0.
+        Returns the final hidden states [b, t, d], normed, and the cache.
+        """
+        starts = jnp.take(cache.lengths, rows, mode="clip")
+        page_table = jnp.take(cache.page_table, rows, axis=0, mode="clip")
+        new_lengths = starts + lengths
+        x = self.embed_tokens(tokens)
+        written: list[Any] = []
+        for i, layer in enumerate(self.layers):
+            pages = LayerCache(
+                cache.k[i], cache.v[i], cache.k_scale[i], cache.v_scale[i],
+                page_table, starts, new_lengths,
+            )  # fmt: skip
+            x, pages_after = layer(x, positions, pages)
+            written.append(pages_after)
+        cache = cache.replace(
+            k=tuple(pages.k for pages in written),
+            v=tuple(pages.v for pages in written),
+            lengths=cache.lengths.at[rows].set(new_lengths, mode="drop"),
+        )
+        return self.norm(x), cache
+
+    def unembed(self, hidden: Array) -> Array:
+        """Final hidden states [..., d] to float32 logits [..., vocab]."""
+        if not self.spec.config.tie_word_embeddings:
+            return self.lm_head(hidden).astype(jnp.float32)
+        logits = dense(hidden.reshape(-1, hidden.shape[-1]), self.embed_tokens.weight)
+        return logits.reshape(*hidden.shape[:-1], -1)
+
+
+def dense(x: Array, weight: Array) -> Array:
+    """x [m, in] @ weight [out, in].T in float32 sums, for unquantised weights.
+
+    A weight of another dtype than x, or few bfloat16 rows on a CPU, go by blocks of the weight's
+    rows: XLA would otherwise write out a copy of the whole weight.
+    """
+
+    def direct(x: Array, weight: Array) -> Array:
+        precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+        return lax.dot_general(
+            x, weight, (((1,), (1,)), ((), ())),
+            precision=precision, preferred_element_type=jnp.float32,
+        )  # fmt: skip
+
+    by_blocks = partial(by_row_blocks, weight_scale=None)
+    if x.dtype != weight.dtype:
+        return by_blocks(x, weight)
+    if x.dtype == jnp.float32:
+        return direct(x, weight)
+    on_cpu = by_blocks if x.shape[0] < MIN_ROWS_FOR_BF16 else dot
+    return lax.platform_dependent(x, weight, cpu=on_cpu, default=direct)
+
+
+def abstract_params(spec: ModelSpec) -> Params:
+    """The parameter tree as `jax.ShapeDtypeStruct`s, nested by module name."""
+    return nn.unbox(_boxed_params(_declaring(spec)))
+
+
+def logical_axes(spec: ModelSpec) -> Params:
+    """The parameter tree with a `PartitionSpec` of logical axis names in place of each array."""
+    return nn.get_partition_spec(_boxed_params(_declaring(spec)))
+
+
+def init_params(spec: ModelSpec, seed: int = 0) -> Params:
+    """Random parameters in the formats of `spec`, for tests, benchmarks and training."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    init = jax.jit(Llama(_declaring(spec)).init)
+    return nn.unbox(init(jax.random.key(seed), tokens)["params"])
+
+
+def _declaring(spec: ModelSpec) -> ModelSpec:
+    """What declares the same parameters on any device, whatever runs with them."""
+    return replace(spec, implementation="xla", mesh=None)
+
+
+def param_shardings(spec: ModelSpec) -> Params:
+    """The tree `abstract_params(spec)` with a Sharding for each array.
+
+    Without a mesh everything lies on the default device. A dimension that the mesh axis does not
+    divide (block scales of a narrow matrix, a handful of kv heads over many devices) is not split:
+    every device of that axis then holds all of it, which `memory.plan_memory` counts.
+    """
+    mesh, abstract = spec.mesh, abstract_params(spec)
+    shardings: Params
+    if mesh is None:
+        shardings = jax.tree.map(lambda _: default_sharding(), abstract)
+    else:
+        shardings = jax.tree.map(
+            lambda leaf, axes: sharding_of(mesh, tuple(axes), leaf.shape),
+            abstract,
+            logical_axes(spec),
+        )
+    return shardings
+
+
+@cache
+def _boxed_params(spec: ModelSpec) -> Params:
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(Llama(spec).init, jax.random.key(0), tokens)["params"]

@@ -1,0 +1,79 @@
+"""Which device holds which part of an array: a mesh, and rules from logical axes to its axes.
+
+Tensor parallelism as in Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053): heads, the MLP's
+inner features and the vocabulary are split over "model", the hidden features stay whole. Over
+"data" parameters are repeated.
+"""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.kv_cache import KVCache
+
+RULES: Mapping[str, str] = MappingProxyType(
+    {"vocab": "model", "heads": "model", "kv_heads": "model", "mlp": "model"}
+)
+
+
+def make_mesh(
+    model: int | None = None, data: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh with axes ("data", "model"); `model` None takes all devices that `data` leaves.
+
+    Raises ValueError if there are fewer than data * model devices; those beyond are left idle.
+    """
+    devices = jax.devices() if devices is None else devices
+    if model is None:
+        model = len(devices) // max(data, 1)
+    if data < 1 or model < 1 or data * model > len(devices):
+        raise ValueError(
+            f"a mesh of data={data} x model={model} needs {max(data, 1) * max(model, 1)} devices, "
+            f"there are {len(devices)}"
+        )
+    return Mesh(np.array(devices[: data * model]).reshape(data, model), ("data", "model"))
+
+
+def cache_shardings(config: LlamaConfig, mesh: Mesh | None) -> KVCache:
+    """A `KVCache` with a Sharding for each array: pages split by kv heads, the rest whole."""
+    if mesh is None:
+        pages = rest = default_sharding()
+    else:
+        # Only the size of the kv heads' dimension matters to the rule.
+        shape = (1, 1, config.num_kv_heads, config.head_dim)
+        pages = sharding_of(mesh, (None, None, "kv_heads", None), shape)
+        rest = whole_on(mesh)
+    layers, scales = (pages,) * config.num_layers, (rest,) * config.num_layers
+    return KVCache(layers, layers, scales, scales, rest, rest)  # type: ignore[arg-type]
+
+
+def whole_on(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def default_sharding() -> Sharding:
+    """Everything on JAX's default device."""
+    return SingleDeviceSharding(jax.config.jax_default_device or jax.devices()[0])
+
+
+def divided_over(axis: str) -> str | None:
+    """The mesh axis over which devices share the dimension of a logical axis: inside of shard_map,
+    where each sees its part alone; None elsewhere, and for what is whole on each device."""
+    placed = RULES.get(axis)
+    return placed if placed in jax.sharding.get_abstract_mesh().manual_axes else None
+
+
+def sharding_of(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
+    """Of an array of `shape` with logical axes. A dimension that the mesh axis does not divide is
+    whole on every device."""
+    placed = (RULES.get(axis) if axis else None for axis in axes)
+    divided = (
+        name if name and size % mesh.shape[name] == 0 else None
+        for name, size in zip(placed, shape, strict=True)
+    )
+    return NamedSharding(mesh, PartitionSpec(*divided))

@@ -1,0 +1,86 @@
+"""Renders a checkpoint's Jinja chat template, which sees plain data only, cannot reach Python's
+internals and has a budget for all that it does (`template_budget`)."""
+
+import json
+import sys
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import jinja2
+
+from llama_jax.text.chat_files import TemplateSource
+from llama_jax.text.template_budget import OverBudgetError, budgeted
+from llama_jax.text.template_sandbox import TemplateRefusalError, compile_template
+
+_MAX_SOURCE = 64 << 10  # characters of a template; the longest in use have 40,000
+_MAX_OUTPUT = 1 << 20  # characters, and as many for each byte that was given:
+_OUTPUT_PER_GIVEN = 8
+_MAX_WORDS = 1000  # characters of an error message
+
+
+class ChatTemplateError(ValueError):
+    """A chat template that refuses the conversation or cannot be rendered."""
+
+
+class ChatTemplateBudgetError(ChatTemplateError):
+    """A chat template that wants more time or memory than one may have."""
+
+
+def render_template(template: str, variables: Mapping[str, Any]) -> str:
+    """The text that `template`, Jinja source, writes for `variables`, which are plain JSON data.
+
+    Raises ChatTemplateError naming file and line: with the template's own words when it calls
+    `raise_exception`, else saying why it cannot be rendered (syntax, an undefined name, a sandbox
+    violation, ...); ChatTemplateBudgetError when it takes too much time or memory.
+    """
+    given = sys.getsizeof(json.dumps(variables, ensure_ascii=False))
+    limit = _MAX_OUTPUT + _OUTPUT_PER_GIVEN * given
+    pieces = []
+    try:
+        compiled = _compiled(str(template))
+        with budgeted(given):
+            for piece in compiled.generate(variables):
+                limit -= len(piece)
+                if limit < 0:
+                    raise OverBudgetError("it writes far more than it is given")
+                pieces.append(piece)
+    except TemplateRefusalError as error:
+        raise ChatTemplateError(
+            f"{_place(template, error)}: the template itself refuses this conversation: "
+            f"{_words(error)}"
+        ) from error
+    except OverBudgetError as error:
+        raise ChatTemplateBudgetError(
+            f"{_place(template, error)}: the template is stopped: {_words(error)}"
+        ) from error
+    except Exception as error:  # a template can raise whatever Python can
+        raise ChatTemplateError(
+            f"{_place(template, error)}: cannot be rendered: {type(error).__name__}: "
+            f"{_words(error)}"
+        ) from error
+    return "".join(pieces)
+
+
+@lru_cache(maxsize=16)
+def _compiled(source: str) -> jinja2.Template:
+    if len(source) > _MAX_SOURCE:
+        raise OverBudgetError(f"it has more than {_MAX_SOURCE:,} characters")
+    return compile_template(source)
+
+
+def _place(template: str, error: Exception) -> str:
+    """The file, and the template's line that was at work when the error came."""
+    line = error.lineno if isinstance(error, jinja2.TemplateSyntaxError) else None
+    trace = error.__traceback__
+    while trace is not None:
+        if "__jinja_exception__" in trace.tb_frame.f_globals:  # jinja2's stand-in for a template
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    where = template.where if isinstance(template, TemplateSource) else "the chat template"
+    return where if line is None else f"{where}, line {line}"
+
+
+def _words(error: Exception) -> str:
+    words = str(error)
+    return words if len(words) <= _MAX_WORDS else words[:_MAX_WORDS] + "..."

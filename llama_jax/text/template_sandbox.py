@@ -1,0 +1,698 @@
+"""jinja2's sandbox for chat templates, in which every operation is counted against a `Budget`.
+
+It has the settings, names and filters that transformers gives a template, without those that no
+chat template needs and that cost much (`wordwrap`, `lipsum`, ...). jinja2 lets a sandbox see calls,
+attributes and binary operators. What it does not show (`~`, slices, literals, comparisons, output)
+goes through filters that `_Counting` puts around those expressions. Operations whose result can be
+much larger than what goes in (`*`, `center`, `replace`, `join`, `%`, ...) are checked beforehand,
+all others afterwards.
+"""
+
+import functools
+import json
+import re
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from types import BuiltinMethodType
+from typing import Any
+
+import jinja2
+import markupsafe
+from jinja2 import filters, nodes
+from jinja2 import tests as jinja2_tests
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.lexer import Token, TokenStream
+from jinja2.parser import Parser
+from jinja2.runtime import Context, LoopContext
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
+from jinja2.utils import Cycler, Joiner, Namespace
+from jinja2.visitor import NodeTransformer
+
+from llama_jax.text.template_budget import Budget, OverBudgetError, current_budget
+
+_WIDEST = 4  # bytes that a character may take
+_PIECE = 64  # bytes that a short text takes
+_ESCAPED = 6  # characters that JSON in ASCII has for each byte of a text
+_JINJA_ARGUMENTS = ("_loop_vars", "_block_vars")  # which jinja2 hands to its own `call`
+_MAX_FIELD = 999  # width and precision in a format
+_MAX_TIME_FORMAT = 200  # characters that strftime_now is given
+_MAX_SEARCH = 1 << 28  # what Python does in length times length
+_LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+_WORD_STARTS = "-({[< \t"
+_LEFT_OUT = frozenset({
+    "filesizeformat", "pprint", "striptags", "urlencode", "urlize", "wordcount", "wordwrap",
+    "xmlattr",
+})  # fmt: skip
+_ITERATING = frozenset({
+    "batch", "groupby", "join", "list", "map", "max", "min", "reject", "rejectattr", "select",
+    "selectattr", "slice", "sort", "sum", "unique",
+})  # fmt: skip
+_LAZY = frozenset({
+    "batch", "items", "map", "reject", "rejectattr", "reverse", "select", "selectattr", "slice",
+})  # fmt: skip
+_ATTRIBUTE = 200  # characters in the name of an attribute that a filter looks up
+_PLAIN_STR_METHODS = frozenset({
+    "capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii",
+    "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric", "isprintable", "isspace",
+    "istitle", "isupper", "lower", "partition", "removeprefix", "removesuffix", "startswith",
+    "swapcase", "title", "upper",
+})  # fmt: skip
+_METHODS: dict[type, frozenset[str]] = {
+    dict: frozenset({"copy", "get", "items", "keys", "values"}),
+    list: frozenset({"copy", "count", "index"}),
+    tuple: frozenset({"count", "index"}),
+    range: frozenset({"count", "index"}),
+    float: frozenset({"is_integer"}),
+    int: frozenset(),
+    bool: frozenset(),
+}
+
+
+class TemplateRefusalError(Exception):
+    """The template called `raise_exception`; the words are its own."""
+
+
+def compile_template(source: str) -> jinja2.Template:
+    """The template, made to count what it does; jinja2's errors for what is no template."""
+    environment = _environment()
+    tree = _Counting(environment).visit(environment.parse(source))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # Python's, of the code that jinja2 makes
+        return environment.from_string(tree)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = _Sandbox(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        optimized=False,  # constants are not computed while compiling, when nobody counts
+        extensions=[_GenerationTag, loopcontrols],
+    )
+    chosen = {name: f for name, f in filters.FILTERS.items() if name not in _LEFT_OUT} | {
+        "e": _escape,
+        "escape": _escape,
+        "forceescape": _escape,
+        "safe": str,
+        "sum": _sum,
+        "tojson": _tojson,
+        "unique": _unique,
+    }
+    environment.filters = {name: _counted_filter(name, f) for name, f in chosen.items()} | _INNER
+    environment.tests = {name: _counted_test(test) for name, test in jinja2_tests.TESTS.items()} | {
+        "divisibleby": _divisible
+    }
+    del environment.globals["lipsum"]
+    environment.globals |= {
+        "cycler": _cycler,
+        "dict": _dict,
+        "joiner": _joiner,
+        "namespace": _SafeNamespace,
+        "raise_exception": _raise_exception,
+        "strftime_now": _strftime_now,
+    }
+    return environment
+
+
+# ---- what jinja2 does not show to a sandbox --------------------------------------------------
+
+
+class _Counting(NodeTransformer):
+    """Puts the filters of `_INNER` around the expressions that a sandbox does not see."""
+
+    def __init__(self, environment: jinja2.Environment) -> None:
+        self._environment = environment
+
+    def _around(self, node: nodes.Node | None, name: str, lineno: int) -> nodes.Filter:
+        around = nodes.Filter(node, name, [], [], None, None, lineno=lineno)
+        around.set_environment(self._environment)
+        return around
+
+    def _made(self, node: nodes.Expr) -> nodes.Expr:
+        self.generic_visit(node)
+        return self._around(node, "_made", node.lineno)
+
+    visit_List = visit_Compare = _made
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
+        if node.ctx != "load":  # names that something is assigned to
+            return node
+        return self._made(node)
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Expr:
+        self.generic_visit(node)
+        for pair in node.items:
+            pair.key = self._around(pair.key, "_key", pair.lineno)
+        return self._around(node, "_made", node.lineno)
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Expr:
+        self.generic_visit(node)
+        parts = nodes.List(node.nodes, lineno=node.lineno)
+        parts.set_environment(self._environment)
+        return self._around(parts, "_concat", node.lineno)
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
+        if isinstance(node.arg, nodes.Slice):
+            return self._made(node)
+        self.generic_visit(node)
+        return node
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        self.generic_visit(node)
+        node.iter = self._around(node.iter, "_taken", node.iter.lineno)
+        return node
+
+    def visit_Call(self, node: nodes.Call) -> nodes.Expr:
+        self.generic_visit(node)
+        if node.dyn_args is not None:
+            node.dyn_args = self._around(node.dyn_args, "_taken", node.lineno)
+        return node
+
+    def visit_Output(self, node: nodes.Output) -> nodes.Node:
+        self.generic_visit(node)
+        data = sum(sys.getsizeof(n.data) for n in node.nodes if isinstance(n, nodes.TemplateData))
+        written: list[nodes.Expr] = [
+            n
+            if isinstance(n, nodes.TemplateData)
+            else self._around(n, "_written", n.lineno or node.lineno)
+            for n in node.nodes
+        ]
+        if data:
+            length = nodes.Const(data, lineno=node.lineno)
+            length.set_environment(self._environment)
+            written.insert(0, self._around(length, "_data", node.lineno))
+        node.nodes = written
+        return node
+
+    def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.Node:
+        self.generic_visit(node)
+        if node.filter is None:
+            node.filter = self._around(None, "_made", node.lineno)
+        return node
+
+    def visit_ScopedEvalContextModifier(self, node: nodes.ScopedEvalContextModifier) -> None:
+        raise jinja2.TemplateSyntaxError("a chat template has no autoescape", node.lineno)
+
+
+@jinja2.pass_context  # also keeps jinja2 from computing them while compiling
+def _made(context: Context, value: Any) -> Any:
+    budget = current_budget()
+    budget.spend()
+    return budget.keep(value)
+
+
+@jinja2.pass_context
+def _taken(context: Context, items: Any) -> list[Any]:
+    return current_budget().take(items)
+
+
+@jinja2.pass_context
+def _key(context: Context, value: Any) -> Any:
+    _check_key(value)
+    return value
+
+
+@jinja2.pass_context
+def _concat(context: Context, parts: list[Any]) -> str:
+    budget = current_budget()
+    budget.spend(len(parts))
+    budget.check_arguments(*parts)
+    kept: str = budget.keep("".join(map(str, parts)))
+    return kept
+
+
+@jinja2.pass_context
+def _written(context: Context, value: Any) -> str:
+    budget = current_budget()
+    budget.spend()
+    budget.measure(value)
+    text = str(value)
+    budget.write(sys.getsizeof(text))
+    return text
+
+
+@jinja2.pass_context
+def _data(context: Context, length: int) -> str:
+    """Counts the template's own words, `length` bytes of them, which are written beside it."""
+    current_budget().spend()
+    current_budget().write(_PIECE + length)
+    return ""
+
+
+_INNER = {
+    "_made": _made,
+    "_taken": _taken,
+    "_key": _key,
+    "_concat": _concat,
+    "_written": _written,
+    "_data": _data,
+}
+
+
+# ---- what it does show -----------------------------------------------------------------------
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset({"+", "-", "*", "/", "//", "%", "**"})
+
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        budget = current_budget()
+        budget.spend()
+        named = {key: value for key, value in kwargs.items() if key not in _JINJA_ARGUMENTS}
+        budget.check_arguments(*args, *named.values())
+        if isinstance(obj, LoopContext) and args:
+            args = (budget.take(args[0]), *args[1:])
+        elif isinstance(obj, BuiltinMethodType):
+            args = _check_method(budget, obj, *args, **named)
+        return budget.keep(super().call(context, obj, *args, **kwargs))
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        current_budget().spend()
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        current_budget().spend()
+        return super().getitem(obj, argument)
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        budget = current_budget()
+        budget.spend()
+        if operator == "**":
+            raise SecurityError("powers are not available to a chat template")
+        if operator == "%" and isinstance(left, str):
+            _check_percent(budget, left, right)
+        elif operator == "*":
+            for items, times in ((left, right), (right, left)):
+                if isinstance(items, str) and isinstance(times, int):
+                    budget.room((sys.getsizeof(items) - sys.getsizeof("")) * times)
+                elif isinstance(items, list | tuple) and isinstance(times, int):
+                    budget.room(budget.measure(items)[0] * times)
+        elif operator != "+" and not (
+            isinstance(left, int | float) and isinstance(right, int | float)
+        ):
+            raise TypeError(
+                f"{operator} takes numbers, not {type(left).__name__} and {type(right).__name__}"
+            )
+        return budget.keep(super().call_binop(context, operator, left, right))
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        is_format = isinstance(value, BuiltinMethodType) and isinstance(value.__self__, str)
+        if not is_format or value.__name__ not in ("format", "format_map"):
+            return None
+        text = str(value.__self__)
+        formatter = _Formatter(self)
+        if value.__name__ == "format_map":
+            return lambda mapping: formatter.vformat(text, (), mapping)
+        return lambda *args, **kwargs: formatter.vformat(text, args, kwargs)
+
+
+class _Formatter(SandboxedFormatter):
+    """`str.format` whose fields are counted."""
+
+    def __init__(self, environment: jinja2.Environment) -> None:
+        super().__init__(environment)
+        self._size = 0
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        budget = current_budget()
+        budget.spend()
+        _check_width(format_spec)
+        budget.measure(value)
+        text = super().format_field(value, format_spec)
+        self._size += sys.getsizeof(text)
+        budget.room(self._size)
+        return text
+
+
+def _check_method(
+    budget: Budget, method: BuiltinMethodType, *args: Any, **kwargs: Any
+) -> tuple[Any, ...]:
+    """Checks a call of a method of text, list, ... before it is made; its positional arguments."""
+    owner, name = method.__self__, method.__name__
+    if not isinstance(owner, str):
+        if name not in _METHODS.get(type(owner), ()):
+            raise SecurityError(f"{type(owner).__name__}.{name} is not available")
+        return args
+    if name in _PLAIN_STR_METHODS:
+        return args
+    if name == "join" and args:
+        items = budget.take(args[0])
+        _check_join(budget, items, owner)
+        return (items,)
+    check = _STR_CHECKS.get(name)
+    if check is None:
+        raise SecurityError(f"str.{name} is not available to a chat template")
+    check(budget, owner, *args, **kwargs)
+    return args
+
+
+def _check_width(spec: str) -> None:
+    if re.search(r"\d{4}", spec):
+        raise OverBudgetError(f"a format has a width of more than {_MAX_FIELD}")
+
+
+def _check_padding(budget: Budget, text: str, width: int = 0, *fill: Any) -> None:
+    budget.room(_WIDEST * max(len(text), width))
+
+
+def _check_tabs(budget: Budget, text: str, tabsize: int = 8) -> None:
+    budget.room(_WIDEST * (len(text) + text.count("\t") * tabsize))
+
+
+def _check_replace(budget: Budget, text: Any, old: Any, new: Any, count: int | None = None) -> None:
+    found = str(text).count(str(old))
+    if count is not None and 0 <= count < found:
+        found = count
+    budget.room(_WIDEST * (len(str(text)) + found * len(str(new))))
+
+
+def _check_split(budget: Budget, text: str, sep: str | None = None, maxsplit: int = -1) -> None:
+    at_most = budget.largest // _PIECE
+    pieces = text.count(sep) + 1 if sep else len(text.split(None, at_most))
+    if 0 <= maxsplit < pieces:
+        pieces = maxsplit + 1
+    _check_pieces(budget, text, pieces)
+
+
+def _check_pieces(budget: Budget, text: str, pieces: int) -> None:
+    size = _PIECE * pieces + sys.getsizeof(text)
+    budget.room(size)
+    budget.create(size)
+
+
+def _check_rsplit(budget: Budget, text: str, sep: str | None = None, maxsplit: int = -1) -> None:
+    _check_search(budget, text, sep)
+    _check_split(budget, text, sep, maxsplit)
+
+
+def _check_search(budget: Budget, text: Any, sought: Any = None, *between: Any) -> None:
+    if isinstance(sought, str) and len(str(text)) * len(sought) > _MAX_SEARCH:
+        raise OverBudgetError("a long text is stripped of, or searched backwards for, a long text")
+
+
+def _check_lines(budget: Budget, text: str, *args: Any, **kwargs: Any) -> None:
+    _check_pieces(budget, text, _lines(text))
+
+
+def _lines(text: str) -> int:
+    return 1 + sum(map(text.count, _LINE_ENDS))
+
+
+_STR_CHECKS: dict[str, Callable[..., None]] = {
+    "center": _check_padding,
+    "ljust": _check_padding,
+    "rjust": _check_padding,
+    "zfill": _check_padding,
+    "expandtabs": _check_tabs,
+    "replace": _check_replace,
+    "split": _check_split,
+    "rsplit": _check_rsplit,
+    "rfind": _check_search,
+    "rindex": _check_search,
+    "rpartition": _check_search,
+    "strip": _check_search,
+    "lstrip": _check_search,
+    "rstrip": _check_search,
+    "splitlines": _check_lines,
+}
+
+
+def _check_percent(budget: Budget, text: str, values: Any) -> None:
+    """Checks `text % values`: widths, and all values in every place."""
+    fields, position = 0, text.find("%")
+    while position >= 0:
+        budget.spend()
+        fields += 1
+        spec = _PERCENT_SPEC.match(text, _after_key(text, position + 1))
+        assert spec is not None  # it may be empty
+        if "*" in spec[0]:
+            raise OverBudgetError("a format takes its width from an argument")
+        _check_width(spec[0])
+        position = text.find("%", spec.end() + 1)
+    size = budget.measure(values)[0]
+    budget.room(_WIDEST * len(text) + fields * (_WIDEST * _MAX_FIELD + size))
+
+
+def _after_key(text: str, position: int) -> int:
+    """Where the "(name)" of a format ends, if it begins at `position`."""
+    depth = 0
+    for end in range(position, min(len(text), position + _MAX_FIELD)):
+        depth += {"(": 1, ")": -1}.get(text[end], 0)
+        if depth == 0:
+            return end + 1 if text[end] == ")" else end
+    raise OverBudgetError(f"a format has a name of more than {_MAX_FIELD} characters")
+
+
+_PERCENT_SPEC = re.compile(r"[#0\- +]*(?:\*|\d*)(?:\.(?:\*|\d*))?[hlL]?")
+
+
+# ---- filters, tests and globals --------------------------------------------------------------
+
+
+def _counted_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    first = 1 if hasattr(function, "jinja_pass_arg") else 0  # context or environment before it
+    check = _FILTER_CHECKS.get(name)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        budget = current_budget()
+        budget.spend()
+        before, value, rest = args[:first], args[first], args[first + 1 :]
+        budget.check_arguments(value, *rest, *kwargs.values())
+        if name in _ITERATING:
+            _check_attribute_names(rest, kwargs)
+            value = budget.take(value)
+        if check is not None:
+            check(budget, value, *rest, **kwargs)
+        result = function(*before, value, *rest, **kwargs)
+        if name in _LAZY and not isinstance(result, str):
+            return budget.take(result)
+        return budget.keep(result)
+
+    if first:
+        counted.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
+    return counted
+
+
+def _counted_test(test: Any) -> Callable[..., Any]:
+    @functools.wraps(test)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        current_budget().spend()
+        return test(*args, **kwargs)
+
+    return counted
+
+
+def _check_attribute_names(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    # The name is looked up part by part for each element.
+    for name in (*args[:1], *args[2:3], kwargs.get("attribute")):
+        if isinstance(name, str) and name.count(".") + name.count(",") > _ATTRIBUTE:
+            raise OverBudgetError(f"the name of an attribute has more than {_ATTRIBUTE} parts")
+
+
+def _check_join(budget: Budget, items: list[Any], between: Any = "") -> None:
+    size = budget.measure(items)[0]
+    budget.room(size + _WIDEST * len(str(between)) * len(items))
+
+
+def _check_elements(budget: Budget, items: Any, count: int, fill_with: Any = None) -> None:
+    budget.room(count * (_PIECE + budget.measure(fill_with)[0]))
+
+
+def _check_indent(budget: Budget, text: str, width: int | str = 4, *args: Any, **_: Any) -> None:
+    wide = len(width) if isinstance(width, str) else width
+    budget.room(_WIDEST * (len(text) + _lines(text) * wide))
+    _check_lines(budget, text)
+
+
+def _check_round(budget: Budget, value: Any, precision: int = 0, method: str = "common") -> None:
+    if abs(precision) > _MAX_FIELD // 10:
+        raise OverBudgetError(f"round has a precision of {precision}")
+
+
+def _check_groups(
+    budget: Budget, items: list[Any], attribute: Any, default: Any = None, *_: Any, **__: Any
+) -> None:
+    _check_elements(budget, items, len(items), default)
+
+
+def _check_title(budget: Budget, text: Any) -> None:
+    _check_pieces(budget, str(text), 2 * sum(map(str(text).count, _WORD_STARTS + _LINE_ENDS)) + 1)
+
+
+def _check_format(budget: Budget, value: Any, *args: Any, **kwargs: Any) -> None:
+    _check_percent(budget, str(value), kwargs or args)
+
+
+def _check_json(
+    budget: Budget,
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> None:
+    size, depth = budget.measure(value)
+    wide = len(indent) if isinstance(indent, str) else indent or 0
+    wide += sum(map(len, separators or ()))
+    budget.room(_ESCAPED * size if ensure_ascii else size)
+    budget.room(size + _WIDEST * wide * (depth + 1) * (size // _PIECE + 1))
+
+
+_FILTER_CHECKS: dict[str, Callable[..., None]] = {
+    "batch": lambda budget, items, linecount, fill_with=None: _check_elements(
+        budget, items, linecount, fill_with
+    ),
+    "center": lambda budget, text, width=80: _check_padding(budget, str(text), width),
+    "format": _check_format,
+    "indent": _check_indent,
+    "join": lambda budget, items, d="", attribute=None: _check_join(budget, items, d),
+    "replace": _check_replace,
+    "round": _check_round,
+    "groupby": _check_groups,
+    "title": _check_title,
+    "trim": lambda budget, text, chars=None: _check_search(budget, text, chars),
+    "slice": lambda budget, items, slices, fill_with=None: _check_elements(
+        budget, items, slices, fill_with
+    ),
+    "tojson": _check_json,
+}
+
+
+def _check_key(key: Any) -> None:
+    # Tuples of -1 and -2 have the same hash in any order: a dict of them takes quadratic time.
+    if not isinstance(key, str | int | float | None):
+        raise TypeError(f"a key is a text or a number, not {type(key).__name__}")
+
+
+def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
+    if len(args) > 1:
+        raise TypeError(f"dict takes one argument, got {len(args)}")
+    given = args[0] if args else {}
+    pairs = list(given.items()) if isinstance(given, Mapping) else current_budget().take(given)
+    for key, _ in pairs:
+        _check_key(key)
+    return dict(pairs, **kwargs)
+
+
+def _cycler(*items: Any) -> Cycler:
+    """jinja2's cycler; the class itself has functions that change whatever they are given."""
+    return Cycler(*items)
+
+
+def _joiner(sep: str = ", ") -> Joiner:
+    return Joiner(sep)
+
+
+class _SafeNamespace(Namespace):
+    """jinja2's namespace without underscored attributes, which would shadow Python's own
+    (`__class__`), and without a repr of its contents, which change after they are measured."""
+
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        self, *data = args
+        attributes = _dict(*data, **kwargs)
+        for name in attributes:
+            _check_attribute(name)
+        Namespace.__init__(self, attributes)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_attribute(name)
+        Namespace.__setitem__(self, name, value)
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
+def _check_attribute(name: Any) -> None:
+    if str(name).startswith("_"):
+        raise SecurityError(f"namespace attribute {name!r} starts with an underscore")
+
+
+def _raise_exception(message: Any) -> None:
+    raise TemplateRefusalError(str(message))
+
+
+def _strftime_now(format: str) -> str:
+    if len(format) > _MAX_TIME_FORMAT:
+        raise OverBudgetError(f"strftime_now has a format of {len(format)} characters")
+    return datetime.now().strftime(format)
+
+
+def _escape(value: Any) -> str:
+    return str(markupsafe.escape(str(value)))
+
+
+def _divisible(value: Any, number: Any) -> bool:
+    current_budget().spend()
+    if not isinstance(value, int | float):
+        raise TypeError(f"divisibleby takes numbers, not {type(value).__name__}")
+    return bool(value % number == 0)
+
+
+@jinja2.pass_environment
+def _sum(
+    environment: jinja2.Environment, items: list[Any], attribute: Any = None, start: Any = 0
+) -> Any:
+    """jinja2's sum; adding up lists copies them again and again, which is counted."""
+    if attribute is not None:
+        items = list(map(filters.make_attrgetter(environment, attribute), items))
+    budget = current_budget()
+    total = start
+    for item in items:
+        if isinstance(total, str) or isinstance(item, str):
+            raise TypeError("sum takes numbers or lists, not texts; use join")
+        total = budget.keep(total + item)
+    return total
+
+
+@jinja2.pass_environment
+def _unique(
+    environment: jinja2.Environment,
+    items: list[Any],
+    case_sensitive: bool = False,
+    attribute: Any = None,
+) -> list[Any]:
+    """jinja2's unique, for texts and numbers."""
+    case = None if case_sensitive else filters.ignore_case
+    key_of = filters.make_attrgetter(environment, attribute, postprocess=case)
+    first: dict[Any, Any] = {}
+    for item in items:
+        key = key_of(item)
+        _check_key(key)
+        first.setdefault(key, item)
+    return list(first.values())
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without jinja2's HTML escaping. `ensure_ascii` spares plane 2 with chat.py's marks."""
+    text = json.dumps(
+        value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+    if ensure_ascii:
+        text = re.sub(
+            r"[^\x00-\x7f\U00020000-\U0002ffff]", lambda match: json.dumps(match[0])[1:-1], text
+        )
+    return text
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}...{% endgeneration %}` marks assistant text for training; here it only
+    renders its body."""
+
+    tags = frozenset({"generation"})  # type: ignore[assignment]  # jinja2 only looks names up
+
+    def filter_stream(self, stream: TokenStream) -> list[Token]:
+        # At once: a lexer that is left halfway where Python's stack is full complains on stderr.
+        return list(stream)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -1,0 +1,344 @@
+"""Text to token ids and back, for every tokenizer that a Llama checkpoint ships with.
+
+The vocabulary comes from Hugging Face's `tokenizer.json` (`tokenizer_json`) or from
+`tokenizer.model`, Llama 3's or Llama 2's (`tokenizer_model`); the files beside it say which tokens
+have a role (`tokenizer_config`). Text given to `encode` never turns into a special token unless the
+caller says `parse_special=True`.
+"""
+
+import codecs
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from llama_jax.errors import CheckpointError
+from llama_jax.json_file import read_bytes, shown
+from llama_jax.model.config import LlamaConfig
+from llama_jax.text.added_tokens import AddedToken, added_token_encoder, strip_around
+from llama_jax.text.chat_files import DEFAULT, read_chat_templates
+from llama_jax.text.tokenizer_config import CONFIG_FILE, TokenizerSettings, read_settings
+from llama_jax.text.tokenizer_json import UnigramError, read_tokenizer_json
+from llama_jax.text.tokenizer_model import (
+    LLAMA31_SPECIAL_TOKENS,
+    read_tokenizer_model,
+    split_long_text,
+)
+from llama_jax.text.vocabulary import LLAMA3_PATTERN, Vocabulary, check_ids
+
+__all__ = [
+    "LLAMA3_PATTERN", "LLAMA31_SPECIAL_TOKENS", "StreamDecoder", "Tokenizer", "load_tokenizer",
+    "split_long_text",
+]  # fmt: skip
+
+# Llama 3.2's tokenizer.json has 17 MB.
+_MAX_BYTES = 128 * 1024 * 1024
+# Roles that Llama 3's tokens have by their names.
+_BOS, _PAD = "<|begin_of_text|>", "<|finetune_right_pad_id|>"
+_TURN_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A vocabulary with its special tokens; made by `load_tokenizer`.
+
+    `vocab_size` is the highest id + 1. `eos_id` is the tokenizer's own end of text, `eos_ids` are
+    all ids that end a turn, ascending. `prefix_ids` and `suffix_ids` go around a text that is given
+    to the model: BOS in front, as a rule. `special_tokens` maps the name of every added token to
+    its id; those in `visible_ids` (for example `</think>`) are part of the reply and stay in
+    decoded text. `named_tokens` are "bos_token", "eos_token" ... -> name, for templates.
+    `chat_template` is the checkpoint's Jinja source, None when it has none; `named_templates` are
+    further ones, for example "tool_use".
+    """
+
+    kind: Literal["tiktoken", "sentencepiece"]
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+    eos_ids: tuple[int, ...]
+    pad_id: int | None
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
+    special_tokens: Mapping[str, int] = field(repr=False)
+    visible_ids: frozenset[int] = field(repr=False)
+    named_tokens: dict[str, str] = field(repr=False)
+    chat_template: str | None = field(repr=False)
+    named_templates: Mapping[str, str] = field(repr=False)
+    _encode: Callable[[str, bool, bool], list[int]] = field(repr=False)
+    _added: Mapping[str, AddedToken] = field(repr=False)
+    _bytes: tuple[bytes, ...] = field(repr=False)  # by id; an id that nothing uses is empty
+    _hidden_ids: frozenset[int] = field(repr=False)
+    _strip_spaces: int = field(repr=False)
+
+    def encode(
+        self, text: str, *, bos: bool = False, eos: bool = False, parse_special: bool = False
+    ) -> list[int]:
+        """Token ids of `text`; `bos` puts `prefix_ids` in front and `eos` `suffix_ids` behind,
+        which is what the tokenizer's files ask for: often BOS and nothing, or nothing at all.
+
+        With `parse_special` the names of added tokens become their ids, otherwise they are text
+        like any other. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text: expected a str, got {type(text).__name__}")
+        return [
+            *(self.prefix_ids if bos else ()),
+            *self._encode(_without_surrogates(text), parse_special, True),
+            *(self.suffix_ids if eos else ()),
+        ]
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of text that goes on from other text: without the space that SentencePiece puts
+        in front of one that begins."""
+        if not self._strip_spaces:
+            return self.encode(text)
+        line = self.encode("\n")
+        ids = self.encode("\n" + text)
+        return ids[len(line) :] if ids[: len(line)] == line else self.encode(text)
+
+    def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
+        """Token ids of a text that is cut into pieces: (text, False), which stays text, or the name
+        of an added token with True."""
+        known = [self._added[text] if special else text for text, special in pieces]
+        ids: list[int] = []
+        for i, piece in enumerate(strip_around(known)):
+            if isinstance(piece, AddedToken):
+                ids.append(piece.id)
+            else:
+                ids += self._encode(_without_surrogates(piece), False, i == 0)
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids that nothing uses decode to
+        nothing.
+
+        With `skip_special` special tokens leave no trace, otherwise they appear by name.
+        SentencePiece marks the start of a text with a space that was not in it; this space is
+        dropped again.
+        """
+        stream = StreamDecoder(self, skip_special=skip_special)
+        return "".join([stream.push(token_id) for token_id in ids]) + stream.flush()
+
+    def token_text(self, token_id: int) -> str:
+        """What one token looks like, with its space and by its name: the same wherever it is."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for: its name for a special token, empty for an id that
+        nothing uses, such as those that pad a model's vocabulary.
+
+        Raises ValueError for a negative id.
+        """
+        if token_id < 0:
+            raise ValueError(f"token id {token_id} is negative")
+        return self._bytes[token_id] if token_id < self.vocab_size else b""
+
+
+class StreamDecoder:
+    """Decodes one token at a time; what `push` and the final `flush` return adds up to
+    `tokenizer.decode(ids)`.
+
+    The bytes of a character that later tokens may complete are held back. after: tokens that the
+    text goes on from, such as a prompt: what is decoded then reads on from theirs.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special: bool = True, after: Iterable[int] = ()
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer._hidden_ids if skip_special else frozenset()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        begins = all(i in tokenizer._hidden_ids or not tokenizer.token_bytes(i) for i in after)
+        self._strip_spaces = tokenizer._strip_spaces if begins else 0
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` completes, often empty in the middle of a multi-byte
+        character."""
+        data = self._tokenizer.token_bytes(token_id)
+        if token_id in self._skipped:
+            return ""
+        if self._strip_spaces and data:
+            spaces = min(self._strip_spaces, len(data) - len(data.lstrip(b" ")))
+            self._strip_spaces = self._strip_spaces - spaces if spaces == len(data) else 0
+            data = data[spaces:]
+        return self._utf8.decode(data)
+
+    def flush(self) -> str:
+        """What is held back at the end of the stream: U+FFFD for an incomplete character, otherwise
+        nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+def load_tokenizer(path: str | Path, config: LlamaConfig | None = None) -> Tokenizer:
+    """Reads a tokenizer from a checkpoint directory, or from a `tokenizer.json` or
+    `tokenizer.model` file.
+
+    In a directory `tokenizer.json` is taken before `tokenizer.model` (unless it holds a unigram
+    model), the files that `tokenizer_config` reads give tokens their roles, and
+    `chat_files` finds the chat templates. A lone tiktoken file gets Llama 3.1's 256 special tokens
+    after its last rank. config: the model's; it names BOS and EOS where the tokenizer's files do
+    not. Raises FileNotFoundError when there is no tokenizer, `CheckpointError` naming the file and
+    the line or field when one cannot be used.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        settings = TokenizerSettings()
+        return _joined(path, _read_vocabulary(path, settings), settings, {}, config)
+    json_file, model_file = path / "tokenizer.json", path / "tokenizer.model"
+    if not json_file.exists() and not model_file.exists():
+        raise FileNotFoundError(
+            f"{path}: no tokenizer.json and no tokenizer.model; copy one of them from the original "
+            "checkpoint"
+        )
+    settings = read_settings(path)
+    templates = read_chat_templates(path, settings.chat_template)
+    file = json_file if json_file.exists() else model_file
+    try:
+        vocabulary = _read_vocabulary(file, settings)
+    except UnigramError:
+        if not model_file.exists():
+            raise
+        file = model_file
+        vocabulary = _read_vocabulary(file, settings)
+    return _joined(file, vocabulary, settings, templates, config)
+
+
+def _read_vocabulary(path: Path, settings: TokenizerSettings) -> Vocabulary:
+    data = read_bytes(path, _MAX_BYTES)
+    if path.suffix == ".json" or data.lstrip()[:1] == b"{":
+        return read_tokenizer_json(path, data)
+    declared = [token for tokens in settings.declared.values() for token in tokens]
+    return read_tokenizer_model(path, data, declared, settings.prefix_space, settings.legacy)
+
+
+def _joined(
+    path: Path,
+    vocabulary: Vocabulary,
+    settings: TokenizerSettings,
+    templates: Mapping[str, str],
+    config: LlamaConfig | None,
+) -> Tokenizer:
+    """A vocabulary with the roles of its tokens. path: of its file."""
+    added = _all_added(vocabulary, settings)
+    ids = {**vocabulary.ids, **{name: token.id for name, token in added.items()}}
+    named = _named_tokens(path, vocabulary, settings, config, ids)
+    # An ordinary token with a role becomes a special one; the flags of added tokens hold.
+    for name in ((settings.special | set(named.values())) & ids.keys()) - added.keys():
+        added[name] = AddedToken(ids[name], name)
+    bos, eos, pad = (
+        ids.get(named.get(role, "")) for role in ("bos_token", "eos_token", "pad_token")
+    )
+    turn_ends = {ids[name] for name in _TURN_ENDS if name in added}
+    if eos is not None:
+        turn_ends.add(eos)
+    if not turn_ends and config:
+        turn_ends.update(config.eos_token_ids)
+    prefix, suffix = _around(vocabulary, settings, bos, eos, config)
+    table = [b""] * (max([*vocabulary.pieces, *ids.values()]) + 1)
+    for token_id, data in vocabulary.pieces.items():
+        table[token_id] = data
+    for name, token in added.items():
+        table[token.id] = vocabulary.name_bytes(name)
+    hidden = frozenset(token.id for token in added.values() if token.special)
+    return Tokenizer(
+        kind=vocabulary.kind,
+        vocab_size=len(table),
+        bos_id=bos,
+        eos_id=eos,
+        eos_ids=tuple(sorted(turn_ends)),
+        pad_id=pad,
+        prefix_ids=prefix,
+        suffix_ids=suffix,
+        special_tokens=MappingProxyType({name: token.id for name, token in added.items()}),
+        visible_ids=frozenset(token.id for token in added.values()) - hidden,
+        named_tokens=named,
+        chat_template=templates.get(DEFAULT),
+        named_templates={name: each for name, each in templates.items() if name != DEFAULT},
+        _encode=added_token_encoder(added.values(), vocabulary.normalize, vocabulary.encode_words),
+        _added=added,
+        _bytes=tuple(table),
+        _hidden_ids=hidden,
+        _strip_spaces=vocabulary.strip_spaces,
+    )
+
+
+def _all_added(vocabulary: Vocabulary, settings: TokenizerSettings) -> dict[str, AddedToken]:
+    """Added tokens by name: those of the vocabulary's file and, where it says nothing about their
+    name and id, those of the files beside it."""
+    added = {token.content: token for token in vocabulary.added}
+    taken = {token.id for token in vocabulary.added}
+    found = dict(added)
+    for file, tokens in settings.declared.items():
+        beside = [t for t in tokens if t.id not in taken and t.content not in added]
+        check_ids(file, vocabulary.ids, beside)
+        found |= {token.content: token for token in beside}
+    return found
+
+
+def _named_tokens(
+    path: Path,
+    vocabulary: Vocabulary,
+    settings: TokenizerSettings,
+    config: LlamaConfig | None,
+    ids: Mapping[str, int],
+) -> dict[str, str]:
+    """The names of tokens with a role, by role: from the files beside the vocabulary, or else from
+    itself, or else from the model's config."""
+    names = {token_id: name for name, token_id in ids.items()}
+    last_end = next((name for name in reversed(_TURN_ENDS) if name in ids), None)
+    named = {
+        "bos_token": vocabulary.bos or (_BOS if _BOS in ids else None),
+        "eos_token": vocabulary.eos or last_end,
+        "pad_token": vocabulary.pad or (_PAD if _PAD in ids else None),
+    }
+    if config:
+        ends = config.eos_token_ids
+        named["bos_token"] = named["bos_token"] or names.get(_id_or(config.bos_token_id))
+        named["eos_token"] = named["eos_token"] or names.get(_id_or(ends[-1] if ends else None))
+    elif named["bos_token"] is None and vocabulary.around and vocabulary.around[0]:
+        named["bos_token"] = names.get(vocabulary.around[0][0])
+    found = {role: name for role, name in named.items() if name is not None}
+    for role, name in settings.named.items():
+        if name in ids or role not in ("bos_token", "eos_token"):  # the others only reach templates
+            found[role] = name
+        else:
+            raise CheckpointError(
+                f"{path.parent / CONFIG_FILE}: {role} is {shown(name)}, which is no token of "
+                f"{path.name}; correct the name or add the token"
+            )
+    return found
+
+
+def _id_or(token_id: int | None) -> int:
+    return -1 if token_id is None else token_id
+
+
+def _around(
+    vocabulary: Vocabulary,
+    settings: TokenizerSettings,
+    bos: int | None,
+    eos: int | None,
+    config: LlamaConfig | None,
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids in front of a text and behind it.
+
+    `add_bos_token` and `add_eos_token` decide, or else the vocabulary's file, or else the habit of
+    its kind. A model that names no BOS is given none.
+    """
+    before: tuple[int, ...] = () if bos is None else (bos,)
+    after: tuple[int, ...] = () if eos is None else (eos,)
+    prefix, suffix = vocabulary.around or ((), ())
+    if vocabulary.around is None and (vocabulary.adds_bos or settings.is_llama_class):
+        prefix = before
+    if bos is None and config:
+        prefix = ()
+    if settings.adds_bos is not None:
+        prefix = before if settings.adds_bos else ()
+    if settings.adds_eos is not None:
+        suffix = after if settings.adds_eos else ()
+    return prefix, suffix
+
+
+def _without_surrogates(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
