@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from converters.resolve import resolve
 from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.checkpoint import store
 from llama_jax.checkpoint.generation_config import (
@@ -145,7 +146,7 @@ class LLM:
         anything is loaded, ValueError for settings.
         """
         compile_cache.enable()
-        directory = store.resolve(path_or_id)
+        directory = resolve(path_or_id)
         manifest = store.read_manifest(directory)
         config = manifest.config
         tokenizer = _load_tokenizer(path_or_id, directory, config)
@@ -155,7 +156,7 @@ class LLM:
         spec.check_runs()
         draft_directory, draft_spec = None, None
         if draft is not None:
-            draft_directory = store.resolve(draft)
+            draft_directory = resolve(draft)
             draft_spec = store.read_manifest(draft_directory).spec(dtype, "auto")
             draft_spec = replace(draft_spec, implementation=implementation, mesh=mesh)
             scheduling.setdefault("lookahead", DEFAULT_LOOKAHEAD)

@@ -10,6 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from converters.pipeline import convert
+from converters.resolve import resolve
 from llama_jax.checkpoint import array_file, store
 from llama_jax.checkpoint.store import CheckpointError, load_params, read_manifest
 from llama_jax.model.llama import Llama, ModelSpec, abstract_params
@@ -195,9 +196,9 @@ def test_large_arrays_are_read_in_runs(pristine: Path, monkeypatch: pytest.Monke
 def test_resolve_finds_and_converts(
     pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert store.resolve(pristine) == pristine
+    assert resolve(pristine) == pristine
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
-    found = store.resolve(pristine.parent / "source")
+    found = resolve(pristine.parent / "source")
     assert found.parent == tmp_path / "converted"
     assert read_manifest(found) == read_manifest(pristine)
 

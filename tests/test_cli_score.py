@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from llama_jax import scoring
+from llama_jax import data_rows, scoring
 from llama_jax.cli import score_ray
 from llama_jax.cli.output import parse_jsonl, read_jsonl
 from llama_jax.cli.resumable import resumable_file
@@ -154,7 +154,7 @@ MANY = [
 
 def fail_after(monkeypatch, count):
     """`score_rows` raises once it has given so many rows."""
-    whole = scoring.score_rows
+    whole = data_rows.score_rows
 
     def failing(*args, **kwargs):
         for done, row in enumerate(whole(*args, **kwargs)):
@@ -162,7 +162,7 @@ def fail_after(monkeypatch, count):
                 raise RuntimeError("the device is gone")
             yield row
 
-    monkeypatch.setattr(scoring, "score_rows", failing)
+    monkeypatch.setattr(data_rows, "score_rows", failing)
 
 
 def test_a_run_that_failed_goes_on_where_it_stopped(run, model, tmp_path, monkeypatch):
@@ -187,12 +187,12 @@ def test_a_run_that_failed_goes_on_where_it_stopped(run, model, tmp_path, monkey
     assert code == 2 and "other settings (input: " in err
     write(path, MANY)
 
-    seen, whole = [], scoring.score_rows
+    seen, whole = [], data_rows.score_rows
 
     def watching(llm, rows, **options):
         return whole(llm, (seen.append(row) or row for row in rows), **options)
 
-    monkeypatch.setattr(scoring, "score_rows", watching)
+    monkeypatch.setattr(data_rows, "score_rows", watching)
     code, out, _ = run(*arguments, "--json")
     summary = json.loads(out)
     assert code == 0 and [row["id"] for row in seen] == list(range(25, 60))

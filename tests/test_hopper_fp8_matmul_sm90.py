@@ -13,12 +13,12 @@ from pallas_kernels import e4m3
 from pallas_kernels.dev import sm90
 from pallas_kernels.dev.shapes import linears
 from pallas_kernels.fp8_matmul import (
-    MAX_WEIGHT_ONLY_ROWS,
     fp8_matmul,
     hopper,
     hopper_weight_only,
     swiglu,
 )
+from pallas_kernels.fp8_matmul.limits import MAX_WEIGHT_ONLY_ROWS
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 
 pytestmark = [

@@ -1,9 +1,10 @@
-"""Imports point one way: pallas_kernels <- llama_jax <- converters, cli, integrations."""
+"""Imports point one way, from layer to layer, and never in a circle."""
 
 import ast
 import os
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -13,40 +14,116 @@ from pallas_kernels.dev import sm90
 ROOT = Path(__file__).parents[1]
 
 
-def imports(path: Path) -> set[str]:
-    """Modules that a file imports anywhere, inside functions too."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+# A file may import files of its own entry and of lines above; entries of one line do not import
+# each other. A file belongs to the longest entry that begins its name.
+LAYERS = (
+    ("pallas_kernels",),
+    ("pallas_kernels.dev",),
+    ("pallas_kernels.fp8_matmul.cases", "pallas_kernels.fp8_matmul.weight_only_cases",
+     "pallas_kernels.paged_attention.cases"),
+    ("llama_jax.errors",),
+    ("llama_jax.json_file", "llama_jax.sampling_params"),
+    ("llama_jax.model",),
+    ("llama_jax.text",),
+    ("llama_jax.checkpoint",),
+    ("llama_jax.engine", "converters"),
+    ("llama_jax",),
+    ("llama_jax.integrations",),
+    ("llama_jax.cli",),
+)  # fmt: skip
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {
+    name_of(path): path
+    for package in ("pallas_kernels", "llama_jax", "converters")
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
+
+
+def imports(name: str) -> set[str]:
+    """Modules that a file imports anywhere, inside functions and for types too."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module and not node.level, f"{name} imports relatively"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = inner & FILES.keys()
+            # `from package import module` reads nothing in the package itself.
+            found |= modules if modules == inner else modules | {node.module}
+    return found - {name}
+
+
+IMPORTS = {name: imports(name) for name in FILES}
+
+
+def layer(name: str) -> tuple[int, str]:
+    """The line and the entry of a module."""
+    return max(
+        (
+            (line, entry)
+            for line, entries in enumerate(LAYERS)
+            for entry in entries
+            if f"{name}.".startswith(f"{entry}.")
+        ),
+        key=lambda each: len(each[1]),
+    )
+
+
+def may_import(name: str, other: str) -> bool:
+    (line, entry), (other_line, other_entry) = layer(name), layer(other)
+    return entry == other_entry or line > other_line
+
+
+def test_imports_point_one_way():
+    assert "llama_jax.engine.engine" in IMPORTS["llama_jax.llm"]
+    wrong = [
+        f"{name} imports {other}"
+        for name, others in IMPORTS.items()
+        for other in sorted(others & FILES.keys())
+        if not may_import(name, other)
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize(
-    ("package", "above", "exceptions"),
+    ("name", "other", "allowed"),
     [
-        ("pallas_kernels", ("llama_jax", "converters"), set()),
-        (
-            "llama_jax",
-            ("converters", "llama_jax.cli", "llama_jax.integrations"),
-            {"llama_jax/checkpoint/store.py"},
-        ),
-        ("converters", ("llama_jax.cli", "llama_jax.integrations"), set()),
+        ("llama_jax.engine.engine", "llama_jax.model.llama", True),
+        ("llama_jax.model.llama", "llama_jax.engine.engine", False),
+        ("llama_jax.engine.engine", "converters.resolve", False),
+        ("converters.resolve", "llama_jax.engine.engine", False),
+        ("llama_jax.llm", "converters.resolve", True),
+        ("llama_jax.checkpoint.store", "llama_jax.llm", False),
+        ("llama_jax.llm", "llama_jax.cli.chat", False),
+        ("pallas_kernels.fp8_matmul", "pallas_kernels.dev.bench", False),
     ],
 )
-def test_nothing_imports_what_stands_above_it(package, above, exceptions):
-    for path in sorted((ROOT / package).rglob("*.py")):
-        name = path.relative_to(ROOT).as_posix()
-        if name in exceptions or name.startswith(("llama_jax/cli/", "llama_jax/integrations/")):
-            continue
-        wrong = {
-            each
-            for each in imports(path)
-            if each in above or each.startswith(tuple(f"{a}." for a in above))
-        }
-        assert not wrong, f"{name} imports {sorted(wrong)}"
+def test_layers(name, other, allowed):
+    assert may_import(name, other) == allowed
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {name: others & FILES.keys() for name, others in IMPORTS.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+def test_text_needs_no_jax():
+    assert "jax" in IMPORTS["llama_jax.model.llama"]
+    waiting, seen = [name for name in FILES if name.startswith("llama_jax.text.")], set()
+    while waiting:
+        seen.add(name := waiting.pop())
+        assert not any(each.split(".")[0] in ("jax", "flax") for each in IMPORTS[name]), name
+        waiting += (IMPORTS[name] & FILES.keys()) - seen
 
 
 @pytest.mark.slow

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from llama_jax.checkpoint.store import Manifest
+from llama_jax.data_rows import answer_rows
 from llama_jax.engine.compile_cache import forbid_compile
 from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.llm import LLM
 from llama_jax.model.llama import Llama, init_params
 from llama_jax.results import generation_fields
 from llama_jax.sampling_params import SamplingParams
-from llama_jax.scoring import answer_rows
 from llama_jax.text.tokenizer import load_tokenizer
 from pallas_kernels import e4m3
 from tests.tiny import config, fp8_spec

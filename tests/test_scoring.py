@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llama_jax.data_rows import score_rows
 from llama_jax.model.llama import Llama
 from llama_jax.sampling_params import SamplingParams
-from llama_jax.scoring import Question, answers, score_rows
+from llama_jax.scoring import Question, answers
 from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.text.windows import rolling_windows
 from tests.test_llm import BOS, SPEC, make

@@ -116,20 +116,6 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise CheckpointError(f"{error}. The file is damaged: convert again.") from error
 
 
-def resolve(path_or_id: str | Path, cache_dir: str | Path | None = None) -> Path:
-    """The converted directory for a converted directory, a Hugging Face or Meta one, or a hub id.
-
-    The latter two are converted once, see `converters.resolve.resolve`, which this calls.
-    """
-    path = Path(path_or_id).expanduser()
-    if is_converted(path):
-        return path
-    # The converters stand on top of this package, so they are imported only when needed.
-    from converters.resolve import resolve as convert_once
-
-    return convert_once(path_or_id, cache_dir)
-
-
 def load_params(directory: str | Path, spec: ModelSpec, *, bits: bool = False) -> Params:
     """Restore the parameters of a converted checkpoint, each array straight to its devices.
 

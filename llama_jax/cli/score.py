@@ -205,7 +205,7 @@ def score(
 
 def _score_here(llm: "LLM", input: str, done: int, **asked: Any) -> Iterator[_Scored]:
     """Score the lines after the first `done`."""
-    from llama_jax.scoring import score_rows
+    from llama_jax.data_rows import score_rows
 
     numbers: deque[int] = deque()
 

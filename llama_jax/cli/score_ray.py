@@ -30,7 +30,7 @@ class LineScorer:
     def __call__(self, piece: dict[str, Any]) -> dict[str, list[Any]]:
         """A piece: `begin` and `end` in bytes, `number` of its first line. Gives for each line its
         number, the JSON that it becomes, and how many tokens were read for it."""
-        from llama_jax.scoring import score_rows
+        from llama_jax.data_rows import score_rows
 
         ((begin,), (end,), (number,)) = piece["begin"], piece["end"], piece["number"]
         with open(self._input, "rb") as file:

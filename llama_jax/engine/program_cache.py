@@ -125,11 +125,10 @@ def _key(
 @functools.cache
 def _software() -> tuple[str, ...]:
     """Versions of what traces, and a digest of this project's code."""
-    import llama_jax
     import pallas_kernels
 
     digest = hashlib.sha256()
-    for package in (Path(llama_jax.__file__).parent, Path(pallas_kernels.__file__).parent):
+    for package in (Path(__file__).parents[1], Path(pallas_kernels.__file__).parent):
         for path in sorted([*package.rglob("*.py"), *package.glob("tuned/*.json")]):
             digest.update(f"{path.relative_to(package.parent)}\n".encode())
             digest.update(path.read_bytes())

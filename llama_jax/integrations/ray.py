@@ -18,10 +18,11 @@ from typing import Any
 import pyarrow as pa
 
 from llama_jax.abacus import SHIPPED_MODEL
+from llama_jax.data_rows import answer_rows, score_rows
 from llama_jax.llm import LLM
 from llama_jax.results import Generation, generation_fields
 from llama_jax.sampling_params import SamplingParams
-from llama_jax.scoring import Question, answer_rows, score_rows
+from llama_jax.scoring import Question
 from llama_jax.text.windows import window_and_stride
 
 _SCORE = {

@@ -29,7 +29,7 @@ from llama_jax.model.llama import (
 )
 from llama_jax.model.sharding import RULES, cache_shardings, default_sharding, make_mesh, whole_on
 from pallas_kernels import device
-from pallas_kernels.fp8_matmul import MAX_WEIGHT_ONLY_ROWS
+from pallas_kernels.fp8_matmul.limits import MAX_WEIGHT_ONLY_ROWS
 from pallas_kernels.fp8_matmul.reference import BLOCK
 
 

@@ -11,8 +11,6 @@ from jax import Array
 from pallas_kernels import device, e4m3
 from pallas_kernels.fp8_matmul import reference, xla
 
-# Of x, that "hopper_weight_only" takes.
-MAX_WEIGHT_ONLY_ROWS = 64
 Implementation = Literal["reference", "xla", "hopper", "hopper_fp8", "hopper_weight_only"]
 
 

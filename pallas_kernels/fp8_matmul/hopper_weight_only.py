@@ -32,7 +32,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import e4m3, tuned
 from pallas_kernels.device import multiprocessors
-from pallas_kernels.fp8_matmul import MAX_WEIGHT_ONLY_ROWS
+from pallas_kernels.fp8_matmul.limits import MAX_WEIGHT_ONLY_ROWS
 from pallas_kernels.fp8_matmul.reference import BLOCK, is_per_block
 from pallas_kernels.hopper import BOX_ROWS, SHARED_MEMORY_BYTES, in_whole_boxes, swizzled
 

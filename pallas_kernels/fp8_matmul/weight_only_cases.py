@@ -14,12 +14,12 @@ from pallas_kernels import e4m3
 from pallas_kernels.dev.case import BF16_OPERATIONS_PER_SECOND, Case
 from pallas_kernels.dev.shapes import linears
 from pallas_kernels.fp8_matmul import (
-    MAX_WEIGHT_ONLY_ROWS,
     hopper_weight_only,
     reference,
     xla,
 )
 from pallas_kernels.fp8_matmul.hopper_weight_only import Config, configure, heuristic_cost
+from pallas_kernels.fp8_matmul.limits import MAX_WEIGHT_ONLY_ROWS
 from pallas_kernels.fp8_matmul.reference import BLOCK
 
 Layout = Literal["row", "block"]
