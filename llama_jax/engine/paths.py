@@ -42,7 +42,9 @@ _ITEMSIZE = {"bf16": 2, "f16": 2, "f32": 4}
 _KERNELS_COST = {
     "fp8_matmul": _UNITS["f8_e4m3fn"],
     "fp8_swiglu": _UNITS["f8_e4m3fn"],
-    "fp8_matmul_weight_only": "reads each code once, multiplies it as bf16",
+    "fp8_matmul_weight_only": "reads each code once, multiplies it as bf16, or as FP8 by x in two",
+    "add_rms_norm": "adds parts up, two terms in FP8 for the next product",
+    "silu_and_mul": "adds parts up, two terms in FP8 for the next product",
     "paged_attention_prefill": "16-bit tensor cores, 1/2 of FP8's rate",
     "paged_attention_decode": "reads each key and value once",
     "paged_attention_combine": "adds parts up",

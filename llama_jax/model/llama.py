@@ -25,15 +25,18 @@ from llama_jax.model.config import LlamaConfig
 from llama_jax.model.fp8 import WeightFormat, quantize_per_group, quantize_per_token, scale_shape
 from llama_jax.model.kv_cache import KVCache, write_pages
 from llama_jax.model.sharding import default_sharding, divided_over, sharding_of
-from pallas_kernels import device, e4m3
+from pallas_kernels import device, e4m3, row_fusions
 from pallas_kernels.fp8_matmul import (
     chosen,
     fp8_matmul,
+    fp8_matmul_parts,
     fp8_matmuls,
     swiglu,
 )
+from pallas_kernels.fp8_matmul.terms import Parts, Terms
 from pallas_kernels.fp8_matmul.xla import MIN_ROWS_FOR_BF16, by_row_blocks, dot
 from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.row_fusions import add_rms_norm, silu_and_mul
 
 Activations = Literal["auto", "bf16", "dynamic", "static"]
 Phase = Literal["prefill", "decode"]
@@ -181,19 +184,46 @@ class Embedding(nn.Module):
         return lax.psum(x.astype(self.spec.dtype), axis)
 
 
+class Pending(NamedTuple):
+    """A residual stream [b, t, d] and a product that is to be added to it by whatever reads it."""
+
+    residual: Array
+    product: Parts
+
+    def added(self) -> Array:
+        rows = self.residual.reshape(-1, self.residual.shape[-1]).astype(jnp.float32)
+        return (
+            (self.product.total() + rows).astype(self.residual.dtype).reshape(self.residual.shape)
+        )
+
+
+def added(x: Array | Pending) -> Array:
+    return x.added() if isinstance(x, Pending) else x
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) in float32, then cast, then times the weight, as Hugging Face orders it."""
 
     spec: ModelSpec
 
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def setup(self) -> None:
         dtype = self.spec.format_of(self.path).dtype
-        weight = _parameter(self, "weight", (x.shape[-1],), ("embed",), dtype)
+        shape = (self.spec.config.hidden_size,)
+        self.weight = _parameter(self, "weight", shape, ("embed",), dtype)
+
+    def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = wide * lax.rsqrt(mean_square + self.spec.config.rms_norm_eps)
-        return normed.astype(x.dtype) * weight.astype(x.dtype)
+        return normed.astype(x.dtype) * self.weight.astype(x.dtype)
+
+    def in_terms(self, x: Array | Pending) -> tuple[Array, Terms]:
+        """The residual stream with what was pending, and the norm of its rows, for few rows."""
+        residual, product = x if isinstance(x, Pending) else (x, None)
+        eps = self.spec.config.rms_norm_eps
+        rows = residual.reshape(-1, residual.shape[-1])
+        summed, terms = add_rms_norm(product, rows, self.weight, eps)
+        return summed.reshape(residual.shape), terms
 
 
 class Stored(NamedTuple):
@@ -288,7 +318,8 @@ def multiply(
         is_added = rows is not None and runs.startswith("hopper")
         y = fp8_matmul(
             x, weight, scale, x_scale=x_scale, residual=rows if is_added else None,
-            out_dtype=like.dtype, implementation=spec.implementation,
+            out_dtype=like.dtype, is_batch_invariant=spec.is_batch_invariant,
+            implementation=spec.implementation,
         )  # fmt: skip
     if summed_over:
         y = lax.psum(y.astype(like.dtype), summed_over)
@@ -309,9 +340,50 @@ def products(spec: ModelSpec, x: Array, linears: Sequence[Linear]) -> list[Array
     with jax.named_scope("+".join(str(linear.name) for linear in linears)):
         ys = fp8_matmuls(
             operands[0].x, weights, scales, x_scale=operands[0].x_scale, out_dtype=x.dtype,
-            implementation="hopper_weight_only",
+            is_batch_invariant=spec.is_batch_invariant, implementation="hopper_weight_only",
         )  # fmt: skip
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
+
+
+def parts(spec: ModelSpec, x: Array | Terms, rows: int, linears: Sequence[Linear]) -> list[Parts]:
+    """x, [rows, in], through each in one launch, where `_is_fused` says that this runs."""
+    weights, scales = zip(*(linear.stored().quantized for linear in linears), strict=True)
+    with jax.named_scope("+".join(str(linear.name) for linear in linears)):
+        return fp8_matmul_parts(
+            x, rows, weights, scales, is_batch_invariant=spec.is_batch_invariant
+        )
+
+
+def _is_fused(
+    spec: ModelSpec, x: Array | Pending, groups: Sequence[Sequence[Linear]], inner: int = 0
+) -> bool:
+    """Whether products leave their sums to what follows, which is a launch of its own. That is for
+    few rows on a Hopper GPU, all weights in FP8.
+
+    groups: those that share a launch each. inner: columns of SwiGLU, if there is one.
+    """
+    residual = x.residual if isinstance(x, Pending) else x
+    linears = [linear for group in groups for linear in group]
+    if (
+        spec.activations != "bf16"
+        or spec.implementation not in (None, "hopper")
+        or spec.mesh is not None
+        or any(linear.format.scale is None for linear in linears)
+        or any(len({linear.format.scale for linear in group}) > 1 for group in groups)
+    ):
+        return False
+    rows = jax.ShapeDtypeStruct(
+        (residual.size // residual.shape[-1], residual.shape[-1]), residual.dtype
+    )
+    if device.not_hopper() or row_fusions.refusal(rows, inner):
+        return False
+
+    def is_weight_only(linear: Linear) -> bool:
+        operand = jax.ShapeDtypeStruct((rows.shape[0], linear.in_features), rows.dtype)
+        which = chosen(operand, *linear.stored().quantized, rows.dtype)
+        return which == "hopper_weight_only"
+
+    return all(map(is_weight_only, linears))
 
 
 def _declared(x: Array, *linears: Linear) -> Array:
@@ -340,15 +412,15 @@ def _is_one_launch(
 
 
 class Attention(nn.Module):
-    """Grouped-query attention, plus the residual; causal over its own tokens, or against a layer's
-    cached pages."""
+    """The norm and grouped-query attention, plus the residual; causal over its own tokens, or
+    against a layer's cached pages."""
 
     spec: ModelSpec
 
     @nn.compact
     def __call__(
-        self, x: Array, residual: Array, positions: Array, cache: LayerCache | None
-    ) -> tuple[Array, LayerCache | None]:
+        self, x: Array | Pending, norm: RMSNorm, positions: Array, cache: LayerCache | None
+    ) -> tuple[Array | Pending, LayerCache | None]:
         config, hidden = self.spec.config, self.spec.config.hidden_size
         q_size, kv_size = (
             count * config.head_dim for count in (config.num_heads, config.num_kv_heads)
@@ -361,11 +433,18 @@ class Attention(nn.Module):
         )
         o_proj = linear(q_size, hidden, ("embed", "heads"), name="o_proj")
         if self.is_initializing():
-            return _declared(residual, *projections, o_proj), cache
-        q, k, v = (
-            y.reshape(*x.shape[:2], -1, config.head_dim)
-            for y in products(self.spec, x, projections)
-        )
+            norm(added(x))
+            return _declared(added(x), *projections, o_proj), cache
+        batch, tokens = positions.shape
+        is_fused = _is_fused(self.spec, x, (projections, (o_proj,)))
+        if is_fused:
+            residual, terms = norm.in_terms(x)
+            found = parts(self.spec, terms, batch * tokens, projections)
+            projected = [y.total().astype(residual.dtype) for y in found]
+        else:
+            residual = added(x)
+            projected = products(self.spec, norm(residual), projections)
+        q, k, v = (y.reshape(batch, tokens, -1, config.head_dim) for y in projected)
         frequencies = rope_frequencies(config)
         q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
 
@@ -387,8 +466,11 @@ class Attention(nn.Module):
                 implementation=self.spec.implementation,
             )  # fmt: skip
             y = _per_head(y, v_scale)
-        y = y.reshape(*x.shape[:2], q_size)
-        return o_proj(y, residual), cache
+        if is_fused:
+            rows = batch * tokens
+            (product,) = parts(self.spec, y.reshape(rows, q_size), rows, (o_proj,))
+            return Pending(residual, product), cache
+        return o_proj(y.reshape(batch, tokens, q_size), residual), cache
 
 
 def _of_own_heads(scale: Array, kv_heads: int) -> Array:
@@ -409,19 +491,28 @@ def _per_head(x: Array, scale: Array) -> Array:
 
 
 class MLP(nn.Module):
-    """SwiGLU, plus the residual: down(silu(gate(x)) * up(x)) + residual."""
+    """The norm and SwiGLU, plus the residual: down(silu(gate(x)) * up(x)) + residual."""
 
     spec: ModelSpec
 
     @nn.compact
-    def __call__(self, x: Array, residual: Array) -> Array:
+    def __call__(self, stream: Array | Pending, norm: RMSNorm) -> Array | Pending:
         hidden, inner = self.spec.config.hidden_size, self.spec.config.intermediate_size
         linear = partial(Linear, self.spec)
         gate = linear(hidden, inner, ("mlp", "embed"), name="gate_proj")
         up = linear(hidden, inner, ("mlp", "embed"), name="up_proj")
         down = linear(inner, hidden, ("embed", "mlp"), name="down_proj")
         if self.is_initializing():
-            return _declared(residual, gate, up, down)
+            norm(added(stream))
+            return _declared(added(stream), gate, up, down)
+        if _is_fused(self.spec, stream, ((gate, up), (down,)), inner):
+            residual, terms = norm.in_terms(stream)
+            count = residual.size // hidden
+            inner_terms = silu_and_mul(*parts(self.spec, terms, count, (gate, up)))
+            (product,) = parts(self.spec, inner_terms, count, (down,))
+            return Pending(residual, product)
+        residual = added(stream)
+        x = norm(residual)
         if _is_swiglu_fused(self.spec, x, gate, up, down):
             rows, x_scale, matrix = gate.operands(x)
             with jax.named_scope("gate_proj+up_proj"):
@@ -461,12 +552,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, positions: Array, cache: LayerCache | None
-    ) -> tuple[Array, LayerCache | None]:
-        normed = RMSNorm(self.spec, name="input_layernorm")(x)
-        x, cache = Attention(self.spec, name="self_attn")(normed, x, positions, cache)
-        normed = RMSNorm(self.spec, name="post_attention_layernorm")(x)
-        return MLP(self.spec, name="mlp")(normed, x), cache
+        self, x: Array | Pending, positions: Array, cache: LayerCache | None
+    ) -> tuple[Array | Pending, LayerCache | None]:
+        norm = RMSNorm(self.spec, name="input_layernorm")
+        x, cache = Attention(self.spec, name="self_attn")(x, norm, positions, cache)
+        norm = RMSNorm(self.spec, name="post_attention_layernorm")
+        return MLP(self.spec, name="mlp")(x, norm), cache
 
 
 class Llama(nn.Module):
@@ -489,10 +580,10 @@ class Llama(nn.Module):
         """Without a cache, for training and as a second opinion: int [b, t] -> float32 logits
         [b, t, vocab], full causal attention."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x = self.embed_tokens(tokens)
+        x: Array | Pending = self.embed_tokens(tokens)
         for layer in self.layers:
             x, _ = layer(x, positions, None)
-        return self.unembed(self.norm(x))
+        return self.unembed(self.norm(added(x)))
 
     def extend(
         self, tokens: Array, positions: Array, cache: KVCache, rows: Array, lengths: Array
@@ -506,7 +597,7 @@ class Llama(nn.Module):
         starts = jnp.take(cache.lengths, rows, mode="clip")
         page_table = jnp.take(cache.page_table, rows, axis=0, mode="clip")
         new_lengths = starts + lengths
-        x = self.embed_tokens(tokens)
+        x: Array | Pending = self.embed_tokens(tokens)
         written: list[Any] = []
         for i, layer in enumerate(self.layers):
             pages = LayerCache(
@@ -520,7 +611,7 @@ class Llama(nn.Module):
             v=tuple(pages.v for pages in written),
             lengths=cache.lengths.at[rows].set(new_lengths, mode="drop"),
         )
-        return self.norm(x), cache
+        return self.norm(added(x)), cache
 
     def unembed(self, hidden: Array) -> Array:
         """Final hidden states [..., d] to float32 logits [..., vocab]."""

@@ -10,6 +10,7 @@ from jax import Array
 
 from pallas_kernels import device, e4m3
 from pallas_kernels.fp8_matmul import reference, xla
+from pallas_kernels.fp8_matmul.terms import Parts, Terms
 
 Implementation = Literal["reference", "xla", "hopper", "hopper_fp8", "hopper_weight_only"]
 
@@ -22,6 +23,7 @@ def fp8_matmul(
     x_scale: Array | None = None,
     residual: Array | None = None,
     out_dtype: jnp.dtype = jnp.float32,
+    is_batch_invariant: bool = False,
     implementation: Implementation | None = None,
 ) -> Array:
     """x @ dequantised(weight).T + residual, accumulated in float32.
@@ -34,6 +36,7 @@ def fp8_matmul(
     x_scale: float32 [m, 1] (per token), [] (static) or [m, ceil(in / 128)] (per token and 128
         columns); required with float8 activations.
     residual: [m, out], bfloat16 or float32, added before the result is rounded to `out_dtype`.
+    is_batch_invariant: a row's result is bit-equal whatever the other rows, and however many.
     implementation: None takes the first that can run: "hopper_weight_only", "hopper_fp8", "xla";
         "hopper" the first of its two kernels. `chosen` names it. All but "reference" and "xla" need
         a Hopper GPU, a float8_e4m3fn weight with scales per row or per block, and `in` a multiple
@@ -46,8 +49,7 @@ def fp8_matmul(
     bfloat16 first; with `x_scale` per 128 columns "hopper_weight_only" does so with x, and "xla"
     unless the result is float32.
     "hopper_fp8" adds runs of 128 products with the tensor cores' precision, about 14 bits, and with
-    one scale per row all of them; a row does not depend on how many there are, nor does it in
-    "hopper_weight_only".
+    one scale per row all of them; a row does not depend on how many there are.
     Raises ValueError for other shapes or dtypes, and if the named implementation cannot run.
     """
     _check(x, weight, weight_scale, x_scale)
@@ -57,7 +59,7 @@ def fp8_matmul(
     weight_scale = _without_one_group(weight_scale, weight)
     which = chosen(x, weight, weight_scale, dtype, residual, implementation=implementation)
     if which == "hopper_weight_only":
-        (y,) = _weight_only(x, (weight,), (weight_scale,), x_scale)
+        (y,) = _weight_only(x, (weight,), (weight_scale,), x_scale, is_batch_invariant)
         return (y if residual is None else y + residual.astype(jnp.float32)).astype(dtype)
     if which == "hopper_fp8":
         from pallas_kernels.fp8_matmul import hopper
@@ -78,6 +80,7 @@ def fp8_matmuls(
     *,
     x_scale: Array | None = None,
     out_dtype: jnp.dtype = jnp.float32,
+    is_batch_invariant: bool = False,
     implementation: Implementation | None = None,
 ) -> tuple[Array, ...]:
     """`fp8_matmul` of one x with several weights, such as q_proj, k_proj and v_proj.
@@ -92,11 +95,35 @@ def fp8_matmuls(
     pairs = list(zip(weights, scales, strict=True))
     which = {chosen(x, *pair, dtype, implementation=implementation) for pair in pairs}
     if which == {"hopper_weight_only"} and len({scale.ndim for scale in scales}) == 1:
-        return tuple(y.astype(dtype) for y in _weight_only(x, weights, scales, x_scale))
+        ys = _weight_only(x, weights, scales, x_scale, is_batch_invariant)
+        return tuple(y.astype(dtype) for y in ys)
     return tuple(
-        fp8_matmul(x, *pair, x_scale=x_scale, out_dtype=dtype, implementation=implementation)
+        fp8_matmul(
+            x, *pair, x_scale=x_scale, out_dtype=dtype,
+            is_batch_invariant=is_batch_invariant, implementation=implementation,
+        )
         for pair in pairs
-    )
+    )  # fmt: skip
+
+
+def fp8_matmul_parts(
+    x: Array | Terms,
+    m: int,
+    weights: Sequence[Array],
+    weight_scales: Sequence[Array],
+    *,
+    is_batch_invariant: bool = False,
+) -> list[Parts]:
+    """The products of one x [m, in] with several weights by "hopper_weight_only", in one launch and
+    not summed up: for what reads them next.
+
+    x: bfloat16 [m, in], or in two float8 terms. Operands as in `fp8_matmul`; `chosen` says whether
+    the kernel takes them.
+    """
+    from pallas_kernels.fp8_matmul import hopper_weight_only
+
+    scales = [_without_one_group(*each) for each in zip(weight_scales, weights, strict=True)]
+    return hopper_weight_only.parts(x, weights, scales, m=m, is_batch_invariant=is_batch_invariant)
 
 
 def swiglu(
@@ -131,7 +158,7 @@ def swiglu(
     gate_scale, up_scale = (_without_one_group(each, gate) for each in (gate_scale, up_scale))
     which = chosen(x, gate, gate_scale, None, implementation=implementation)
     if which == "hopper_weight_only":
-        g, u = _weight_only(x, (gate, up), (gate_scale, up_scale), x_scale)
+        g, u = _weight_only(x, (gate, up), (gate_scale, up_scale), x_scale, False)
         return reference.quantize_groups(jax.nn.silu(g) * u)
     if which == "hopper_fp8":
         from pallas_kernels.fp8_matmul import hopper
@@ -226,14 +253,21 @@ _KERNELS: tuple[Implementation, ...] = ("hopper_weight_only", "hopper_fp8")
 
 
 def _weight_only(
-    x: Array, weights: Sequence[Array], weight_scales: Sequence[Array], x_scale: Array | None
+    x: Array,
+    weights: Sequence[Array],
+    weight_scales: Sequence[Array],
+    x_scale: Array | None,
+    is_batch_invariant: bool,
 ) -> tuple[Array, ...]:
     """float32 products from one launch. Codes fit bfloat16 exactly, and a scale per row waits."""
     from pallas_kernels.fp8_matmul import hopper_weight_only
 
     if x_scale is not None and reference.is_grouped(x_scale, x.shape[1]):
         x, x_scale = reference.dequantize_activations(x, x_scale).astype(jnp.bfloat16), None
-    ys = hopper_weight_only.fp8_matmuls(_widened(x), weights, weight_scales, jnp.dtype(jnp.float32))
+    ys = hopper_weight_only.fp8_matmuls(
+        _widened(x), weights, weight_scales, jnp.dtype(jnp.float32),
+        is_batch_invariant=is_batch_invariant,
+    )  # fmt: skip
     return ys if x_scale is None else tuple(y * x_scale for y in ys)
 
 

@@ -6,22 +6,21 @@ other two widen codes to bfloat16 in registers and multiply with the tensor core
 swapped: 64 rows of the weight are what wgmma takes from registers, x is what it takes from shared
 memory, padded to a multiple of 8 rows only.
 
-Or nothing is widened (`Config.in_fp8`): FP8 wgmma takes the codes from shared memory as they are,
-and x as the two float8 terms of `two_terms`, which are twice as many rows and as many bytes. Tensor
-cores add FP8 products with about 14 bits, so sums of 128 products are added up in registers.
+Or nothing is widened (x is `Terms`): FP8 wgmma takes the codes from shared memory as they are, and
+x as two float8 terms, which are twice as many rows and as many bytes. Tensor cores add FP8 products
+with about 14 bits, so sums of 128 products are added up in registers.
 
-K is split until every multiprocessor has work. Parts go to memory as float32, and XLA adds them up
-in one order, together with scales per row, the residual and what else it fuses with them. Neither
-the split nor any order depends on the number of rows of x: a row's result is the same in any batch.
+K is split until every multiprocessor has work. Parts go to memory as float32 (`parts`); who reads
+them adds them up in one order, together with scales per row and the residual. Where a row's result
+is to be the same in any batch, the splits are the same for any number of rows (`configure`).
 
 Several weights with the same x (q, k and v; gate and up) are one launch over all their rows.
 """
 
 import functools
 import itertools
-import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +33,14 @@ from pallas_kernels import e4m3, tuned
 from pallas_kernels.device import multiprocessors
 from pallas_kernels.fp8_matmul.limits import MAX_WEIGHT_ONLY_ROWS
 from pallas_kernels.fp8_matmul.reference import BLOCK, is_per_block
+from pallas_kernels.fp8_matmul.terms import (
+    MIN_ROWS_TO_SHARE,
+    TERM_RATIO,
+    Parts,
+    Terms,
+    padded_rows,
+    two_terms,
+)
 from pallas_kernels.hopper import BOX_ROWS, SHARED_MEMORY_BYTES, in_whole_boxes, swizzled
 
 NAME = "fp8_matmul_weight_only"
@@ -42,15 +49,11 @@ LOADER = COMPUTE_WARPGROUPS
 WARPGROUP_ROWS = 64
 # Of a weight, per thread block and step: a block of scales.
 TILE_N = TILE_K = BLOCK
-# From this many rows of x on, loading it for each tile of the weight adds to L2's traffic.
-MIN_ROWS_TO_SHARE = 17
 TYPICAL_ROWS = 16
 MAX_STAGES = 12
 # What TMA divides the columns of the results into.
 OUT_GRANULE = 32
 BARRIERS_BYTES = 2048
-# Of the second of two terms to its code; of float32's smallest normal number.
-TERM_RATIO, MIN_EXPONENT = 16, -126
 MATRIX = plgpu.Layout.WGMMA
 
 
@@ -61,7 +64,7 @@ class Config:
     splits: thread blocks that divide K among them.
     stages: tiles of the weight, 128x128, in flight.
     cluster: 1, or 2 for pairs of blocks that share the loads of x.
-    in_fp8: x as two float8 terms instead of the weight as bfloat16.
+    in_fp8: x as two float8 terms instead of the weight as bfloat16, where x does not come in terms.
     """
 
     splits: int
@@ -77,6 +80,7 @@ def fp8_matmul(
     out_dtype: jnp.dtype,
     residual: Array | None = None,
     *,
+    is_batch_invariant: bool = False,
     config: Config | None = None,
     interpret: Any = None,
 ) -> Array:
@@ -85,7 +89,7 @@ def fp8_matmul(
     config: for tuning; None takes `configure`'s.
     interpret: plgpu.InterpretGPUParams, to run in the simulator.
     """
-    (y,) = _matmuls(x, (weight,), (weight_scale,), config, interpret)
+    (y,) = _matmuls(x, (weight,), (weight_scale,), is_batch_invariant, config, interpret)
     if residual is not None:
         y = y + residual.astype(jnp.float32)
     return y.astype(out_dtype)
@@ -97,6 +101,7 @@ def fp8_matmuls(
     weight_scales: Sequence[Array],
     out_dtype: jnp.dtype,
     *,
+    is_batch_invariant: bool = False,
     config: Config | None = None,
     interpret: Any = None,
 ) -> tuple[Array, ...]:
@@ -104,9 +109,8 @@ def fp8_matmuls(
 
     weight_scales: of one kind, all per row or all per block.
     """
-    return tuple(
-        y.astype(out_dtype) for y in _matmuls(x, weights, weight_scales, config, interpret)
-    )
+    ys = _matmuls(x, weights, weight_scales, is_batch_invariant, config, interpret)
+    return tuple(y.astype(out_dtype) for y in ys)
 
 
 def refusal(
@@ -129,13 +133,17 @@ def refusal(
     return None
 
 
-def configure(m: int, ns: Sequence[int], k: int) -> Config:
+def configure(m: int, ns: Sequence[int], k: int, is_batch_invariant: bool = False) -> Config:
     """The tuned splits of the GPU in use, or else the heuristic's, and what follows from m; in FP8
     where that was measured to be faster.
 
-    ns: rows of each weight.
+    ns: rows of each weight. is_batch_invariant: the same splits for any m, so that a row's result
+    does not depend on how many there are.
     """
-    found = tuned.find(NAME, tuned_as(ns, k)) or {"splits": heuristic_splits(ns, k)}
+    typical = TYPICAL_ROWS if is_batch_invariant else typical_rows(m)
+    found = tuned.find(NAME, tuned_as(ns, k, typical)) or {
+        "splits": heuristic_splits(ns, k, typical)
+    }
     cluster = 2 if m >= MIN_ROWS_TO_SHARE else 1
     rows = _padded(m, cluster)
     free = SHARED_MEMORY_BYTES - BARRIERS_BYTES - _staged_bytes(rows)
@@ -143,24 +151,28 @@ def configure(m: int, ns: Sequence[int], k: int) -> Config:
     return Config(found["splits"], stages, cluster, found.get("in_fp8", False))
 
 
-def tuned_as(ns: Sequence[int], k: int) -> str:
-    """What problems that share tuned splits are called: m is no part of it, so that a row's result
-    does not depend on it."""
-    return f"n={'+'.join(map(str, ns))} k={k}"
+def typical_rows(m: int) -> int:
+    """The number of rows that splits for m rows are chosen for: a power of two from 8 on."""
+    return max(BOX_ROWS, pl.next_power_of_2(m))
 
 
-def heuristic_splits(ns: Sequence[int], k: int) -> int:
-    """Splits that no GPU has measured: those of the least cost."""
-    return min(range(1, k // TILE_K + 1), key=functools.partial(heuristic_cost, ns, k))
+def tuned_as(ns: Sequence[int], k: int, rows: int) -> str:
+    """What problems that share tuned splits are called. rows: see `typical_rows`."""
+    return f"n={'+'.join(map(str, ns))} k={k} m<={rows}"
 
 
-def heuristic_cost(ns: Sequence[int], k: int, splits: int) -> float:
+def heuristic_splits(ns: Sequence[int], k: int, rows: int) -> int:
+    """Splits that no GPU has measured: those of the least cost. On an H200 they are the fastest of
+    those tried, or within 3 % (benchmarks/results/h200.md)."""
+    return min(range(1, k // TILE_K + 1), key=functools.partial(heuristic_cost, ns, k, rows))
+
+
+def heuristic_cost(ns: Sequence[int], k: int, rows: int, splits: int) -> float:
     """In bytes: what all thread blocks would read if each read as much as the busiest, a tile that
-    it begins counted as a quarter of a step; and the parts, for `TYPICAL_ROWS` rows, written and
-    read."""
+    it begins counted as a quarter of a step; and the parts of so many rows, written and read."""
     tiles, blocks = sum(pl.cdiv(n, TILE_N) for n in ns), multiprocessors()
     busiest = pl.cdiv(tiles * splits, blocks) * (pl.cdiv(k // TILE_K, splits) + 0.25)
-    return busiest * blocks * TILE_N * TILE_K + splits * sum(ns) * TYPICAL_ROWS * 2 * 4
+    return busiest * blocks * TILE_N * TILE_K + splits * sum(ns) * rows * 2 * 4
 
 
 def unfit(config: Config, m: int, k: int) -> str | None:
@@ -171,6 +183,8 @@ def unfit(config: Config, m: int, k: int) -> str | None:
         return f"splits must be 1 to {steps}, got {config.splits}"
     if config.cluster not in (1, 2):
         return f"cluster must be 1 or 2, got {config.cluster}"
+    if config.in_fp8 and _padded(m, config.cluster) > padded_rows(m):
+        return f"cluster {config.cluster} needs more rows of x than {m} in terms"
     if config.stages < 2:
         return f"at least 2 stages are needed, got {config.stages}"
     if needed > SHARED_MEMORY_BYTES:
@@ -192,48 +206,57 @@ def _staged_bytes(rows: int) -> int:
     return COMPUTE_WARPGROUPS * rows * WARPGROUP_ROWS * 4
 
 
+def parts(
+    x: Array | Terms,
+    weights: Sequence[Array],
+    weight_scales: Sequence[Array],
+    *,
+    m: int | None = None,
+    is_batch_invariant: bool = False,
+    config: Config | None = None,
+    interpret: Any = None,
+) -> list[Parts]:
+    """The products of one x with several weights [n_i, k], not summed up, in one launch.
+
+    x: [m, k], bfloat16, or its terms, which do not tell m.
+    """
+    ns, k = tuple(weight.shape[0] for weight in weights), weights[0].shape[1]
+    m = x.shape[0] if isinstance(x, Array) else m
+    assert m is not None
+    config = config or configure(m, ns, k, is_batch_invariant)
+    if isinstance(x, Terms):
+        config = replace(config, in_fp8=True)
+    if reason := unfit(config, m, k):
+        raise ValueError(f"{config} cannot work: {reason}")
+    by_block = weight_scales[0].ndim == 2
+    units = None
+    if config.in_fp8:
+        x, units = x if isinstance(x, Terms) else two_terms(x)
+        problem = _Problem(m if m <= BOX_ROWS else len(x) // 2, ns, k, config, len(units))
+    else:
+        assert isinstance(x, Array)
+        x = in_whole_boxes(x)
+        problem = _Problem(x.shape[0], ns, k, config)
+    operands = _Operands(x, units, tuple(weights), tuple(weight_scales) if by_block else ())
+    sums = _launch(problem, operands, interpret)
+    scales = [None] * len(ns) if by_block else weight_scales
+    return [Parts(each[:, :m], scale) for each, scale in zip(sums, scales, strict=True)]
+
+
 def _matmuls(
-    x: Array,
+    x: Array | Terms,
     weights: Sequence[Array],
     scales: Sequence[Array],
+    is_batch_invariant: bool,
     config: Config | None,
     interpret: Any,
 ) -> list[Array]:
     """float32 [m, n_i] for each weight."""
-    (m, k), ns = x.shape, tuple(weight.shape[0] for weight in weights)
-    config = config or configure(m, ns, k)
-    if reason := unfit(config, m, k):
-        raise ValueError(f"{config} cannot work: {reason}")
-    by_block = scales[0].ndim == 2
-    x = in_whole_boxes(x)
-    problem, unit = _Problem(x.shape[0], ns, k, config), None
-    if config.in_fp8:
-        x, unit = two_terms(jnp.pad(x, ((0, problem.rows - x.shape[0]), (0, 0))))
-    operands = _Operands(x, tuple(weights), tuple(scales) if by_block else ())
-    parts = _launch(problem, operands, interpret)
-    sums = [functools.reduce(operator.add, part)[:m] for part in parts]
-    if unit is not None:
-        sums = [y * unit[:m] for y in sums]
-    return sums if by_block else [y * scale for y, scale in zip(sums, scales, strict=True)]
-
-
-def two_terms(x: Array) -> tuple[Array, Array]:
-    """bfloat16 x [m, k] as unit * (a + b / 16).
-
-    Returns codes, float8_e4m3fn [2 m, k], the rows of a and then those of b, and units, float32
-    [m, 1], powers of two.
-
-    A bfloat16 number has 8 bits, a float8_e4m3fn one has 4, down to 2^-6. So this is exact where a
-    number is at least 2^-13 of its row's largest; what is lost of others is below 2^-21 of it.
-    """
-    wide = x.astype(jnp.float32)
-    _, exponent = jnp.frexp(jnp.max(jnp.abs(wide), axis=1, keepdims=True))
-    unit = jnp.ldexp(jnp.float32(1), jnp.maximum(exponent - 8, MIN_EXPONENT))
-    v = wide / unit  # below 256
-    # Rounded as a cast would; what is cast and cast back, a compiler may take for what it was.
-    subnormal = lax.round(v * 512, lax.RoundingMethod.TO_NEAREST_EVEN) / 512
-    a = jnp.where(jnp.abs(v) < 2**-6, subnormal, lax.reduce_precision(v, 8, 3))
-    return jnp.concatenate([a, (v - a) * TERM_RATIO]).astype(e4m3.DTYPE), unit
+    found = parts(
+        x, weights, scales,
+        is_batch_invariant=is_batch_invariant, config=config, interpret=interpret,
+    )  # fmt: skip
+    return [each.total() for each in found]
 
 
 @dataclass(frozen=True)
@@ -243,12 +266,14 @@ class _Problem:
     A unit of work is one of `config.splits` parts of the sums of one tile; clusters take units in
     turn, with a tile for each of their thread blocks. Tiles are counted over all weights; where
     they end, what a cluster has too many reads zeros and stores nothing. m: up to 8, or a multiple.
+    groups: of columns that have a unit each, where x is in terms.
     """
 
     m: int
     ns: tuple[int, ...]
     k: int
     config: Config
+    groups: int = 1
 
     @property
     def rows(self) -> int:
@@ -281,11 +306,12 @@ class _Problem:
 
 
 class _Operands(NamedTuple):
-    """Arrays outside of the kernel, references within. x: [m, k], or in two terms [2 rows, k];
-    weights: each [n, k]; block_scales: each [n / 128, k / 128], or none at all if scales are per
-    row."""
+    """Arrays outside of the kernel, references within. x: [m, k], or in terms [2 rows, k], with
+    units [groups, rows]; weights: each [n, k]; block_scales: each [n / 128, k / 128], or none
+    at all if scales are per row."""
 
     x: Any
+    units: Any
     weights: tuple[Any, ...]
     block_scales: tuple[Any, ...]
 
@@ -389,6 +415,14 @@ def _launch(problem: _Problem, operands: _Operands, interpret: Any) -> list[Arra
                     return None
                 return _scale_at(problem, refs.block_scales, part.tile, step)
 
+            def units_at(step: Array) -> Array:
+                """The units of a step's columns, as the accumulator's columns lie in registers."""
+                steps_per_group = problem.steps // problem.groups
+                group = lax.div(lax.min(step, problem.steps - 1), steps_per_group)
+                place = refs.units.at[group, pl.ds(0, rows)]
+                units = plgpu.load(place, layout=MATRIX.reduce(0), optimized=False)
+                return lax.broadcast_in_dim(units, (WARPGROUP_ROWS, rows), (1,))
+
             def add(step: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
                 total, scale = carry
                 # Asked for now, it is there when the next step wants it.
@@ -399,7 +433,9 @@ def _launch(problem: _Problem, operands: _Operands, interpret: Any) -> list[Arra
                 def product(sums: Any) -> Array:
                     multiply(sums, slot)
                     y = sums[...]
-                    return y[:, :rows] + y[:, rows:] * (1 / TERM_RATIO) if config.in_fp8 else y
+                    if config.in_fp8:
+                        y = y[:, :rows] + y[:, rows:] * (1 / TERM_RATIO)
+                    return y if problem.groups == 1 else y * units_at(step)
 
                 y = pl.run_scoped(product, accumulator)
                 total = total + (y if scale is None else y * scale)
@@ -407,7 +443,8 @@ def _launch(problem: _Problem, operands: _Operands, interpret: Any) -> list[Arra
                 return total, following
 
             zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, rows), jnp.float32), MATRIX)
-            return lax.fori_loop(part.first, part.end, add, (zeros, scale_at(part.first)))[0]
+            total, _ = lax.fori_loop(part.first, part.end, add, (zeros, scale_at(part.first)))
+            return total * units_at(part.first) if config.in_fp8 and problem.groups == 1 else total
 
         def compute(part: _Part) -> None:
             total = sum_up_by_steps(part) if by_block or config.in_fp8 else sum_up(part)

@@ -18,7 +18,12 @@ from pallas_kernels.fp8_matmul import (
     reference,
     xla,
 )
-from pallas_kernels.fp8_matmul.hopper_weight_only import Config, configure, heuristic_cost
+from pallas_kernels.fp8_matmul.hopper_weight_only import (
+    Config,
+    configure,
+    heuristic_cost,
+    typical_rows,
+)
 from pallas_kernels.fp8_matmul.limits import MAX_WEIGHT_ONLY_ROWS
 from pallas_kernels.fp8_matmul.reference import BLOCK
 
@@ -58,9 +63,8 @@ def launches() -> Iterator[Launch]:
 
 
 def cases(rows: Sequence[int]) -> Iterator[Case]:
-    """Every launch, for those rows that the kernel takes; the fewest last, since splits are tuned
-    once for all."""
-    few = sorted((m for m in rows if m <= MAX_WEIGHT_ONLY_ROWS), reverse=True)
+    """Every launch, for those rows that the kernel takes."""
+    few = [m for m in rows if m <= MAX_WEIGHT_ONLY_ROWS]
     for launch, layout, m in itertools.product(launches(), LAYOUTS, few):
         yield matmuls(launch, m, layout)
 
@@ -102,7 +106,7 @@ def matmuls(launch: Launch, m: int, layout: Layout) -> Case:
     structs = jax.tree.leaves(jax.eval_shape(arguments, jax.random.key(0)))
     return Case(
         kernel=hopper_weight_only.NAME,
-        problem=hopper_weight_only.tuned_as(ns, k),
+        problem=hopper_weight_only.tuned_as(ns, k, typical_rows(m)),
         name=f"{launch} m={m} {layout} weight-only",
         operations=2 * m * sum(ns) * k,
         bytes=sum(each.size * each.dtype.itemsize for each in structs)
@@ -122,7 +126,8 @@ def _configs(m: int, ns: Sequence[int], k: int) -> list[Config]:
     """What may be fastest: only splits and what is multiplied in are looked up again, the rest
     follows from m."""
     default = configure(m, ns, k)
-    costs = {splits: heuristic_cost(ns, k, splits) for splits in range(1, k // BLOCK + 1)}
+    rows = typical_rows(m)
+    costs = {splits: heuristic_cost(ns, k, rows, splits) for splits in range(1, k // BLOCK + 1)}
     best = min(costs.values())
     splits = [each for each, cost in costs.items() if cost <= WORTH_A_TRY * best]
     return [

@@ -1,0 +1,52 @@
+"""What stands between the products of a decode step, one launch each: residual and RMSNorm, SwiGLU.
+
+Both read products that are not summed up yet (`Parts`) and give activations in float8 terms
+(`Terms`), so that the products around them are a launch each and nothing else is.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.fp8_matmul.terms import Parts, Terms
+from pallas_kernels.row_fusions import reference
+
+
+def add_rms_norm(
+    product: Parts | None, residual: Array, weight: Array, eps: float
+) -> tuple[Array, Terms]:
+    """The sum x = residual + product, rounded to bfloat16, and RMSNorm of it in terms.
+
+    product: [m, d], or None for nothing to add; residual: bfloat16 [m, d]; weight: [d]. x / rms(x)
+    is rounded to bfloat16 before it is multiplied with the weight, as in Hugging Face's Llama.
+    Needs a Hopper GPU; d as `refusal` says.
+    """
+    from pallas_kernels.row_fusions import hopper
+
+    return hopper.add_rms_norm(product, residual, weight, eps)
+
+
+def silu_and_mul(gate: Parts, up: Parts) -> Terms:
+    """silu(gate) * up in terms, rounded to bfloat16 once. Both are [m, n]. Needs a Hopper GPU."""
+    from pallas_kernels.row_fusions import hopper
+
+    return hopper.silu_and_mul(gate, up)
+
+
+def refusal(residual: Array | jax.ShapeDtypeStruct, inner: int) -> str | None:
+    """Why the kernels cannot take these activations; None if they can.
+
+    residual: [m, d]; inner: columns of what `silu_and_mul` returns.
+    """
+    if residual.dtype != jnp.bfloat16:
+        return f"activations must be bfloat16, got {residual.dtype}"
+    if residual.shape[1] % MULTIPLE_OF_D:
+        return f"hidden size {residual.shape[1]} must be a multiple of {MULTIPLE_OF_D}"
+    if inner % MULTIPLE_OF_INNER:
+        return f"intermediate size {inner} must be a multiple of {MULTIPLE_OF_INNER}"
+    return None
+
+
+# A warpgroup's threads, with 4 numbers each, and with 1.
+MULTIPLE_OF_D, MULTIPLE_OF_INNER = 512, 128
+__all__ = ["add_rms_norm", "reference", "refusal", "silu_and_mul"]

@@ -1,0 +1,134 @@
+"""The row fusions as Mosaic GPU kernels: a warpgroup holds a row, or a part of one, in registers.
+
+For decoding, where a step has few rows: each is read once, from memory that the product before has
+just written, and what takes the time is the launch.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import e4m3
+from pallas_kernels.fp8_matmul.terms import (
+    MANTISSA_BITS,
+    Parts,
+    Terms,
+    exponent_of,
+    inverse,
+    padded_rows,
+    power_of_two,
+    split,
+    unit_exponent,
+)
+
+THREADS = 128
+# What `silu_and_mul` gives one unit to: the most columns that divide a row, 4 numbers a thread.
+GROUPS = (512, 256, 128)
+Ref = Any
+
+
+@functools.partial(jax.jit, static_argnames=("eps", "interpret"))
+def add_rms_norm(
+    product: Parts | None, residual: Array, weight: Array, eps: float, interpret: Any = None
+) -> tuple[Array, Terms]:
+    """As `row_fusions.add_rms_norm`."""
+    m, d = residual.shape
+    rows = padded_rows(m)
+
+    def kernel(refs: Any, residual_out: Ref, codes: Ref, units: Ref) -> None:
+        row = lax.axis_index("row")
+        x = _load(refs["residual"].at[row], d).astype(jnp.float32)
+        if "sums" in refs:
+            x = x + _total(refs, row, pl.ds(0, d), d)
+            rounded = x.astype(jnp.bfloat16)
+            residual_out.at[row][...] = rounded
+            x = rounded.astype(jnp.float32)
+        scale = lax.rsqrt(jnp.sum(x * x) / d + eps)
+        normed = (x * scale).astype(jnp.bfloat16).astype(jnp.float32)
+        y = normed * _load(refs["weight"], d).astype(jnp.float32)
+        _store_terms(
+            y.astype(jnp.bfloat16).astype(jnp.float32), codes, units, row, rows, 0, pl.ds(0, d)
+        )
+
+    operands = {"residual": residual, "weight": weight} | _of_product(product)
+    summed, codes, units = plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((m, d), jnp.bfloat16),
+            jax.ShapeDtypeStruct((2 * rows, d), e4m3.DTYPE),
+            jax.ShapeDtypeStruct((1, rows), jnp.int32),
+        ),
+        grid=(m,),
+        grid_names=("row",),
+        kernel_name="add_rms_norm",
+        interpret=interpret,
+    )(operands)
+    return residual if product is None else summed, Terms(
+        codes, lax.bitcast_convert_type(units, jnp.float32)
+    )
+
+
+@functools.partial(jax.jit, static_argnames="interpret")
+def silu_and_mul(gate: Parts, up: Parts, interpret: Any = None) -> Terms:
+    """As `row_fusions.silu_and_mul`."""
+    _, m, n = gate.sums.shape
+    rows, size = padded_rows(m), next(each for each in GROUPS if n % each == 0)
+
+    def kernel(refs: Any, codes: Ref, units: Ref) -> None:
+        group, row = lax.axis_index("group"), lax.axis_index("row")
+        columns = pl.ds(group * size, size)
+        g, u = (_total(each, row, columns, size) for each in refs)
+        y = (g / (1 + jnp.exp(-g)) * u).astype(jnp.bfloat16).astype(jnp.float32)
+        _store_terms(y, codes, units, row, rows, group, columns)
+
+    codes, units = plgpu.kernel(
+        kernel,
+        out_type=(
+            jax.ShapeDtypeStruct((2 * rows, n), e4m3.DTYPE),
+            jax.ShapeDtypeStruct((n // size, rows), jnp.int32),
+        ),
+        grid=(n // size, m),
+        grid_names=("group", "row"),
+        kernel_name="silu_and_mul",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )([_of_product(gate), _of_product(up)])
+    return Terms(codes, lax.bitcast_convert_type(units, jnp.float32))
+
+
+def _of_product(product: Parts | None) -> dict[str, Array]:
+    if product is None:
+        return {}
+    scale = {} if product.scale is None else {"scale": product.scale}
+    return {"sums": product.sums} | scale
+
+
+def _total(refs: Any, row: Array, columns: Any, size: int) -> Array:
+    """`Parts.total` of some columns of a row."""
+    sums = refs["sums"]
+    y = _load(sums.at[0, row, columns], size)
+    for part in range(1, sums.shape[0]):
+        y = y + _load(sums.at[part, row, columns], size)
+    return y * _load(refs["scale"].at[columns], size) if "scale" in refs else y
+
+
+def _load(ref: Ref, size: int) -> Array:
+    """A vector over a warpgroup's threads, up to 4 numbers in a row each."""
+    layout = plgpu.Layout.WG_STRIDED((size,), vec_size=min(4, size // THREADS))
+    return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def _store_terms(
+    y: Array, codes: Ref, units: Ref, row: Array, rows: int, group: Array | int, columns: Any
+) -> None:
+    """One group of a row, float32 of bfloat16's precision, as `Terms`."""
+    exponent = unit_exponent(jnp.max(exponent_of(y)))
+    a, b = split(y * power_of_two(jnp.full_like(y, inverse(exponent), jnp.int32)))
+    codes.at[row, columns][...] = a.astype(e4m3.DTYPE)
+    codes.at[rows + row, columns][...] = b.astype(e4m3.DTYPE)
+    units[group, row] = lax.shift_left(exponent, jnp.int32(MANTISSA_BITS))
