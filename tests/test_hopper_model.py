@@ -65,7 +65,7 @@ def distance(a, b):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("hidden_size", "most"), [(128, 0.1), (512, 0.13)])
+@pytest.mark.parametrize(("hidden_size", "most"), [(128, 0.1), (512, 0.2)])
 @pytest.mark.parametrize("scale", ["row", "block"])
 def test_no_farther_from_float32_than_through_xla(scale, hidden_size, most, simulated):
     """FP8 activations in prefill, bfloat16 in decode. The kernels' swiglu is quantised per 128
