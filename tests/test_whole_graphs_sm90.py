@@ -26,9 +26,10 @@ pytestmark = [
 
 CONFIG = PRESETS["llama-3.1-8b"]
 OPTIONS = EngineOptions(max_batch_size=8, max_seq_len=8192, prefill_chunk=2048)
-# q, k and v, attention, o, gate and up, down. Few rows: q, k and v in one launch, attention in two.
-LAUNCHES = {"prefill": 7, "decode": 6}
-MOST_OF_XLA = {("prefill", "auto"): 10, ("decode", "auto"): 8, ("decode", "dynamic"): 13}
+# q, k and v, attention, o, gate and up, down. Few rows: q, k and v in one launch, attention in two;
+# with bfloat16 activations also two norms and SwiGLU.
+LAUNCHES = {("prefill", "auto"): 7, ("decode", "auto"): 9, ("decode", "dynamic"): 6}
+MOST_OF_XLA = {("prefill", "auto"): 10, ("decode", "auto"): 3, ("decode", "dynamic"): 13}
 GRAPHS = [("prefill", "auto"), ("decode", "auto"), ("decode", "dynamic")]
 
 
@@ -116,9 +117,11 @@ def test_kernel_launches_of_a_layer(phase: str, activations: Activations) -> Non
         _, text = compiled(phase, activations, "fp8", num_layers)
         launches.append(text.count('custom_call_target="mosaic_gpu'))
         others.append(sum(kind in ("fusion", "copy") for _, kind in results(text)))
-        assert launches[-1] == len(traced) == LAUNCHES[phase] * num_layers
+        assert launches[-1] == len(traced) == LAUNCHES[phase, activations] * num_layers
     xla = others[1] - others[0]
-    print(f"\n{phase}, {activations}: {LAUNCHES[phase]} kernels a layer, {xla} launches of XLA")
+    print(
+        f"\n{phase}, {activations}: {LAUNCHES[phase, activations]} kernels a layer, {xla} launches of XLA"
+    )
     assert xla <= MOST_OF_XLA[phase, activations]
 
 
