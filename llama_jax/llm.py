@@ -22,6 +22,7 @@ from llama_jax.checkpoint.generation_config import (
 from llama_jax.engine import compile_cache, memory
 from llama_jax.engine.compile_cache import CompileReport
 from llama_jax.engine.engine import Engine
+from llama_jax.engine.grammars import Grammars
 from llama_jax.engine.request import Request, Wanted
 from llama_jax.engine.sampling import check_ids
 from llama_jax.engine.scheduling import EngineOptions, Stats
@@ -92,6 +93,7 @@ class LLM:
         # What stops vLLM: generation_config's ids and the tokenizer's own.
         own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         self._stop_ids = frozenset({*(eos or tokenizer.eos_ids), *own})
+        self._grammars = Grammars(tokenizer, config.vocab_size, sorted(self._stop_ids))
         self.engine = Engine(
             params,
             spec,
@@ -425,13 +427,18 @@ class LLM:
             pass
         return np.stack([request.prompt_logits for request in requests])  # type: ignore[misc]
 
-    def warmup(self, wanted: Sequence[Wanted] = ("tokens", "logprobs", "logits")) -> CompileReport:
+    def warmup(
+        self,
+        wanted: Sequence[Wanted] = ("tokens", "logprobs", "logits"),
+        structured: bool = False,
+    ) -> CompileReport:
         """Compile what `generate`, `chat` and `stream` need ("tokens"), `score`, `rank` and
         `perplexity` ("logprobs"), and `logits`.
 
-        Returns what was compiled or fetched from the persistent cache, and the seconds it took.
+        structured: whether `SamplingParams.structured` will be asked for. Returns what was
+        compiled or fetched from the persistent cache, and the seconds it took.
         """
-        return self.engine.warmup(wanted)
+        return self.engine.warmup(wanted, structured)
 
     def stats(self) -> Stats:
         """Counters since the model was loaded: tokens read, shared and drawn, guesses and how many
@@ -485,6 +492,7 @@ class LLM:
             own | set(sampling.stop_token_ids) | names.keys(),
             self._stop_ids,
             names,
+            self._grammars.matcher(sampling.structured) if sampling.structured else None,
             is_streamed=is_streamed,
         )
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Any
 
+from llama_jax.structured import StructuredOutput
+
 MAX_TOP_LOGPROBS = 20
 
 
@@ -30,6 +32,7 @@ class SamplingParams:
         special token, which leaves no text, is that token. stop_token_ids: tokens that end it,
         besides the checkpoint's own, which `ignore_eos` switches off.
     logprobs: None for none, n for the chosen token's and the n likeliest's (at most 20).
+    structured: what the text must look like; it ends where that lets it end.
     """
 
     max_new_tokens: int = 256
@@ -48,6 +51,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         # As vLLM's users write what is off.
@@ -90,6 +94,9 @@ class SamplingParams:
             ("stop", all(stop), "free of empty strings"),
             ("logprobs", self.logprobs is None or 0 <= self.logprobs <= MAX_TOP_LOGPROBS,
              f"None or between 0 and {MAX_TOP_LOGPROBS}"),
+            ("min_new_tokens", not (self.structured and self.min_new_tokens),
+             "0 with structured, which says where the text may end"),
+            ("ignore_eos", not (self.structured and self.ignore_eos), "False with structured"),
         )  # fmt: skip
         for name, holds, expected in rules:
             if not holds:
@@ -118,7 +125,11 @@ _KINDS: Mapping[str, type] = {
     "stop_token_ids": Sequence,
     "ignore_eos": bool,
 }
-_OPTIONAL_KINDS: Mapping[str, type] = {"seed": int, "logprobs": int}  # or None
+_OPTIONAL_KINDS: Mapping[str, type] = {  # or None
+    "seed": int,
+    "logprobs": int,
+    "structured": StructuredOutput,
+}
 
 
 def _check_kind(name: str, value: Any, kind: type) -> None:

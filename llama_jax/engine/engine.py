@@ -29,6 +29,7 @@ from jax import Array
 from llama_jax.engine import calls, compile_cache
 from llama_jax.engine.calls import Admission, Call, admitted_per_call
 from llama_jax.engine.compile_cache import CompileReport
+from llama_jax.engine.grammars import MaskThreads
 from llama_jax.engine.pages import Match, PagePool, extend_chains
 from llama_jax.engine.request import Request, Wanted
 from llama_jax.engine.rows import Drawing, Row, Rows
@@ -40,6 +41,7 @@ from llama_jax.engine.sampling import (
     host_rows,
     is_plain,
     kind_of,
+    num_words,
 )
 from llama_jax.engine.scheduling import EngineCounts, EngineOptions, Stats, prefill_calls
 from llama_jax.engine.speculation import Speculation
@@ -47,7 +49,10 @@ from llama_jax.engine.steps import (
     DecodeState,
     admit,
     decode_steps,
+    draw_fed_step,
     draw_step,
+    feed_step,
+    guess_step,
     has_free_conditions,
     logits_step,
     prefill_step,
@@ -60,13 +65,15 @@ from llama_jax.model.sharding import default_sharding, whole_on
 
 # How many waiting requests are looked at in a round.
 _LOOKAHEAD = 64
+# Tokens that a grammar forces and that go through the model together, without speculation.
+_MAX_FORCED = 4
 
 
 class QueueFullError(RuntimeError):
     """More requests are waiting than `EngineOptions.max_waiting` allows."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Launch:
     """The outputs of a call on their way, and what takes them in."""
 
@@ -116,6 +123,7 @@ class Engine:
         )  # fmt: skip
         self._lock = threading.RLock()
         self._ids = itertools.count()
+        self._mask_threads = MaskThreads()
         self._waiting: deque[Request] = deque()
         self._state: DecodeState | None
         self.pages = PagePool(options.pool_size, PAGE_SIZE)
@@ -158,6 +166,8 @@ class Engine:
                 raise ValueError(f"the prompt must consist of token ids in [0, {vocab_size})")
             if not 1 <= request.score_from <= len(request.prompt):
                 raise ValueError(f"score_from {request.score_from} is not inside the prompt")
+            if request.params.structured and not request.matcher:
+                raise ValueError("a request with params.structured needs a matcher for it")
             if len(self._waiting) >= self.options.max_waiting:
                 raise QueueFullError(
                     f"{len(self._waiting)} requests are waiting already (max_waiting): call step() "
@@ -194,11 +204,11 @@ class Engine:
         """
         with self._lock:
             try:
-                earlier = len(self._launches)
+                latest = self._launches[-1] if self._launches else None
                 self._admit()
                 self._launch_decode()
                 self._launch_prefill()
-                for _ in range(min(earlier, len(self._launches))):
+                while latest in self._launches:
                     self._collect()
             except BaseException:
                 running = (row.request for row in self._running)
@@ -238,9 +248,14 @@ class Engine:
         with self._lock:
             return Stats(**vars(self.counts), **vars(self.pages.counts))
 
-    def warmup(self, wanted: Sequence[Wanted] = ("tokens", "logprobs", "logits")) -> CompileReport:
+    def warmup(
+        self,
+        wanted: Sequence[Wanted] = ("tokens", "logprobs", "logits"),
+        structured: bool = False,
+    ) -> CompileReport:
         """Compile what these kinds of requests need, several programs at a time; takes no step.
 
+        structured: what structured output needs too.
         Returns what was compiled or fetched from the persistent cache, and the seconds it took.
         """
         began, before = time.perf_counter(), compile_cache.report()
@@ -258,6 +273,8 @@ class Engine:
                     needed += [self._draw_call(self._hidden(size), [], kind) for size in sizes]
                     nobody = np.zeros(self.options.max_batch_size, bool)
                     needed += [self._decode_call(nobody, n, kind) for n in self._step_counts]
+            if structured:
+                needed += self._matched_calls(sizes)
             jobs = [
                 partial(admit.lower, state, *self._admission([], plain)) for plain in (True, False)
             ]
@@ -433,12 +450,15 @@ class Engine:
     def _launch_draw(self, hidden: Array, rows: list[Row]) -> None:
         """Draw the first tokens of those rows of a prefill call whose prompt has ended."""
         ended = [(i, row) for i, row in enumerate(rows) if not row.is_prefilling]
+        masks = None
+        if matched := [(i, row, []) for i, row in ended if row.request.matcher]:
+            masks = self._masks(len(hidden), 0, matched)[:, 0]
+            ended = [(i, row) for i, row in ended if not row.request.finish_reason]
         if not ended:
             return
         params = [row.request.params for _, row in ended]
-        call = self._draw_call(
-            hidden, ended, self._kind(max(map(kind_of, params), key=KINDS.index))
-        )
+        kind = self._kind(max(map(kind_of, params), key=KINDS.index))
+        call = self._draw_call(hidden, ended, kind if masks is None else KINDS[-1], masks)
         for _, row in ended:
             self._rows.begin(row)
         drawn = self._run(call)
@@ -451,6 +471,8 @@ class Engine:
         steps = self._steps()
         while steps:
             most = steps * (1 + self.options.lookahead)
+            if self._rows.matched(self._rows.room):
+                most = 1 + self._max_forced
             counts = np.minimum(self._rows.room, most)
             lacking = self._rows.lacking(counts)
             if lacking.sum() <= self.pages.num_available:
@@ -467,6 +489,18 @@ class Engine:
             return
         for number in np.flatnonzero(lacking).tolist():
             self._rows.add_pages(number, self.pages.take(int(lacking[number])))
+        matched = [row.number for row in self._rows.matched(counts)]
+        others = counts
+        if matched and self.options.batch_invariant:  # others go through the same programs as ever
+            others = np.minimum(counts, 1 + self.options.lookahead)
+            others[matched], counts[others > 0] = 0, 0
+        if not matched or (others is not counts and others.any()):
+            self._launch_steps(others, steps)
+        if matched:
+            self._launch_matched(counts)
+
+    def _launch_steps(self, counts: np.ndarray, steps: int) -> None:
+        """So many steps in one program. counts: tokens that each row may draw in them."""
         kind, asked = self._rows.needs(counts)
         call = self._decode_call(counts > 0, steps, self._kind(kind))
         drawing = self._rows.launch(counts)
@@ -475,12 +509,83 @@ class Engine:
         self._launch(outputs, partial(self._take_drawn, drawing))
         self.counts.rounds += 1
 
+    def _launch_matched(self, counts: np.ndarray) -> None:
+        """One step, in which grammars say what some rows may draw. counts: tokens that each row may
+        draw, in it or more.
+
+        While the model works, what was drawn before reaches the host, which computes masks.
+        """
+        guesses, guessed = self._expected(counts)
+        if self.options.lookahead:
+            guesses, guessed = self._run(self._guess_call(counts > 0, guesses, guessed))
+        hidden = self._run(self._feed_call(counts > 0, guesses, guessed))
+        while self._launches:
+            self._collect()
+        guesses, guessed = self._fetch((guesses, guessed))
+        counts = np.minimum(counts, self._rows.room)
+        rows = [
+            (row.number, row, guesses[row.number, : guessed[row.number]].tolist())
+            for row in self._rows.matched(counts)
+        ]
+        masks = self._masks(len(counts), guesses.shape[1], rows)
+        counts = np.minimum(np.minimum(counts, self._rows.room), 1 + guesses.shape[1])
+        asked = self._rows.needs(counts)[1]
+        call = self._draw_fed_call(hidden, counts > 0, guesses, guessed, masks)
+        drawing = self._rows.launch(counts)
+        drawn = self._run(call)
+        outputs = drawn.numbers, drawn.sampled if asked else None
+        self._launch(outputs, partial(self._take_drawn, drawing))
+        self.counts.rounds += 1
+
+    @property
+    def _max_forced(self) -> int:
+        return self.options.lookahead or _MAX_FORCED
+
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        """How many guesses the programs for `_launch_matched` take."""
+        has_one = self.options.lookahead or self.options.batch_invariant
+        return (self._max_forced,) if has_one else (0, self._max_forced)
+
+    def _expected(self, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Guesses that grammars force, int32 [batch, width], and how many, int32 [batch]. They go
+        through the model if that saves the rows half of their steps; without, the width is 0."""
+        guesses = np.zeros((len(counts), self._max_forced), np.int32)
+        guessed = np.zeros(len(counts), np.int32)
+        for row in self._rows.matched(counts):
+            assert row.request.matcher is not None
+            expected = row.request.matcher.expected[: self._max_forced]
+            guesses[row.number, : len(expected)] = expected
+            guessed[row.number] = len(expected)
+        if min(self._widths) < guesses.shape[1] and guessed.sum() < np.sum(counts > 0):
+            return guesses[:, :0], np.zeros_like(guessed)
+        return guesses, guessed
+
+    def _masks(
+        self, size: int, width: int, wanted: Sequence[tuple[int, Row, list[int]]]
+    ) -> np.ndarray:
+        """uint32 [size, 1 + width, words]: what may be drawn at each place and after its guesses.
+
+        wanted: a place, the row that is drawn for there, and guesses; elsewhere any token may be
+        drawn. A request whose masks cannot be computed ends.
+        """
+        vocab_size = self.spec.config.vocab_size
+        masks = np.full((size, 1 + width, num_words(vocab_size)), ~np.uint32(0))
+        jobs = [(row.request.matcher, row.request.token_ids, guesses) for _, row, guesses in wanted]
+        results = self._mask_threads.masks(jobs)
+        for (place, row, _), result in zip(wanted, results, strict=True):
+            with self._alone(row.request):
+                if isinstance(result, BaseException):
+                    raise result
+                masks[place, : len(result)] = result
+        return masks
+
     def _steps(self) -> int:
         """How many tokens to draw before the host looks again."""
         room = self._rows.room[self._rows.room > 0]
         if not room.size:
             return 0
-        if self._rows.prefilling or self._rows.num_streamed:
+        if self._rows.prefilling or self._rows.num_streamed or self._rows.matched(self._rows.room):
             return 1
         if self._num_starting and not self._stops_early:
             return 1  # first tokens are not kept waiting for long launches
@@ -552,19 +657,72 @@ class Engine:
             return Call(score_step, (*args, targets), static)
         return Call(logits_step, args, static)
 
-    def _hidden(self, size: int) -> Array:
-        """Such as `prefill_step` returns for so many rows."""
-        shape = (size, self.spec.config.hidden_size)
-        whole = whole_on(self.spec.mesh) if self.spec.mesh else default_sharding()
-        return jax.device_put(np.zeros(shape, jnp.dtype(self.spec.dtype)), whole)
+    def _hidden(self, *shape: int) -> Array:
+        """Such as `prefill_step` returns for so many rows, and `feed_step` for so many tokens."""
+        zeros = np.zeros((*shape, self.spec.config.hidden_size), jnp.dtype(self.spec.dtype))
+        return self._on_device(zeros)
 
-    def _draw_call(self, hidden: Array, ended: Sequence[tuple[int, Row]], kind: Kind) -> Call:
+    def _on_device(self, array: np.ndarray) -> Array:
+        """Like what a program has returned."""
+        whole = whole_on(self.spec.mesh) if self.spec.mesh else default_sharding()
+        return jax.device_put(array, whole)
+
+    def _draw_call(
+        self,
+        hidden: Array,
+        ended: Sequence[tuple[int, Row]],
+        kind: Kind,
+        masks: np.ndarray | None = None,
+    ) -> Call:
         """ended: rows, before their first token, and their places in `hidden`."""
         numbers = np.full(len(hidden), self.options.max_batch_size, np.int32)
         remaining = np.zeros(len(hidden), np.int32)
         for i, row in ended:
             numbers[i], remaining[i] = row.number, row.limit - len(row.request.token_ids)
-        return Call(draw_step, (hidden, numbers, remaining), {"spec": self.spec, "kind": kind})
+        static = {"spec": self.spec, "kind": kind}
+        return Call(draw_step, (hidden, numbers, remaining, masks), static)
+
+    def _guess_call(self, active: np.ndarray, guesses: np.ndarray, guessed: np.ndarray) -> Call:
+        """active: bool [batch]; guesses, guessed: those there are already."""
+        static = {"spec": self.spec, "speculation": self._speculation}
+        args = (self._rows.table.copy(), active, guesses, guessed, self._draft_params)
+        return Call(guess_step, args, static)
+
+    def _feed_call(
+        self, active: np.ndarray, guesses: Array | np.ndarray, guessed: Array | np.ndarray
+    ) -> Call:
+        args = (self._rows.table.copy(), active, guesses, guessed)
+        return Call(feed_step, args, {"spec": self.spec})
+
+    def _draw_fed_call(
+        self,
+        hidden: Array,
+        active: np.ndarray,
+        guesses: np.ndarray,
+        guessed: np.ndarray,
+        masks: np.ndarray,
+    ) -> Call:
+        args = (hidden, active, guesses, guessed, masks)
+        return Call(draw_fed_step, args, {"spec": self.spec, "kind": KINDS[-1]})
+
+    def _matched_calls(self, sizes: Iterable[int]) -> list[Call]:
+        """What `_launch_matched` calls, and `_launch_draw` for so many prompts."""
+        batch = self.options.max_batch_size
+        nobody, guessed = np.zeros(batch, bool), np.zeros(batch, np.int32)
+        calls = [
+            self._draw_call(self._hidden(size), [], KINDS[-1], self._masks(size, 0, [])[:, 0])
+            for size in sizes
+        ]
+        for width in self._widths:
+            guesses = np.zeros((batch, width), np.int32)
+            fed: tuple[Any, Any] = guesses, guessed
+            if self.options.lookahead:
+                calls.append(self._guess_call(nobody, guesses, guessed))
+                fed = self._on_device(guesses), self._on_device(guessed)
+            calls.append(self._feed_call(nobody, *fed))
+            hidden, masks = self._hidden(batch, 1 + width), self._masks(batch, width, [])
+            calls.append(self._draw_fed_call(hidden, nobody, guesses, guessed, masks))
+        return calls
 
     def _decode_call(self, active: np.ndarray, steps: int, kind: Kind) -> Call:
         """active: bool [batch], the rows that draw."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from llama_jax.engine.grammars import Matcher
 from llama_jax.engine.pages import Chain
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.text.tokenizer import StreamDecoder
@@ -23,6 +24,7 @@ class Request:
         its replies with, which are not drawn before `params.min_new_tokens` even where
         `params.ignore_eos` keeps them out of `stop_ids`. stop_names: the special tokens among
         `stop_ids` that `params.stop` names.
+    matcher: for `params.structured`, at the beginning of the reply.
     wanted: "tokens" continues the prompt; "logprobs" asks how likely the prompt's own tokens are,
         from `score_from` on; "logits" for float32 logits of every prompt token.
     is_streamed: the caller wants each token when it is drawn, rather than several at a time.
@@ -48,6 +50,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     eos_ids: frozenset[int] = frozenset()
     stop_names: Mapping[int, str] = field(default_factory=dict)
+    matcher: Matcher | None = None
     wanted: Wanted = "tokens"
     score_from: int = 1
     is_streamed: bool = False

@@ -68,11 +68,10 @@ class Rows:
         self._free = list(range(batch_size))[::-1]
         self._rows: list[Row | None] = [None] * batch_size
         # Of each row: tokens in its cache, pages, what it needs of the sampler, whether it wants
-        # logprobs, and how many had it before.
-        shape = (6, batch_size)
-        self.room, self._length, self._held, self._kinds, self._asks, self._stays = np.zeros(
-            shape, np.int64
-        )
+        # logprobs, whether a grammar says what may follow, and how many had it before.
+        zeros = np.zeros((7, batch_size), np.int64)
+        self.room, self._length, self._held, self._kinds, self._asks, self._matched = zeros[:6]
+        self._stays = zeros[6]
 
     def enter(
         self, request: Request, tokens: list[int], pages: list[int], limit: int, stored: int
@@ -85,6 +84,7 @@ class Rows:
         self.num_streamed += request.is_streamed
         self._kinds[row.number] = KINDS.index(kind_of(request.params))
         self._asks[row.number] = request.params.logprobs is not None
+        self._matched[row.number] = request.matcher is not None
         self._note_pages(row)
         return row
 
@@ -126,6 +126,11 @@ class Rows:
         wants logprobs."""
         drawing = counts > 0
         return KINDS[int(np.max(self._kinds * drawing))], bool(np.any(self._asks * drawing))
+
+    def matched(self, counts: np.ndarray) -> list[Row]:
+        """Those of the rows that draw `counts` tokens whose grammar says what may follow."""
+        numbers = np.flatnonzero((counts > 0) & (self._matched > 0)).tolist()
+        return [row for number in numbers if (row := self._rows[number])]
 
     def launch(self, counts: np.ndarray) -> Drawing:
         """The rows draw `counts` tokens, at most."""

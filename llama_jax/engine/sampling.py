@@ -4,7 +4,7 @@ Every setting is an array with one entry per row, so one compiled program serves
 requests, and what a row draws depends on its own logits, seed and step alone. What no row of a
 launch needs can be left out of its program (`Kind`), which changes no token.
 
-Order, as in Hugging Face transformers and vLLM: penalties, logit bias, minimum length,
+Order, as in Hugging Face transformers and vLLM: penalties, logit bias, minimum length, grammar,
 temperature, top-k, top-p, min-p. Reported logprobs are those of the model's own distribution,
 before any of it.
 """
@@ -191,11 +191,16 @@ def check_ids(name: str, ids: Sequence[int] | Mapping[int, float], vocab_size: i
             raise ValueError(f"{name}: token id {token_id} is not in [0, {vocab_size})")
 
 
-def sample(logits: Array, state: SamplingState, kind: Kind = "everything") -> Sampled:
+def sample(
+    logits: Array, state: SamplingState, kind: Kind = "everything", masks: Array | None = None
+) -> Sampled:
     """Draw one token per row. logits: float32 [batch, vocab], as the model gives them.
 
-    kind: what any row needs whose token is wanted, or more than that.
+    kind: what any row needs whose token is wanted, or more than that; "everything" with masks.
+    masks: uint32 [batch, words], of which bit i % 32 of word i // 32 says whether token i may be
+    drawn. Where none may, some token is drawn all the same.
     """
+    assert masks is None or kind == "everything"
     if kind == "greedy":
         return Sampled(jnp.argmax(logits, axis=-1).astype(jnp.int32))
     if kind != "everything":
@@ -204,6 +209,8 @@ def sample(logits: Array, state: SamplingState, kind: Kind = "everything") -> Sa
     scores = jnp.where(
         (state.step < state.min_new_tokens)[:, None] & (state.stop_mask > 0), -jnp.inf, scores
     )
+    if masks is not None:
+        scores = jnp.where(_bits(masks, scores.shape[-1]), scores, -jnp.inf)
     limited = (state.top_k > 0) | (state.top_p < 1) | (state.min_p > 0)
     limited &= state.temperature > 0
     tokens = lax.cond(
@@ -226,6 +233,17 @@ def sample(logits: Array, state: SamplingState, kind: Kind = "everything") -> Sa
     )
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
     return Sampled(tokens, chosen, top_ids, top_logprobs)
+
+
+def num_words(vocab_size: int) -> int:
+    """How many words of 32 bits hold one for each token, as `sample` takes them."""
+    return -(-vocab_size // 32)
+
+
+def _bits(masks: Array, vocab_size: int) -> Array:
+    """bool [batch, vocab_size] of uint32 [batch, words]."""
+    bits = masks[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+    return bits.reshape(len(masks), -1)[:, :vocab_size] == 1
 
 
 def record(

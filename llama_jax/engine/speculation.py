@@ -94,6 +94,7 @@ def draft_tokens(
     tokens: Array,
     sampling: SamplingState,
     room: Array,
+    forced: tuple[Array, Array] | None = None,
     *,
     spec: ModelSpec,
     lookahead: int,
@@ -102,8 +103,9 @@ def draft_tokens(
     """What a draft model draws after each row's newest token: int32 [batch, lookahead].
 
     tokens, room: int32 [batch], the newest token and how many the cache has room for after it; -1
-    for a row that draws nothing. kind: see `sampling.sample`. The last guess goes through the draft
-    model too, so that its cache holds all of them if they stand.
+    for a row that draws nothing. forced: guesses that are taken as they are, int32 [batch,
+    lookahead], and how many each row has of them, int32 [batch]. kind: see `sampling.sample`. The
+    last guess goes through the draft model too, so that its cache holds all of them if they stand.
     """
 
     def step(
@@ -116,6 +118,9 @@ def draft_tokens(
         )
         logits = forward.unembed(params, hidden[:, 0], spec=spec)
         drawn = sample(logits, sampling, kind).tokens
+        if forced:
+            given = jnp.take(forced[0], i, axis=1, mode="clip")
+            drawn = jnp.where(i < forced[1], given, drawn)
         return (cache, drawn, record(sampling, drawn, grows, kind)), drawn
 
     (cache, _, _), drawn = lax.scan(step, (cache, tokens, sampling), jnp.arange(lookahead + 1))

@@ -172,6 +172,7 @@ def draw_step(
     hidden: Array,
     rows: Array,
     remaining: Array,
+    masks: Array | None = None,
     *,
     spec: ModelSpec,
     kind: Kind = "everything",
@@ -179,12 +180,13 @@ def draw_step(
     """Draw the first token of the rows whose prompt has ended.
 
     hidden: [b, d], of `prefill_step`; rows: int32 [b], as there; remaining: int32 [b], tokens to
-    draw from here on, 0 where the prompt goes on. kind: see `sampling.sample`.
+    draw from here on, 0 where the prompt goes on. masks: uint32 [b, words] or None; kind: see
+    `sampling.sample` for both.
     """
     last = remaining > 0
     logits = forward.unembed(params, hidden, spec=spec)
     of_rows = jax.tree.map(lambda a: jnp.take(a, rows, axis=0, mode="clip"), state.sampling)
-    drawn = sample(logits, of_rows, kind)
+    drawn = sample(logits, of_rows, kind, masks)
     left = jnp.where(is_stop(of_rows, drawn.tokens), 0, remaining - 1)
     of_rows = record(of_rows, drawn.tokens, last, kind)
     ended = jnp.where(last, rows, len(state.tokens))
@@ -235,11 +237,7 @@ def decode_steps(
     stops_early: when no row has anything left to draw; otherwise there are `max_steps` steps,
     whatever `steps` says, in which rows that are done draw nothing (see `has_free_conditions`).
     """
-    waiting = jnp.where(active, 0, state.remaining)
-    state = state.replace(
-        cache=state.cache.replace(page_table=page_table),
-        remaining=state.remaining - waiting,
-    )
+    state, waiting = _only(state, active, page_table)
     capacity = max_steps * (1 + speculation.lookahead)
     logits = jax.ShapeDtypeStruct((len(active), spec.config.vocab_size), jnp.float32)
     blank = jax.eval_shape(partial(sample, kind=kind), logits, state.sampling)
@@ -272,6 +270,97 @@ def decode_steps(
     return state.replace(remaining=state.remaining + waiting), Drawn(numbers, sampled)
 
 
+def _only(
+    state: DecodeState, active: Array, page_table: Array | None = None
+) -> tuple[DecodeState, Array]:
+    """Have the other rows draw nothing, until what they have left, int32 [batch], is added again.
+    page_table: in place of the cache's."""
+    waiting = jnp.where(active, 0, state.remaining)
+    if page_table is not None:
+        state = state.replace(cache=state.cache.replace(page_table=page_table))
+    return state.replace(remaining=state.remaining - waiting), waiting
+
+
+# What `decode_steps` does in one, in three programs: `guess_step` (where there is speculation),
+# `feed_step` and `draw_fed_step`. While the model is busy with the second, the host finds out what
+# may be drawn in the third (`structured`).
+
+
+@partial(kept_jit, static_argnames=("spec", "speculation"), donate_argnames="state")
+def guess_step(
+    params: Params,
+    state: DecodeState,
+    page_table: Array,
+    active: Array,
+    forced: Array,
+    num_forced: Array,
+    draft_params: Params | None = None,
+    *,
+    spec: ModelSpec,
+    speculation: Speculation,
+) -> tuple[DecodeState, tuple[Array, Array]]:
+    """Guesses for the active rows: int32 [batch, lookahead], and how many, int32 [batch].
+
+    forced, num_forced: such as these, which are taken first. The others as in `decode_steps`.
+    """
+    state, waiting = _only(state, active, page_table)
+    state, guesses, guessed = _guess(
+        draft_params, state, speculation, "everything", (forced, num_forced)
+    )
+    guessed = _that_may_stand(state, guessed)
+    return state.replace(remaining=state.remaining + waiting), (guesses, guessed)
+
+
+@partial(kept_jit, static_argnames="spec", donate_argnames="state")
+def feed_step(
+    params: Params,
+    state: DecodeState,
+    page_table: Array,
+    active: Array,
+    guesses: Array,
+    guessed: Array,
+    *,
+    spec: ModelSpec,
+) -> tuple[DecodeState, Array]:
+    """Feed the active rows their newest tokens and what is guessed to follow: hidden states
+    [batch, 1 + lookahead, d], for `draw_fed_step`.
+
+    guesses: int32 [batch, lookahead]; guessed: int32 [batch], how many of them count.
+    """
+    state, waiting = _only(state, active, page_table)
+    state, hidden = _feed(params, state, guesses, _that_may_stand(state, guessed), spec)
+    if spec.mesh:
+        hidden = lax.with_sharding_constraint(hidden, whole_on(spec.mesh))
+    return state.replace(remaining=state.remaining + waiting), hidden
+
+
+@partial(kept_jit, static_argnames=("spec", "kind"), donate_argnames="state")
+def draw_fed_step(
+    params: Params,
+    state: DecodeState,
+    hidden: Array,
+    active: Array,
+    guesses: Array,
+    guessed: Array,
+    masks: Array,
+    *,
+    spec: ModelSpec,
+    kind: Kind = "everything",
+) -> tuple[DecodeState, Drawn]:
+    """Draw what follows the tokens that `feed_step` fed, at the active rows.
+
+    hidden: of `feed_step`; guesses, guessed: as there; masks: uint32 [batch, 1 + lookahead, words],
+    see `sampling.sample`. kind: as there.
+    """
+    state, waiting = _only(state, active)
+    guessed = _that_may_stand(state, guessed)
+    state, drew, drawn = _draw(params, state, hidden, guesses, guessed, masks, spec, kind)
+    new = jnp.sum(drew, axis=0)
+    counts = jnp.stack([new, guessed, jnp.maximum(new - 1, 0)])
+    numbers = jnp.concatenate([counts, drawn.tokens])
+    return state.replace(remaining=state.remaining + waiting), Drawn(numbers, drawn)
+
+
 def _decode(
     params: Params,
     draft_params: Params | None,
@@ -285,23 +374,55 @@ def _decode(
     Also which rows drew, bool [1 + lookahead, batch]; what, with the same first axes; and how many
     tokens were guessed, int32 [batch].
     """
-    active, starts = state.remaining > 0, state.cache.lengths
-    # The last token that may be drawn does not follow a guess.
     state, guesses, guessed = _guess(draft_params, state, speculation, kind)
-    guessed = jnp.where(active, jnp.minimum(guessed, state.remaining - 1), 0)
+    guessed = _that_may_stand(state, guessed)
+    state, hidden = _feed(params, state, guesses, guessed, spec)
+    state, drew, drawn = _draw(params, state, hidden, guesses, guessed, None, spec, kind)
+    return state, drew, drawn, guessed
+
+
+def _that_may_stand(state: DecodeState, guessed: Array) -> Array:
+    """The last token that may be drawn does not follow a guess."""
+    return jnp.where(state.remaining > 0, jnp.minimum(guessed, state.remaining - 1), 0)
+
+
+def _feed(
+    params: Params, state: DecodeState, guesses: Array, guessed: Array, spec: ModelSpec
+) -> tuple[DecodeState, Array]:
+    """The newest token of each row that has any left to draw, and the guesses after it, go through
+    the model: hidden states [batch, 1 + lookahead, d]. The cache holds them, but its lengths stay.
+    """
     fed = jnp.concatenate([state.tokens[:, None], guesses], axis=1)
-    hidden, cache = forward.extend(
-        params, state.cache, fed, jnp.where(active, 1 + guessed, 0), spec=spec, phase="decode"
-    )
+    lengths = jnp.where(state.remaining > 0, 1 + guessed, 0)
+    hidden, cache = forward.extend(params, state.cache, fed, lengths, spec=spec, phase="decode")
+    return state.replace(cache=cache.replace(lengths=state.cache.lengths)), hidden
+
+
+def _draw(
+    params: Params,
+    state: DecodeState,
+    hidden: Array,
+    guesses: Array,
+    guessed: Array,
+    masks: Array | None,
+    spec: ModelSpec,
+    kind: Kind,
+) -> tuple[DecodeState, Array, Sampled]:
+    """Draw after what `_feed` fed: which rows drew and what, as `_decode` returns them.
+
+    masks: uint32 [batch, 1 + lookahead, words], see `sampling.sample`.
+    """
+    active = state.remaining > 0
     logits = forward.unembed(params, hidden, spec=spec)
 
     def draw(
-        carry: tuple[SamplingState, Array, Array, Array], at: tuple[Array, Array, Array]
+        carry: tuple[SamplingState, Array, Array, Array],
+        at: tuple[Array, Array, Array, Array | None],
     ) -> tuple[tuple[SamplingState, Array, Array, Array], tuple[Array, Sampled]]:
         sampling, draws, remaining, newest = carry
-        logits, guess, is_guessed = at
+        logits, guess, is_guessed, masks = at
         temperature = jnp.where(draws, sampling.temperature, 0.0)
-        drawn = sample(logits, sampling.replace(temperature=temperature), kind)
+        drawn = sample(logits, sampling.replace(temperature=temperature), kind, masks)
         left = jnp.where(is_stop(sampling, drawn.tokens), 0, remaining - 1)
         remaining = jnp.where(draws, left, remaining)
         stands = draws & is_guessed & (drawn.tokens == guess) & (remaining > 0)
@@ -314,38 +435,54 @@ def _decode(
     (sampling, _, remaining, newest), (drew, drawn) = lax.scan(
         draw,
         (state.sampling, active, jnp.where(active, state.remaining, 0), state.tokens),
-        (jnp.moveaxis(logits, 1, 0), following, is_guessed),
-    )
+        (
+            jnp.moveaxis(logits, 1, 0), following, is_guessed,
+            None if masks is None else jnp.moveaxis(masks, 1, 0),
+        ),
+    )  # fmt: skip
     state = state.replace(
-        cache=cache.replace(lengths=starts + jnp.sum(drew, axis=0)),
+        cache=state.cache.replace(lengths=state.cache.lengths + jnp.sum(drew, axis=0)),
         sampling=sampling,
         tokens=newest,
         remaining=remaining,
     )
-    return state, drew, drawn, guessed
+    return state, drew, drawn
 
 
 def _guess(
-    draft_params: Params | None, state: DecodeState, speculation: Speculation, kind: Kind
+    draft_params: Params | None,
+    state: DecodeState,
+    speculation: Speculation,
+    kind: Kind,
+    forced: tuple[Array, Array] | None = None,
 ) -> tuple[DecodeState, Array, Array]:
-    """Guesses for each row, int32 [batch, lookahead], and how many there are, int32 [batch]."""
+    """Guesses for each row, int32 [batch, lookahead], and how many there are, int32 [batch].
+
+    forced: such as these, of the host; a row's own guesses come after them or, if they are looked
+    up, only where there are none.
+    """
     batch, lookahead = len(state.tokens), speculation.lookahead
     rows, last = jnp.arange(batch), state.cache.lengths
     if speculation.draft:
         assert state.draft is not None and draft_params is not None
         draft, guesses = draft_tokens(
             draft_params, _follow(state.draft, state.cache), state.tokens, state.sampling,
-            state.remaining - 1, spec=speculation.draft, lookahead=lookahead, kind=kind,
+            state.remaining - 1, forced, spec=speculation.draft, lookahead=lookahead, kind=kind,
         )  # fmt: skip
         return state.replace(draft=draft), guesses, jnp.full(batch, lookahead)
     if not lookahead:
         return state, jnp.zeros((batch, 0), jnp.int32), jnp.zeros(batch, jnp.int32)
     history = state.history.at[rows, last].set(state.tokens, mode="drop")
     guesses, is_any = look_up(history, last, lookahead)
+    guessed = jnp.where(is_any, lookahead, 0)
+    if forced:
+        is_forced = forced[1] > 0
+        guesses = jnp.where(is_forced[:, None], forced[0], guesses)
+        guessed = jnp.where(is_forced, forced[1], guessed)
     # Those that do not stand are overwritten before they are looked at.
     places = last[:, None] + 1 + jnp.arange(lookahead)
     history = history.at[rows[:, None], places].set(guesses, mode="drop")
-    return state.replace(history=history), guesses, jnp.where(is_any, lookahead, 0)
+    return state.replace(history=history), guesses, guessed
 
 
 def _follow(draft: KVCache, cache: KVCache) -> KVCache:
