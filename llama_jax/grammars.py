@@ -5,31 +5,35 @@ which may follow, as bits for `sampling.sample`. It comes with the extra `serve`
 when it is first needed.
 """
 
+import json
 import os
+import subprocess
+import sys
 import threading
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
+from queue import Empty, LifoQueue
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from llama_jax import grammar_process
+from llama_jax.grammar_process import Vocabulary, in_large_stack, new_matcher
 from llama_jax.sampling import num_words
 from llama_jax.structured import StructuredOutput, StructuredOutputError
 from llama_jax.tokenizer import Tokenizer
 
-# How long it may take to compile a grammar, and to find what may follow a few tokens.
-COMPILE_SECONDS = 10.0
+# How long a grammar may take to compile, and what may follow a few tokens to be found. Hardly any
+# of real schemas' takes a tenth of a second.
+COMPILE_SECONDS = 5.0
 MASKS_SECONDS = 2.0
-# Compilers at the same time. One that takes longer goes on until llguidance's own limits end it.
-_COMPILERS = threading.BoundedSemaphore(2)
-# llguidance calls itself once per rule of a chain of rules, and the usual 8 MB are too few.
-_STACK_BYTES = 512 * 1024 * 1024
+# How many are tried out at the same time, and how many compiled ones are kept.
+_NUM_PROCESSES = 2
 _KEPT_GRAMMARS = 128
-# White space as Python's json writes it, and as models do. Where any would do, hardly a token would
-# be forced, and a small model might draw white space for ever.
-_JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def _llguidance() -> ModuleType:
@@ -86,6 +90,7 @@ class Matcher:
                 stood += 1
                 self._fill(masks[stood])
             self.expected = self._matcher.compute_ff_tokens()[1:]
+            self._check()
             if stood:
                 self._matcher.rollback(stood)
             return masks
@@ -100,6 +105,9 @@ class Matcher:
 
     def _fill(self, mask: np.ndarray) -> None:
         self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        self._check()
+
+    def _check(self) -> None:
         if self._matcher.is_error():
             raise StructuredOutputError(f"structured: {self._matcher.get_error()[:500]}")
 
@@ -116,114 +124,132 @@ class Grammars:
         self._vocab_size = vocab_size
         self._end_ids = sorted(each for each in end_ids if each < vocab_size)
         self._vocabulary: Any = None
+        self._processes = LifoQueue[_Process | None]()
+        for _ in range(_NUM_PROCESSES):
+            self._processes.put(None)  # to be started
         self._kept: OrderedDict[StructuredOutput, Matcher] = OrderedDict()
         self._lock = threading.Lock()
 
     def matcher(self, structured: StructuredOutput) -> Matcher:
-        """For a reply that has yet to begin.
+        """For a reply that has yet to begin; from any thread.
 
         Raises `StructuredOutputError` for what cannot be compiled, or not within
         `COMPILE_SECONDS`; ModuleNotFoundError without llguidance.
         """
         with self._lock:
             if self._vocabulary is None:
-                self._vocabulary = self._read_vocabulary()
+                self._read_vocabulary()
             if found := self._kept.get(structured):
                 self._kept.move_to_end(structured)
                 return found.copy()
-        compiled = _in_time(f"structured.{structured.kind}", lambda: self._compile(structured))
+        grammar = self._try_out(structured)
+        compiled = in_large_stack(lambda: new_matcher(self._vocabulary, grammar))
+        matcher = Matcher(compiled, num_words(self._vocab_size))
         with self._lock:
-            self._kept[structured] = compiled
+            self._kept[structured] = matcher
             while len(self._kept) > _KEPT_GRAMMARS:
                 self._kept.popitem(last=False)
-            return compiled.copy()
+            return matcher.copy()
 
-    def _compile(self, structured: StructuredOutput) -> Matcher:
-        llguidance = _llguidance()
-        limits = llguidance.LLParserLimits(verbose_errors=False)
-        grammar = _grammar(structured)
-        compiled = llguidance.LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
-        if compiled.is_error():
+    def _try_out(self, structured: StructuredOutput) -> str:
+        """The grammar in llguidance's own form, from a process that has compiled it."""
+        where = f"structured.{structured.kind}"
+        try:
+            process = self._processes.get(timeout=COMPILE_SECONDS)
+        except Empty:
             raise StructuredOutputError(
-                f"structured.{structured.kind}: {compiled.get_error()[:500]}"
-            )
-        matcher = Matcher(compiled, num_words(self._vocab_size))
-        if not matcher.masks([]).any():
-            raise StructuredOutputError(f"structured.{structured.kind}: no text fits it")
-        return matcher
+                f"{where}: others take long to compile; try again"
+            ) from None
+        usable = None
+        try:
+            process = process or _Process(self._as_read)
+            grammar, error = process.ask(structured.kind, structured.text)
+            usable = process
+        except TimeoutError:
+            grammar, error = "", f"not compiled after {COMPILE_SECONDS:g} s; make it simpler"
+        except ChildProcessError:
+            grammar, error = "", "compiling it takes too much memory"
+        finally:
+            self._processes.put(usable)
+        if error:
+            raise StructuredOutputError(f"{where}: {error[:500]}")
+        return grammar
 
-    def _read_vocabulary(self) -> Any:
+    def _read_vocabulary(self) -> None:
         if not self._end_ids:
             raise StructuredOutputError(
                 "structured: the model has no token that ends a reply (eos_token_id)"
             )
-        read = _Vocabulary(self._tokenizer, self._vocab_size, self._end_ids[-1])
-        return _llguidance().LLTokenizer(read, eos_token=self._end_ids)
+        llguidance, known = _llguidance(), self._tokenizer
+        special = set(known.special_tokens.values()) - known.visible_ids
+        self._as_read = Vocabulary(
+            [known.token_bytes(i) for i in range(self._vocab_size)],
+            sorted(each for each in special if each < self._vocab_size),
+            self._end_ids,
+            known.encode_continuation,
+        )
+        self._vocabulary = llguidance.LLTokenizer(self._as_read, eos_token=self._end_ids)
 
 
-class _Vocabulary:
-    """A tokenizer as llguidance reads it."""
+class _Process:
+    """A running `grammar_process`."""
 
-    is_tokenizer_wrapper = True
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", grammar_process.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+            start_new_session=True,  # an interrupt from the keyboard is for this process
+        )
+        weakref.finalize(self, _end, self._process)
+        tokens = [each.hex() for each in vocabulary.tokens]
+        self._write([tokens, vocabulary.special_token_ids, vocabulary.ends])
+        if not self._read():
+            raise RuntimeError(f"{grammar_process.__file__} does not start")
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_id: int) -> None:
-        self.eos_token_id, self.bos_token_id = end_id, tokenizer.bos_id
-        self.tokens = [tokenizer.token_bytes(i) for i in range(vocab_size)]
-        special = set(tokenizer.special_tokens.values()) - tokenizer.visible_ids
-        self.special_token_ids = sorted(each for each in special if each < vocab_size)
-        self._encode = tokenizer.encode_continuation
+    def ask(self, kind: str, text: str) -> tuple[str, str]:
+        """A grammar in llguidance's own form, and what is wrong with it, see `grammar_process`.
 
-    def __call__(self, text: str) -> list[int]:
-        return self._encode(text)
+        Raises TimeoutError after `COMPILE_SECONDS`, and ChildProcessError if the process has
+        crashed; it is of no further use then.
+        """
+        is_late = threading.Event()
 
+        def end() -> None:
+            is_late.set()
+            self._process.kill()
 
-def _grammar(structured: StructuredOutput) -> str:
-    """In llguidance's own form."""
-    llguidance = _llguidance()
-    matcher, text = llguidance.LLMatcher, structured.text
-    match structured.kind:
-        case "json_schema" | "json_object":
-            return str(matcher.grammar_from_json_schema(text, _JSON_FORM))
-        case "regex":
-            return str(matcher.grammar_from_regex(text))
-        case kind:
-            return str(llguidance.grammar_from(kind, text))
-
-
-def _in_time(where: str, compiled: Callable[[], Matcher]) -> Matcher:
-    """What `compiled` returns, in a thread with a large stack; where: begins what is raised.
-
-    Raises `StructuredOutputError` for what it raises, or after `COMPILE_SECONDS`.
-    """
-    future = Future[Matcher]()
-
-    def run() -> None:
+        timer = threading.Timer(COMPILE_SECONDS, end)
+        timer.daemon = True
+        timer.start()
         try:
-            future.set_result(compiled())
-        except BaseException as error:
-            future.set_exception(error)
+            self._write([kind, text])
+            answer = self._read()
+        except OSError:
+            answer = ""
         finally:
-            _COMPILERS.release()
+            timer.cancel()
+        if not answer:
+            raise TimeoutError if is_late.is_set() else ChildProcessError
+        grammar, error = json.loads(answer)
+        return grammar, error
 
-    if not _COMPILERS.acquire(timeout=COMPILE_SECONDS):
-        raise StructuredOutputError(f"{where}: others take long to compile; try again later")
-    try:
-        before = threading.stack_size(_STACK_BYTES)
-        try:
-            threading.Thread(target=run, name="grammar", daemon=True).start()
-        finally:
-            threading.stack_size(before)
-    except BaseException:
-        _COMPILERS.release()
-        raise
-    try:
-        return future.result(COMPILE_SECONDS)
-    except TimeoutError:
-        raise StructuredOutputError(
-            f"{where}: not compiled after {COMPILE_SECONDS:g} s; make it simpler"
-        ) from None
-    except Exception as error:
-        raise StructuredOutputError(f"{where}: {error}") from error
+    def _write(self, message: Any) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+
+    def _read(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    with suppress(OSError), process:  # closes what leads to it, and waits
+        pass
 
 
 class MaskThreads:

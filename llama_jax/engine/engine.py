@@ -451,8 +451,8 @@ class Engine:
         """Draw the first tokens of those rows of a prefill call whose prompt has ended."""
         ended = [(i, row) for i, row in enumerate(rows) if not row.is_prefilling]
         masks = None
-        if matched := [(i, row, []) for i, row in ended if row.request.matcher]:
-            masks = self._masks(len(hidden), 0, matched)[:, 0]
+        if any(row.request.matcher for _, row in ended):
+            masks = self._masks(len(hidden), 0, [(i, row, []) for i, row in ended])[:, 0]
             ended = [(i, row) for i, row in ended if not row.request.finish_reason]
         if not ended:
             return
@@ -571,13 +571,20 @@ class Engine:
         """
         vocab_size = self.spec.config.vocab_size
         masks = np.full((size, 1 + width, num_words(vocab_size)), ~np.uint32(0))
-        jobs = [(row.request.matcher, row.request.token_ids, guesses) for _, row, guesses in wanted]
-        results = self._mask_threads.masks(jobs)
-        for (place, row, _), result in zip(wanted, results, strict=True):
+        jobs = {
+            place: (row.request.matcher, row.request.token_ids, guesses)
+            for place, row, guesses in wanted
+            if row.request.matcher
+        }
+        results = self._mask_threads.masks(list(jobs.values()))
+        found = dict(zip(jobs, results, strict=True))
+        for place, row, _ in wanted:
+            result = found.get(place)
             with self._alone(row.request):
                 if isinstance(result, BaseException):
                     raise result
-                masks[place, : len(result)] = result
+                if result is not None:
+                    masks[place, : len(result)] = result
         return masks
 
     def _steps(self) -> int:

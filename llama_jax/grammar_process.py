@@ -1,0 +1,130 @@
+"""A process that tries grammars out, which can be ended when one takes too long, or crashes.
+
+llguidance limits most of what a hostile grammar may cost, but not all, and a thread in Rust cannot
+be stopped. So a grammar is compiled here first. `python -P grammar_process.py` reads lines of JSON
+and answers each by one: first the vocabulary, [[token in hex, ...], special ids, ids of ends], and
+"ready"; then [kind, text] of `structured.StructuredOutput`, and [grammar, error]: the grammar in
+llguidance's own form, or else what is wrong. Imports nothing of this project.
+"""
+
+import json
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+# llguidance calls itself once per rule of a chain of rules, and the usual 8 MB are too few.
+STACK_BYTES = 512 * 1024 * 1024
+_MEMORY_BYTES = 4 * 1024**3
+# White space as Python's json writes it, and as models do. Where any would do, hardly a token would
+# be forced, and a small model might draw white space for ever.
+_JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Vocabulary:
+    """A tokenizer as llguidance reads it. encode: text to ids, without special tokens."""
+
+    is_tokenizer_wrapper = True
+
+    def __init__(
+        self,
+        tokens: Sequence[bytes],
+        special: Sequence[int],
+        ends: Sequence[int],
+        encode: Callable[[str], list[int]],
+    ) -> None:
+        self.tokens, self.special_token_ids, self.ends = tokens, special, ends
+        self.bos_token_id, self.eos_token_id = None, ends[-1]
+        self._encode = encode
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encode(text)
+
+
+def new_matcher(vocabulary: Any, grammar: str) -> Any:
+    """An `LLMatcher`; raises ValueError for a grammar that cannot be compiled.
+
+    vocabulary: an `LLTokenizer`; grammar: in llguidance's own form.
+    """
+    import llguidance
+
+    limits = llguidance.LLParserLimits(verbose_errors=False)
+    matcher = llguidance.LLMatcher(vocabulary, grammar, log_level=0, limits=limits)
+    if matcher.is_error():
+        raise ValueError(matcher.get_error())
+    return matcher
+
+
+def in_large_stack[T](function: Callable[[], T]) -> T:
+    """What `function` returns or raises, in a thread with room for deep recursion."""
+    results: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            errors.append(error)
+
+    before = threading.stack_size(STACK_BYTES)
+    try:
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+    finally:
+        threading.stack_size(before)
+    thread.join()
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+def _own_form(kind: str, text: str) -> str:
+    """A grammar in llguidance's own form."""
+    import llguidance
+
+    if kind in ("json_schema", "json_object"):
+        return str(llguidance.LLMatcher.grammar_from_json_schema(text, _JSON_FORM))
+    return str(llguidance.grammar_from(kind, text))
+
+
+def _answer(vocabulary: Any, kind: str, text: str) -> tuple[str, str]:
+    try:
+        grammar = _own_form(kind, text)
+        matcher = new_matcher(vocabulary, grammar)
+        is_any = any(matcher.compute_bitmask())
+        matcher.compute_ff_tokens()
+        if matcher.is_error():
+            return "", matcher.get_error()
+        return (grammar, "") if is_any else ("", "no text fits it")
+    except Exception as error:
+        return "", str(error) or type(error).__name__
+
+
+def _read_vocabulary(line: str) -> Any:
+    import llguidance
+
+    tokens, special, ends = json.loads(line)
+    pieces = [bytes.fromhex(each) for each in tokens]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+
+    def encode(text: str) -> list[int]:
+        """Not the tokenizer's way, but what a grammar may cost does not hang on that."""
+        return [ids[byte] for each in text.encode() if (byte := bytes([each])) in ids]
+
+    return llguidance.LLTokenizer(Vocabulary(pieces, special, ends, encode), eos_token=ends)
+
+
+def _main() -> None:
+    with suppress(ImportError, ValueError, OSError):  # where there are such limits
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    vocabulary = _read_vocabulary(sys.stdin.readline())
+    print("ready", flush=True)
+    for line in sys.stdin:
+        print(json.dumps(_answer(vocabulary, *json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    in_large_stack(_main)
