@@ -14,18 +14,18 @@ import jsonschema
 import numpy as np
 import pytest
 
-from llama_jax import grammars
 from llama_jax.abacus import SHIPPED_MODEL
-from llama_jax.compile_cache import forbid_compile
-from llama_jax.engine import Engine
-from llama_jax.grammars import Grammars
-from llama_jax.model import Llama, ModelSpec, init_params
-from llama_jax.request import Request
-from llama_jax.sampling import num_words, sample
+from llama_jax.engine import grammars
+from llama_jax.engine.compile_cache import forbid_compile
+from llama_jax.engine.engine import Engine
+from llama_jax.engine.grammars import Grammars
+from llama_jax.engine.request import Request
+from llama_jax.engine.sampling import num_words, sample
+from llama_jax.engine.scheduling import EngineOptions
+from llama_jax.model.llama import Llama, ModelSpec, init_params
 from llama_jax.sampling_params import SamplingParams
-from llama_jax.scheduling import EngineOptions
 from llama_jax.structured import MAX_CHARACTERS, StructuredOutput, StructuredOutputError
-from llama_jax.tokenizer import StreamDecoder, load_tokenizer
+from llama_jax.text.tokenizer import StreamDecoder, load_tokenizer
 from tests.test_engine import finish
 from tests.test_sampling import logits, state
 from tests.tiny import config, tokens

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from llama_jax import grammar_process
-from llama_jax.grammar_process import Vocabulary, in_large_stack, new_matcher
-from llama_jax.sampling import num_words
+from llama_jax.engine import grammar_process
+from llama_jax.engine.grammar_process import Vocabulary, in_large_stack, new_matcher
+from llama_jax.engine.sampling import num_words
 from llama_jax.structured import StructuredOutput, StructuredOutputError
-from llama_jax.tokenizer import Tokenizer
+from llama_jax.text.tokenizer import Tokenizer
 
 # How long a grammar may take to compile, and what may follow a few tokens to be found. Hardly any
 # of real schemas' takes a tenth of a second.

@@ -19,7 +19,7 @@ STACK_BYTES = 512 * 1024 * 1024
 _MEMORY_BYTES = 4 * 1024**3
 # White space as Python's json writes it, and as models do. Where any would do, hardly a token would
 # be forced, and a small model might draw white space for ever.
-_JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_JSON_FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Vocabulary:
@@ -79,7 +79,7 @@ def in_large_stack[T](function: Callable[[], T]) -> T:
     return results[0]
 
 
-def _own_form(kind: str, text: str) -> str:
+def _own_form(kind: Any, text: str) -> str:
     """A grammar in llguidance's own form."""
     import llguidance
 
@@ -112,7 +112,8 @@ def _read_vocabulary(line: str) -> Any:
         """Not the tokenizer's way, but what a grammar may cost does not hang on that."""
         return [ids[byte] for each in text.encode() if (byte := bytes([each])) in ids]
 
-    return llguidance.LLTokenizer(Vocabulary(pieces, special, ends, encode), eos_token=ends)
+    read: Any = Vocabulary(pieces, special, ends, encode)
+    return llguidance.LLTokenizer(read, eos_token=ends)
 
 
 def _main() -> None:
