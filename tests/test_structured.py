@@ -38,7 +38,10 @@ SPEC = ModelSpec(
     {},
     "float32",
 )
-OPTIONS = EngineOptions(max_batch_size=4, max_seq_len=256, prefill_chunk=32, max_steps=4)
+# Few programs.
+OPTIONS = EngineOptions(
+    max_batch_size=4, max_seq_len=256, prefill_chunk=4, prefill_budget=4, max_steps=4
+)
 PARAMS = init_params(SPEC)
 PARAMS["lm_head"]["weight"] = PARAMS["lm_head"]["weight"] * 20
 GRAMMARS = Grammars(TOKENIZER, VOCAB, sorted(ENDS))
@@ -71,7 +74,7 @@ def request(structured: StructuredOutput | None, seed: int = 0, **settings) -> R
     settings = {"temperature": 0, "max_new_tokens": 120, "seed": seed} | settings
     params = SamplingParams(structured=structured, **settings)
     matcher = GRAMMARS.matcher(structured) if structured else None
-    prompt = tokens(20 + 9 * seed, seed=seed, vocab_size=VOCAB).tolist()
+    prompt = tokens(5 + 3 * seed, seed=seed, vocab_size=VOCAB).tolist()
     return Request(prompt, params, stop_ids=ENDS, matcher=matcher)
 
 
@@ -107,7 +110,7 @@ def check(structured: StructuredOutput, text: str) -> None:
 @pytest.fixture(scope="module")
 def expected() -> list[Request]:
     """Each of `mixed` on its own."""
-    engine = make(max_batch_size=1, share_prefixes=False)
+    engine = make()
     return [finish(engine, each)[0] for each in mixed()]
 
 
@@ -167,7 +170,7 @@ def test_guesses_that_are_refused_change_no_state() -> None:
     np.testing.assert_array_equal(copy.masks([a]), matcher.masks([], [a])[1:])
 
 
-@pytest.mark.parametrize("vocab", [31, 64])
+@pytest.mark.parametrize("vocab", [31, pytest.param(64, marks=pytest.mark.slow)])
 def test_draws_stay_inside_their_masks(vocab: int) -> None:
     params = [SamplingParams(temperature=t, top_k=k, top_p=p, seed=i) for i, (t, k, p) in enumerate(
         ((0, 0, 1), (1, 0, 1), (1, 3, 1), (2, 0, 0.5)))]  # fmt: skip
@@ -196,15 +199,14 @@ def test_draws_stay_inside_their_masks(vocab: int) -> None:
     "changes",
     [
         {},
-        {"num_pages": 4, "max_batch_size": 3},
-        {"lookahead": 3},
         *(
             pytest.param(changes, marks=pytest.mark.slow)
             for changes in (
+                {"lookahead": 3},
                 {"batch_invariant": True},
-                {"lookahead": 2, "num_pages": 4, "max_batch_size": 3},
+                {"num_pages": 5},
                 {"max_batch_size": 16},
-                {"prefill_chunk": 5, "prefill_budget": 5},
+                {"prefill_chunk": 32, "prefill_budget": 500},
                 {"share_prefixes": False, "max_steps": 1},
             )
         ),
@@ -212,14 +214,31 @@ def test_draws_stay_inside_their_masks(vocab: int) -> None:
     ids=str,
 )
 def test_company_changes_nothing(expected, changes: dict) -> None:
-    """Of structured requests and of the others, with speculation and preemption."""
+    """Of structured requests and of the others, with speculation too."""
     engine = make(**changes)
     found = finish(engine, *mixed())
     assert [each.token_ids for each in found] == [each.token_ids for each in expected]
     assert [each.finish_reason for each in found] == [each.finish_reason for each in expected]
     assert engine.counts.accepted > 0  # forced tokens, at least
-    if "num_pages" in changes:
-        assert engine.counts.preempted > 0
+
+
+@pytest.mark.parametrize("changes", [{}, pytest.param({"lookahead": 3}, marks=pytest.mark.slow)])
+def test_preemption_at_every_third_step_changes_nothing(expected, changes: dict) -> None:
+    engine, requests = make(**changes), mixed()[:7]
+    for each in requests:
+        engine.submit(each)
+    steps = 0
+    while engine.has_work:
+        engine.step()
+        steps += 1
+        if steps % 3 == 0:
+            while engine._launches:
+                engine._collect()
+            if engine._running:
+                engine._preempt(engine._running[-1])
+    for request, alone in zip(requests, expected[:7], strict=True):
+        assert request.token_ids == alone.token_ids
+    assert engine.counts.preempted > 10
 
 
 @pytest.mark.slow
@@ -299,7 +318,7 @@ def random_schema(draw: random.Random, depth: int = 3) -> dict:
             return {"type": kind}
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [25, pytest.param(1000, marks=pytest.mark.slow)])
 def test_outputs_of_random_schemas_validate(count: int) -> None:
     draw = random.Random(count)
     schemas = [random_schema(draw) for _ in range(count)]
@@ -379,7 +398,6 @@ HOSTILE = {
     "parentheses": lambda: {"regex": "(" * LONG + ")" * LONG},
     "parentheses in Lark": lambda: {"grammar": f"start: {'(' * LONG}'a'{')' * LONG}"},
     "parentheses in GBNF": lambda: {"grammar": f"root ::= {'(' * LONG}'a'{')' * LONG}"},
-    "a long chain of rules": lambda: {"grammar": chain("r", 8000)},
     "endless references": lambda: {
         "json_schema": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
     },
@@ -408,7 +426,7 @@ def test_hostile_ones_are_refused(name: str) -> None:
 
 
 def test_others_are_served_while_one_compiles_for_ever(monkeypatch) -> None:
-    monkeypatch.setattr(grammars, "COMPILE_SECONDS", 3.0)
+    monkeypatch.setattr(grammars, "COMPILE_SECONDS", 2.0)
     errors: list[Exception] = []
 
     def ask() -> None:
@@ -423,7 +441,7 @@ def test_others_are_served_while_one_compiles_for_ever(monkeypatch) -> None:
     (each,) = finish(make(), request(choice))
     check(choice, text_of(each))
     thread.join()
-    assert "structured.grammar" in str(errors[0]) and "after 3 s" in str(errors[0])
+    assert "structured.grammar" in str(errors[0]) and "after 2 s" in str(errors[0])
 
 
 def test_a_process_that_crashes_is_started_again() -> None:
@@ -439,11 +457,14 @@ def test_a_process_that_crashes_is_started_again() -> None:
 def test_a_hostile_one_that_compiles_ends_alone(expected) -> None:
     """Its limits are reached while it draws, or it draws as it should."""
     bombs = ("((((a{1,100}){1,100}){1,100}){1,100})" + "(.*b){99}" * 99, "(a|b)*a(a|b){2000}")
-    bad = [request(StructuredOutput(regex=bomb), i) for i, bomb in enumerate(bombs)]
+    forms = [*(StructuredOutput(regex=each) for each in bombs),
+             StructuredOutput(grammar=chain("r", 8000))]  # fmt: skip
+    bad = [request(form, i) for i, form in enumerate(forms)]
     good = request(FORMS[1], 1, logprobs=2)
     finish(make(), *bad, good)
-    assert isinstance(bad[0].error, StructuredOutputError)
-    assert re.fullmatch("[ab]*", TOKENIZER.decode(bad[1].token_ids))
+    for each, beginning in zip(bad, ("a.*", "[ab]*", "a*"), strict=True):
+        is_right = re.fullmatch(beginning, TOKENIZER.decode(each.token_ids))
+        assert is_right or isinstance(each.error, StructuredOutputError)
     assert good.token_ids == expected[1].token_ids
 
 
