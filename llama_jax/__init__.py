@@ -23,18 +23,19 @@ if TYPE_CHECKING:
         TokenLogprob,
     )
     from llama_jax.sampling_params import SamplingParams
+    from llama_jax.structured import StructuredOutput
     from llama_jax.text.tools import ToolCall
 
 _HOMES = {
     "LLM": "llm", "PRESETS": "model.config", "LlamaConfig": "model.config",
     "SamplingParams": "sampling_params", "Generation": "results", "Perplexity": "results",
-    "Piece": "results", "Ranking": "results", "Score": "results", "Timings": "results",
+    "Piece": "results", "Ranking": "results", "Score": "results", "StructuredOutput": "structured", "Timings": "results",
     "TokenLogprob": "results", "ToolCall": "text.tools",
 }  # fmt: skip
 
 __all__ = [
     "LLM", "PRESETS", "Generation", "LlamaConfig", "Perplexity", "Piece", "Ranking",
-    "SamplingParams", "Score", "Timings", "TokenLogprob", "ToolCall",
+    "SamplingParams", "Score", "StructuredOutput", "Timings", "TokenLogprob", "ToolCall",
 ]  # fmt: skip
 
 

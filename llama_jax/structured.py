@@ -8,6 +8,10 @@ from typing import Any
 
 # Of a schema, an expression, choices or a grammar, as text.
 MAX_CHARACTERS = 256 * 1024
+# What llguidance is told about white space in JSON, which is as Python's json writes it, and as
+# models do. Where any would do, hardly a token would be forced, and a small model might draw white
+# space for ever.
+JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class StructuredOutputError(ValueError):
@@ -18,7 +22,8 @@ class StructuredOutputError(ValueError):
 class StructuredOutput:
     """What a reply must look like; exactly one of the fields.
 
-    json_schema: a JSON schema, also as text; json_object: any JSON object; regex: a regular
+    json_schema: a JSON schema, also as text (its "x-guidance" are llguidance's options, which say
+    what white space there is); json_object: any JSON object; regex: a regular
     expression that the whole reply matches (Rust's syntax, without look-around and references);
     choice: one of these texts; grammar: Lark with llguidance's additions, or GBNF, which is
     llama.cpp's EBNF.
@@ -62,7 +67,7 @@ class StructuredOutput:
     def text(self) -> str:
         """What is given, as text: a JSON schema, a list in JSON, an expression or a grammar."""
         if self.json_object:
-            return '{"type": "object"}'
+            return json.dumps({"type": "object", "x-guidance": JSON_FORM})
         if self.choice is not None:
             return json.dumps(self.choice, ensure_ascii=False)
         return str(getattr(self, self.kind))
@@ -94,6 +99,8 @@ def _schema_text(schema: Any) -> str:
         return schema  # refused for its length
     try:
         read = json.loads(schema) if isinstance(schema, str) else schema
+        if isinstance(read, Mapping):
+            read = {"x-guidance": JSON_FORM, **read}
         text = json.dumps(read, ensure_ascii=False, allow_nan=False)
     except RecursionError:
         raise StructuredOutputError(f"{where}: nested too deeply") from None

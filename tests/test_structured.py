@@ -238,7 +238,7 @@ def test_preemption_at_every_third_step_changes_nothing(expected, changes: dict)
                 engine._preempt(engine._running[-1])
     for request, alone in zip(requests, expected[:7], strict=True):
         assert request.token_ids == alone.token_ids
-    assert engine.counts.preempted > 10
+    assert engine.counts.preempted > 5
 
 
 @pytest.mark.slow

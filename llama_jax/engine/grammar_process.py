@@ -17,9 +17,6 @@ from typing import Any
 # llguidance calls itself once per rule of a chain of rules, and the usual 8 MB are too few.
 STACK_BYTES = 512 * 1024 * 1024
 _MEMORY_BYTES = 4 * 1024**3
-# White space as Python's json writes it, and as models do. Where any would do, hardly a token would
-# be forced, and a small model might draw white space for ever.
-_JSON_FORM: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Vocabulary:
@@ -83,9 +80,7 @@ def _own_form(kind: Any, text: str) -> str:
     """A grammar in llguidance's own form."""
     import llguidance
 
-    if kind in ("json_schema", "json_object"):
-        return str(llguidance.LLMatcher.grammar_from_json_schema(text, _JSON_FORM))
-    return str(llguidance.grammar_from(kind, text))
+    return str(llguidance.grammar_from("json_schema" if kind == "json_object" else kind, text))
 
 
 def _answer(vocabulary: Any, kind: str, text: str) -> tuple[str, str]:
