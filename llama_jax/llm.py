@@ -51,7 +51,7 @@ from llama_jax.scoring import (
 from llama_jax.text.chat import choose_template, encode_chat
 from llama_jax.text.chat_files import said_to_lie_in
 from llama_jax.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
-from llama_jax.text.tools import parse_tool_calls, tool_format
+from llama_jax.text.tools import ToolFormat, parse_tool_calls, tool_format
 from llama_jax.text.windows import rolling_windows, window_and_stride
 
 DEFAULT_MAX_SEQ_LEN = 8192
@@ -255,7 +255,7 @@ class LLM:
         single = not messages or isinstance(messages[0], Mapping)
         conversations = [messages] if single else messages
         prompts = [self._chat_ids(each, tools, template_kwargs) for each in conversations]
-        results = [self._with_tool_calls(result) for result in self._run(prompts, sampling)]
+        results = self._run(prompts, sampling, is_chat=True)
         return _only(results) if single else results
 
     def stream(
@@ -340,27 +340,44 @@ class LLM:
         return results[0] if single else results
 
     def generate_question(
-        self, prompt: Prompt, sampling: SamplingParams | None = None
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        is_streamed: bool = False,
     ) -> Question[Generation]:
-        """What `generate` asks, for `scoring.answers`: for more prompts than fit in memory."""
-        return self._continuation(self._prompt_ids(prompt), sampling)
+        """What `generate` asks, for `scoring.answers`, for more prompts than fit in memory, and for
+        whoever steps the engine. is_streamed: the text is wanted as it grows, see `Request`."""
+        return self._continuation(self._prompt_ids(prompt), sampling, is_streamed=is_streamed)
 
     def chat_question(
-        self, messages: Sequence[Message], sampling: SamplingParams | None = None
+        self,
+        messages: Sequence[Message],
+        sampling: SamplingParams | None = None,
+        *,
+        tools: Sequence[Callable[..., Any] | Mapping[str, Any]] | None = None,
+        is_streamed: bool = False,
+        **template_kwargs: Any,
     ) -> Question[Generation]:
         """What `chat` asks, see `generate_question`."""
-        return self._continuation(self._chat_ids(messages, None, {}), sampling)
+        ids = self._chat_ids(messages, tools, template_kwargs)
+        return self._continuation(ids, sampling, is_chat=True, is_streamed=is_streamed)
 
     def _continuation(
-        self, ids: list[int], sampling: SamplingParams | None
+        self,
+        ids: list[int],
+        sampling: SamplingParams | None,
+        is_chat: bool = False,
+        is_streamed: bool = False,
     ) -> Question[Generation]:
         settings = (sampling or self.default_sampling).of_samples()
 
         def conclude(requests: Sequence[Request]) -> Generation:
-            first, *others = map(self._result, requests)
+            first, *others = (self.result(request, is_chat) for request in requests)
             return replace(first, others=tuple(others))
 
-        return Question(tuple(self._request(ids, each) for each in settings), conclude)
+        requests = tuple(self._request(ids, each, is_streamed) for each in settings)
+        return Question(requests, conclude)
 
     def score_question(self, prompt: Prompt, completion: Prompt) -> Question[Score]:
         """What `score` asks, see `generate_question`."""
@@ -440,6 +457,11 @@ class LLM:
         """
         return self.engine.warmup(wanted, structured)
 
+    @property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes calls of tools."""
+        return tool_format(choose_template(self.tokenizer, tools=True))
+
     def stats(self) -> Stats:
         """Counters since the model was loaded: tokens read, shared and drawn, guesses and how many
         were accepted, preemptions."""
@@ -450,12 +472,14 @@ class LLM:
         prompts: Sequence[list[int]],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         on_finished: Callable[[], None] | None = None,
+        is_chat: bool = False,
     ) -> list[Generation]:
         if sampling is None or isinstance(sampling, SamplingParams):
             sampling = [sampling or self.default_sampling] * len(prompts)
         if len(sampling) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(sampling)} sampling settings")
-        questions = [self._continuation(*pair) for pair in zip(prompts, sampling, strict=True)]
+        pairs = zip(prompts, sampling, strict=True)
+        questions = [self._continuation(*pair, is_chat=is_chat) for pair in pairs]
         asked_by = {request: question for question in questions for request in question.requests}
         for request in self.engine.run(list(asked_by)):
             if request.finish_reason:
@@ -472,8 +496,7 @@ class LLM:
             if request.error:
                 raise request.error
             if request.finish_reason:
-                result = self._result(request)
-                yield Piece(text, self._with_tool_calls(result) if is_chat else result)
+                yield Piece(text, self.result(request, is_chat))
             elif text:
                 yield Piece(text)
 
@@ -512,7 +535,9 @@ class LLM:
                     )
         return {special[stop]: stop for stop in stops if stop in special}
 
-    def _result(self, request: Request) -> Generation:
+    def result(self, request: Request, is_chat: bool = False) -> Generation:
+        """What has come of one request of a question, when it has ended; with the calls that it
+        makes where `is_chat`."""
         logprobs, error = None, request.error
         if request.params.logprobs is not None and not error:
             try:
@@ -523,7 +548,7 @@ class LLM:
                 error = raised
         assert request.finish_reason is not None
         first = request.first_token_at or request.finished_at
-        return Generation(
+        generation = Generation(
             text=request.text,
             token_ids=tuple(request.token_ids),
             finish_reason="error" if error else request.finish_reason,
@@ -536,15 +561,14 @@ class LLM:
             stop_reason=request.stop_reason,
             error=error,
         )
+        return self._with_tool_calls(generation) if is_chat else generation
 
     def _with_tool_calls(self, result: Generation) -> Generation:
-        result = replace(result, others=tuple(map(self._with_tool_calls, result.others)))
         if result.error:
             return result
         try:
             reply = self.tokenizer.decode(result.token_ids, skip_special=False)
-            form = tool_format(choose_template(self.tokenizer, tools=True))
-            return replace(result, tool_calls=parse_tool_calls(reply, form))
+            return replace(result, tool_calls=parse_tool_calls(reply, self.tool_format))
         except Exception as error:  # this continuation's alone
             return replace(result, finish_reason="error", error=error)
 

@@ -28,7 +28,7 @@ LAYERS = (
     ("llama_jax.checkpoint",),
     ("llama_jax.engine", "converters"),
     ("llama_jax",),
-    ("llama_jax.integrations",),
+    ("llama_jax.integrations", "llama_jax.serve"),
     ("llama_jax.cli",),
 )  # fmt: skip
 

@@ -30,6 +30,7 @@ from llama_jax.cli.generate import generate
 from llama_jax.cli.inspect import inspect
 from llama_jax.cli.output import in_few_lines, note, stderr
 from llama_jax.cli.score import score
+from llama_jax.cli.serve import serve
 from llama_jax.cli.verify import verify
 
 _DEBUG = "LLAMA_JAX_DEBUG"
@@ -46,7 +47,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (chat, generate, score, eval, convert, export, verify, inspect, compare, bench):
+for command in (
+    chat, generate, score, serve, eval, convert, export, verify, inspect, compare, bench,
+):  # fmt: skip
     app.command()(command)
 
 

@@ -236,6 +236,23 @@ def parse_tool_calls(text: str, form: ToolFormat = "llama") -> tuple[ToolCall, .
     return _as_calls(_llama_calls(body))
 
 
+def call_marks(form: ToolFormat) -> tuple[str, ...]:
+    """What stands in front of a call in the middle of a reply: the text before it is for the user.
+    Llama's other forms make up the whole reply, see `CALL_OPENINGS`."""
+    if form in _TAGGED:
+        return (_TAGGED[form][1], *(("<｜tool▁calls▁begin｜>",) if form == "deepseek" else ()))  # noqa: RUF001
+    return ("<function=",)
+
+
+def call_ends(form: ToolFormat) -> tuple[str, ...]:
+    """What stands behind a call."""
+    return (_TAGGED[form][2],) if form in _TAGGED else ()
+
+
+# What a reply begins with that may be nothing but calls.
+CALL_OPENINGS = ("{", "[", *(f"{name}.call(" for name in BUILTIN_TOOLS))
+
+
 def _llama_calls(body: str) -> "_Calls | None":
     calls = _json_calls(body)
     if calls is None:

@@ -1,0 +1,200 @@
+"""Which path does what: the FastAPI application, whose OpenAPI document is at /openapi.json."""
+
+import asyncio
+from collections.abc import Awaitable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from llama_jax.serve import chat, completions, tokens
+from llama_jax.serve.errors import ApiError, ClientGone, engine_failed, invalid, not_ready
+from llama_jax.serve.events import EventStream
+from llama_jax.serve.middleware import BEGAN, Gate
+from llama_jax.serve.replies import (
+    ChatCompletion,
+    Completion,
+    ErrorReply,
+    Health,
+    ModelCard,
+    ModelList,
+    ScoreReply,
+    Text,
+    Tokens,
+)
+from llama_jax.serve.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    ScoreRequest,
+    TokenizeRequest,
+    check_unknown,
+)
+from llama_jax.serve.service import Service
+
+_STATUSES = {
+    400: "The request is wrong; `param` names the field",
+    401: "No valid API key",
+    404: "There is no such model, or path",
+    408: "The body did not arrive in time",
+    413: "The body is too large",
+    429: "Too many requests are waiting; `Retry-After` says when to come back",
+    500: "The server failed",
+    503: "The server is starting or going down",
+    504: "The request's deadline has passed",
+}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorReply, "description": text} for status, text in _STATUSES.items()
+}
+
+
+def create_app(service: Service) -> FastAPI:
+    """The application that serves a model; `service.thread` has to be started."""
+    app = FastAPI(
+        title="llama-jax",
+        version=_version(),
+        description="OpenAI's endpoints, with vLLM's additional fields.",
+        responses=_ERRORS,
+        redoc_url=None,
+    )
+    _add_error_handlers(app)
+    _add_completions(app, service)
+    _add_tokens(app, service)
+    _add_monitoring(app, service)
+    app.add_middleware(Gate, options=service.options)
+    if service.options.allowed_origins:  # around the gate, so that its refusals can be read too
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.options.allowed_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
+    return app
+
+
+def _add_completions(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, tags=["OpenAI"])
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """The assistant's next message; with `stream: true` as server-sent events."""
+        return await _answer(service, request, body, chat)
+
+    @app.post("/v1/completions", response_model=Completion, tags=["OpenAI"])
+    async def text_completions(body: CompletionRequest, request: Request) -> Response:
+        """Continuations of one or several prompts, texts or token ids."""
+        return await _answer(service, request, body, completions)
+
+
+async def _answer(service: Service, request: Request, body: Any, endpoint: Any) -> Response:
+    """endpoint: a module with `prepare`, `whole` and `pieces`, as `chat` has them."""
+    check_unknown(body)
+    began = request.scope[BEGAN]
+    if not body.stream:
+        return _reply(await while_connected(request, endpoint.whole(service, body, began)))
+    question = await while_connected(request, endpoint.prepare(service, body))
+    job = service.admit(question.requests, is_streamed=True)
+    return EventStream(job, endpoint.pieces(service, body, job, began))
+
+
+def _add_tokens(app: FastAPI, service: Service) -> None:
+    @app.get("/v1/models", response_model=ModelList, tags=["OpenAI"])
+    async def models() -> Response:
+        """The names that the model answers to."""
+        return _reply(tokens.models(service))
+
+    @app.get("/v1/models/{name:path}", response_model=ModelCard, tags=["OpenAI"])
+    async def model(name: str) -> Response:
+        service.check_model(name)
+        cards = tokens.models(service).data
+        return _reply(next(card for card in cards if card.id == name))
+
+    @app.post("/tokenize", response_model=Tokens, tags=["Tokens"])
+    async def tokenize(body: TokenizeRequest) -> Response:
+        """The token ids of a prompt or a conversation."""
+        check_unknown(body)
+        return _reply(await tokens.tokenize(service, body))
+
+    @app.post("/detokenize", response_model=Text, tags=["Tokens"])
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        """The text of token ids."""
+        check_unknown(body)
+        return _reply(await tokens.detokenize(service, body))
+
+    @app.post("/v1/score", response_model=ScoreReply, tags=["Tokens"])
+    async def score(body: ScoreRequest, request: Request) -> Response:
+        """How likely each of several completions is after a prompt."""
+        check_unknown(body)
+        asked = tokens.score(service, body, request.scope[BEGAN])
+        return _reply(await while_connected(request, asked))
+
+
+def _add_monitoring(app: FastAPI, service: Service) -> None:
+    @app.get("/health", response_model=Health, tags=["Monitoring"])
+    async def health() -> Response:
+        """200 while the process answers and its engine has not failed."""
+        if service.thread.failure:
+            raise engine_failed(service.thread.failure)
+        return _reply(Health(status="ok"))
+
+    @app.get("/ready", response_model=Health, tags=["Monitoring"])
+    async def ready() -> Response:
+        """200 when everything is compiled, the engine steps, and the server is not going down."""
+        if service.thread.failure:
+            raise engine_failed(service.thread.failure)
+        if not service.is_ready:
+            raise not_ready("warming up, going down, or a step takes suspiciously long")
+        return _reply(Health(status="ready"))
+
+    @app.get("/metrics", tags=["Monitoring"])
+    async def metrics() -> Response:
+        """Counters for Prometheus."""
+        return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4")
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def refuse(request: Request, error: ApiError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def refuse_body(request: Request, error: RequestValidationError) -> Response:
+        return invalid(error.errors()).response()
+
+    @app.exception_handler(HTTPException)
+    async def refuse_path(request: Request, error: HTTPException) -> Response:
+        refusal = ApiError(error.status_code, str(error.detail)).response()
+        refusal.headers.update(error.headers or {})
+        return refusal
+
+
+async def while_connected[T](request: Request, work: Awaitable[T]) -> T:
+    """What `work` gives, which is cancelled when the client leaves. Raises `ClientGone` then."""
+
+    async def until_gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(until_gone())
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientGone
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+def _reply(model: BaseModel) -> Response:
+    return Response(model.model_dump_json(), media_type="application/json")
+
+
+def _version() -> str:
+    try:
+        return version("llama-jax")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"

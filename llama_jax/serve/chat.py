@@ -1,0 +1,232 @@
+"""/v1/chat/completions: messages to a reply, whole or in pieces."""
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from llama_jax.engine.request import Request
+from llama_jax.results import Generation, TokenLogprob
+from llama_jax.scoring import Question
+from llama_jax.serve.engine_thread import Job, Update
+from llama_jax.serve.errors import bad_request, internal_error
+from llama_jax.serve.replies import (
+    AssistantMessage,
+    ChatChoice,
+    ChatCompletion,
+    ChatFinish,
+    ChatLogprob,
+    ChatLogprobs,
+    FunctionCall,
+    ToolCallReply,
+    TopLogprob,
+)
+from llama_jax.serve.schemas import ChatRequest
+from llama_jax.serve.service import Service, new_id
+from llama_jax.serve.tool_stream import Delta, ToolCallStream, arguments_text
+from llama_jax.text.tools import ToolCall
+
+if TYPE_CHECKING:
+    from llama_jax.llm import LLM
+    from llama_jax.text.tokenizer import Tokenizer
+
+_TAG = "<|python_tag|>"
+# JSON has no minus infinity: what vLLM writes for it.
+LEAST_LOGPROB = -9999.0
+
+
+async def prepare(service: Service, body: ChatRequest) -> Question[Generation]:
+    """What a request asks of the engine. Raises `ApiError` for what is wrong with it."""
+    service.check_model(body.model)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    sampling = service.sampling(body, body.limit, logprobs)
+    if body.chat_template is not None and "{" in body.chat_template:
+        raise bad_request(
+            "chat_template: only the name of one of the checkpoint's templates is taken",
+            "chat_template",
+        )
+    given: dict[str, Any] = {
+        "chat_template": body.chat_template,
+        "chat_template_kwargs": body.chat_template_kwargs,
+        "continue_final_message": bool(body.continue_final_message),
+        "add_generation_prompt": body.add_generation_prompt is not False,
+    }
+    if body.documents is not None:
+        given["documents"] = body.documents
+    question = await service.in_thread(
+        lambda: service.llm.chat_question(
+            body.messages, sampling, tools=body.offered, is_streamed=bool(body.stream), **given
+        )
+    )
+    service.check_room(question.requests[0], body.limit)
+    service.metrics.asked(sampling.n, sampling.max_new_tokens)
+    return question
+
+
+async def whole(service: Service, body: ChatRequest, began: float) -> ChatCompletion:
+    """A reply in one piece. began: when the request came."""
+    question = await prepare(service, body)
+    result = await service.answer(question, began)
+    choices = [_choice(service.llm, body, *each) for each in enumerate(result.samples)]
+    return ChatCompletion(
+        id=new_id("chatcmpl"),
+        created=int(time.time()),
+        model=service.name,
+        choices=choices,
+        usage=service.usage(question.requests),
+    )
+
+
+def _choice(llm: "LLM", body: ChatRequest, index: int, sample: Generation) -> ChatChoice:
+    content: str | None = sample.text
+    calls = _allowed(body, sample.tool_calls)
+    if calls:
+        content = _before_calls(llm, body, sample) or None
+    return ChatChoice(
+        index=index,
+        message=AssistantMessage(
+            content=content,
+            tool_calls=[_call_reply(call) for call in calls] or None,
+        ),
+        logprobs=_logprobs(llm.tokenizer, sample.logprobs),
+        finish_reason=_finish(sample, calls),
+        stop_reason=sample.stop_reason,
+    )
+
+
+def _allowed(body: ChatRequest, calls: Sequence[ToolCall]) -> Sequence[ToolCall]:
+    """The calls that the client wants to hear of."""
+    if not body.offered:
+        return ()
+    return calls[:1] if body.parallel_tool_calls is False else calls
+
+
+def _call_reply(call: ToolCall) -> ToolCallReply:
+    function = FunctionCall(name=call.name, arguments=arguments_text(call))
+    return ToolCallReply(id=call.id, function=function)
+
+
+def _before_calls(llm: "LLM", body: ChatRequest, sample: Generation) -> str:
+    """What a reply with calls says to the user: the text before them."""
+    tag = llm.tokenizer.special_tokens.get(_TAG, -1)
+    if tag in sample.token_ids:
+        return llm.tokenizer.decode(sample.token_ids[: sample.token_ids.index(tag)]).rstrip()
+    deltas = _tool_stream(llm, body).push(sample.text)
+    return "".join(delta.get("content", "") for delta in deltas)
+
+
+def _tool_stream(llm: "LLM", body: ChatRequest) -> ToolCallStream:
+    tag = llm.tokenizer.special_tokens.get(_TAG)
+    is_parallel = body.parallel_tool_calls is not False
+    return ToolCallStream(llm.tool_format, body.tool_names, tag, is_parallel)
+
+
+def _finish(sample: Generation, calls: Sequence[ToolCall]) -> ChatFinish:
+    if calls:
+        return "tool_calls"
+    return "length" if sample.finish_reason == "length" else "stop"
+
+
+def _logprobs(
+    tokenizer: "Tokenizer", logprobs: Sequence[TokenLogprob] | None
+) -> ChatLogprobs | None:
+    if logprobs is None:
+        return None
+    content = [
+        ChatLogprob(
+            **_token(tokenizer, each.token_id, each.logprob),
+            top_logprobs=[
+                TopLogprob(**_token(tokenizer, token_id, value)) for token_id, _, value in each.top
+            ],
+        )
+        for each in logprobs
+    ]
+    return ChatLogprobs(content=content)
+
+
+def _token(tokenizer: "Tokenizer", token_id: int, logprob: float) -> dict[str, Any]:
+    return {
+        "token": tokenizer.token_text(token_id),
+        "logprob": max(logprob, LEAST_LOGPROB),
+        "bytes": list(tokenizer.token_bytes(token_id)),
+    }
+
+
+# In pieces.
+
+
+async def pieces(
+    service: Service, body: ChatRequest, job: Job, began: float
+) -> AsyncIterator[dict[str, Any]]:
+    """The chunks of a reply, of all its choices as they come."""
+    llm = service.llm
+    head = {
+        "id": new_id("chatcmpl"),
+        "object": "chat.completion.chunk",
+        "created": int(time.time()),
+        "model": service.name,
+    }
+    streams = [_tool_stream(llm, body) if body.offered else None for _ in job.requests]
+    has_begun = [False] * len(job.requests)
+
+    def chunk(index: int, delta: Delta, **fields: Any) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        made = {**head, "choices": [choice | fields]}
+        if body.usage_always_asked:
+            made["usage"] = service.usage(job.requests).model_dump()
+        elif body.usage_asked:
+            made["usage"] = None
+        return made
+
+    async for update in service.updates(job, began):
+        index = update.index
+        if not has_begun[index]:
+            has_begun[index] = True
+            yield chunk(index, {"role": "assistant", "content": ""})
+        deltas, last = _news(llm, body, streams[index], update)
+        logprobs = _new_logprobs(llm.tokenizer, update) if body.logprobs else None
+        if logprobs and not deltas:
+            deltas = [{"content": ""}]
+        for delta in deltas:
+            yield chunk(index, delta, logprobs=logprobs)
+            logprobs = None
+        if last:
+            yield chunk(index, {}, **last)
+    if body.usage_asked:
+        yield {**head, "choices": [], "usage": service.usage(job.requests).model_dump()}
+
+
+def _news(
+    llm: "LLM", body: ChatRequest, stream: ToolCallStream | None, update: Update
+) -> tuple[list[Delta], dict[str, Any]]:
+    """The pieces of a message that an update brings, and how it ends, if it does."""
+    request: Request = update.request
+    if request.error:
+        raise internal_error(request.error)
+    if stream is None:
+        deltas: list[Delta] = [{"content": update.text}] if update.text else []
+    else:
+        deltas = stream.push(update.text, update.token_ids)
+    if not update.is_last:
+        return deltas, {}
+    sample = llm.result(request, is_chat=stream is not None)
+    if sample.error:
+        raise internal_error(sample.error)
+    calls = _allowed(body, sample.tool_calls)
+    if stream is not None:
+        deltas += stream.end(calls)
+    return deltas, {"finish_reason": _finish(sample, calls), "stop_reason": sample.stop_reason}
+
+
+def _new_logprobs(tokenizer: "Tokenizer", update: Update) -> dict[str, Any] | None:
+    if not update.token_ids:
+        return None
+    content = [
+        {
+            **_token(tokenizer, token_id, logprob),
+            "top_logprobs": [_token(tokenizer, *each) for each in top],
+        }
+        for token_id, logprob, top in zip(
+            update.token_ids, update.logprobs, update.top, strict=True
+        )
+    ]
+    return {"content": content, "refusal": None}

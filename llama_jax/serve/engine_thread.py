@@ -1,0 +1,316 @@
+"""The one thread that steps the engine, and what the event loop sees of it.
+
+The event loop never calls the engine: its lock is held for as long as a step takes. Jobs and
+cancellations go into an inbox that the thread empties between two steps; what a step changed goes
+back in one `call_soon_threadsafe`. So a client that leaves is cancelled within one step, and a
+thousand streams wake the event loop once a step.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from traceback import format_tb
+from typing import TYPE_CHECKING
+
+from llama_jax.engine import compile_cache
+from llama_jax.engine.compile_cache import CompileReport
+from llama_jax.engine.request import Request
+from llama_jax.engine.scheduling import Stats
+from llama_jax.serve.errors import ApiError, engine_failed, not_ready
+
+if TYPE_CHECKING:
+    from llama_jax.engine.engine import Engine
+
+_log = logging.getLogger(__name__)
+
+# A step that takes longer is no step any more: `EngineThread.is_stepping`.
+_STALLED_AFTER = 60.0
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is new in one of a job's requests: an immutable copy, made between two steps.
+
+    text: what may be shown now. token_ids, logprobs, top: of the tokens drawn since the last one.
+    """
+
+    index: int
+    request: Request
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    top: tuple[list[tuple[int, float]], ...]
+    is_last: bool
+    at: float
+
+
+@dataclass(eq=False)
+class Job:
+    """Requests that are asked together, for one caller in the event loop.
+
+    Made by `EngineThread.ask`. is_streamed: the caller wants pieces, or else only each request's
+    end.
+    """
+
+    requests: Sequence[Request]
+    is_streamed: bool
+    _owner: "EngineThread"
+    _news: "asyncio.Queue[Update | ApiError]" = field(default_factory=asyncio.Queue)
+    # The thread's own: characters and tokens that were told, by request; requests not ended.
+    _told: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _left: int = 0
+    # The event loop's own: requests that have not ended, as far as it knows, and their tokens.
+    num_open: int = 0
+    open_tokens: int = 0
+
+    async def next(self) -> Update:
+        """Wait for the next update. Raises `ApiError` where the engine failed, or was told to stop;
+        waits for ever where all requests have ended."""
+        news = await self._news.get()
+        if isinstance(news, ApiError):
+            raise news
+        return news
+
+    def close(self) -> None:
+        """Cancel what has not ended."""
+        self._owner.close(self)
+
+    def _take(self, index: int, request: Request) -> Update | None:
+        """What is new; called by the engine's thread alone."""
+        is_last = request.finish_reason is not None
+        self._left -= is_last
+        if not (is_last or self.is_streamed):
+            return None
+        shown, count = self._told.get(index, (0, 0))
+        released = max(shown, request.released)
+        self._told[index] = released, len(request.token_ids)
+        return Update(
+            index,
+            request,
+            request.text[shown:released],
+            tuple(request.token_ids[count:]),
+            tuple(request.logprobs[count:]),
+            tuple(request.top[count:]),
+            is_last,
+            time.perf_counter(),
+        )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The engine between two steps. compiled: programs since the warm-up."""
+
+    stats: Stats
+    num_running: int
+    num_waiting: int
+    pages_used: int
+    num_pages: int
+    compiled: int
+    steps: int
+
+
+class EngineThread:
+    """Steps an engine while there is work.
+
+    on_ready: called in the event loop when everything is compiled, with what that took.
+    on_failure: called there when a step, or the warm-up, has raised; nothing is answered any more.
+    on_step: called in the thread with the tokens that a step computed.
+    """
+
+    def __init__(
+        self,
+        engine: "Engine",
+        on_ready: Callable[[CompileReport], None],
+        on_failure: Callable[[BaseException], None],
+        on_step: Callable[[int], None] = lambda tokens: None,
+    ) -> None:
+        self._engine = engine
+        self._on_ready, self._on_failure, self._on_step = on_ready, on_failure, on_step
+        self._wake = threading.Condition()
+        self._inbox: list[Callable[[], None]] = []
+        self._is_told_to_stop = False
+        self._jobs: set[Job] = set()  # the thread's own
+        self._news: list[tuple[Job, Update | ApiError]] = []
+        self._loop: asyncio.AbstractEventLoop
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._step_began = 0.0
+        self._warm = compile_cache.report()
+        self._steps = 0
+        self.failure: BaseException | None = None
+        self.is_ready = False
+        self.num_open = 0  # requests that have not ended, as the event loop knows
+        self.open_tokens = 0  # of their prompts
+        self.snapshot = self._look()
+
+    # The event loop's side.
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    def ask(self, requests: Sequence[Request], is_streamed: bool) -> Job:
+        """Hand requests to the engine. The caller has to close the job."""
+        job = Job(requests, is_streamed, self)
+        for index, request in enumerate(requests):
+            request.on_change = partial(self._note, job, index)
+        with self._wake:
+            if self.failure:
+                raise engine_failed(self.failure)
+            if not self.is_ready or self._is_told_to_stop:
+                raise not_ready("the server is starting or going down")
+            self._inbox.append(partial(self._submit, job))
+            self._wake.notify()
+        self._count(job, len(requests), sum(len(request.prompt) for request in requests))
+        return job
+
+    def close(self, job: Job) -> None:
+        if job.num_open:
+            self._tell(partial(self._cancel, job))
+
+    def fail_all(self, error: ApiError) -> None:
+        """End every job with an error, and take no more."""
+        self._tell(partial(self._end_all, error))
+
+    def stop(self, timeout: float) -> bool:
+        """End the thread after its step; False if that takes longer."""
+        with self._wake:
+            self._is_told_to_stop = True
+            self._wake.notify()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    @property
+    def is_stepping(self) -> bool:
+        """Whether it is alive, and no step has taken suspiciously long."""
+        began = self._step_began
+        is_stalled = began and time.perf_counter() - began > _STALLED_AFTER
+        return self._thread.is_alive() and not self.failure and not is_stalled
+
+    def _tell(self, command: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(command)
+            self._wake.notify()
+
+    def _deliver(self, news: list[tuple[Job, Update | ApiError]]) -> None:
+        for job, each in news:
+            if isinstance(each, ApiError):
+                self._count(job, -job.num_open, -job.open_tokens)
+            elif each.is_last:
+                self._count(job, -1, -len(each.request.prompt))
+            job._news.put_nowait(each)
+
+    def _count(self, job: Job, requests: int, tokens: int) -> None:
+        job.num_open += requests
+        job.open_tokens += tokens
+        self.num_open += requests
+        self.open_tokens += tokens
+
+    # The thread's side.
+
+    def _run(self) -> None:
+        try:
+            report = self._engine.warmup(("tokens", "logprobs"))
+            self._warm = compile_cache.report()
+            with self._wake:
+                self.is_ready = True
+            self._post(self._on_ready, report)
+            while self._turn():
+                pass
+        except BaseException as error:
+            self._fail(error)
+
+    def _turn(self) -> bool:
+        """Take in what was told, and step; False when it is told to stop."""
+        with self._wake:
+            while not (self._inbox or self._engine.has_work or self._is_told_to_stop):
+                self._wake.wait()
+            inbox, self._inbox = self._inbox, []
+            if self._is_told_to_stop:
+                return False
+        for command in inbox:
+            command()
+        if self._engine.has_work:
+            before = self._engine.counts.prefilled + self._engine.counts.drawn
+            self._step_began = time.perf_counter()
+            self._engine.step()
+            self._step_began = 0.0
+            self._steps += 1
+            self._on_step(self._engine.counts.prefilled + self._engine.counts.drawn - before)
+        self.snapshot = self._look()
+        self._flush()
+        return True
+
+    def _look(self) -> Snapshot:
+        pages, engine = self._engine.pages, self._engine
+        return Snapshot(
+            stats=engine.stats(),
+            num_running=engine.num_running,
+            num_waiting=engine.num_waiting,
+            pages_used=pages.num_pages - pages.num_available,
+            num_pages=pages.num_pages,
+            compiled=compile_cache.report().since(self._warm).compiled,
+            steps=self._steps,
+        )
+
+    def _note(self, job: Job, index: int, request: Request) -> None:
+        update = job._take(index, request)
+        if update:
+            self._news.append((job, update))
+        if not job._left:
+            self._jobs.discard(job)
+
+    def _submit(self, job: Job) -> None:
+        job._left = len(job.requests)
+        self._jobs.add(job)
+        try:
+            for request in job.requests:
+                self._engine.submit(request)
+        except Exception as error:
+            self._end(job, ApiError(400, str(error)))
+
+    def _cancel(self, job: Job) -> None:
+        for request in job.requests:
+            if not request.finish_reason and request.id >= 0:
+                self._engine.cancel(request.id)
+
+    def _end(self, job: Job, error: ApiError) -> None:
+        """Cancel a job and tell `error` instead of what that leaves."""
+        self._jobs.discard(job)
+        self._cancel(job)
+        self._news = [(other, each) for other, each in self._news if other is not job]
+        self._news.append((job, error))
+
+    def _end_all(self, error: ApiError) -> None:
+        for job in list(self._jobs):
+            self._end(job, error)
+
+    def _flush(self) -> None:
+        if self._news:
+            news, self._news = self._news, []
+            self._post(self._deliver, news)
+
+    def _fail(self, error: BaseException) -> None:
+        """A step has raised: everybody who waits is told, and the pages are free again."""
+        _log.error(
+            "the engine failed: %s\n%s",
+            type(error).__name__,
+            "".join(format_tb(error.__traceback__)),
+        )
+        with self._wake:
+            self.failure = error
+            inbox, self._inbox = self._inbox, []
+        for command in inbox:
+            command()
+        self._end_all(engine_failed(error))
+        self.snapshot = self._look()
+        self._flush()
+        self._post(self._on_failure, error)
+
+    def _post(self, callback: Callable[..., None], *arguments: object) -> None:
+        with suppress(RuntimeError):  # the event loop has ended
+            self._loop.call_soon_threadsafe(callback, *arguments)

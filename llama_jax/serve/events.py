@@ -1,0 +1,43 @@
+"""Answers in pieces: server-sent events, `data: {...}` each, and `data: [DONE]` at the end."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from llama_jax.serve.engine_thread import Job
+from llama_jax.serve.errors import ApiError
+
+DONE = b"data: [DONE]\n\n"
+_encode = msgspec.json.Encoder().encode
+
+
+def event(value: dict[str, Any]) -> bytes:
+    return b"data: " + _encode(value) + b"\n\n"
+
+
+class EventStream(StreamingResponse):
+    """Events of a job, which is closed when the last one is sent or the client has left."""
+
+    def __init__(self, job: Job, events: AsyncIterator[dict[str, Any]]) -> None:
+        super().__init__(_told(events), media_type="text/event-stream")
+        self.headers["Cache-Control"] = "no-cache"
+        self._job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._job.close()
+
+
+async def _told(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
+    """The events as bytes. What is raised between them is the last one."""
+    try:
+        async for each in events:
+            yield event(each)
+    except ApiError as error:
+        yield event(error.as_dict())
+    yield DONE

@@ -1,0 +1,161 @@
+"""What holds for every request, before anything looks at its content.
+
+Plain ASGI: Starlette's own base class would put a task and a queue between each stream and its
+socket.
+"""
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import Sequence
+from traceback import format_tb
+from uuid import uuid4
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llama_jax.serve.errors import ApiError, ClientGone, internal_error, too_late
+from llama_jax.serve.options import BODY_SECONDS, MAX_BODY_BYTES, ServeOptions
+
+_log = logging.getLogger(__name__)
+
+# What monitors ask, without a key. None of it has a user's text.
+OPEN_PATHS = ("/health", "/ready", "/metrics")
+BEGAN = "llama_jax.began"  # in a scope: when the request came, of `time.perf_counter`
+# What a response may take beyond the request's deadline before its connection is cut.
+_GRACE = 10.0
+
+
+class Gate:
+    """Checks key and size, keeps to the deadline, and turns what was raised into an answer.
+
+    Log lines have method, path, status and duration; with `options.log_texts` bodies as well.
+    """
+
+    def __init__(self, app: ASGIApp, options: ServeOptions) -> None:
+        self._app, self._options = app, options
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = scope[BEGAN] = time.perf_counter()
+        request_id = Headers(scope=scope).get("x-request-id", "")[:128] or uuid4().hex
+        status = 0
+
+        async def send_on(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = _printable(request_id)
+            await send(message)
+
+        refusal: ApiError | None = None
+        try:
+            async with asyncio.timeout(self._options.request_timeout + _GRACE):
+                await self._guarded(scope, receive, send_on)
+        except ApiError as error:
+            refusal = error
+        except ClientGone:
+            status = 499
+        except TimeoutError:
+            refusal = too_late(self._options.request_timeout)
+        except Exception as error:
+            _log_failure(error)
+            refusal = internal_error(error)
+        if refusal is not None:
+            if status:  # too late for another answer: the client sees a broken one
+                raise _BrokenStreamError
+            await refusal.response()(scope, receive, send_on)
+        seconds = time.perf_counter() - began
+        _log.info("%s %s %s %.0f ms", scope["method"], scope["path"][:200], status, 1e3 * seconds)
+
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope)
+        if scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
+            check_key(headers.get("authorization", ""), self._options.api_keys)
+        if scope["method"] == "POST":
+            body = await _read_body(headers, receive)
+            if self._options.log_texts:
+                _log.info("%s: %s", scope["path"][:200], body.decode(errors="replace"))
+            receive = _after(body, receive)
+        await self._app(scope, receive, send)
+
+
+class _BrokenStreamError(Exception):
+    """Ends a connection whose answer cannot be completed."""
+
+    def __str__(self) -> str:
+        return "a response was cut off"
+
+
+def check_key(authorization: str, keys: Sequence[str]) -> None:
+    """Raises `ApiError` unless one of `keys` was sent. Takes the same time for any."""
+    if not keys:
+        return
+    scheme, _, given = authorization.partition(" ")
+    given_bytes = given.strip().encode(errors="replace")
+    found = [hmac.compare_digest(given_bytes, key.encode()) for key in keys]
+    if scheme.lower() != "bearer" or not any(found):
+        raise ApiError(
+            401,
+            "a valid API key is needed: Authorization: Bearer KEY",
+            type="authentication_error",
+            code="invalid_api_key",
+        )
+
+
+async def _read_body(headers: Headers, receive: Receive) -> bytes:
+    """The whole body. Raises `ApiError` where it is too large, or too slow."""
+    declared = headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
+        raise _too_large()
+    parts, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                part = message.get("body", b"")
+                size += len(part)
+                if size > MAX_BODY_BYTES:
+                    raise _too_large()
+                parts.append(part)
+                if not message.get("more_body", False):
+                    return b"".join(parts)
+    except TimeoutError as error:
+        raise ApiError(
+            408, f"the body took longer than {BODY_SECONDS:g} seconds", code="body_too_slow"
+        ) from error
+
+
+def _too_large() -> ApiError:
+    return ApiError(
+        413, f"the body is larger than {MAX_BODY_BYTES >> 20} MiB", code="body_too_large"
+    )
+
+
+def _after(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body that was read, and then what comes after it."""
+    is_given = False
+
+    async def given() -> Message:
+        nonlocal is_given
+        if is_given:
+            return await receive()
+        is_given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return given
+
+
+def _printable(text: str) -> str:
+    return "".join(c for c in text if c.isascii() and c.isprintable())
+
+
+def _log_failure(error: BaseException) -> None:
+    """Where it was raised, and its type: its message may have a user's text."""
+    trace = "".join(format_tb(error.__traceback__))
+    _log.error("%s while a request was answered\n%s", type(error).__name__, trace)

@@ -1,0 +1,221 @@
+"""The process: sockets, the engine's thread, signals, and how it ends.
+
+It answers /health as soon as the model is loaded, is /ready after the warm-up, and ends with 0 when
+it was told to by a signal, with 1 when the engine failed or a second signal came.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from fastapi import FastAPI, Response
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from llama_jax.serve.app import create_app
+from llama_jax.serve.errors import ApiError
+from llama_jax.serve.options import HEADER_SECONDS, ServeOptions
+from llama_jax.serve.service import Service
+
+if TYPE_CHECKING:
+    from llama_jax.llm import LLM
+
+_log = logging.getLogger(__name__)
+
+# Python lets a thread that computes run for so long before another gets its turn: with the usual
+# 5 ms the event loop would wait that long for the engine's thread, for each of several turns.
+_SWITCH_SECONDS = 0.0005
+# What is left to uvicorn for closing connections after the last request was ended.
+_CLOSING_SECONDS = 3
+
+
+def serve(
+    llm: "LLM",
+    options: ServeOptions,
+    root: str,
+    on_listening: Callable[[str], None] = lambda url: None,
+    on_ready: Callable[[Service, str], None] = lambda service, url: None,
+) -> int:
+    """Serve until a signal or a failure; returns the process' exit status.
+
+    root: what was loaded. on_listening: called with the URL when the socket is open; on_ready: when
+    requests are answered. Raises OSError where the port cannot be had.
+    """
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(_listen(options.host, options.port))]
+        if options.metrics_port is not None:
+            sockets.append(stack.enter_context(_listen(options.host, options.metrics_port)))
+        return asyncio.run(_serve(llm, options, root, sockets, on_listening, on_ready))
+
+
+async def _serve(
+    llm: "LLM",
+    options: ServeOptions,
+    root: str,
+    sockets: list[socket.socket],
+    on_listening: Callable[[str], None],
+    on_ready: Callable[[Service, str], None],
+) -> int:
+    service = Service(llm, options, root)
+    servers = [_Server(create_app(service), options, sockets[0])]
+    if options.metrics_port is not None:
+        servers.append(_Server(_metrics_app(service), options, sockets[1]))
+    ending = Ending(service, servers)
+    service.end_server = ending.begin
+    url = _url(options.host, sockets[0])
+    with ending.handling_signals():
+        service.thread.start()
+        running = asyncio.gather(*(server.serve() for server in servers))
+        on_listening(url)
+        with contextlib.suppress(BaseException):
+            await service.ready()
+            on_ready(service, url)
+        await running
+    is_stopped = await asyncio.to_thread(service.thread.stop, _CLOSING_SECONDS)
+    if service.thread.failure or ending.is_forced or not is_stopped:
+        return 1
+    return 0
+
+
+class Ending:
+    """From the first signal, or a failure, to the end: nothing new is taken, and what runs gets a
+    while."""
+
+    def __init__(self, service: Service, servers: "list[_Server]") -> None:
+        self._service, self._servers = service, servers
+        self.is_forced = False
+
+    @contextlib.contextmanager
+    def handling_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.getsignal(number) for number in numbers]
+        for number in numbers:
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                loop.remove_signal_handler(number)
+                signal.signal(number, handler)
+
+    def _on_signal(self) -> None:
+        if self._service.is_draining:
+            self.is_forced = True
+            for server in self._servers:
+                server.force_exit = True
+            return
+        seconds = self._service.options.drain_timeout
+        _log.warning("going down: running requests have %g seconds; again to stop at once", seconds)
+        asyncio.get_running_loop().call_later(seconds, self._end_requests)
+        self.begin()
+
+    def begin(self) -> None:
+        """Take no new connections; the servers end when there are no requests."""
+        self._service.is_draining = True
+        for server in self._servers:
+            server.should_exit = True
+
+    def _end_requests(self) -> None:
+        self._service.thread.fail_all(
+            ApiError(
+                503, "the server is going down", type="server_error", code="shutting_down",
+                retry_after=5,
+            )
+        )  # fmt: skip
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own handling of signals, which would end the process by them."""
+
+    def __init__(self, app: FastAPI, options: ServeOptions, listener: socket.socket) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=_Protocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=int(options.drain_timeout) + _CLOSING_SECONDS,
+                backlog=4096,
+            )
+        )
+        self._listener = listener
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().serve(sockets or [self._listener])
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
+    """uvicorn's, with a bound on the time in which a request's headers have to arrive."""
+
+    _headers_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._await_headers()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._await_headers()
+        else:
+            self._stop_waiting()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _await_headers(self) -> None:
+        if self._headers_timer is None:
+            self._headers_timer = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._headers_timer is not None:
+            self._headers_timer.cancel()
+            self._headers_timer = None
+
+
+def _metrics_app(service: Service) -> FastAPI:
+    """/metrics alone, for a port of its own."""
+    app = FastAPI(openapi_url=None)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound, so that a port that is taken is told before a model is loaded."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(4096)
+    except OSError:
+        listener.close()
+        raise
+    listener.setblocking(False)
+    return listener
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    port = listener.getsockname()[1]
+    shown = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
+    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"

@@ -1,0 +1,272 @@
+"""What every endpoint does with a request: make questions of it, admit them, and wait in time.
+
+Prompts are tokenised, and templates rendered, in worker threads: a long one would keep the event
+loop, and with it every stream, waiting.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from llama_jax.engine.request import Request
+from llama_jax.sampling_params import SamplingParams
+from llama_jax.scoring import Question
+from llama_jax.serve.engine_thread import EngineThread, Job, Update
+from llama_jax.serve.errors import (
+    ApiError,
+    bad_request,
+    engine_failed,
+    internal_error,
+    not_ready,
+    too_late,
+)
+from llama_jax.serve.metrics import Metrics
+from llama_jax.serve.options import WAITING_POOLS, ServeOptions
+from llama_jax.serve.replies import PromptTokensDetails, Usage
+from llama_jax.serve.schemas import SAMPLING_FIELDS, Asked
+from llama_jax.serve.structured import structured_settings
+
+if TYPE_CHECKING:
+    from llama_jax.engine.compile_cache import CompileReport
+    from llama_jax.llm import LLM
+
+_log = logging.getLogger(__name__)
+
+# The longest that a client is told to wait before it asks again, in seconds.
+_LONGEST_RETRY = 60
+
+
+@dataclass(eq=False)
+class Service:
+    """A loaded model behind its engine's thread.
+
+    root: what was loaded. end_server: called once when the engine has failed.
+    """
+
+    llm: "LLM"
+    options: ServeOptions
+    root: str = "abacus"
+    end_server: Callable[[], None] = lambda: None
+    thread: EngineThread = field(init=False)
+    metrics: Metrics = field(init=False)
+    created: int = field(default_factory=lambda: int(time.time()))
+    warmup_seconds: float = 0.0
+    is_draining: bool = False
+    _ready: asyncio.Event = field(default_factory=asyncio.Event)
+    _ended: deque[float] = field(default_factory=lambda: deque(maxlen=64))
+
+    def __post_init__(self) -> None:
+        self.thread = EngineThread(
+            self.llm.engine,
+            on_ready=self._on_ready,
+            on_failure=self._on_failure,
+            on_step=lambda tokens: self.metrics.step(tokens),
+        )
+        self.metrics = Metrics(self.options.names[0], self.llm.max_seq_len, self.thread)
+
+    @property
+    def name(self) -> str:
+        """Of the model, in replies."""
+        return self.options.names[0]
+
+    @property
+    def is_ready(self) -> bool:
+        return self.thread.is_ready and self.thread.is_stepping and not self.is_draining
+
+    async def ready(self) -> None:
+        """Wait for the warm-up. Raises what it raised."""
+        await self._ready.wait()
+        if self.thread.failure:
+            raise self.thread.failure
+
+    def _on_ready(self, report: "CompileReport") -> None:
+        self.warmup_seconds = report.seconds
+        self._ready.set()
+
+    def _on_failure(self, error: BaseException) -> None:
+        self._ready.set()
+        self.end_server()
+
+    # What was asked.
+
+    def check_model(self, model: str | None) -> None:
+        if model is not None and model not in self.options.names:
+            raise ApiError(
+                404,
+                f"the model {model[:100]!r} is not served here; there is "
+                f"{', '.join(self.options.names)}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def sampling(self, body: Asked, limit: int | None, logprobs: int | None) -> SamplingParams:
+        """How a request wants its tokens drawn; what it leaves open the checkpoint decides.
+
+        limit: of new tokens; None for what the context has room for, or the checkpoint asks for.
+        """
+        default = self.llm.default_sampling
+        if limit is None:
+            own = self.llm.manifest.generation.get("max_new_tokens")
+            limit = default.max_new_tokens if own else self.llm.max_seq_len
+        given = {
+            ours: value
+            for theirs, ours in SAMPLING_FIELDS.items()
+            if (value := getattr(body, theirs)) is not None
+        }
+        if body.seed is not None:
+            given["seed"] = body.seed % 2**32
+        if body.logit_bias:
+            given["logit_bias"] = {**default.logit_bias, **_biases(body.logit_bias)}
+        given |= structured_settings(body)
+        try:
+            return replace(default, **given, max_new_tokens=limit, logprobs=logprobs)
+        except (ValueError, TypeError) as error:
+            raise bad_request(_in_their_words(str(error))) from error
+
+    async def in_thread[T](self, make: Callable[[], T]) -> T:
+        """What `make` gives, in a worker thread. ValueError says what is the client's mistake."""
+        try:
+            return await asyncio.to_thread(make)
+        except (ValueError, TypeError) as error:
+            raise bad_request(_in_their_words(str(error))) from error
+
+    def check_room(self, request: Request, limit: int | None) -> None:
+        """Raises `ApiError` where more tokens are asked for than the context has room for."""
+        length = len(request.prompt)
+        if limit is not None and length + limit > self.llm.max_seq_len:
+            raise bad_request(
+                f"max_tokens {limit} and a prompt of {length} tokens are more than the "
+                f"{self.llm.max_seq_len} tokens of the context",
+                "max_tokens",
+                "context_length_exceeded",
+            )
+
+    # How it is answered.
+
+    def admit(self, requests: Sequence[Request], *, is_streamed: bool = False) -> Job:
+        """Hand requests to the engine, if there is room for them to wait. The job has to be closed.
+
+        The engine admits no sequence before there are pages for it, and takes up those again that
+        had to give theirs back, so what is accepted here does not die of memory.
+        """
+        if self.thread.failure:
+            raise engine_failed(self.thread.failure)
+        if not self.thread.is_ready or self.is_draining:
+            raise not_ready(
+                "the server is going down" if self.is_draining else "the model is warming up"
+            )
+        engine = self.llm.engine.options
+        capacity = engine.max_batch_size + self.options.max_waiting
+        if len(requests) > capacity:
+            raise bad_request(
+                f"{len(requests)} sequences in one request; at most {capacity} are possible"
+            )
+        tokens = sum(len(request.prompt) for request in requests)
+        pools = WAITING_POOLS * self.thread.snapshot.num_pages * self.llm.engine.pages.page_size
+        is_full = self.thread.num_open + len(requests) > capacity
+        if is_full or (self.thread.num_open and self.thread.open_tokens + tokens > pools):
+            self.metrics.failures.labels(self.name, "rejected").inc()
+            raise ApiError(
+                429,
+                f"{self.thread.num_open} sequences are running or waiting; try again later",
+                type="rate_limit_error",
+                code="queue_full",
+                retry_after=self._retry_after(),
+            )
+        return self.thread.ask(requests, is_streamed)
+
+    def _retry_after(self) -> int:
+        """Seconds in which a place should become free, by the pace of the last minutes."""
+        if len(self._ended) < 2:
+            return 1
+        pace = (time.perf_counter() - self._ended[0]) / len(self._ended)
+        return min(_LONGEST_RETRY, max(1, math.ceil(pace)))
+
+    @asynccontextmanager
+    async def in_time(self, began: float) -> AsyncIterator[None]:
+        """Raises `ApiError` where the block has not ended by the request's deadline.
+
+        began: when it arrived, of `time.perf_counter`.
+        """
+        left = self.options.request_timeout - (time.perf_counter() - began)
+        try:
+            async with asyncio.timeout(max(0.0, left)):
+                yield
+        except TimeoutError as error:
+            self.metrics.failures.labels(self.name, "timeout").inc()
+            raise too_late(self.options.request_timeout) from error
+
+    async def updates(self, job: Job, began: float) -> AsyncIterator[Update]:
+        """What comes of a job until all its requests have ended, or the deadline; with metrics."""
+        left = len(job.requests)
+        last_at: dict[int, float] = {}
+        while left:
+            async with self.in_time(began):
+                update = await job.next()
+            if job.is_streamed and update.token_ids:
+                if update.index in last_at:
+                    self.metrics.piece(update.at - last_at[update.index], len(update.token_ids))
+                last_at[update.index] = update.at
+            if update.is_last:
+                left -= 1
+                self._ended.append(update.at)
+                self.metrics.request(update.request, began)
+            yield update
+
+    async def answer[T](self, question: Question[T], began: float) -> T:
+        """Ask a question and wait for its answer, until the deadline."""
+        job = self.admit(question.requests)
+        try:
+            async for _ in self.updates(job, began):
+                pass
+        finally:
+            job.close()
+        return self.conclude(question)
+
+    def conclude[T](self, question: Question[T]) -> T:
+        """The answer to a question whose requests have ended. Raises `ApiError` for what was raised
+        in the work for one of them."""
+        for request in question.requests:
+            if request.error:
+                raise internal_error(request.error)
+        return question.answer()
+
+    def usage(self, requests: Sequence[Request], num_prompts: int = 1) -> Usage:
+        """requests: of `num_prompts` prompts, the continuations of each one after another."""
+        each = len(requests) // num_prompts
+        prompts = requests[::each]
+        prompt = sum(len(request.prompt) for request in prompts)
+        completion = sum(len(request.token_ids) for request in requests)
+        return Usage(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(
+                cached_tokens=sum(request.num_cached for request in prompts)
+            ),
+        )
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid4().hex}"
+
+
+def _biases(given: dict[str, float]) -> dict[int, float]:
+    try:
+        return {int(key): value for key, value in given.items()}
+    except ValueError as error:
+        raise bad_request("logit_bias: keys must be token ids", "logit_bias") from error
+
+
+def _in_their_words(message: str) -> str:
+    """`SamplingParams`' message with the fields' names as the client knows them."""
+    for theirs, ours in (("max_tokens", "max_new_tokens"), ("min_tokens", "min_new_tokens")):
+        message = message.replace(ours, theirs)
+    return message

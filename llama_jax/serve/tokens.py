@@ -1,0 +1,97 @@
+"""/tokenize, /detokenize, /v1/models and /v1/score: what needs no new tokens."""
+
+import time
+
+from llama_jax.results import Ranking
+from llama_jax.scoring import Question
+from llama_jax.serve.errors import bad_request
+from llama_jax.serve.replies import ModelCard, ModelList, ScoreItem, ScoreReply, Text, Tokens
+from llama_jax.serve.schemas import DetokenizeRequest, ScoreRequest, TokenizeRequest
+from llama_jax.serve.service import Service, new_id
+
+
+def models(service: Service) -> ModelList:
+    cards = [
+        ModelCard(
+            id=name,
+            created=service.created,
+            root=service.root,
+            max_model_len=service.llm.max_seq_len,
+        )
+        for name in service.options.names
+    ]
+    return ModelList(data=cards)
+
+
+async def tokenize(service: Service, body: TokenizeRequest) -> Tokens:
+    """The ids that a prompt, or a conversation, becomes."""
+    service.check_model(body.model)
+    tokenizer = service.llm.tokenizer
+
+    def encode() -> list[int]:
+        from llama_jax.text.chat import encode_chat
+
+        if body.messages is None:
+            around = body.add_special_tokens
+            return tokenizer.encode(body.prompt or "", bos=around, eos=around)
+        return encode_chat(
+            tokenizer,
+            body.messages,
+            tools=body.tools or None,
+            add_generation_prompt=body.add_generation_prompt and not body.continue_final_message,
+            continue_final_message=body.continue_final_message,
+            chat_template_kwargs=body.chat_template_kwargs,
+        )
+
+    ids = await service.in_thread(encode)
+    return Tokens(
+        count=len(ids),
+        max_model_len=service.llm.max_seq_len,
+        tokens=ids,
+        token_strs=[tokenizer.token_text(i) for i in ids] if body.return_token_strs else None,
+    )
+
+
+async def detokenize(service: Service, body: DetokenizeRequest) -> Text:
+    """The text of ids, special tokens by their names."""
+    service.check_model(body.model)
+    size = service.llm.spec.config.vocab_size
+    if body.tokens and max(body.tokens) >= size:
+        raise bad_request(f"tokens: ids must be below {size}", "tokens")
+    decode = service.llm.tokenizer.decode
+    return Text(prompt=await service.in_thread(lambda: decode(body.tokens, skip_special=False)))
+
+
+async def score(service: Service, body: ScoreRequest, began: float) -> ScoreReply:
+    """How likely each completion is after the prompt, which is computed once."""
+    service.check_model(body.model)
+
+    def make() -> Question[Ranking]:
+        return service.llm.rank_question(body.prompt, body.completions)
+
+    question = await service.in_thread(make)
+    ranking = await service.answer(question, began)
+    text = service.llm.tokenizer.token_text
+    data = [
+        ScoreItem(
+            index=index,
+            logprob=each.total,
+            num_tokens=len(each.token_ids),
+            perplexity=each.perplexity,
+            is_greedy=each.is_greedy,
+            probability=probability,
+            tokens=[text(token_id) for token_id in each.token_ids],
+            token_logprobs=list(each.logprobs),
+        )
+        for index, (each, probability) in enumerate(
+            zip(ranking.scores, ranking.probabilities, strict=True)
+        )
+    ]
+    return ScoreReply(
+        id=new_id("score"),
+        created=int(time.time()),
+        model=service.name,
+        best=ranking.best,
+        data=data,
+        usage=service.usage(question.requests, len(question.requests)),
+    )
