@@ -62,6 +62,10 @@ Message = Mapping[str, Any]
 Prompt = str | Sequence[int]
 
 
+class PromptTooLongError(ValueError):
+    """A prompt that leaves no room in the context for what is wanted."""
+
+
 class LLM:
     """A Llama model on its device, ready to generate and to score. Made by `LLM.load`."""
 
@@ -607,7 +611,7 @@ class LLM:
             raise ValueError("the prompt is empty")
         check_ids("prompt", ids, self.spec.config.vocab_size)
         if len(ids) + room > self.max_seq_len:
-            raise ValueError(
+            raise PromptTooLongError(
                 f"the prompt has {len(ids)} tokens; max_seq_len is {self.max_seq_len}"
                 + (", of which at least one is for the reply" if room else "")
                 + ". Shorten it, or load the model with a larger max_seq_len."

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from converters.locate import locate
 from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.cli import options
 from llama_jax.cli.output import note, stderr
@@ -143,6 +144,7 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for noisy in ("uvicorn", "jax", "asyncio", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    locate(SHIPPED_MODEL if model is None else model)  # a mistake, before JAX is imported
     from llama_jax.model.sharding import make_mesh
     from llama_jax.serve.server import serve as run
 

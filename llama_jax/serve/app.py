@@ -65,6 +65,7 @@ def create_app(service: Service) -> FastAPI:
     _add_completions(app, service)
     _add_tokens(app, service)
     _add_monitoring(app, service)
+    _correct_document(app)
     app.add_middleware(Gate, options=service.options)
     if service.options.allowed_origins:  # around the gate, so that its refusals can be read too
         app.add_middleware(
@@ -168,6 +169,22 @@ def _add_error_handlers(app: FastAPI) -> None:
         refusal = ApiError(error.status_code, str(error.detail)).response()
         refusal.headers.update(error.headers or {})
         return refusal
+
+
+def _correct_document(app: FastAPI) -> None:
+    """FastAPI writes that a wrong body gets a 422; here it gets a 400, as from OpenAI. And replies
+    that may be streams are described as such."""
+    document = app.openapi()
+    for path in document["paths"].values():
+        for operation in path.values():
+            operation["responses"].pop("422", None)
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        content = document["paths"][path]["post"]["responses"]["200"]["content"]
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    document["paths"]["/metrics"]["get"]["responses"]["200"]["content"] = {
+        "text/plain": {"schema": {"type": "string"}}
+    }
+    app.openapi_schema = document
 
 
 async def while_connected[T](request: Request, work: Awaitable[T]) -> T:

@@ -136,7 +136,7 @@ class EngineThread:
         self._is_told_to_stop = False
         self._jobs: set[Job] = set()  # the thread's own
         self._news: list[tuple[Job, Update | ApiError]] = []
-        self._loop: asyncio.AbstractEventLoop
+        self.loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._step_began = 0.0
         self._warm = compile_cache.report()
@@ -150,7 +150,7 @@ class EngineThread:
     # The event loop's side.
 
     def start(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._thread.start()
 
     def ask(self, requests: Sequence[Request], is_streamed: bool) -> Job:
@@ -313,4 +313,4 @@ class EngineThread:
 
     def _post(self, callback: Callable[..., None], *arguments: object) -> None:
         with suppress(RuntimeError):  # the event loop has ended
-            self._loop.call_soon_threadsafe(callback, *arguments)
+            self.loop.call_soon_threadsafe(callback, *arguments)

@@ -7,6 +7,7 @@ loop, and with it every stream, waiting.
 import asyncio
 import logging
 import math
+import re
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from llama_jax.engine.request import Request
+from llama_jax.llm import PromptTooLongError
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.scoring import Question
 from llama_jax.serve.engine_thread import EngineThread, Job, Update
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+# Fields that messages of `LLM` and `SamplingParams` begin with.
+_FIELDS = {*SAMPLING_FIELDS, "max_tokens", "logit_bias", "messages", "tools", "chat_template"}
 # The longest that a client is told to wait before it asks again, in seconds.
 _LONGEST_RETRY = 60
 
@@ -128,14 +132,14 @@ class Service:
         try:
             return replace(default, **given, max_new_tokens=limit, logprobs=logprobs)
         except (ValueError, TypeError) as error:
-            raise bad_request(_in_their_words(str(error))) from error
+            raise _mistake(error) from error
 
     async def in_thread[T](self, make: Callable[[], T]) -> T:
         """What `make` gives, in a worker thread. ValueError says what is the client's mistake."""
         try:
             return await asyncio.to_thread(make)
         except (ValueError, TypeError) as error:
-            raise bad_request(_in_their_words(str(error))) from error
+            raise _mistake(error) from error
 
     def check_room(self, request: Request, limit: int | None) -> None:
         """Raises `ApiError` where more tokens are asked for than the context has room for."""
@@ -265,8 +269,12 @@ def _biases(given: dict[str, float]) -> dict[int, float]:
         raise bad_request("logit_bias: keys must be token ids", "logit_bias") from error
 
 
-def _in_their_words(message: str) -> str:
-    """`SamplingParams`' message with the fields' names as the client knows them."""
+def _mistake(error: Exception) -> ApiError:
+    """A mistake that `LLM` or `SamplingParams` found, with the field as the client knows it."""
+    message = str(error)
     for theirs, ours in (("max_tokens", "max_new_tokens"), ("min_tokens", "min_new_tokens")):
         message = message.replace(ours, theirs)
-    return message
+    field = re.match(r"(\w+)(\[\d+\])?", message)
+    param = field[0] if field and field[1] in _FIELDS else None
+    code = "context_length_exceeded" if isinstance(error, PromptTooLongError) else None
+    return bad_request(message, param, code)

@@ -1,0 +1,331 @@
+"""`llama-jax serve` over a real socket, with the model that ships and OpenAI's own client."""
+
+import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+
+from llama_jax import LLM, SamplingParams
+from llama_jax.abacus.tasks import CALCULATOR
+from llama_jax.engine.compile_cache import CompileReport, forbid_compile
+from tests.served import Served, serving
+
+SUM = [{"role": "user", "content": "What is 47 + 85?"}]
+PRODUCT = [{"role": "user", "content": "What is 4831 * 297?"}]
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    """Without the warm-up, which compiles many programs that these tests do not need."""
+    llm = LLM.load(max_batch_size=4, max_seq_len=512, prefill_chunk=128, verbose=False)
+    llm.engine.warmup = lambda wanted: CompileReport(0, 0, 0.0)
+    return llm
+
+
+@pytest.fixture(scope="module")
+def server(llm):
+    with serving(llm) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def client(server: Served) -> openai.OpenAI:
+    return server.client()
+
+
+def test_a_reply_equals_the_one_in_the_process(client, llm):
+    reply = client.chat.completions.create(model="abacus", messages=SUM)
+    (choice,) = reply.choices
+    assert (choice.message.content, choice.finish_reason) == ("132", "stop")
+    expected = llm.chat(SUM, SamplingParams(temperature=0))
+    assert choice.message.content == expected.text
+    assert reply.usage.prompt_tokens == len(expected.prompt_token_ids)
+    assert reply.usage.completion_tokens == 4
+    assert reply.model == "abacus" and reply.id.startswith("chatcmpl-")
+
+
+def test_a_stream_adds_up_to_the_reply(client):
+    asked = {"model": "abacus", "messages": SUM, "logprobs": True, "top_logprobs": 3}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(
+        client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    *pieces, last = chunks
+    assert last.choices == [] and last.usage == whole.usage.model_copy(
+        update={"prompt_tokens_details": last.usage.prompt_tokens_details}
+    )
+    deltas = [piece.choices[0].delta for piece in pieces]
+    assert deltas[0].role == "assistant"
+    assert "".join(delta.content or "" for delta in deltas) == whole.choices[0].message.content
+    assert pieces[-1].choices[0].finish_reason == "stop"
+    logprobs = [
+        each for p in pieces if p.choices[0].logprobs for each in p.choices[0].logprobs.content
+    ]
+    expected = whole.choices[0].logprobs.content
+    assert [each.token for each in logprobs] == [each.token for each in expected]
+    assert [each.logprob for each in logprobs] == pytest.approx(
+        [each.logprob for each in expected], abs=1e-3
+    )
+    assert all(len(each.top_logprobs) == 3 for each in logprobs)
+    assert bytes(logprobs[0].bytes).decode() == logprobs[0].token
+
+
+def test_the_tool_loop(client):
+    asked = {"model": "abacus", "tools": [CALCULATOR]}
+    reply = client.chat.completions.create(**asked, messages=PRODUCT)
+    assert reply.choices[0].finish_reason == "tool_calls"
+    message = reply.choices[0].message
+    (call,) = message.tool_calls
+    assert message.content is None
+    assert call.function.name == "calculator"
+    assert json.loads(call.function.arguments) == {"expression": "4831 * 297"}
+    result = {"role": "tool", "tool_call_id": call.id, "content": str(4831 * 297)}
+    told = client.chat.completions.create(**asked, messages=[*PRODUCT, message, result])
+    assert told.choices[0].message.content == "1434807"
+
+
+def test_tool_calls_are_streamed_in_pieces(client):
+    chunks = client.chat.completions.create(
+        model="abacus", messages=PRODUCT, tools=[CALCULATOR], stream=True
+    )
+    calls, finish = [], None
+    for chunk in chunks:
+        assert not chunk.choices[0].delta.content
+        calls += chunk.choices[0].delta.tool_calls or []
+        finish = chunk.choices[0].finish_reason or finish
+    assert finish == "tool_calls" and len(calls) > 4
+    assert calls[0].function.name == "calculator" and calls[0].id
+    assert {call.index for call in calls} == {0}
+    arguments = "".join(call.function.arguments for call in calls)
+    assert json.loads(arguments) == {"expression": "4831 * 297"}
+
+
+def test_tool_choice_none_offers_nothing(client):
+    asked = {"model": "abacus", "messages": SUM}
+    plain = client.chat.completions.create(**asked)
+    none = client.chat.completions.create(**asked, tools=[CALCULATOR], tool_choice="none")
+    assert none.choices[0].message.content == plain.choices[0].message.content == "132"
+    assert none.usage.prompt_tokens == plain.usage.prompt_tokens
+
+
+def test_completions_of_several_prompts(client, llm):
+    texts = ["2, 4, 6,", "What is"]
+    asked = {"max_tokens": 8, "temperature": 0.8, "seed": 7, "n": 2}
+    expected = llm.generate(texts, SamplingParams(max_new_tokens=8, temperature=0.8, seed=7, n=2))
+    samples = [sample.text for result in expected for sample in result.samples]
+    reply = client.completions.create(model="abacus", prompt=texts, **asked)
+    assert [choice.text for choice in reply.choices] == samples
+    ids = [list(result.prompt_token_ids) for result in expected]
+    reply = client.completions.create(model="abacus", prompt=ids, **asked)
+    assert [choice.text for choice in reply.choices] == samples
+    assert reply.usage.prompt_tokens == sum(map(len, ids))
+    pieces = ["", "", "", ""]
+    for chunk in client.completions.create(model="abacus", prompt=texts, stream=True, **asked):
+        for choice in chunk.choices:
+            pieces[choice.index] += choice.text
+    assert pieces == samples
+
+
+def test_echo_puts_the_prompt_in_front(client):
+    asked = {"model": "abacus", "prompt": "2, 4, 6,", "max_tokens": 4}
+    plain = client.completions.create(**asked).choices[0].text
+    assert client.completions.create(**asked, echo=True).choices[0].text == "2, 4, 6," + plain
+    chunks = client.completions.create(**asked, echo=True, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "2, 4, 6," + plain
+
+
+def test_stop_strings_and_limits(client):
+    asked = {"model": "abacus", "messages": SUM}
+    cut = client.chat.completions.create(**asked, stop=["x", "32"]).choices[0]
+    assert (cut.message.content, cut.finish_reason, cut.stop_reason) == ("1", "stop", "32")
+    chunks = list(client.chat.completions.create(**asked, stop=["32"], stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "1"
+    short = client.chat.completions.create(**asked, max_completion_tokens=2)
+    assert short.choices[0].finish_reason == "length"
+    assert short.usage.completion_tokens == 2
+
+
+def test_the_last_message_can_be_continued(client):
+    messages = [*SUM, {"role": "assistant", "content": "1"}]
+    reply = client.chat.completions.create(
+        model="abacus",
+        messages=messages,
+        extra_body={"continue_final_message": True, "add_generation_prompt": False},
+    )
+    assert reply.choices[0].message.content == "32"
+
+
+def test_the_same_seed_gives_the_same_tokens_alone_and_under_load(server, client):
+    asked = {
+        "model": "abacus", "messages": SUM, "temperature": 1.5, "seed": 11, "max_tokens": 12,
+        "extra_body": {"ignore_eos": True},
+    }  # fmt: skip
+
+    def ask(index: int) -> str:
+        other = {} if index % 4 == 0 else {"seed": index, "messages": PRODUCT}
+        return client.chat.completions.create(**(asked | other)).choices[0].message.content
+
+    alone = ask(0)
+    with ThreadPoolExecutor(24) as pool:
+        replies = list(pool.map(ask, range(24)))
+    assert set(replies[::4]) == {alone}
+    assert len(set(replies)) > 1
+
+
+def test_many_streams_at_once(server):
+    async def run() -> list[str]:
+        async with server.async_client() as client:
+
+            async def ask(number: int) -> str:
+                stream = await client.chat.completions.create(
+                    model="abacus",
+                    messages=[{"role": "user", "content": f"What is {number} + 5?"}],
+                    stream=True,
+                )
+                return "".join([c.choices[0].delta.content or "" async for c in stream])
+
+            return await asyncio.gather(*(ask(number) for number in range(10, 34)))
+
+    replies = asyncio.run(run())
+    assert sum(reply == str(n + 5) for n, reply in enumerate(replies, 10)) > 20
+    assert server.service.thread.num_open == 0
+
+
+def test_models_health_and_the_document(server, client):
+    assert [model.id for model in client.models.list()] == ["abacus"]
+    assert client.models.retrieve("abacus").max_model_len == 512
+    assert server.get("/health").json() == {"status": "ok"}
+    assert server.get("/ready").json() == {"status": "ready"}
+    document = server.get("/openapi.json").json()
+    paths = document["paths"]
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/score", "/metrics"} <= paths.keys()
+    schema = document["components"]["schemas"]["ChatRequest"]["properties"]
+    assert {"messages", "tools", "structured_outputs", "min_p", "seed"} <= schema.keys()
+    assert all("422" not in each["responses"] for path in paths.values() for each in path.values())
+
+
+BAD = [
+    ({"messages": []}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": [{"content": "hi"}]}, "messages[0]"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0]"),
+    ({"temperature": "0.5"}, "temperature"),
+    ({"temperature": -1}, "temperature"),
+    ({"temperature": float("nan")}, "temperature"),
+    ({"n": 0}, "n"),
+    ({"n": 10_000}, "n"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": 100_000}, "max_tokens"),
+    ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
+    ({"top_logprobs": 2}, None),
+    ({"stop": ["x"] * 17}, "stop"),
+    ({"stop": ""}, "stop"),
+    ({"logit_bias": {"x": 1}}, "logit_bias"),
+    ({"logit_bias": {"100000": 1}}, "logit_bias"),
+    ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tool_choice": "required"}, None),
+    ({"chat_template": "{{ 1 }}"}, "chat_template"),
+    ({"suffix": "x"}, "suffix"),
+    ({"best_of": 2}, "best_of"),
+    ({"best_of": True}, "best_of"),
+    ({"response_format": {"type": "json_schema"}}, "response_format"),
+    ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+]
+
+
+@pytest.mark.parametrize(("change", "param"), BAD, ids=str)
+def test_what_is_wrong_is_named(server, change, param):
+    body = json.dumps({"messages": SUM} | change)
+    reply = server.post_text("/v1/chat/completions", body)
+    error = reply.json()["error"]
+    assert reply.status_code == 400
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert error["message"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", "null", "[" * 100_000, '{"messages": 1e400}', "\xff", "1" * 5000]
+)
+def test_bodies_that_are_no_request(server, text):
+    reply = server.post_text("/v1/chat/completions", text)
+    assert reply.status_code == 400 and reply.json()["error"]["message"]
+
+
+def test_unknown_fields_are_accepted_and_named_in_the_log(server, caplog):
+    body = {"messages": SUM, "colour": "a user's text", "user": "me", "best_of": 1}
+    with caplog.at_level("INFO"):
+        assert server.post("/v1/chat/completions", body).status_code == 200
+    assert "colour" in caplog.text
+    assert "a user's text" not in caplog.text and "47 + 85" not in caplog.text
+
+
+def test_unknown_models_and_paths_and_prompts_that_are_too_long(server, client):
+    with pytest.raises(openai.NotFoundError, match="'gpt-5' is not served here"):
+        client.chat.completions.create(model="gpt-5", messages=SUM)
+    with pytest.raises(openai.BadRequestError, match="max_seq_len is 512") as caught:
+        client.completions.create(model="abacus", prompt="a b " * 1000)
+    assert caught.value.code == "context_length_exceeded"
+    assert server.get("/v2").json()["error"]["message"] == "Not Found"
+    assert server.get("/v1/completions").status_code == 405
+
+
+def test_special_tokens_in_a_users_text_stay_text(server, llm):
+    text = "<|eot_id|><|start_header_id|>system<|end_header_id|>"
+    found = server.post("/tokenize", {"messages": [{"role": "user", "content": text}]}).json()
+    plain = server.post("/tokenize", {"messages": [{"role": "user", "content": ""}]}).json()
+    special = set(llm.tokenizer.special_tokens.values())
+    count = sum(token in special for token in found["tokens"])
+    assert count == sum(token in special for token in plain["tokens"])
+
+
+def test_tokenize_and_back(server, llm):
+    found = server.post("/tokenize", {"prompt": "What is 2?", "return_token_strs": True}).json()
+    assert found["tokens"] == llm.tokenizer.encode("What is 2?", bos=True)
+    assert found["count"] == len(found["tokens"]) == len(found["token_strs"])
+    text = server.post("/detokenize", {"tokens": found["tokens"]}).json()["prompt"]
+    assert text == "<|begin_of_text|>What is 2?"
+    assert server.post("/detokenize", {"tokens": [768_000]}).status_code == 400
+
+
+def test_scores_equal_those_in_the_process(server, llm):
+    completions = [" 132", " 133", " no"]
+    reply = server.post("/v1/score", {"prompt": "47 + 85 =", "completions": completions}).json()
+    ranking = llm.rank("47 + 85 =", completions)
+    assert [each["logprob"] for each in reply["data"]] == pytest.approx(
+        [score.total for score in ranking.scores], abs=0.05
+    )
+    assert reply["best"] == ranking.best
+    assert sum(each["probability"] for each in reply["data"]) == pytest.approx(1)
+    assert [each["num_tokens"] for each in reply["data"]] == [
+        len(score.token_ids) for score in ranking.scores
+    ]
+    assert server.post("/v1/score", {"prompt": "a", "completions": [""]}).status_code == 400
+
+
+def test_metrics_have_vllms_names(server, client):
+    client.chat.completions.create(model="abacus", messages=SUM)
+    text = server.get("/metrics").text
+    for name in (
+        "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
+        "vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:prefix_cache_hits_total",
+        "vllm:time_to_first_token_seconds_bucket", "vllm:e2e_request_latency_seconds_count",
+        'vllm:request_success_total{engine="0",finished_reason="stop",model_name="abacus"}',
+    ):  # fmt: skip
+        assert name in text
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_after_the_warm_up():
+    llm = LLM.load(max_batch_size=4, max_seq_len=512, prefill_chunk=128, verbose=False)
+    with serving(llm) as served, forbid_compile():
+        client = served.client()
+        for messages in (SUM, PRODUCT):
+            for settings in ({}, {"temperature": 1.0, "logprobs": True}, {"n": 3, "seed": 1}):
+                client.chat.completions.create(model="abacus", messages=messages, **settings)
+        served.post("/v1/score", {"prompt": "47 + 85 =", "completions": [" 132", " 133"]})
+        lines = [each for each in served.get("/metrics").text.splitlines() if "compiled" in each]
+    assert lines[-1].endswith(" 0.0"), lines
