@@ -15,7 +15,7 @@ from llama_jax.serve.server import serve
 from llama_jax.serve.service import Service
 
 # Long enough for any machine; what is expected to happen is waited for, not timed.
-PATIENCE = 300.0
+PATIENCE = 120.0
 
 
 @dataclass(eq=False)

@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -156,7 +157,11 @@ def serve(
 
     root = str(SHIPPED_MODEL if model is None else Path(model))
     note(f"compiling, or fetching from the cache, what {asked.names[0]} needs")
-    raise typer.Exit(run(llm, asked, root, on_ready=_announce))
+    status = run(llm, asked, root, on_ready=_announce)
+    if any(thread.name == "engine" for thread in threading.enumerate()):
+        logging.shutdown()
+        os._exit(status)  # a thread inside XLA would not end, or crash on the way
+    raise typer.Exit(status)
 
 
 def check_extra() -> None:

@@ -39,20 +39,20 @@ def serve(
     llm: "LLM",
     options: ServeOptions,
     root: str,
-    on_listening: Callable[[str], None] = lambda url: None,
     on_ready: Callable[[Service, str], None] = lambda service, url: None,
 ) -> int:
     """Serve until a signal or a failure; returns the process' exit status.
 
-    root: what was loaded. on_listening: called with the URL when the socket is open; on_ready: when
-    requests are answered. Raises OSError where the port cannot be had.
+    root: what was loaded. on_ready: called with the URL when requests are answered. The engine's
+    thread may still be at work afterwards, where it was stuck or still compiling. Raises OSError
+    where a port cannot be had.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(_listen(options.host, options.port))]
         if options.metrics_port is not None:
             sockets.append(stack.enter_context(_listen(options.host, options.metrics_port)))
-        return asyncio.run(_serve(llm, options, root, sockets, on_listening, on_ready))
+        return asyncio.run(_serve(llm, options, root, sockets, on_ready))
 
 
 async def _serve(
@@ -60,7 +60,6 @@ async def _serve(
     options: ServeOptions,
     root: str,
     sockets: list[socket.socket],
-    on_listening: Callable[[str], None],
     on_ready: Callable[[Service, str], None],
 ) -> int:
     service = Service(llm, options, root)
@@ -72,16 +71,17 @@ async def _serve(
     url = _url(options.host, sockets[0])
     with ending.handling_signals():
         service.thread.start()
-        running = asyncio.gather(*(server.serve() for server in servers))
-        on_listening(url)
-        with contextlib.suppress(BaseException):
-            await service.ready()
-            on_ready(service, url)
-        await running
+        announcing = asyncio.create_task(_announce(service, url, on_ready))
+        await asyncio.gather(*(server.serve() for server in servers))
+        announcing.cancel()
     is_stopped = await asyncio.to_thread(service.thread.stop, _CLOSING_SECONDS)
-    if service.thread.failure or ending.is_forced or not is_stopped:
-        return 1
-    return 0
+    is_stuck = service.thread.is_ready and not is_stopped
+    return int(service.thread.failure is not None or ending.is_forced or is_stuck)
+
+
+async def _announce(service: Service, url: str, on_ready: Callable[[Service, str], None]) -> None:
+    if await service.ready():
+        on_ready(service, url)
 
 
 class Ending:

@@ -84,11 +84,10 @@ class Service:
     def is_ready(self) -> bool:
         return self.thread.is_ready and self.thread.is_stepping and not self.is_draining
 
-    async def ready(self) -> None:
-        """Wait for the warm-up. Raises what it raised."""
+    async def ready(self) -> bool:
+        """Wait for the end of the warm-up; False if it failed."""
         await self._ready.wait()
-        if self.thread.failure:
-            raise self.thread.failure
+        return not self.thread.failure
 
     def _on_ready(self, report: "CompileReport") -> None:
         self.warmup_seconds = report.seconds

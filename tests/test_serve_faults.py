@@ -1,0 +1,347 @@
+"""What a server does when clients, limits or its engine misbehave."""
+
+import asyncio
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+
+from llama_jax import LLM
+from llama_jax.engine.compile_cache import CompileReport
+from llama_jax.serve import server as server_module
+from tests.served import PATIENCE, Served, serving
+
+ROOT = Path(__file__).parents[1]
+SUM = [{"role": "user", "content": "What is 47 + 85?"}]
+LONG = {"messages": SUM, "ignore_eos": True, "max_tokens": 400}
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    """Without the warm-up, see tests/test_serve.py."""
+    llm = LLM.load(max_batch_size=4, max_seq_len=512, prefill_chunk=128, verbose=False)
+    llm.engine.warmup = lambda wanted: CompileReport(0, 0, 0.0)
+    return llm
+
+
+@pytest.fixture(scope="module")
+def server(llm):
+    with serving(llm, max_waiting=4, api_keys=("right",)) as served:
+        yield served
+
+
+def eventually(holds: Callable[[], bool]) -> bool:
+    ends = time.monotonic() + PATIENCE
+    while not holds() and time.monotonic() < ends:
+        time.sleep(0.02)
+    return holds()
+
+
+def assert_idle(served: Served) -> None:
+    """Nothing is left of any request: no row, no page, no job."""
+    thread, engine = served.service.thread, served.llm.engine
+    assert eventually(lambda: thread.num_open == 0 and not engine.has_work)
+    assert (thread.open_tokens, thread._jobs, thread._inbox) == (0, set(), [])
+    assert engine.num_running == engine.num_waiting == 0
+    assert engine.pages.num_available == engine.pages.num_pages
+    engine.pages.check()
+
+
+@contextmanager
+def steps(llm: LLM, instead: Callable[[Callable[[], list]], list]) -> Iterator[None]:
+    """Each step of the engine is `instead(step)`."""
+    step = llm.engine.step
+    llm.engine.step = lambda: instead(step)
+    try:
+        yield
+    finally:
+        llm.engine.step = step
+
+
+def slowly(step: Callable[[], list]) -> list:
+    time.sleep(0.02)
+    return step()
+
+
+def stream(served: Served, key: str = "right", **changes) -> httpx2.Response:
+    body = {**LONG, "stream": True, **changes}
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx2.stream(
+        "POST", f"{served.url}/v1/chat/completions", json=body, headers=headers, timeout=PATIENCE
+    )
+
+
+def test_a_key_is_needed_where_one_was_set(server):
+    for key in ("wrong", "righ", "rightright", "Right", "right\u00e9"):
+        refused = server.get("/v1/models", headers={"Authorization": f"Bearer {key}".encode()})
+        assert refused.status_code == 401
+    assert server.get("/v1/models").json()["error"]["code"] == "invalid_api_key"
+    assert server.post("/tokenize", {"prompt": "a"}).status_code == 401
+    for path in ("/health", "/ready", "/metrics"):
+        assert server.get(path).status_code == 200
+    with pytest.raises(openai.AuthenticationError):
+        server.client(api_key="wrong").models.list()
+
+
+def test_a_full_queue_answers_429_and_the_others_are_served(server, llm):
+    client = server.client(api_key="right")
+
+    refused: list[openai.RateLimitError] = []
+
+    def ask(number: int) -> str | None:
+        try:
+            reply = client.chat.completions.create(
+                model="abacus", messages=SUM, max_tokens=12, extra_body={"ignore_eos": True}
+            )
+        except openai.RateLimitError as error:
+            refused.append(error)
+            return None
+        return reply.choices[0].finish_reason
+
+    with steps(llm, slowly), ThreadPoolExecutor(30) as pool:
+        replies = list(pool.map(ask, range(30)))
+    assert set(replies) == {None, "length"}
+    assert replies.count("length") >= 8
+    assert {error.code for error in refused} == {"queue_full"}
+    waits = [int(error.response.headers["Retry-After"]) for error in refused]
+    assert min(waits) >= 1 and max(waits) <= 60
+    assert_idle(server)
+    too_many = server.post(
+        "/v1/completions", {"prompt": ["a"] * 9}, headers={"Authorization": "Bearer right"}
+    )
+    assert too_many.status_code == 400 and "at most 8" in too_many.json()["error"]["message"]
+
+
+def test_a_client_that_leaves_is_cancelled(server, llm):
+    drawn = llm.engine.counts.drawn
+    with steps(llm, slowly):
+        with stream(server) as response:
+            for line in response.iter_lines():
+                if "content" in line:
+                    break
+        assert_idle(server)
+        with pytest.raises(httpx2.TimeoutException):
+            httpx2.post(
+                f"{server.url}/v1/chat/completions", json=LONG, timeout=0.5,
+                headers={"Authorization": "Bearer right"},
+            )  # fmt: skip
+        assert_idle(server)
+    assert llm.engine.counts.drawn - drawn < 2 * LONG["max_tokens"] - 100
+
+
+def test_a_burst_of_disconnects_leaves_nothing(server):
+    draw = random.Random(5)
+
+    async def visit(client: httpx2.AsyncClient, patience: float, body: dict) -> int:
+        path = f"{server.url}/v1/chat/completions"
+        try:
+            async with asyncio.timeout(patience):
+                async with client.stream("POST", path, json=body) as response:
+                    async for _ in response.aiter_bytes():
+                        pass
+                return response.status_code
+        except (TimeoutError, httpx2.HTTPError):
+            return 0
+
+    async def burst() -> list[int]:
+        headers = {"Authorization": "Bearer right"}
+        limits = httpx2.Limits(max_connections=None)
+        async with httpx2.AsyncClient(headers=headers, timeout=PATIENCE, limits=limits) as client:
+            visits = []
+            for number in range(80):  # ten times what may run and wait
+                body = {**LONG, "max_tokens": 60, "stream": number % 2 == 0, "n": 1 + number % 3}
+                visits.append(visit(client, draw.uniform(0.01, 1.5), body))
+            return await asyncio.gather(*visits)
+
+    statuses = asyncio.run(burst())
+    assert 0 in statuses and 429 in statuses
+    assert_idle(server)
+    reply = server.client(api_key="right").chat.completions.create(model="abacus", messages=SUM)
+    assert reply.choices[0].message.content == "132"
+
+
+@pytest.mark.slow
+def test_a_slow_reader_keeps_nobody_waiting(server):
+    lines = [
+        "POST /v1/chat/completions HTTP/1.1", "Host: x", "Authorization: Bearer right",
+        "Content-Type: application/json",
+    ]  # fmt: skip
+    body = '{"messages": [{"role": "user", "content": "hi"}], "stream": true, "max_tokens": 300,'
+    body += ' "ignore_eos": true, "logprobs": true, "top_logprobs": 20}'
+    head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""])
+    with socket.create_connection(server.url.removeprefix("http://").split(":")) as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.sendall((head + body).encode())
+        slow.recv(10)
+        reply = server.client(api_key="right").chat.completions.create(model="abacus", messages=SUM)
+        assert reply.choices[0].message.content == "132"
+        assert eventually(lambda: not server.llm.engine.has_work)  # pages do not wait for it
+    assert_idle(server)
+
+
+@pytest.mark.parametrize("sent", [b"GET / HT", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nA: "])
+def test_headers_have_to_arrive_in_time(server, monkeypatch, sent):
+    monkeypatch.setattr(server_module, "HEADER_SECONDS", 0.2)
+    with socket.create_connection(server.url.removeprefix("http://").split(":")) as slow:
+        slow.settimeout(PATIENCE)
+        slow.sendall(sent)
+        assert slow.recv(100) == b""
+
+
+def test_bodies_may_not_be_larger_than_16_mib(server):
+    head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer right\r\n"
+    for declared in (b"Content-Length: 20000000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"):
+        with socket.create_connection(server.url.removeprefix("http://").split(":")) as sender:
+            sender.settimeout(PATIENCE)
+            sender.sendall(head + declared)
+            if b"chunked" in declared:
+                part = b"100000\r\n" + b"a" * (1 << 20) + b"\r\n"
+                for _ in range(17):
+                    sender.sendall(part)
+            assert sender.recv(1000).startswith(b"HTTP/1.1 413")
+
+
+def test_a_deadline_ends_a_request(llm):
+    with serving(llm, request_timeout=0.3) as served, steps(llm, slowly):
+        reply = served.post("/v1/chat/completions", LONG)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (504, "deadline_exceeded")
+        with stream(served) as response:
+            lines = [line for line in response.iter_lines() if line]
+        assert "deadline_exceeded" in lines[-2] and lines[-1] == "data: [DONE]"
+        with pytest.raises(openai.APIError, match=r"longer than 0\.3 seconds"):
+            for _ in served.client().chat.completions.create(
+                model="abacus", messages=SUM, stream=True, extra_body=LONG
+            ):
+                pass
+        assert_idle(served)
+        assert 'reason="timeout"} 3.0' in served.get("/metrics").text
+
+
+def test_going_down_lets_what_runs_end_and_takes_nothing_new(llm):
+    with serving(llm, drain_timeout=PATIENCE) as served, steps(llm, slowly):
+        with stream(served, max_tokens=40) as response:
+            lines = response.iter_lines()
+            next(lines)
+            served.service.thread.loop.call_soon_threadsafe(served.service.end_server)
+            assert eventually(lambda: not served.service.is_ready)
+            rest = [line for line in lines if line]
+        assert '"finish_reason":"length"' in rest[-2] and rest[-1] == "data: [DONE]"
+        assert served.end() == 0
+        with pytest.raises(httpx2.ConnectError):
+            served.get("/health")
+
+
+def test_an_exception_in_a_step_is_told_to_everybody_and_ends_the_server(llm, caplog, monkeypatch):
+    count = 0
+
+    launch = llm.engine._launch_decode
+
+    def fail_later() -> None:
+        nonlocal count
+        count += 1
+        if count == 8:
+            raise RuntimeError(SUM[0]["content"])
+        launch()
+
+    monkeypatch.setattr(llm.engine, "_launch_decode", fail_later)
+    with serving(llm, drain_timeout=PATIENCE) as served, steps(llm, slowly):
+        with ThreadPoolExecutor(8) as pool, stream(served) as response:
+            whole = [pool.submit(served.post, "/v1/chat/completions", LONG) for _ in range(6)]
+            lines = [line for line in response.iter_lines() if line]
+            replies = [each.result() for each in whole]
+        assert "engine_failed" in lines[-2]
+        failed = [each for each in replies if each.status_code == 500]
+        assert failed and all(each.json()["error"]["code"] == "engine_failed" for each in failed)
+        assert all(each.status_code in (500, 503) for each in replies)
+        assert served.end() == 1
+        assert not served.service.is_ready
+    assert_idle(served)
+    assert "the engine failed: RuntimeError" in caplog.text
+    assert SUM[0]["content"] not in caplog.text
+    with serving(llm) as again:
+        assert again.post("/v1/chat/completions", {"messages": SUM}).status_code == 200
+
+
+def test_origins_are_allowed_where_they_were_named(llm):
+    origin = {"Origin": "https://a.example"}
+    with serving(llm, allowed_origins=("https://a.example",)) as served:
+        allowed = served.get("/v1/models", headers=origin).headers
+        assert allowed["access-control-allow-origin"] == "https://a.example"
+        other = served.get("/v1/models", headers={"Origin": "https://b.example"}).headers
+        assert "access-control-allow-origin" not in other
+
+
+@pytest.mark.slow
+def test_preemption_in_every_third_step_changes_no_reply(llm):
+    count = 0
+
+    def preempting(step: Callable[[], list]) -> list:
+        nonlocal count
+        count += 1
+        engine = llm.engine
+        if count % 3 == 0 and engine.num_running:
+            while engine._launches:
+                engine._collect()
+            if engine.num_running:
+                engine._preempt(engine._running[-1])
+        return step()
+
+    def ask(served: Served) -> list[str]:
+        client = served.client()
+
+        def one(seed: int) -> str:
+            reply = client.chat.completions.create(
+                model="abacus", messages=SUM, seed=seed, temperature=1.3, max_tokens=30
+            )
+            return reply.choices[0].message.content
+
+        with ThreadPoolExecutor(12) as pool:
+            return list(pool.map(one, range(24)))
+
+    with serving(llm) as served:
+        expected = ask(served)
+        preempted = llm.engine.counts.preempted
+        with steps(llm, preempting):
+            assert ask(served) == expected
+        assert llm.engine.counts.preempted > preempted + 8
+        assert_idle(served)
+
+
+@pytest.mark.slow
+def test_sigterm_in_the_middle_of_a_stream(tmp_path):
+    command = [sys.executable, "-m", "llama_jax.cli", "serve", "--port", "0", "--max-num-seqs", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "LLAMA_JAX_API_KEY": "k"}
+    with subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    ) as process:
+        lines: list[str] = []
+
+        def read() -> None:
+            assert process.stderr
+            lines.extend(iter(process.stderr.readline, ""))
+
+        threading.Thread(target=read, daemon=True).start()
+        assert eventually(lambda: any(line.startswith("curl") for line in lines)), lines
+        url = next(line for line in lines if line.startswith("curl")).split("/v1")[0][5:]
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="k")
+        chunks = client.chat.completions.create(
+            model="abacus", messages=SUM, stream=True, extra_body=LONG | {"max_tokens": 300}
+        )
+        next(iter(chunks))
+        process.send_signal(signal.SIGTERM)
+        *_, last = chunks
+        assert last.choices[0].finish_reason == "length"
+        assert process.wait(PATIENCE) == 0
+    assert not any("Traceback" in line for line in lines), lines
