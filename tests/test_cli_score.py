@@ -15,8 +15,7 @@ import pytest
 from llama_jax import data_rows, scoring
 from llama_jax.cli import score_ray
 from llama_jax.cli.output import parse_jsonl, read_jsonl
-from llama_jax.cli.resumable import resumable_file
-from llama_jax.cli.score import _survey
+from llama_jax.cli.resumable import resumable_file, survey
 from tests.test_cli import ROOT, SMALL, cache_directory, model, run, source  # noqa: F401
 
 PAIRS = [{"prompt": "hello", "completion": " you", "id": 7}, {"prompt": "a", "completion": "b"}]
@@ -298,7 +297,7 @@ def test_pieces_of_a_file_are_the_whole(tmp_path, monkeypatch, done, most_lines)
     )
     expected = [(number, str(row)) for number, row in read_jsonl(str(path))]
     assert [number for number, _ in expected] == [2, 4, 5, 6, 9, 10, 11, 12]
-    assert _survey(str(path))[0] == len(expected)
+    assert survey(str(path))[0] == len(expected)
     found = []
     for piece in score_ray.pieces(str(path), done, most_lines):
         lines = path.read_bytes()[piece["begin"] : piece["end"]]

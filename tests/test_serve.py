@@ -136,6 +136,28 @@ def test_echo_puts_the_prompt_in_front(client):
     assert "".join(chunk.choices[0].text for chunk in chunks) == "2, 4, 6," + plain
 
 
+@pytest.mark.parametrize("logprobs", [0, 1])
+def test_echo_with_logprobs_scores_the_prompt(server, client, llm, logprobs):
+    asked = {"model": "abacus", "prompt": "47 + 85 = 132", "echo": True, "logprobs": logprobs}
+    (choice,) = client.completions.create(**asked, max_tokens=1).choices
+    (alone,) = client.completions.create(**asked, max_tokens=0).choices
+    ids = llm.tokenizer.encode(asked["prompt"], bos=True)
+    score = llm.score(ids[:1], ids[1:])
+    made = choice.logprobs
+    assert made.token_logprobs[0] is None and made.top_logprobs[0] is None
+    assert made.token_logprobs[1 : len(ids)] == pytest.approx(score.logprobs, abs=0.05)
+    assert len(made.tokens) == len(ids) + 1 and "".join(made.tokens[1:-1]) == asked["prompt"]
+    assert made.text_offset[1] == len("<|begin_of_text|>")
+    pairs = list(zip(made.token_logprobs[1:], made.top_logprobs[1:], strict=True))
+    assert all(own in top.values() for own, top in pairs)
+    is_greedy = all(max(top.values()) == own for own, top in pairs[:-1])
+    assert is_greedy == (not logprobs or score.is_greedy)
+    assert alone.text == asked["prompt"] and alone.finish_reason == "length"
+    assert alone.logprobs.token_logprobs[1:] == pytest.approx(made.token_logprobs[1:-1], abs=0.05)
+    for change in ({"logprobs": 2}, {"logprobs": 1, "stream": True}):
+        assert server.post("/v1/completions", asked | change).status_code == 400
+
+
 def test_stop_strings_and_limits(client):
     asked = {"model": "abacus", "messages": SUM}
     cut = client.chat.completions.create(**asked, stop=["x", "32"]).choices[0]

@@ -92,6 +92,11 @@ class Manifest:
         values["checksums"] = dict(self.checksums)
         return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
+    @property
+    def digest(self) -> str:
+        """Which model this is: of everything that the manifest says, checksums included."""
+        return hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
+
 
 def read_manifest(directory: str | Path) -> Manifest:
     """The manifest of a converted checkpoint.

@@ -20,6 +20,7 @@ from typing import Annotated
 
 import typer
 
+from llama_jax.cli.batch import batch
 from llama_jax.cli.bench import bench
 from llama_jax.cli.chat import chat
 from llama_jax.cli.compare import compare
@@ -48,7 +49,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    chat, generate, score, serve, eval, convert, export, verify, inspect, compare, bench,
+    chat, generate, score, serve, batch, eval, convert, export, verify, inspect, compare, bench,
 ):  # fmt: skip
     app.command()(command)
 

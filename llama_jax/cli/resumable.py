@@ -5,6 +5,7 @@ with the same settings goes on after the last whole line, so nothing is lost or 
 """
 
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -33,6 +34,22 @@ class ResumableFile:
     def flush(self) -> None:
         """After this, a kill does not lose what was written."""
         self.file.flush()
+
+
+def survey(path: str) -> tuple[int | None, str | None]:
+    """How many lines the input has, and a digest of it; None for stdin, which is read once."""
+    if path == "-":
+        return None, None
+    if not os.path.isfile(path) and os.path.exists(path):
+        raise ValueError(f"{path} is no file, which is read twice; give - to read stdin")
+    count, digest = 0, hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        for line in file:
+            digest.update(line)
+            count += not line.isspace()
+    if not count:
+        raise ValueError(f"{path} has no lines")
+    return count, digest.hexdigest()
 
 
 @contextmanager

@@ -1,10 +1,8 @@
 """`llama-jax score`: how likely texts are, JSONL in and JSONL out, of any size."""
 
-import hashlib
 import itertools
 import json
 import math
-import os
 import sys
 import time
 from collections import deque
@@ -29,7 +27,7 @@ from llama_jax.cli.output import (
     stderr,
     whole_file,
 )
-from llama_jax.cli.resumable import ResumableFile, resumable_file
+from llama_jax.cli.resumable import ResumableFile, resumable_file, survey
 from llama_jax.cli.score_ray import score_lines
 from llama_jax.cli.speed import Clock, Snapshot, snapshot
 from llama_jax.text.windows import window_and_stride
@@ -167,7 +165,7 @@ def score(
     window_and_stride(window, stride, max_seq_len or sys.maxsize)
     check_output(output, overwrite)
     locate(SHIPPED_MODEL if model is None else model)
-    num_lines, digest = _survey(input)
+    num_lines, digest = survey(input)
     loading: dict[str, Any] = {
         "dtype": dtype, "activations": activations, "kv_dtype": kv_dtype,
         "max_seq_len": max_seq_len, "max_batch_size": max_batch_size,
@@ -189,9 +187,8 @@ def score(
 
     max_seq_len = sequence_limit(manifest.config, max_seq_len)
     window_and_stride(window, stride, max_seq_len)  # says what is wrong with these
-    checksum = hashlib.blake2b(manifest.to_json().encode(), digest_size=16)
     settings = {
-        "input": digest, "model": checksum.hexdigest(), "dtype": dtype, "activations": activations,
+        "input": digest, "model": manifest.digest, "dtype": dtype, "activations": activations,
         "kv_dtype": kv_dtype, "max_seq_len": max_seq_len, **asked,
     }  # fmt: skip
     before, clock = snapshot(llm) if llm else None, Clock()
@@ -216,22 +213,6 @@ def _score_here(llm: "LLM", input: str, done: int, **asked: Any) -> Iterator[_Sc
 
     for row, num_tokens in score_rows(llm, rows(), **asked):
         yield numbers.popleft(), row, num_tokens
-
-
-def _survey(path: str) -> tuple[int | None, str | None]:
-    """How many lines the input has, and a digest of it; None for stdin, which is read once."""
-    if path == "-":
-        return None, None
-    if not os.path.isfile(path) and os.path.exists(path):
-        raise ValueError(f"{path} is no file, which is read twice; give - to read stdin")
-    count, digest = 0, hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        for line in file:
-            digest.update(line)
-            count += not line.isspace()
-    if not count:
-        raise ValueError(f"{path} has no lines to score")
-    return count, digest.hexdigest()
 
 
 def _write_scores(

@@ -813,18 +813,15 @@ class Engine:
                 self._leave(row)
 
     def _take_logprobs(
-        self, parts: Sequence[tuple[Row, int, int]], outputs: tuple[Array, Array]
+        self, parts: Sequence[tuple[Row, int, int]], outputs: tuple[Array, Array, Array]
     ) -> None:
-        logprobs, likeliest = self._fetch(outputs)
+        logprobs, likeliest, most = self._fetch(outputs)
         for i, (row, start, stop) in enumerate(parts):
             request = row.request
             first = max(0, request.score_from - 1 - start)
             wanted = slice(first, max(first, stop - start))
             with self._alone(request):
-                request.prompt_logprobs = np.append(request.prompt_logprobs, logprobs[i, wanted])
-                request.prompt_is_likeliest = np.append(
-                    request.prompt_is_likeliest, likeliest[i, wanted]
-                )
+                request.extend_prompt(logprobs[i, wanted], likeliest[i, wanted], most[i, wanted])
                 self._end_prompt(row, stop)
 
     def _take_logits(self, parts: Sequence[tuple[Row, int, int]], outputs: Array) -> None:

@@ -38,7 +38,8 @@ class Request:
         for them. `text` is the decoded text, as it grows if the request is streamed or has stop
         strings, else once it has ended; `text[:released]` may be shown: what follows could still
         turn out to be the beginning of a stop string.
-    prompt_logprobs, prompt_is_likeliest: float32 and bool, one per token from `score_from` on.
+    prompt_logprobs: float32, one per token from `score_from` on. prompt_likeliest,
+        prompt_most: int32 and float32, the likeliest token in each one's place, and its logprob.
     prompt_logits: float32 [length, vocab]. num_cached: prompt tokens that were found in the cache
     when it was admitted last. chains: see `pages.extend_chains`, of all tokens or a beginning of
     them. Times are of `time.perf_counter`.
@@ -65,7 +66,8 @@ class Request:
     stop_reason: int | str | None = None
     error: BaseException | None = None
     prompt_logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
-    prompt_is_likeliest: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    prompt_likeliest: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    prompt_most: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     prompt_logits: np.ndarray | None = None
     num_cached: int = 0
     chains: list[Chain] = field(default_factory=list)
@@ -81,8 +83,21 @@ class Request:
         """The prompt goes through the model, from its beginning or from `num_cached` tokens on."""
         self.num_cached = num_cached
         self.prompt_logprobs = np.zeros(0, np.float32)
-        self.prompt_is_likeliest = np.zeros(0, bool)
+        self.prompt_likeliest = np.zeros(0, np.int32)
+        self.prompt_most = np.zeros(0, np.float32)
         self.prompt_logits = None
+
+    @property
+    def prompt_is_likeliest(self) -> np.ndarray:
+        """bool, one per token from `score_from` on."""
+        until = self.score_from + len(self.prompt_likeliest)
+        return self.prompt_likeliest == np.asarray(self.prompt[self.score_from : until], np.int32)
+
+    def extend_prompt(self, logprobs: np.ndarray, likeliest: np.ndarray, most: np.ndarray) -> None:
+        """Take in what is known of the next tokens of the prompt."""
+        self.prompt_logprobs = np.append(self.prompt_logprobs, logprobs)
+        self.prompt_likeliest = np.append(self.prompt_likeliest, likeliest)
+        self.prompt_most = np.append(self.prompt_most, most)
 
     def extend(self, token_ids: Sequence[int], limit: int) -> int:
         """Take in drawn tokens until one of them ends the request; returns how many.

@@ -501,11 +501,11 @@ def score_step(
     targets: Array,
     *,
     spec: ModelSpec,
-) -> tuple[DecodeState, tuple[Array, Array]]:
+) -> tuple[DecodeState, tuple[Array, Array, Array]]:
     """Append a chunk of each text; how likely is targets[b, t], the token after tokens[b, t]?
 
-    tokens, targets: int32 [b, t]; the others as in `prefill_step`. Returns float32 logprobs [b, t]
-    and bool [b, t], whether the target is the likeliest token. The logits of
+    tokens, targets: int32 [b, t]; the others as in `prefill_step`. Returns float32 logprobs [b, t],
+    and the likeliest token in the target's place, int32 [b, t], with its logprob. The logits of
     `TOKENS_PER_LOGITS_BLOCK` tokens exist at a time.
     """
     cache = state.cache.replace(page_table=page_table)
@@ -516,16 +516,20 @@ def score_step(
     flat = jnp.pad(hidden.reshape(count, -1), ((0, padding), (0, 0)))
     wanted = jnp.pad(targets.reshape(count), (0, padding))
 
-    def score_block(part: tuple[Array, Array]) -> tuple[Array, Array]:
+    def score_block(part: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         hidden, targets = part
         logits = forward.unembed(params, hidden, spec=spec)
         chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1), targets == jnp.argmax(logits, axis=-1)
+        likeliest = jnp.argmax(logits, axis=-1)
+        most = jnp.take_along_axis(logits, likeliest[:, None], axis=-1)[:, 0]
+        total = jax.nn.logsumexp(logits, axis=-1)
+        return chosen - total, likeliest.astype(jnp.int32), most - total
 
     blocks = (flat.reshape(-1, block, flat.shape[-1]), wanted.reshape(-1, block))
-    logprobs, greedy = lax.map(score_block, blocks)
-    scores = tuple(a.reshape(-1)[:count].reshape(tokens.shape) for a in (logprobs, greedy))
-    return state.replace(cache=cache), scores
+    logprobs, likeliest, most = (
+        each.reshape(-1)[:count].reshape(tokens.shape) for each in lax.map(score_block, blocks)
+    )
+    return state.replace(cache=cache), (logprobs, likeliest, most)
 
 
 @partial(kept_jit, static_argnames="spec", donate_argnames="state")

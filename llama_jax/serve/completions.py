@@ -1,15 +1,16 @@
 """/v1/completions: prompts as they are, texts or token ids, to continuations."""
 
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama_jax.engine.request import Request
 from llama_jax.results import Generation
-from llama_jax.scoring import Question
+from llama_jax.sampling_params import SamplingParams
+from llama_jax.scoring import Question, score_request
 from llama_jax.serve.chat import LEAST_LOGPROB
 from llama_jax.serve.engine_thread import Job
-from llama_jax.serve.errors import bad_request, internal_error
+from llama_jax.serve.errors import internal_error
 from llama_jax.serve.replies import Completion, CompletionChoice, CompletionLogprobs
 from llama_jax.serve.schemas import CompletionRequest
 from llama_jax.serve.service import Service, new_id
@@ -21,54 +22,84 @@ _DEFAULT_MAX_TOKENS = 16  # as OpenAI and vLLM have it
 _Top = Sequence[tuple[int, float]]
 
 
-async def prepare(service: Service, body: CompletionRequest) -> Question[list[Generation]]:
-    """What a request asks of the engine: continuations of all its prompts, in their order."""
+async def prepare(service: Service, body: CompletionRequest) -> Question[list[CompletionChoice]]:
+    """What a request asks of the engine: continuations of all its prompts in their order, and then,
+    where they are echoed with logprobs, how likely the prompts are."""
     service.check_model(body.model)
-    if body.echo and body.logprobs is not None:
-        raise bad_request("echo: not supported together with logprobs; leave one out", "echo")
     limit = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    sampling = service.sampling(body, limit, body.logprobs)
-
-    def make() -> Question[list[Generation]]:
-        parts = [
-            service.llm.generate_question(prompt, sampling, is_streamed=bool(body.stream))
-            for prompt in body.prompts
-        ]
-
-        def conclude(requests: Sequence[Request]) -> list[Generation]:
-            return [sample for part in parts for sample in part.answer().samples]
-
-        return Question(tuple(request for part in parts for request in part.requests), conclude)
-
-    question = await service.in_thread(make)
+    sampling = service.sampling(body, max(1, limit), body.logprobs)
+    question = await service.in_thread(lambda: _question(service, body, sampling))
     for request in question.requests:
         service.check_room(request, body.max_tokens)
-    service.metrics.asked(sampling.n, sampling.max_new_tokens)
+    service.metrics.asked(sampling.n, limit)
     return question
+
+
+def _question(
+    service: Service, body: CompletionRequest, sampling: SamplingParams
+) -> Question[list[CompletionChoice]]:
+    llm = service.llm
+    parts = [
+        llm.generate_question(prompt, sampling, is_streamed=bool(body.stream))
+        for prompt in body.prompts
+    ]
+    prompts = [part.requests[0].prompt for part in parts]
+    drawn = [request for part in parts for request in part.requests] if body.max_tokens != 0 else []
+    scored: list[Request] = []
+    if body.echo and body.logprobs is not None:
+        # Of a single token, which follows nothing, nothing is asked.
+        scored = [score_request(ids, 1) for ids in prompts if len(ids) > 1]
+
+    def conclude(requests: Sequence[Request]) -> list[CompletionChoice]:
+        left = iter(scored)
+        before = [_echoed_logprobs(llm.tokenizer, body, ids, left) for ids in prompts]
+        if not drawn:
+            return [
+                _choice(service, body, index, before[index], None) for index in range(len(prompts))
+            ]
+        samples = [sample for part in parts for sample in part.answer().samples]
+        return [
+            _choice(service, body, index, before[index // sampling.n], sample)
+            for index, sample in enumerate(samples)
+        ]
+
+    return Question((*drawn, *scored), conclude)
 
 
 async def whole(service: Service, body: CompletionRequest, began: float) -> Completion:
     """All continuations at once. began: when the request came."""
     question = await prepare(service, body)
-    samples = await service.answer(question, began)
-    choices = []
-    for index, sample in enumerate(samples):
-        before = _echoed(service, body, index)
-        choices.append(
-            CompletionChoice(
-                index=index,
-                text=before + sample.text,
-                logprobs=_sample_logprobs(service.llm.tokenizer, sample),
-                finish_reason=_finish(sample),
-                stop_reason=sample.stop_reason,
-            )
-        )
+    choices = await service.answer(question, began)
+    drawn = [request for request in question.requests if request.wanted == "tokens"]
     return Completion(
         id=new_id("cmpl"),
         created=int(time.time()),
         model=service.name,
         choices=choices,
-        usage=service.usage(question.requests, len(body.prompts)),
+        usage=service.usage(drawn or question.requests, len(body.prompts)),
+    )
+
+
+def _choice(
+    service: Service,
+    body: CompletionRequest,
+    index: int,
+    before: CompletionLogprobs | None,
+    sample: Generation | None,
+) -> CompletionChoice:
+    """before: logprobs of an echoed prompt. sample: its continuation, if one was asked for."""
+    text, logprobs = _echoed(service, body, index), before
+    if sample is not None:
+        tokenizer = service.llm.tokenizer
+        offset = sum(map(len, before.tokens)) if before else 0
+        logprobs = _joined(before, _sample_logprobs(tokenizer, sample, offset))
+        text += sample.text
+    return CompletionChoice(
+        index=index,
+        text=text,
+        logprobs=logprobs,
+        finish_reason=_finish(sample) if sample else "length",
+        stop_reason=sample.stop_reason if sample else None,
     )
 
 
@@ -130,14 +161,51 @@ def _echoed(service: Service, body: CompletionRequest, index: int) -> str:
     return prompt if isinstance(prompt, str) else service.llm.tokenizer.decode(prompt)
 
 
-def _sample_logprobs(tokenizer: "Tokenizer", sample: Generation) -> CompletionLogprobs | None:
+def _echoed_logprobs(
+    tokenizer: "Tokenizer", body: CompletionRequest, ids: Sequence[int], scored: Iterator[Request]
+) -> CompletionLogprobs | None:
+    """Of a prompt's tokens, if they were asked for; scored: the next one is this prompt's, unless
+    that has a single token."""
+    if not body.echo or body.logprobs is None:
+        return None
+    first = _token_name(tokenizer, ids[0])
+    made = CompletionLogprobs(
+        tokens=[first], token_logprobs=[None], top_logprobs=[None], text_offset=[0]
+    )
+    if len(ids) == 1:
+        return made
+    request = next(scored)
+    top: list[_Top] = [[]] * (len(ids) - 1)
+    if body.logprobs:
+        best = zip(request.prompt_likeliest.tolist(), request.prompt_most.tolist(), strict=True)
+        top = [[each] for each in best]
+    tokens = zip(ids[1:], request.prompt_logprobs.tolist(), top, strict=True)
+    return _joined(made, completion_logprobs(tokenizer, tokens, len(first)))
+
+
+def _joined(
+    before: CompletionLogprobs | None, after: CompletionLogprobs | None
+) -> CompletionLogprobs | None:
+    if before is None or after is None:
+        return before or after
+    return CompletionLogprobs(
+        tokens=before.tokens + after.tokens,
+        token_logprobs=before.token_logprobs + after.token_logprobs,
+        top_logprobs=before.top_logprobs + after.top_logprobs,
+        text_offset=before.text_offset + after.text_offset,
+    )
+
+
+def _sample_logprobs(
+    tokenizer: "Tokenizer", sample: Generation, offset: int
+) -> CompletionLogprobs | None:
     if sample.logprobs is None:
         return None
     tokens = [
         (each.token_id, each.logprob, [(i, value) for i, _, value in each.top])
         for each in sample.logprobs
     ]
-    return completion_logprobs(tokenizer, tokens, 0)
+    return completion_logprobs(tokenizer, tokens, offset)
 
 
 def completion_logprobs(

@@ -315,8 +315,17 @@ class CompletionRequest(Asked):
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[_Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and (not self.echo or self.stream or (self.n or 1) > 1):
+            raise ValueError("max_tokens 0 needs echo, without stream and n")
+        if self.echo and self.logprobs is not None and (self.stream or self.logprobs > 1):
+            raise ValueError("with echo, logprobs may be 0 or 1, and not streamed")
+        return self
 
     @property
     def prompts(self) -> list[str | list[int]]:

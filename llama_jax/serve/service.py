@@ -51,13 +51,15 @@ _LONGEST_RETRY = 60
 class Service:
     """A loaded model behind its engine's thread.
 
-    root: what was loaded. end_server: called once when the engine has failed.
+    root: what was loaded. end_server: called once when the engine has failed. warms_up: compile
+    everything before the first request, and not what is needed when it is.
     """
 
     llm: "LLM"
     options: ServeOptions
     root: str = "abacus"
     end_server: Callable[[], None] = lambda: None
+    warms_up: bool = True
     thread: EngineThread = field(init=False)
     metrics: Metrics = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -72,6 +74,7 @@ class Service:
             on_ready=self._on_ready,
             on_failure=self._on_failure,
             on_step=lambda tokens: self.metrics.step(tokens),
+            wanted=("tokens", "logprobs") if self.warms_up else (),
         )
         self.metrics = Metrics(self.options.names[0], self.llm.max_seq_len, self.thread)
 

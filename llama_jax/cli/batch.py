@@ -1,0 +1,95 @@
+"""`llama-jax batch`: OpenAI's batch files, JSONL in and JSONL out."""
+
+import asyncio
+import itertools
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from converters.locate import locate
+from llama_jax.abacus import SHIPPED_MODEL
+from llama_jax.cli import options
+from llama_jax.cli.output import check_output, json_line, note, progress_bar, read_jsonl
+from llama_jax.cli.resumable import ResumableFile, resumable_file, survey
+from llama_jax.cli.serve import check_extra
+from llama_jax.cli.speed import Clock
+
+if TYPE_CHECKING:
+    from llama_jax.llm import LLM
+
+
+def batch(
+    input: Annotated[str, typer.Argument(metavar="IN.jsonl", help="Requests, one per line.")],
+    output: Annotated[str, typer.Argument(metavar="OUT.jsonl", help="Answers, in their order.")],
+    model: options.ModelOption = None,
+    served_model_name: Annotated[
+        str | None,
+        typer.Option(help="What the requests call the model.", show_default="MODEL's name"),
+    ] = None,
+    overwrite: options.Overwrite = False,
+    dtype: options.DType = "bfloat16",
+    activations: options.Activations = "auto",
+    kv_dtype: options.KVDtype = "bf16",
+    max_seq_len: options.MaxSeqLen = None,
+    max_batch_size: options.MaxBatchSize = 32,
+    lookahead: options.Lookahead = None,
+    draft: options.Draft = None,
+) -> None:
+    """Answer the requests of a batch file as `llama-jax serve` would (extra `serve`): /v1/chat/completions,
+    /v1/completions and /v1/score.
+
+    Each line is {"custom_id", "method": "POST", "url", "body"}. A request that is refused has its
+    error in its line; the others go on. OUT.jsonl appears when all lines are there. Until then they
+    stand in OUT.jsonl.partial, and the same command goes on from there if it was stopped.
+
+    **Examples**
+
+        llama-jax batch requests.jsonl answers.jsonl
+        llama-jax batch requests.jsonl answers.jsonl --model ./llama-8b --max-batch-size 64
+    """  # noqa: E501
+    check_extra()
+    if "-" in (input, output):
+        raise typer.BadParameter("give files: a batch is read twice and continued where it stopped")
+    check_output(output, overwrite)
+    locate(SHIPPED_MODEL if model is None else model)
+    num_lines, digest = survey(input)
+    llm = options.load(
+        model, show_plan=model is not None, dtype=dtype, activations=activations,
+        kv_dtype=kv_dtype, max_seq_len=max_seq_len, max_batch_size=max_batch_size,
+        lookahead=lookahead, draft=draft,
+    )  # fmt: skip
+    settings = {
+        "input": digest, "model": llm.manifest.digest, "dtype": dtype,
+        "activations": activations, "kv_dtype": kv_dtype, "max_seq_len": llm.max_seq_len,
+    }  # fmt: skip
+    name = served_model_name or options.model_name(model)
+    with resumable_file(output, settings, overwrite) as file:
+        done, failed = asyncio.run(_write(llm, name, input, num_lines, file))
+    note(f"{done} answered, {failed} of them with an error")
+
+
+async def _write(
+    llm: "LLM", name: str, input: str, num_lines: int | None, file: ResumableFile
+) -> tuple[int, int]:
+    """Answer the lines that the output lacks. Returns how many, and how many were refused."""
+    from llama_jax.serve.batch import answer_lines
+
+    before = sum(1 for _ in file.lines())
+    lines = (line for _, line in itertools.islice(read_jsonl(input), before, None))
+    done = failed = 0
+    with progress_bar() as bar:
+        task = bar.add_task(
+            "answering", total=num_lines, completed=before, before=before, unit="requests",
+            clock=Clock(),
+        )  # fmt: skip
+        async for answer in answer_lines(llm, name, lines):
+            file.write(json_line(answer) + "\n")
+            file.flush()
+            done += 1
+            failed += _is_refused(answer)
+            bar.update(task, advance=1)
+    return done, failed
+
+
+def _is_refused(answer: dict[str, Any]) -> bool:
+    return answer["response"] is None or answer["response"]["status_code"] != 200
