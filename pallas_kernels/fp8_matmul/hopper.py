@@ -36,6 +36,8 @@ COMPUTE_WARPGROUPS = 2
 # Per thread; a block is launched with 168 for each of its 3 x 128 threads.
 LOADER_REGISTERS, COMPUTE_REGISTERS = 40, 232
 MAX_STAGES = 8
+# Steps whose sums are promoted while the tensor cores are at the next one's.
+IN_TURN = 2
 # The narrowest swizzle.
 MIN_WIDTH_BYTES = 32
 # What a block may need beside its ring of tiles: staged results, scales, barriers.
@@ -604,6 +606,16 @@ def _compute(
 
     def promote(k: Array, totals: tuple[Array, ...]) -> tuple[Array, ...]:
         """Sums of one step, scaled and added."""
+        slot, factors, x_scale = await_step(k)
+        totals = tuple(
+            total + _times(_times(product(weight, slot), x_scale), factor)
+            for total, weight, factor in zip(totals, ring.weights, factors, strict=True)
+        )
+        plgpu.barrier_arrive(ring.free.at[slot])
+        return totals
+
+    def await_step(k: Array) -> tuple[Array, list[Array | None], Array | None]:
+        """Wait for a step's operands. Returns their slot and the scales of weights and x."""
         slot = slot_of(k)
         factors = [
             each[tile.column // BLOCK, k] if problem.w_grouped else None
@@ -614,23 +626,45 @@ def _compute(
         if problem.x_grouped:
             x_scale = _load(ring.x_scale.at[slot, of_x], PER_ROW)
             plgpu.commit_smem()  # read before the copy engine, another proxy, overwrites it
+        return slot, factors, x_scale
 
-        def product(weight: Any) -> Array:
+    def product(weight: Any, slot: Array) -> Array:
+        def within(sums: Any) -> Array:
+            multiply(sums, weight, slot)
+            return sums[...]
+
+        return pl.run_scoped(within, plgpu.ACC(shape, jnp.float32))
+
+    def promote_in_turn(i: Array, total: Array) -> Array:
+        """The sums of `IN_TURN` steps: one step is scaled and added while the next one multiplies."""
+        (weight,) = ring.weights
+
+        def add(total: Array, pending: tuple[Any, Array, Array | None], in_flight: int) -> Array:
+            sums, slot, scale = pending
+            total = total + _times(plgpu.wgmma_accumulator_load(sums, wait_n=in_flight), scale)
+            plgpu.barrier_arrive(ring.free.at[slot])
+            return total
+
+        def step(j: int, total: Array, pending: tuple[Any, Array, Array | None] | None) -> Array:
+            if j == IN_TURN:
+                assert pending is not None
+                return add(total, pending, 0)
+            slot, (factor,), x_scale = await_step(i * IN_TURN + j)
+
             def within(sums: Any) -> Array:
                 multiply(sums, weight, slot)
-                return sums[...]
+                scale = factor if x_scale is None else _times(x_scale, factor)
+                added = total if pending is None else add(total, pending, 1)
+                return step(j + 1, added, (sums, slot, scale))
 
             return pl.run_scoped(within, plgpu.ACC(shape, jnp.float32))
 
-        totals = tuple(
-            total + _times(_times(product(weight), x_scale), factor)
-            for total, weight, factor in zip(totals, ring.weights, factors, strict=True)
-        )
-        plgpu.barrier_arrive(ring.free.at[slot])
-        return totals
+        return step(0, total, None)
 
-    if problem.promote:
-        zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
+    zeros = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
+    if problem.promote and len(ring.weights) == 1 and steps % IN_TURN == 0:
+        store(tile, scale, [lax.fori_loop(0, steps // IN_TURN, promote_in_turn, zeros)])
+    elif problem.promote:
         store(tile, scale, lax.fori_loop(0, steps, promote, (zeros,) * len(ring.weights)))
     else:
         pl.run_scoped(accumulate, *[plgpu.ACC(shape, jnp.float32)] * len(ring.weights))
