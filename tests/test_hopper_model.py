@@ -22,6 +22,7 @@ from pallas_kernels import device
 from pallas_kernels.dev import sm90
 from pallas_kernels.fp8_matmul import hopper, hopper_weight_only
 from pallas_kernels.paged_attention import hopper as hopper_attention
+from pallas_kernels.rope_and_cache import hopper as hopper_rope
 from pallas_kernels.row_fusions import hopper as row_fusions_hopper
 from tests import tiny
 
@@ -42,6 +43,7 @@ def simulated(monkeypatch):
         (hopper, "fp8_matmul"), (hopper, "swiglu"), (hopper_weight_only, "fp8_matmuls"),
         (hopper_weight_only, "parts"), (hopper_attention, "paged_attention"),
         (row_fusions_hopper, "add_rms_norm"), (row_fusions_hopper, "silu_and_mul"),
+        (hopper_rope, "rope_and_cache"),
     ):  # fmt: skip
         run = partial(getattr(module, name), interpret=plgpu.InterpretGPUParams(detect_races=True))
         monkeypatch.setattr(module, name, run)
@@ -102,13 +104,14 @@ def launches(spec, **options):
 
 
 DECODE = Counter([
-    ("q_proj+k_proj+v_proj", "fp8_matmul_weight_only"), ("", "paged_attention_decode"),
-    ("", "paged_attention_combine"), ("o_proj", "fp8_matmul_weight_only"),
+    ("q_proj+k_proj+v_proj", "fp8_matmul_weight_only"), ("", "rope_and_cache"),
+    ("", "paged_attention_decode"), ("", "paged_attention_combine"),
+    ("o_proj", "fp8_matmul_weight_only"),
     ("gate_proj+up_proj", "fp8_matmul_weight_only"), ("down_proj", "fp8_matmul_weight_only"),
 ])  # fmt: skip
 PREFILL = Counter([
     ("q_proj", "fp8_matmul"), ("k_proj", "fp8_matmul"), ("v_proj", "fp8_matmul"),
-    ("", "paged_attention_prefill"), ("o_proj", "fp8_matmul"),
+    ("", "rope_and_cache"), ("", "paged_attention_prefill"), ("o_proj", "fp8_matmul"),
     ("gate_proj+up_proj", "fp8_swiglu"), ("down_proj", "fp8_matmul"),
 ])  # fmt: skip
 

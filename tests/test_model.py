@@ -17,13 +17,13 @@ from llama_jax.model.llama import (
     Llama,
     ModelSpec,
     abstract_params,
-    apply_rope,
     dense,
     init_params,
     logical_axes,
     rope_frequencies,
 )
 from pallas_kernels import e4m3
+from pallas_kernels.rope_and_cache.xla import apply_rope
 from tests.tiny import CONFIG, config, fp8_formats, fp8_spec, tokens
 
 SPEC = ModelSpec(CONFIG, dtype="float32")

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.model.kv_cache import write_pages
 from pallas_kernels import e4m3
 from pallas_kernels.paged_attention import paged_attention as unjitted
+from pallas_kernels.rope_and_cache.xla import write_pages
 
 paged_attention = jax.jit(unjitted, static_argnames="implementation")
 

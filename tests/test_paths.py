@@ -61,8 +61,8 @@ def test_an_h200_takes_the_kernels() -> None:
     decode = {call.matrices for call in found["decode"]}
     assert {q_k_v, (f"{mlp}gate_proj", f"{mlp}up_proj")} <= decode  # one launch each
     for phase, kernels in (
-        ("prefill", ["paged_attention_prefill"]),
-        ("decode", ["paged_attention_decode", "paged_attention_combine"]),
+        ("prefill", ["rope_and_cache", "paged_attention_prefill"]),
+        ("decode", ["rope_and_cache", "paged_attention_decode", "paged_attention_combine"]),
     ):
         attention = [call for call in of_module(found[phase], "layers_1/self_attn")
                      if not call.matrices]  # fmt: skip

@@ -48,6 +48,7 @@ _KERNELS_COST = {
     "paged_attention_prefill": "16-bit tensor cores, 1/2 of FP8's rate",
     "paged_attention_decode": "reads each key and value once",
     "paged_attention_combine": "adds parts up",
+    "rope_and_cache": "reads q, k and v once, writes k and v into their pages",
 }
 
 

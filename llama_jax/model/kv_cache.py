@@ -103,22 +103,3 @@ def bytes_per_token(config: LlamaConfig, dtype: jnp.dtype) -> int:
     """Cache bytes that one token of one sequence takes over all layers."""
     itemsize = jnp.dtype(dtype).itemsize
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
-
-
-def write_pages(
-    pages: Array, new: Array, page_table: Array, starts: Array, lengths: Array, scale: Array
-) -> Array:
-    """Store the new tokens of each row: positions starts[b] to lengths[b] - 1.
-
-    pages: [num_pages, page_size, num_kv_heads, head_dim]; new: [batch, tokens, num_kv_heads,
-    head_dim]; page_table: int32 [batch, pages_per_row]; scale: float32 [] or [num_kv_heads]. Tokens
-    at or past lengths[b] are dropped.
-    """
-    num_pages, page_size = pages.shape[:2]
-    positions = starts[:, None] + jnp.arange(new.shape[1])
-    column = jnp.minimum(positions // page_size, page_table.shape[1] - 1)
-    page = jnp.take_along_axis(page_table, column, axis=1)
-    page = jnp.where(positions < lengths[:, None], page, num_pages)
-    if pages.dtype in (e4m3.DTYPE, jnp.int8):
-        new = e4m3.store(new.astype(jnp.float32) / jnp.asarray(scale)[..., None], pages.dtype)
-    return pages.at[page, positions % page_size].set(new.astype(pages.dtype), mode="drop")

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.fp8 import WeightFormat, quantize_per_group, quantize_per_token, scale_shape
-from llama_jax.model.kv_cache import KVCache, write_pages
+from llama_jax.model.kv_cache import KVCache
 from llama_jax.model.sharding import default_sharding, divided_over, sharding_of
 from pallas_kernels import device, e4m3, row_fusions
 from pallas_kernels.fp8_matmul import (
@@ -36,6 +36,9 @@ from pallas_kernels.fp8_matmul import (
 from pallas_kernels.fp8_matmul.terms import Parts, Terms
 from pallas_kernels.fp8_matmul.xla import MIN_ROWS_FOR_BF16, by_row_blocks, dot
 from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.rope_and_cache import rope_and_cache
+from pallas_kernels.rope_and_cache.projections import Projections
+from pallas_kernels.rope_and_cache.xla import apply_rope, per_head
 from pallas_kernels.row_fusions import add_rms_norm, silu_and_mul
 
 Activations = Literal["auto", "bf16", "dynamic", "static"]
@@ -134,17 +137,6 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
     factor = np.float32(scaling.factor)
     blended = (np.float32(1.0) - smooth) * inv / factor + smooth * inv
     return np.where(turns < low, inv / factor, np.where(turns > high, inv, blended))
-
-
-def apply_rope(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
-    """Rotate pairs (j, j + head_dim / 2) of x [batch, tokens, heads, head_dim] by float32 angles.
-
-    positions: int32 [batch, tokens].
-    """
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def _parameter(
@@ -442,38 +434,54 @@ class Attention(nn.Module):
         is_fused = _is_fused(self.spec, x, (projections, (o_proj,)))
         if is_fused:
             residual, terms = norm.in_terms(x, [each.stored().weight for each in projections])
-            found = parts(self.spec, terms, batch * tokens, projections)
-            projected = [y.total().astype(residual.dtype) for y in found]
+            projected = parts(self.spec, terms, batch * tokens, projections)
         else:
             residual = added(x)
-            projected = products(self.spec, norm(residual), projections)
-        q, k, v = (y.reshape(batch, tokens, -1, config.head_dim) for y in projected)
-        frequencies = rope_frequencies(config)
-        q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
-
+            whole = products(self.spec, norm(residual), projections)
+            projected = [Parts(y.reshape(1, batch * tokens, -1), None) for y in whole]
         if cache is None:
+            q, k, v = (
+                each.total().astype(residual.dtype).reshape(batch, tokens, -1, config.head_dim)
+                for each in projected
+            )
+            frequencies = rope_frequencies(config)
+            q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
             y = jax.nn.dot_product_attention(q, k, v, is_causal=True)  # [b, t, heads, head_dim]
         else:
-            where = (cache.page_table, cache.starts, cache.lengths)
-            k_scale, v_scale = (
-                _of_own_heads(scale, k.shape[2]) for scale in (cache.k_scale, cache.v_scale)
-            )
-            cache = cache._replace(
-                k=write_pages(cache.k, k, *where, k_scale),
-                v=write_pages(cache.v, v, *where, v_scale),
-            )
+            q, cache = _append(self.spec, projected, positions, cache)
             y = paged_attention(
-                _per_head(q, k_scale), cache.k, cache.v, *where,
-                k_scale=1.0 if k_scale.ndim else k_scale, v_scale=1.0 if v_scale.ndim else v_scale,
+                q, cache.k, cache.v, cache.page_table, cache.starts, cache.lengths,
+                k_scale=1.0 if cache.k_scale.ndim else cache.k_scale,
+                v_scale=1.0 if cache.v_scale.ndim else cache.v_scale,
                 is_batch_invariant=self.spec.is_batch_invariant,
                 implementation=self.spec.implementation,
             )  # fmt: skip
-            y = _per_head(y, v_scale)
+            y = per_head(y, _of_own_heads(cache.v_scale, cache.v.shape[2]))
         if is_fused:
             rows = batch * tokens
             (product,) = parts(self.spec, y.reshape(rows, q_size), rows, (o_proj,))
             return Pending(residual, product), cache
         return o_proj(y.reshape(batch, tokens, q_size), residual), cache
+
+
+def _append(
+    spec: ModelSpec, qkv: Sequence[Parts], positions: Array, cache: LayerCache
+) -> tuple[Array, LayerCache]:
+    """q, rotated and ready for attention, [b, t, heads, head_dim], and the cache with the rotated
+    keys and the values. qkv: the products, each [b * t, out]."""
+    kv_heads, head_dim = cache.k.shape[2:]
+    sums = (each.sums.reshape(*each.sums.shape[:2], -1, head_dim) for each in qkv)
+    scales = [each.scale.reshape(-1, head_dim) for each in qkv if each.scale is not None]
+    q, k, v = rope_and_cache(
+        Projections(*sums), positions, rope_frequencies(spec.config),
+        cache.k, cache.v, cache.page_table, cache.starts, cache.lengths,
+        weight_scales=Projections(*scales) if scales else None,
+        k_scale=_of_own_heads(cache.k_scale, kv_heads),
+        v_scale=_of_own_heads(cache.v_scale, kv_heads),
+        dtype=jnp.dtype(spec.dtype),
+        implementation=spec.implementation,
+    )  # fmt: skip
+    return q, cache._replace(k=k, v=v)
 
 
 def _of_own_heads(scale: Array, kv_heads: int) -> Array:
@@ -482,15 +490,6 @@ def _of_own_heads(scale: Array, kv_heads: int) -> Array:
     if scale.ndim == 0 or axis is None:
         return scale
     return lax.dynamic_slice_in_dim(scale, lax.axis_index(axis) * kv_heads, kv_heads)
-
-
-def _per_head(x: Array, scale: Array) -> Array:
-    """x [b, t, heads, head_dim] times its kv heads' scales, [kv_heads]: of keys, queries may as
-    well be multiplied, and of values the result. A scalar is left to attention."""
-    if scale.ndim == 0:
-        return x
-    wide = jnp.repeat(scale, x.shape[2] // scale.shape[0])[:, None]
-    return (x.astype(jnp.float32) * wide).astype(x.dtype)
 
 
 class MLP(nn.Module):

@@ -1,0 +1,137 @@
+"""From the products of q_proj, k_proj and v_proj to attention: rotary embedding, and new keys and
+values into the paged cache."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from pallas_kernels import device
+from pallas_kernels.rope_and_cache import reference, xla
+from pallas_kernels.rope_and_cache.projections import Projections
+
+Implementation = Literal["reference", "xla", "hopper"]
+
+
+def rope_and_cache(
+    parts: Projections,
+    positions: Array,
+    frequencies: np.ndarray,
+    k_pages: Array,
+    v_pages: Array,
+    page_table: Array,
+    starts: Array,
+    lengths: Array,
+    *,
+    weight_scales: Projections | None = None,
+    x_scale: Array | None = None,
+    k_scale: Array | float = 1.0,
+    v_scale: Array | float = 1.0,
+    dtype: jnp.dtype,
+    implementation: Implementation | None = None,
+) -> tuple[Array, Array, Array]:
+    """Rotate q and k, and store k and v of the new tokens of each sequence.
+
+    parts: of q, k and v, [parts, rows, heads, head_dim], bfloat16 or float32; the products are
+        their sums over the first axis. Row b * tokens + t is token t of sequence b; rows beyond
+        those count for nothing.
+    positions: int32 [batch, tokens], what q and k are rotated by, as pairs
+        (j, j + head_dim / 2), with float32 angles positions * frequencies.
+    frequencies: float32 [head_dim / 2].
+    k_pages, v_pages: [num_pages, page_size, num_kv_heads, head_dim]; bfloat16, float32,
+        float8_e4m3fn or its int8 bits.
+    page_table: int32 [batch, pages_per_row]; position p of row b lives in page
+        page_table[b, p // page_size] at offset p % page_size.
+    starts, lengths: int32 [batch]; token t of row b is stored at starts[b] + t, or nowhere if
+        that is lengths[b] or more, or if its page is num_pages or more.
+    weight_scales: float32 [heads, head_dim] each, that the sums are multiplied by.
+    x_scale: float32 [rows], also.
+    k_scale, v_scale: float32 [], or [num_kv_heads] for each head its own, that FP8 keys and values
+        are divided by before they are rounded; attention multiplies by them. Where each head has
+        its own k_scale, q is multiplied by it here.
+    dtype: bfloat16 or float32, of q, and what the products are rounded to before anything else;
+        "hopper" rounds only what it stores.
+    implementation: None for the best that takes these arrays on the platform lowered for;
+        `chosen` names it. "hopper" is one launch that writes into the pages as they lie.
+    Returns q, [batch, tokens, num_heads, head_dim], and the pages.
+    Raises ValueError for shapes that do not fit, and for a named implementation that cannot run.
+    """
+    _check(parts, positions, frequencies, k_pages, v_pages, page_table, starts, lengths)
+    arrays = (
+        parts, positions, k_pages, v_pages, page_table, starts, lengths, weight_scales, x_scale,
+        jnp.asarray(k_scale), jnp.asarray(v_scale),
+    )  # fmt: skip
+    dtype = jnp.dtype(dtype)
+    through_xla = partial(xla.rope_and_cache, frequencies=frequencies, dtype=dtype)
+    match implementation or chosen(parts, k_pages, dtype):
+        case "reference":
+            return reference.rope_and_cache(*arrays, frequencies=frequencies, dtype=dtype)
+        case "xla":
+            asked = f"{implementation} was asked for" if implementation else None
+            with device.left_to_xla(str(asked or _why_not(parts, k_pages, dtype))):
+                return through_xla(*arrays)
+        case "hopper" if implementation is None:
+            # Beside a GPU, a program may still be lowered for the CPU.
+            kernel = partial(_on_hopper(), frequencies=frequencies, dtype=dtype)
+            found: tuple[Array, Array, Array] = lax.platform_dependent(
+                *arrays, cuda=kernel, default=through_xla
+            )
+            return found
+        case "hopper":
+            if reason := _refusal(parts, k_pages, dtype):
+                raise ValueError(f"rope_and_cache cannot run as 'hopper': {reason}")
+            return _on_hopper()(*arrays, frequencies=frequencies, dtype=dtype)
+        case unknown:
+            raise ValueError(f"rope_and_cache has no implementation {unknown!r}")
+
+
+def chosen(parts: Projections, k_pages: Array, dtype: jnp.dtype) -> Implementation:
+    """What `implementation=None` stands for where a program is lowered for JAX's default device;
+    given arrays or anything with their shape and dtype."""
+    return "xla" if _why_not(parts, k_pages, dtype) else "hopper"
+
+
+def _why_not(parts: Projections, k_pages: Array, dtype: jnp.dtype) -> str | None:
+    return _refusal(parts, k_pages, dtype) or device.not_local()
+
+
+def _refusal(parts: Projections, k_pages: Array, dtype: jnp.dtype) -> str | None:
+    """Why the kernel cannot take these arrays on what is lowered for; None if it can."""
+    if reason := device.not_hopper():
+        return reason
+    # Mosaic GPU takes a third of JAX's own time to import: only where it may run.
+    from pallas_kernels.rope_and_cache import hopper
+
+    return hopper.refusal(parts, k_pages, jnp.dtype(dtype))
+
+
+def _on_hopper() -> Callable[..., tuple[Array, Array, Array]]:
+    from pallas_kernels.rope_and_cache import hopper
+
+    return hopper.rope_and_cache
+
+
+def _check(
+    parts: Projections, positions: Array, frequencies: np.ndarray, k_pages: Array, v_pages: Array,
+    page_table: Array, starts: Array, lengths: Array,
+) -> None:  # fmt: skip
+    (batch, tokens), heads = positions.shape, k_pages.shape[2:]
+    if k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype:
+        raise ValueError(
+            f"pages of keys {k_pages.dtype}{k_pages.shape} and of values "
+            f"{v_pages.dtype}{v_pages.shape} must be alike"
+        )
+    for name, each in parts._asdict().items():
+        fits = each.ndim == 4 and each.shape[1] >= batch * tokens and each.shape[3] == heads[1]
+        if not fits or each.shape[2] % heads[0] or (name != "q" and each.shape[2] != heads[0]):
+            raise ValueError(
+                f"{name} {each.shape} must be [parts, {batch * tokens} or more rows, heads, "
+                f"head_dim] and fit pages {k_pages.shape}"
+            )
+    if frequencies.shape != (heads[1] // 2,):
+        raise ValueError(f"frequencies must be [{heads[1] // 2}], got {frequencies.shape}")
+    if page_table.shape[0] != batch or starts.shape != (batch,) or lengths.shape != (batch,):
+        raise ValueError(f"page_table, starts and lengths must have {batch} rows")

@@ -1,0 +1,272 @@
+"""`rope_and_cache` on Hopper: one launch, which writes into the pages as they lie.
+
+A tile is some heads of one token: a thread has the same few elements of both halves of a head, so
+that a rotation stays within it. With few tokens a thread block has one tile, so that all are read
+at once; with many it has all tiles of a token, whose angles and page it then reads once. The
+cosines and sines are the same in all layers, and XLA makes them once for all (`angles`).
+"""
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import e4m3
+from pallas_kernels.device import multiprocessors
+from pallas_kernels.rope_and_cache.projections import Projections
+
+NAME = "rope_and_cache"
+HEAD_DIMS = (64, 128)
+PAGE_DTYPES = (jnp.bfloat16, jnp.float32, e4m3.DTYPE)
+WARPS, LANES = 4, 32
+# Of a tile: fewer where a launch has so few tokens that multiprocessors would be idle.
+MOST_HEADS, FEWER_HEADS = 8, 4
+# Of a thread, side by side: 16 bytes of float32.
+MAX_ELEMENTS = 4
+# From so many tiles for each multiprocessor on, a thread block has all tiles of a token.
+TILES_PER_MULTIPROCESSOR = 8
+# That are read before any is rotated and stored.
+TILES_AT_ONCE = 6
+
+
+def refusal(parts: Projections, k_pages: Array, dtype: jnp.dtype) -> str | None:
+    """Why the kernel cannot take these arrays; None if it can."""
+    if dtype != jnp.bfloat16:
+        return f"q must be bfloat16, got {dtype}"
+    if k_pages.dtype not in PAGE_DTYPES:
+        return f"pages must be bfloat16, float32 or float8_e4m3fn, got {k_pages.dtype}"
+    if k_pages.shape[3] not in HEAD_DIMS:
+        return f"head_dim must be 64 or 128, got {k_pages.shape[3]}"
+    if wrong := [each.dtype for each in parts if each.dtype not in (jnp.bfloat16, jnp.float32)]:
+        return f"parts must be bfloat16 or float32, got {wrong[0]}"
+    return None
+
+
+def rope_and_cache(
+    parts: Projections,
+    positions: Array,
+    k_pages: Array,
+    v_pages: Array,
+    page_table: Array,
+    starts: Array,
+    lengths: Array,
+    weight_scales: Projections | None,
+    x_scale: Array | None,
+    k_scale: Array,
+    v_scale: Array,
+    *,
+    frequencies: np.ndarray,
+    dtype: jnp.dtype,
+    interpret: Any = None,
+) -> tuple[Array, Array, Array]:
+    """As the package's, for what `refusal` does not refuse. interpret: a plgpu.InterpretGPUParams
+    to run in the simulator."""
+    operands = _Operands(
+        parts, weight_scales, x_scale, *angles(positions, frequencies), page_table, starts, lengths,
+        k_scale.astype(jnp.float32).reshape(-1), v_scale.astype(jnp.float32).reshape(-1),
+    )  # fmt: skip
+    batch, tokens = positions.shape
+    q, k_pages, v_pages = _launch(
+        operands, k_pages, v_pages, tokens=tokens, is_q_scaled=k_scale.ndim > 0, dtype=dtype,
+        interpret=interpret,
+    )  # fmt: skip
+    return q.reshape(batch, tokens, *q.shape[1:]), k_pages, v_pages
+
+
+def angles(positions: Array, frequencies: np.ndarray) -> tuple[Array, Array]:
+    """Cosines and sines, float32 [batch * tokens, head_dim / 2] each, as `xla.apply_rope` has
+    them."""
+    each = positions.reshape(-1, 1).astype(jnp.float32) * frequencies
+    return jnp.cos(each), jnp.sin(each)
+
+
+class _Operands(NamedTuple):
+    """Arrays outside of the kernel, references within. cos, sin: [batch * tokens, head_dim / 2];
+    k_scale, v_scale: [1] or [num_kv_heads]."""
+
+    parts: Projections
+    weight_scales: Projections | None
+    x_scale: Any
+    cos: Any
+    sin: Any
+    page_table: Any
+    starts: Any
+    lengths: Any
+    k_scale: Any
+    v_scale: Any
+
+
+class _Tile(NamedTuple):
+    """heads: of q, k or v ("kind"), the first of a tile; static or an index."""
+
+    kind: str
+    first: Any
+
+
+class _Halves(NamedTuple):
+    """Elements j and j + head_dim / 2, [heads, head_dim / 2]."""
+
+    a: Array
+    b: Array
+
+
+def heads_of_tile(num_kv_heads: int, rows: int, num_heads: int) -> int:
+    """So many heads of q, and of k and v, that they divide both."""
+    fewer = rows * (num_heads + 2 * num_kv_heads) < MOST_HEADS * multiprocessors()
+    most = FEWER_HEADS if fewer else MOST_HEADS
+    return max(each for each in (1, 2, 4, 8) if num_kv_heads % each == 0 and each <= most)
+
+
+def tile_layout(heads: int, half: int) -> Any:
+    """How a warpgroup has [heads, half] elements: lanes along a head, warps along heads, and where
+    there are too few heads, several warps the same."""
+    elements = max(half // LANES, min(MAX_ELEMENTS, heads * half // (WARPS * LANES)))
+    of_warp = LANES * elements // half
+    warps = max(1, heads // of_warp)
+    repeated = (plgpu.Replicated(WARPS // warps),) if warps < WARPS else ()
+    by_lane = (-3, -2) if of_warp > 1 else (-2,)
+    if of_warp == 1 or warps == 1:
+        tiling: tuple[tuple[int, ...], ...] = ((heads, half), (elements,))
+        by_warp = -3
+    else:
+        tiling, by_warp = ((heads, half), (of_warp, half), (elements,)), -5
+    over_warps = ((by_warp,) if warps > 1 else ()) + repeated
+    return plgpu.Layout.TILED(
+        plgpu.Tiling(tiling), warp_dims=over_warps, lane_dims=by_lane, vector_dim=-1
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("tokens", "is_q_scaled", "dtype", "interpret"))
+def _launch(
+    operands: _Operands,
+    k_pages: Array,
+    v_pages: Array,
+    *,
+    tokens: int,
+    is_q_scaled: bool,
+    dtype: jnp.dtype,
+    interpret: Any,
+) -> tuple[Array, Array, Array]:
+    """q [batch * tokens, num_heads, head_dim], and the pages."""
+    rows, half = operands.cos.shape
+    num_pages, page_size, num_kv_heads, head_dim = k_pages.shape
+    num_heads = operands.parts.q.shape[2]
+    group, heads = num_heads // num_kv_heads, heads_of_tile(num_kv_heads, rows, num_heads)
+    layout, shape = tile_layout(heads, half), (heads, half)
+    tiles = [
+        _Tile(kind, first)
+        for kind, count in (("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads))
+        for first in range(0, count, heads)
+    ]
+    is_in_parts = operands.parts.q.shape[0] > 1
+    is_one_each = is_in_parts or rows * len(tiles) < TILES_PER_MULTIPROCESSOR * multiprocessors()
+    halves = pl.ds(0, half), pl.ds(half, half)
+
+    def load(ref: Any, *place: Any) -> _Halves:
+        return _Halves(
+            *(plgpu.load(ref.at[*place, each], layout=layout, optimized=False) for each in halves)
+        )
+
+    def per_head(ref: Any, first: Any, heads_of_each: int) -> Array:
+        """What a tile's heads are scaled by: a number, or [heads, half]."""
+        if ref.shape[0] == 1:
+            return ref[0]
+        index = lax.div(first, heads_of_each)
+        found = ref[index]
+        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+        for i in range(1, pl.cdiv(heads, heads_of_each)):
+            found = jnp.where(lax.div(row, heads_of_each) >= i, ref[index + i], found)
+        return found
+
+    def body(refs: _Operands, k_ref: Any, v_ref: Any, q_ref: Any) -> None:
+        row = lax.axis_index("row")
+        sequence = lax.div(row, tokens)
+        position = refs.starts[sequence] + lax.rem(row, tokens)
+        column = lax.min(lax.div(position, page_size), refs.page_table.shape[1] - 1)
+
+        def summed(tile: _Tile) -> _Halves:
+            some = pl.ds(tile.first, heads)
+            part_refs = getattr(refs.parts, tile.kind)
+            found = [load(part_refs, part, row, some) for part in range(part_refs.shape[0])]
+            a, b = (functools.reduce(jnp.add, [each.astype(jnp.float32) for each in side])
+                    for side in zip(*found, strict=True))  # fmt: skip
+            if refs.weight_scales is not None:
+                scale = load(getattr(refs.weight_scales, tile.kind), some)
+                a, b = a * scale.a, b * scale.b
+            if refs.x_scale is not None:
+                a, b = a * refs.x_scale[row], b * refs.x_scale[row]
+            return _Halves(a, b)
+
+        def rotated(x: _Halves) -> _Halves:
+            cos, sin = (
+                lax.broadcast_in_dim(
+                    plgpu.load(ref.at[row], layout=layout.reduce(0), optimized=False), shape, (1,)
+                )
+                for ref in (refs.cos, refs.sin)
+            )
+            return _Halves(x.a * cos - x.b * sin, x.b * cos + x.a * sin)
+
+        def store(ref: Any, place: tuple[Any, ...], x: _Halves) -> None:
+            for each, half_of_head in zip(x, halves, strict=True):
+                ref[*place, half_of_head] = each.astype(ref.dtype)
+
+        def cache(ref: Any, scale_ref: Any, first: Any, x: _Halves) -> None:
+            page = refs.page_table[sequence, column]
+
+            @pl.when((position < refs.lengths[sequence]) & (page < num_pages))
+            def _() -> None:
+                place = page, lax.rem(position, page_size), pl.ds(first, heads)
+                if ref.dtype != e4m3.DTYPE:
+                    store(ref, place, x)
+                    return
+                scale = per_head(scale_ref, first, 1)
+                store(ref, place, _Halves(*(_saturated(each / scale) for each in x)))
+
+        def finish(tile: _Tile, x: _Halves) -> None:
+            if tile.kind == "v":
+                cache(v_ref, refs.v_scale, tile.first, x)
+            elif tile.kind == "k":
+                cache(k_ref, refs.k_scale, tile.first, rotated(x))
+            else:
+                x = rotated(x)
+                if is_q_scaled:
+                    scale = per_head(refs.k_scale, tile.first, group)
+                    x = _Halves(x.a * scale, x.b * scale)
+                store(q_ref, (row, pl.ds(tile.first, heads)), x)
+
+        if not is_one_each:
+            for some in itertools.batched(tiles, TILES_AT_ONCE):
+                for tile, x in [(tile, summed(tile)) for tile in some]:
+                    finish(tile, x)
+            return
+        index = lax.axis_index("tile")
+        for kind in Projections._fields:
+            here = [i for i, tile in enumerate(tiles) if tile.kind == kind]
+
+            @pl.when((here[0] <= index) & (index <= here[-1]))
+            def _(kind: str = kind, first: int = here[0]) -> None:
+                tile = _Tile(kind, (index - first) * heads)
+                finish(tile, summed(tile))
+
+    k_ref, v_ref = jax.new_ref(k_pages), jax.new_ref(v_pages)
+    q = pl.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((rows, num_heads, head_dim), dtype),
+        mesh=plgpu.Mesh(
+            grid=(len(tiles) if is_one_each else 1, rows), grid_names=("tile", "row")
+        ),
+        compiler_params=plgpu.CompilerParams(),
+        interpret=interpret or False,
+        name=NAME,
+    )(operands, k_ref, v_ref)  # fmt: skip
+    return q, jax.freeze(k_ref), jax.freeze(v_ref)
+
+
+def _saturated(x: Array) -> Array:
+    return lax.clamp(-e4m3.MAX, x, e4m3.MAX)

@@ -1,0 +1,86 @@
+"""`rope_and_cache` for XLA, which fuses the rotation with what is around it, and scatters keys and
+values into the pages in place."""
+
+import functools
+import operator
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from pallas_kernels import e4m3
+from pallas_kernels.rope_and_cache.projections import Projections
+
+
+def rope_and_cache(
+    parts: Projections,
+    positions: Array,
+    k_pages: Array,
+    v_pages: Array,
+    page_table: Array,
+    starts: Array,
+    lengths: Array,
+    weight_scales: Projections | None,
+    x_scale: Array | None,
+    k_scale: Array,
+    v_scale: Array,
+    *,
+    frequencies: np.ndarray,
+    dtype: jnp.dtype,
+) -> tuple[Array, Array, Array]:
+    batch, tokens = positions.shape
+
+    def product(part: Array, weight_scale: Array | None) -> Array:
+        y = functools.reduce(operator.add, part)[: batch * tokens]
+        if weight_scale is not None:
+            y = y * weight_scale
+        if x_scale is not None:
+            y = y * x_scale[: batch * tokens, None, None]
+        return y.astype(dtype).reshape(batch, tokens, *part.shape[2:])
+
+    scales = weight_scales or (None, None, None)
+    q, k, v = (product(*each) for each in zip(parts, scales, strict=True))
+    q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
+    where = (page_table, starts, lengths)
+    k_pages = write_pages(k_pages, k, *where, k_scale)
+    v_pages = write_pages(v_pages, v, *where, v_scale)
+    return per_head(q, k_scale), k_pages, v_pages
+
+
+def apply_rope(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
+    """Rotate pairs (j, j + head_dim / 2) of x [batch, tokens, heads, head_dim] by float32 angles.
+
+    positions: int32 [batch, tokens].
+    """
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def write_pages(
+    pages: Array, new: Array, page_table: Array, starts: Array, lengths: Array, scale: Array
+) -> Array:
+    """Store the new tokens of each row: positions starts[b] to lengths[b] - 1.
+
+    pages: [num_pages, page_size, num_kv_heads, head_dim]; new: [batch, tokens, num_kv_heads,
+    head_dim]; page_table: int32 [batch, pages_per_row]; scale: float32 [] or [num_kv_heads]. Tokens
+    at or past lengths[b] are dropped.
+    """
+    num_pages, page_size = pages.shape[:2]
+    positions = starts[:, None] + jnp.arange(new.shape[1])
+    column = jnp.minimum(positions // page_size, page_table.shape[1] - 1)
+    page = jnp.take_along_axis(page_table, column, axis=1)
+    page = jnp.where(positions < lengths[:, None], page, num_pages)
+    if pages.dtype in (e4m3.DTYPE, jnp.int8):
+        new = e4m3.store(new.astype(jnp.float32) / jnp.asarray(scale)[..., None], pages.dtype)
+    return pages.at[page, positions % page_size].set(new.astype(pages.dtype), mode="drop")
+
+
+def per_head(x: Array, scale: Array) -> Array:
+    """x [b, t, heads, head_dim] times its kv heads' scales, [kv_heads]: of keys, queries may as
+    well be multiplied, and of values the result. A scalar is left to attention."""
+    if scale.ndim == 0:
+        return x
+    wide = jnp.repeat(scale, x.shape[2] // scale.shape[0])[:, None]
+    return (x.astype(jnp.float32) * wide).astype(x.dtype)
