@@ -1,5 +1,6 @@
 """The Hopper kernel of `rope_and_cache` in JAX's GPU simulator, and XLA's path, against float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -122,11 +123,11 @@ def check(found, arguments, *, more=0.0):
         np.testing.assert_array_equal(stored.view(bits), old.view(bits))
 
 
-def run(arguments):
-    head_dim = arguments[2].shape[3]
+def run(arguments, config=None):
     return simulate(
-        hopper.rope_and_cache, *arguments, frequencies=frequencies(head_dim), dtype=BF16
-    )
+        hopper.rope_and_cache, *arguments,
+        frequencies=frequencies(arguments[2].shape[3]), dtype=BF16, config=config,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -168,12 +169,10 @@ def test_one_kv_head_with_its_own_scale():
 
 
 @pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow)])
-def test_a_chunk_of_a_prompt(head_dim, monkeypatch):
+def test_a_chunk_of_a_prompt(head_dim):
     """A thread block has all heads of a token: more tiles than are read at once."""
-    monkeypatch.setattr(hopper, "TILES_PER_MULTIPROCESSOR", 0)
-    monkeypatch.setattr(hopper, "TILES_AT_ONCE", 2)
     arguments = case(8, 2, head_dim, [60], [65], 7, parts=1, sums=BF16, is_scaled=False)
-    check(run(arguments), arguments)
+    check(run(arguments, hopper.Config(heads=1, is_by_token=True)), arguments)
 
 
 def test_large_keys_saturate():
@@ -237,3 +236,18 @@ def test_what_the_kernel_refuses():
     assert "head_dim must be 64 or 128, got 32" in hopper.refusal(parts, pages[..., :32], BF16)
     half = parts._replace(v=parts.v.astype(jnp.float16))
     assert "got float16" in hopper.refusal(half, pages, BF16)
+
+
+def test_configurations():
+    def of(rows, kv_heads, parts=1):
+        shape = (parts, rows, 4 * kv_heads, 128)
+        q = jax.ShapeDtypeStruct(shape, BF16)
+        k = jax.ShapeDtypeStruct((*shape[:2], kv_heads, 128), BF16)
+        return hopper.configure(Projections(q, k, k), rows)
+
+    assert of(1, 8, parts=11) == hopper.Config(heads=4, is_by_token=False)
+    assert of(64, 8, parts=11) == hopper.Config(heads=8, is_by_token=False)
+    assert of(2048, 8) == hopper.Config(heads=8, is_by_token=True)
+    assert of(2048, 1) == hopper.Config(heads=1, is_by_token=True)
+    parts, *_ = case(4, 2, 64, [0], [1], 1)
+    assert "divide 2, got 4" in hopper.unfit(hopper.Config(4, False), parts)

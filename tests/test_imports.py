@@ -20,7 +20,7 @@ LAYERS = (
     ("pallas_kernels",),
     ("pallas_kernels.dev",),
     ("pallas_kernels.fp8_matmul.cases", "pallas_kernels.fp8_matmul.weight_only_cases",
-     "pallas_kernels.paged_attention.cases"),
+     "pallas_kernels.paged_attention.cases", "pallas_kernels.rope_and_cache.cases"),
     ("llama_jax.errors", "llama_jax.structured"),
     ("llama_jax.json_file", "llama_jax.sampling_params"),
     ("llama_jax.model",),

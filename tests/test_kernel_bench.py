@@ -237,7 +237,7 @@ def test_cases_are_chosen_by_name():
     kernels = {case.kernel for case in chosen}
     assert kernels == {
         "fp8_matmul", "fp8_swiglu", "fp8_matmul_weight_only",
-        "paged_attention_prefill", "paged_attention_decode",
+        "paged_attention_prefill", "paged_attention_decode", "rope_and_cache",
     }  # fmt: skip
     assert all(case.name.startswith("8B TP1 ") for case in chosen)
     assert len(chosen) < len(list(bench.cases([64])))

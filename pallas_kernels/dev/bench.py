@@ -44,6 +44,7 @@ FAMILIES = (
     "pallas_kernels.fp8_matmul.cases",
     "pallas_kernels.fp8_matmul.weight_only_cases",
     "pallas_kernels.paged_attention.cases",
+    "pallas_kernels.rope_and_cache.cases",
 )
 RIVALS = ("xla", "cudnn")
 

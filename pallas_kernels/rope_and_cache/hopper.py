@@ -8,6 +8,7 @@ cosines and sines are the same in all layers, and XLA makes them once for all (`
 
 import functools
 import itertools
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import e4m3
+from pallas_kernels import e4m3, tuned
 from pallas_kernels.device import multiprocessors
 from pallas_kernels.rope_and_cache.projections import Projections
 
@@ -33,6 +34,14 @@ MAX_ELEMENTS = 4
 TILES_PER_MULTIPROCESSOR = 8
 # That are read before any is rotated and stored.
 TILES_AT_ONCE = 6
+
+
+@dataclass(frozen=True)
+class Config:
+    """heads: of a tile. is_by_token: whether a thread block has all tiles of a token, or one."""
+
+    heads: int
+    is_by_token: bool
 
 
 def refusal(parts: Projections, k_pages: Array, dtype: jnp.dtype) -> str | None:
@@ -63,18 +72,27 @@ def rope_and_cache(
     *,
     frequencies: np.ndarray,
     dtype: jnp.dtype,
+    cos_and_sin: tuple[Array, Array] | None = None,
+    config: Config | None = None,
     interpret: Any = None,
 ) -> tuple[Array, Array, Array]:
-    """As the package's, for what `refusal` does not refuse. interpret: a plgpu.InterpretGPUParams
-    to run in the simulator."""
+    """As the package's, for what `refusal` does not refuse.
+
+    cos_and_sin: `angles`, if they have been made before. config: for tuning; None takes
+    `configure`'s. interpret: a plgpu.InterpretGPUParams to run in the simulator.
+    """
+    config = config or configure(parts, positions.size)
+    if reason := unfit(config, parts):
+        raise ValueError(f"{config} cannot work: {reason}")
+    cos, sin = cos_and_sin or angles(positions, frequencies)
     operands = _Operands(
-        parts, weight_scales, x_scale, *angles(positions, frequencies), page_table, starts, lengths,
+        parts, weight_scales, x_scale, cos, sin, page_table, starts, lengths,
         k_scale.astype(jnp.float32).reshape(-1), v_scale.astype(jnp.float32).reshape(-1),
     )  # fmt: skip
     batch, tokens = positions.shape
     q, k_pages, v_pages = _launch(
         operands, k_pages, v_pages, tokens=tokens, is_q_scaled=k_scale.ndim > 0, dtype=dtype,
-        interpret=interpret,
+        config=config, interpret=interpret,
     )  # fmt: skip
     return q.reshape(batch, tokens, *q.shape[1:]), k_pages, v_pages
 
@@ -116,11 +134,36 @@ class _Halves(NamedTuple):
     b: Array
 
 
-def heads_of_tile(num_kv_heads: int, rows: int, num_heads: int) -> int:
-    """So many heads of q, and of k and v, that they divide both."""
-    fewer = rows * (num_heads + 2 * num_kv_heads) < MOST_HEADS * multiprocessors()
-    most = FEWER_HEADS if fewer else MOST_HEADS
-    return max(each for each in (1, 2, 4, 8) if num_kv_heads % each == 0 and each <= most)
+def configure(parts: Projections, rows: int) -> Config:
+    """The tuned configuration of the GPU in use, or else the heuristic's. rows: tokens in all."""
+    found = tuned.find(NAME, tuned_as(parts, rows))
+    return Config(**found) if found else heuristic(parts, rows)
+
+
+def tuned_as(parts: Projections, rows: int) -> str:
+    """What problems that share a tuned configuration are called: rows up to a power of two."""
+    count, _, num_heads, head_dim = parts.q.shape
+    heads = f"{num_heads}/{parts.k.shape[2]}x{head_dim}"
+    return f"heads={heads} parts={count} {parts.q.dtype} rows<={pl.next_power_of_2(rows)}"
+
+
+def heuristic(parts: Projections, rows: int) -> Config:
+    """Untuned. Tiles of fewer heads where a launch has so few that multiprocessors would be idle;
+    by token where there are many, and no parts to add up."""
+    num_kv_heads = parts.k.shape[2]
+    tiles = rows * pl.cdiv(parts.q.shape[2] + 2 * num_kv_heads, MOST_HEADS)
+    most = FEWER_HEADS if tiles < multiprocessors() else MOST_HEADS
+    heads = max(each for each in (1, 2, 4, 8) if num_kv_heads % each == 0 and each <= most)
+    is_many = tiles >= TILES_PER_MULTIPROCESSOR * multiprocessors()
+    return Config(heads, is_many and parts.q.shape[0] == 1)
+
+
+def unfit(config: Config, parts: Projections) -> str | None:
+    """Why no kernel can be made of a configuration; None if one can."""
+    num_kv_heads = parts.k.shape[2]
+    if config.heads not in (1, 2, 4, 8) or num_kv_heads % config.heads:
+        return f"heads must be 1, 2, 4 or 8 and divide {num_kv_heads}, got {config.heads}"
+    return None
 
 
 def tile_layout(heads: int, half: int) -> Any:
@@ -142,7 +185,9 @@ def tile_layout(heads: int, half: int) -> Any:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("tokens", "is_q_scaled", "dtype", "interpret"))
+@functools.partial(
+    jax.jit, static_argnames=("tokens", "is_q_scaled", "dtype", "config", "interpret")
+)
 def _launch(
     operands: _Operands,
     k_pages: Array,
@@ -151,21 +196,20 @@ def _launch(
     tokens: int,
     is_q_scaled: bool,
     dtype: jnp.dtype,
+    config: Config,
     interpret: Any,
 ) -> tuple[Array, Array, Array]:
     """q [batch * tokens, num_heads, head_dim], and the pages."""
     rows, half = operands.cos.shape
     num_pages, page_size, num_kv_heads, head_dim = k_pages.shape
     num_heads = operands.parts.q.shape[2]
-    group, heads = num_heads // num_kv_heads, heads_of_tile(num_kv_heads, rows, num_heads)
+    group, heads = num_heads // num_kv_heads, config.heads
     layout, shape = tile_layout(heads, half), (heads, half)
     tiles = [
         _Tile(kind, first)
         for kind, count in (("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads))
         for first in range(0, count, heads)
     ]
-    is_in_parts = operands.parts.q.shape[0] > 1
-    is_one_each = is_in_parts or rows * len(tiles) < TILES_PER_MULTIPROCESSOR * multiprocessors()
     halves = pl.ds(0, half), pl.ds(half, half)
 
     def load(ref: Any, *place: Any) -> _Halves:
@@ -240,7 +284,7 @@ def _launch(
                     x = _Halves(x.a * scale, x.b * scale)
                 store(q_ref, (row, pl.ds(tile.first, heads)), x)
 
-        if not is_one_each:
+        if config.is_by_token:
             for some in itertools.batched(tiles, TILES_AT_ONCE):
                 for tile, x in [(tile, summed(tile)) for tile in some]:
                     finish(tile, x)
@@ -259,7 +303,7 @@ def _launch(
         body,
         out_type=jax.ShapeDtypeStruct((rows, num_heads, head_dim), dtype),
         mesh=plgpu.Mesh(
-            grid=(len(tiles) if is_one_each else 1, rows), grid_names=("tile", "row")
+            grid=(1 if config.is_by_token else len(tiles), rows), grid_names=("tile", "row")
         ),
         compiler_params=plgpu.CompilerParams(),
         interpret=interpret or False,
