@@ -73,8 +73,9 @@ def prefill(arrays, k_scale=1.0, v_scale=1.0, config=SMALL_PREFILL):
     return simulate(hopper_prefill.paged_attention, *arrays, k_scale, v_scale, config=config)
 
 
-def decode(arrays, k_scale=1.0, v_scale=1.0, splits=2, keys_per_split=None):
-    config = hopper_decode.Config(splits, keys_per_split, stages=2)
+def decode(arrays, k_scale=1.0, v_scale=1.0, splits=2, keys_per_split=None, keys=64, in_fp8=None):
+    in_fp8 = arrays[1].dtype == FP8 if in_fp8 is None else in_fp8
+    config = hopper_decode.Config(splits, keys_per_split, 2, keys, in_fp8)
     return simulate(hopper_decode.paged_attention, *arrays, k_scale, v_scale, config=config)
 
 
@@ -117,14 +118,35 @@ def test_decode_of_several_tokens(heads, tokens):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "keys_per_split"),
-    [pytest.param(BF16, None, marks=pytest.mark.slow), (FP8, 128)],
-    ids=["bf16-even", "fp8-fixed"],
+    ("dtype", "keys_per_split", "keys"),
+    [
+        pytest.param(BF16, None, 64, marks=pytest.mark.slow),
+        pytest.param(BF16, None, 128, marks=pytest.mark.slow),
+        pytest.param(FP8, None, 64, marks=pytest.mark.slow),
+        (FP8, 128, 128),
+    ],
+    ids=["bf16-even", "bf16-even-two-pages", "fp8-even", "fp8-fixed-two-pages"],
 )
-def test_decode_at_the_edges_of_pages_and_splits(dtype, keys_per_split):
+def test_decode_at_the_edges_of_pages_and_splits(dtype, keys_per_split, keys):
     lengths = [0, 1, 63, 64, 65, 128, 129, 257]
     arrays = case(4, 1, 1, [max(n - 1, 0) for n in lengths], lengths, dtype=dtype)
-    check(decode(arrays, splits=3, keys_per_split=keys_per_split), arrays)
+    check(decode(arrays, splits=3, keys_per_split=keys_per_split, keys=keys), arrays)
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(BF16, marks=pytest.mark.slow), FP8], ids=str)
+@pytest.mark.parametrize("tokens", [1, pytest.param(13, marks=pytest.mark.slow)])
+def test_decode_in_one_launch(dtype, tokens):
+    """Of keys that are not split."""
+    lengths = [200, tokens, 0]
+    arrays = case(4, 1, tokens, [max(n - tokens, 0) for n in lengths], lengths, dtype=dtype)
+    check(decode(arrays, 0.5, 2.0, splits=1), arrays, 0.5, 2.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("splits", [1, 2])
+def test_decode_with_keys_widened(splits):
+    arrays = case(4, 1, 2, [299], [301], dtype=FP8)
+    check(decode(arrays, 0.5, 2.0, splits=splits, in_fp8=False), arrays, 0.5, 2.0)
 
 
 @pytest.mark.parametrize("run", [prefill, decode])
