@@ -128,12 +128,10 @@ def test_launches_on_an_h200(activations):
 
 
 def test_few_rows_of_a_wide_model_leave_sums_to_what_follows():
-    """Where the hidden size is a multiple of 512: nothing but kernels between the products, which
-    have the next weights fetched."""
+    """Where the hidden size is a multiple of 512: nothing but kernels between the products."""
     config = replace(CONFIG, hidden_size=512, num_heads=8)
     assert launches(spec_of(config, activations="auto"))["decode"] == DECODE + Counter([
-        ("q_proj+k_proj+v_proj", "add_rms_norm"), ("gate_proj+up_proj", "add_rms_norm"),
-        ("down_proj", "silu_and_mul"),
+        ("", "add_rms_norm"), ("", "add_rms_norm"), ("", "silu_and_mul"),
     ])  # fmt: skip
 
 

@@ -209,15 +209,12 @@ class RMSNorm(nn.Module):
         normed = wide * lax.rsqrt(mean_square + self.spec.config.rms_norm_eps)
         return normed.astype(x.dtype) * self.weight.astype(x.dtype)
 
-    def in_terms(self, x: Array | Pending, following: Sequence[Array]) -> tuple[Array, Terms]:
-        """The residual stream with what was pending, and the norm of its rows, for few rows.
-
-        following: the weights that it meets next, to be fetched meanwhile.
-        """
+    def in_terms(self, x: Array | Pending) -> tuple[Array, Terms]:
+        """The residual stream with what was pending, and the norm of its rows, for few rows."""
         residual, product = x if isinstance(x, Pending) else (x, None)
         eps = self.spec.config.rms_norm_eps
         rows = residual.reshape(-1, residual.shape[-1])
-        summed, terms = add_rms_norm(product, rows, self.weight, eps, following)
+        summed, terms = add_rms_norm(product, rows, self.weight, eps)
         return summed.reshape(residual.shape), terms
 
 
@@ -433,7 +430,7 @@ class Attention(nn.Module):
         batch, tokens = positions.shape
         is_fused = _is_fused(self.spec, x, (projections, (o_proj,)))
         if is_fused:
-            residual, terms = norm.in_terms(x, [each.stored().weight for each in projections])
+            residual, terms = norm.in_terms(x)
             projected = parts(self.spec, terms, batch * tokens, projections)
         else:
             residual = added(x)
@@ -508,11 +505,10 @@ class MLP(nn.Module):
             norm(added(stream))
             return _declared(added(stream), gate, up, down)
         if _is_fused(self.spec, stream, ((gate, up), (down,)), inner):
-            residual, terms = norm.in_terms(stream, [gate.stored().weight, up.stored().weight])
+            residual, terms = norm.in_terms(stream)
             count = residual.size // hidden
-            g_parts, u_parts = parts(self.spec, terms, count, (gate, up))
-            terms = silu_and_mul(g_parts, u_parts, [down.stored().weight])
-            (product,) = parts(self.spec, terms, count, (down,))
+            inner_terms = silu_and_mul(*parts(self.spec, terms, count, (gate, up)))
+            (product,) = parts(self.spec, inner_terms, count, (down,))
             return Pending(residual, product)
         residual = added(stream)
         x = norm(residual)

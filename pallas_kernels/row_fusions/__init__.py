@@ -4,8 +4,6 @@ Both read products that are not summed up yet (`Parts`) and give activations in 
 (`Terms`), so that the products around them are a launch each and nothing else is.
 """
 
-from collections.abc import Sequence
-
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -15,30 +13,24 @@ from pallas_kernels.row_fusions import reference
 
 
 def add_rms_norm(
-    product: Parts | None,
-    residual: Array,
-    weight: Array,
-    eps: float,
-    following: Sequence[Array] = (),
+    product: Parts | None, residual: Array, weight: Array, eps: float
 ) -> tuple[Array, Terms]:
     """The sum x = residual + product, rounded to bfloat16, and RMSNorm of it in terms.
 
     product: [m, d], or None for nothing to add; residual: bfloat16 [m, d]; weight: [d]. x / rms(x)
     is rounded to bfloat16 before it is multiplied with the weight, as in Hugging Face's Llama.
-    following: float8 weights that the next launch reads, for the L2 cache to fetch meanwhile.
     Needs a Hopper GPU; d as `refusal` says.
     """
     from pallas_kernels.row_fusions import hopper
 
-    return hopper.add_rms_norm(product, residual, weight, eps, following)
+    return hopper.add_rms_norm(product, residual, weight, eps)
 
 
-def silu_and_mul(gate: Parts, up: Parts, following: Sequence[Array] = ()) -> Terms:
-    """silu(gate) * up in terms, rounded to bfloat16 once. Both are [m, n]. following: as in
-    `add_rms_norm`. Needs a Hopper GPU."""
+def silu_and_mul(gate: Parts, up: Parts) -> Terms:
+    """silu(gate) * up in terms, rounded to bfloat16 once. Both are [m, n]. Needs a Hopper GPU."""
     from pallas_kernels.row_fusions import hopper
 
-    return hopper.silu_and_mul(gate, up, following)
+    return hopper.silu_and_mul(gate, up)
 
 
 def refusal(residual: Array | jax.ShapeDtypeStruct, inner: int) -> str | None:

@@ -5,7 +5,6 @@ just written, and what takes the time is the launch.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,11 +25,8 @@ from pallas_kernels.fp8_matmul.terms import (
     split,
     unit_exponent,
 )
-from pallas_kernels.hopper import prefetch
 
 THREADS = 128
-# Of the weights that the next launch reads, what is fetched meanwhile; and by how many blocks.
-PREFETCH_BYTES, PREFETCH_BLOCKS = 12 * 2**20, 32
 # What `silu_and_mul` gives one unit to: the most columns that divide a row, 4 numbers a thread.
 GROUPS = (512, 256, 128)
 Ref = Any
@@ -38,27 +34,14 @@ Ref = Any
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
 def add_rms_norm(
-    product: Parts | None,
-    residual: Array,
-    weight: Array,
-    eps: float,
-    following: Sequence[Array] = (),
-    interpret: Any = None,
+    product: Parts | None, residual: Array, weight: Array, eps: float, interpret: Any = None
 ) -> tuple[Array, Terms]:
-    """As `row_fusions.add_rms_norm`. Rows have a thread block each, after those that prefetch."""
+    """As `row_fusions.add_rms_norm`."""
     m, d = residual.shape
     rows = padded_rows(m)
-    others = PREFETCH_BLOCKS if following and not interpret else 0
 
-    def kernel(refs: Any, *outputs: Ref) -> None:
-        block = lax.axis_index("block")
-        pl.when(block >= others)(lambda: norm(refs, block - others, *outputs))
-        if others:
-            pl.when(block < others)(
-                lambda: prefetch(refs["following"], PREFETCH_BYTES, block, others)
-            )
-
-    def norm(refs: Any, row: Array, residual_out: Ref, codes: Ref, units: Ref) -> None:
+    def kernel(refs: Any, residual_out: Ref, codes: Ref, units: Ref) -> None:
+        row = lax.axis_index("row")
         x = _load(refs["residual"].at[row], d).astype(jnp.float32)
         if "sums" in refs:
             x = x + _total(refs, row, pl.ds(0, d), d)
@@ -73,8 +56,6 @@ def add_rms_norm(
         )
 
     operands = {"residual": residual, "weight": weight} | _of_product(product)
-    if others:
-        operands["following"] = tuple(following)
     summed, codes, units = plgpu.kernel(
         kernel,
         out_type=(
@@ -82,8 +63,8 @@ def add_rms_norm(
             jax.ShapeDtypeStruct((2 * rows, d), e4m3.DTYPE),
             jax.ShapeDtypeStruct((1, rows), jnp.int32),
         ),
-        grid=(others + m,),
-        grid_names=("block",),
+        grid=(m,),
+        grid_names=("row",),
         kernel_name="add_rms_norm",
         interpret=interpret,
     )(operands)
@@ -93,21 +74,15 @@ def add_rms_norm(
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
-def silu_and_mul(
-    gate: Parts, up: Parts, following: Sequence[Array] = (), interpret: Any = None
-) -> Terms:
+def silu_and_mul(gate: Parts, up: Parts, interpret: Any = None) -> Terms:
     """As `row_fusions.silu_and_mul`."""
     _, m, n = gate.sums.shape
     rows, size = padded_rows(m), next(each for each in GROUPS if n % each == 0)
-    following = () if interpret else tuple(following)
 
     def kernel(refs: Any, codes: Ref, units: Ref) -> None:
         group, row = lax.axis_index("group"), lax.axis_index("row")
-        *products, weights = refs
-        if weights:
-            pl.when(row == 0)(lambda: prefetch(weights, PREFETCH_BYTES, group, n // size))
         columns = pl.ds(group * size, size)
-        g, u = (_total(each, row, columns, size) for each in products)
+        g, u = (_total(each, row, columns, size) for each in refs)
         y = (g / (1 + jnp.exp(-g)) * u).astype(jnp.bfloat16).astype(jnp.float32)
         _store_terms(y, codes, units, row, rows, group, columns)
 
@@ -122,11 +97,11 @@ def silu_and_mul(
         kernel_name="silu_and_mul",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )([_of_product(gate), _of_product(up), following])
+    )([_of_product(gate), _of_product(up)])
     return Terms(codes, lax.bitcast_convert_type(units, jnp.float32))
 
 
-def _of_product(product: Parts | None) -> dict[str, Any]:
+def _of_product(product: Parts | None) -> dict[str, Array]:
     if product is None:
         return {}
     scale = {} if product.scale is None else {"scale": product.scale}
