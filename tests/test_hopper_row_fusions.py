@@ -26,10 +26,7 @@ def total(parts):
 
 
 def values(terms, m):
-    """What terms stand for, float64 [m, k]."""
-    a, b = np.split(np.asarray(terms.codes, np.float64), 2)
-    units = np.asarray(terms.units, np.float64).T
-    return ((a + b / 16) * np.repeat(units, a.shape[1] // units.shape[1], axis=1))[:m]
+    return np.asarray(terms.values(m), np.float64)
 
 
 def within_a_rounding(found, expected, roundings=1):

@@ -238,6 +238,7 @@ def test_cases_are_chosen_by_name():
     assert kernels == {
         "fp8_matmul", "fp8_swiglu", "fp8_matmul_weight_only",
         "paged_attention_prefill", "paged_attention_decode", "rope_and_cache",
+        "add_rms_norm", "silu_and_mul",
     }  # fmt: skip
     assert all(case.name.startswith("8B TP1 ") for case in chosen)
     assert len(chosen) < len(list(bench.cases([64])))

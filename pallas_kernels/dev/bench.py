@@ -45,6 +45,7 @@ FAMILIES = (
     "pallas_kernels.fp8_matmul.weight_only_cases",
     "pallas_kernels.paged_attention.cases",
     "pallas_kernels.rope_and_cache.cases",
+    "pallas_kernels.row_fusions.cases",
 )
 RIVALS = ("xla", "cudnn")
 

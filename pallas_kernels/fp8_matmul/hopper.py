@@ -636,7 +636,7 @@ def _compute(
         return pl.run_scoped(within, plgpu.ACC(shape, jnp.float32))
 
     def promote_in_turn(i: Array, total: Array) -> Array:
-        """The sums of `IN_TURN` steps: one step is scaled and added while the next one multiplies."""
+        """The sums of `IN_TURN` steps: one is scaled and added while the next one multiplies."""
         (weight,) = ring.weights
 
         def add(total: Array, pending: tuple[Any, Array, Array | None], in_flight: int) -> Array:

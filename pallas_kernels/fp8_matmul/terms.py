@@ -54,6 +54,12 @@ class Terms(NamedTuple):
     codes: Array
     units: Array
 
+    def values(self, m: int) -> Array:
+        """What they stand for, float32 [m, k]."""
+        a, b = jnp.split(self.codes.astype(jnp.float32), 2)
+        units = jnp.repeat(self.units.T, a.shape[1] // len(self.units), axis=1)
+        return ((a + b * (1 / TERM_RATIO)) * units)[:m]
+
 
 def padded_rows(m: int) -> int:
     """Rows of x that are multiplied: TMA takes them by eights, from each block of a cluster."""

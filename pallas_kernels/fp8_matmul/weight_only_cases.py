@@ -26,6 +26,7 @@ from pallas_kernels.fp8_matmul.hopper_weight_only import (
 )
 from pallas_kernels.fp8_matmul.limits import MAX_WEIGHT_ONLY_ROWS
 from pallas_kernels.fp8_matmul.reference import BLOCK
+from pallas_kernels.fp8_matmul.terms import Parts, Terms, two_terms
 
 Layout = Literal["row", "block"]
 LAYOUTS: tuple[Layout, ...] = ("row", "block")
@@ -63,16 +64,18 @@ def launches() -> Iterator[Launch]:
 
 
 def cases(rows: Sequence[int]) -> Iterator[Case]:
-    """Every launch, for those rows that the kernel takes."""
+    """Every launch, for those rows that the kernel takes: x in bfloat16, and as decoding has it."""
     few = [m for m in rows if m <= MAX_WEIGHT_ONLY_ROWS]
     for launch, layout, m in itertools.product(launches(), LAYOUTS, few):
         yield matmuls(launch, m, layout)
+        yield in_terms(launch, m, layout)
 
 
 def tiny_cases() -> Iterator[Case]:
     """For the simulator."""
     yield matmuls(Launch("tiny one", (160,), 384), 1, "row")
     yield matmuls(Launch("tiny two", (160, 32), 384), 17, "block")
+    yield in_terms(Launch("tiny one", (160,), 384), 9, "row")
 
 
 def matmuls(launch: Launch, m: int, layout: Layout) -> Case:
@@ -119,6 +122,34 @@ def matmuls(launch: Launch, m: int, layout: Layout) -> Case:
         value=lambda parts: jnp.concatenate(parts, axis=1),
         tolerance=TOLERANCE,
         configs=_configs(m, ns, k),
+    )
+
+
+def in_terms(launch: Launch, m: int, layout: Layout) -> Case:
+    """x in two float8 terms, products that are not summed up: what a decode step launches."""
+    case = matmuls(launch, m, layout)
+
+    def arguments(key: Array) -> tuple[Any, ...]:
+        x, weights, scales = case.arguments(key)
+        return two_terms(x), weights, scales
+
+    def exactly(x: Terms, weights: Sequence[Array], scales: Sequence[Array]) -> list[Array]:
+        expected: list[Array] = case.reference(x.values(m).astype(BF16), weights, scales)
+        return expected
+
+    def value(products: Sequence[Any]) -> Array:
+        whole = [each.total() if isinstance(each, Parts) else each for each in products]
+        return jnp.concatenate(whole, axis=1)
+
+    return replace(
+        case,
+        name=f"{case.name} in terms",
+        arguments=arguments,
+        run=partial(hopper_weight_only.parts, m=m),
+        rivals={},
+        reference=exactly,
+        value=value,
+        configs=[config for config in case.configs if config.in_fp8],
     )
 
 
