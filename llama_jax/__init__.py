@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "LLM": "llm", "PRESETS": "model.config", "LlamaConfig": "model.config",
     "SamplingParams": "sampling_params", "Generation": "results", "Perplexity": "results",
-    "Piece": "results", "Ranking": "results", "Score": "results", "StructuredOutput": "structured", "Timings": "results",
-    "TokenLogprob": "results", "ToolCall": "text.tools",
+    "Piece": "results", "Ranking": "results", "Score": "results", "StructuredOutput": "structured",
+    "Timings": "results", "TokenLogprob": "results", "ToolCall": "text.tools",
 }  # fmt: skip
 
 __all__ = [
