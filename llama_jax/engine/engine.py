@@ -581,7 +581,7 @@ class Engine:
         for place, row, _ in wanted:
             result = found.get(place)
             with self._alone(row.request):
-                if isinstance(result, BaseException):
+                if isinstance(result, Exception):
                     raise result
                 if result is not None:
                     masks[place, : len(result)] = result

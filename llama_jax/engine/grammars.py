@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
@@ -256,21 +256,34 @@ class MaskThreads:
     """Threads in which masks of several replies are computed at the same time."""
 
     def __init__(self) -> None:
+        self._size = min(16, os.cpu_count() or 1)
         self._pool: ThreadPoolExecutor | None = None
 
     def masks(
         self, wanted: Sequence[tuple[Matcher, Sequence[int], Sequence[int]]]
-    ) -> list[np.ndarray | BaseException]:
+    ) -> list[np.ndarray | Exception]:
         """`Matcher.masks` of each matcher with its tokens and guesses, or what that raised; also
         where it takes longer than `MASKS_SECONDS`."""
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1), "masks")
-        jobs = [
-            self._pool.submit(matcher.masks, token_ids, guesses)
-            for matcher, token_ids, guesses in wanted
-        ]
-        wait(jobs, timeout=MASKS_SECONDS)
         late = StructuredOutputError(
             f"structured: what may follow was not known after {MASKS_SECONDS:g} s"
         )
-        return [(job.exception() or job.result()) if job.done() else late for job in jobs]
+        results: list[np.ndarray | Exception] = [late] * len(wanted)
+        waiting = deque(enumerate(wanted))
+
+        def work() -> None:
+            while waiting:
+                with suppress(IndexError):  # another thread has taken the last one
+                    i, (matcher, token_ids, guesses) = waiting.popleft()
+                    try:
+                        results[i] = matcher.masks(token_ids, guesses)
+                    except Exception as error:
+                        results[i] = error
+
+        # A job per thread: handing one over takes longer than computing a mask.
+        pool = self._pool = self._pool or ThreadPoolExecutor(self._size, "masks")
+        jobs = [pool.submit(work) for _ in range(min(self._size, len(wanted)))]
+        if wait(jobs, timeout=MASKS_SECONDS).not_done:
+            pool.shutdown(wait=False)  # its threads may be busy for long
+            self._pool = None
+            work()
+        return list(results)
