@@ -22,6 +22,7 @@ import typer
 
 from llama_jax.cli.batch import batch
 from llama_jax.cli.bench import bench
+from llama_jax.cli.bench_serve import bench_serve
 from llama_jax.cli.chat import chat
 from llama_jax.cli.compare import compare
 from llama_jax.cli.convert import convert
@@ -50,6 +51,7 @@ app = typer.Typer(
 )
 for command in (
     chat, generate, score, serve, batch, eval, convert, export, verify, inspect, compare, bench,
+    bench_serve,
 ):  # fmt: skip
     app.command()(command)
 

@@ -90,7 +90,7 @@ async def _reply(service: Service, line: Mapping[str, Any]) -> BaseModel:
     url, method = line.get("url"), line.get("method", "POST")
     if url not in ENDPOINTS or method != "POST":
         raise bad_request(f'"url" must be one of {", ".join(ENDPOINTS)}, "method" POST', "url")
-    kind, whole = ENDPOINTS[url]
+    kind, whole = ENDPOINTS[str(url)]
     try:
         body = kind.model_validate(line.get("body"))
     except ValidationError as error:
