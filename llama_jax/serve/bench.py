@@ -47,8 +47,8 @@ class Load:
         if self.rate is not None and not self.rate > 0:
             raise ValueError(f"rate must be above 0, got {self.rate}")
 
-    def lengths(self, context: int) -> list[tuple[int, int]]:
-        """Tokens in and out of each request, both within `context`."""
+    def sequences(self, context: int) -> list[tuple[list[int], int]]:
+        """Each request's prompt, and how many tokens it asks for; together within `context`."""
         draw = np.random.default_rng(self.seed)
 
         def mix(median: float, spread: float) -> np.ndarray:
@@ -60,7 +60,10 @@ class Load:
             prompts[:] = self.prompt_tokens
         if self.reply_tokens is not None:
             replies[:] = self.reply_tokens
-        return list(zip(prompts.tolist(), replies.tolist(), strict=True))
+        return [
+            (draw.integers(_FIRST_ID, _LAST_ID, count).tolist(), reply)
+            for count, reply in zip(prompts.tolist(), replies.tolist(), strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -152,8 +155,7 @@ async def measure(
 
     began = time.perf_counter()
     async with asyncio.TaskGroup() as group:
-        for prompt_tokens, reply_tokens in load.lengths(context):
-            prompt = [draw.randrange(_FIRST_ID, _LAST_ID) for _ in range(prompt_tokens)]
+        for prompt, reply_tokens in load.sequences(context):
             if load.rate is not None:
                 await asyncio.sleep(draw.expovariate(load.rate))
             await places.acquire()
