@@ -12,8 +12,10 @@ from llama_jax.engine.paths import Call, calls, programs
 from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.llama import ModelSpec, abstract_params
+from pallas_kernels.cpu import library
 from pallas_kernels.dev import sm90
 from tests import tiny
+from tests.cpu_kernel import needs_cpu_kernel
 
 # Shapes that the kernels take.
 FITTING = tiny.config(hidden_size=256, intermediate_size=384, num_heads=4, num_kv_heads=2,
@@ -75,11 +77,28 @@ def test_an_h200_takes_the_kernels() -> None:
     assert logits.cost == "bf16 tensor cores, 1/2 of FP8's rate"
 
 
-def test_a_cpu_leaves_everything_to_xla_and_says_why() -> None:
+@needs_cpu_kernel
+def test_a_cpu_takes_its_kernel_for_every_matrix() -> None:
+    """The output matrix, too, which is in bfloat16."""
     for found in traced(device="cpu").values():
+        assert {call.path for call in found if call.matrices} == {library.TARGET}
+        q_k_v = tuple(f"layers_1/self_attn/{name}_proj" for name in "qkv")
+        assert q_k_v in {call.matrices for call in found}
+        attention = [call for call in found if not call.matrices and call.module]
+        assert {call.why_not for call in attention} == {"JAX runs on cpu, not on a GPU"}
+
+
+def test_without_its_kernel_a_cpu_leaves_everything_to_xla_and_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(library, "why_not", lambda: "there is no C++ compiler")
+    # Not from the cache of traces: of another configuration than any other test's.
+    for found in traced(replace(FITTING, rope_theta=1234.0), "cpu").values():
         assert {call.path for call in found} == {"xla"}
-        layers = [call for call in found if call.module.startswith("layers")]
-        assert {call.why_not for call in layers} == {"JAX runs on cpu, not on a GPU"}
+        layers = [call for call in found if call.matrices and call.module.startswith("layers")]
+        assert {call.why_not for call in layers} == {
+            "JAX runs on cpu, not on a GPU; there is no C++ compiler"
+        }
 
 
 @pytest.mark.parametrize(("dtype", "unit"), [("bfloat16", "bf16"), ("float32", "no")])

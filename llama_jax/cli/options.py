@@ -52,10 +52,10 @@ Activations = Annotated[
     ),
 ]
 Implementation = Annotated[
-    Literal["reference", "xla", "hopper"] | None,
+    Literal["reference", "xla", "cpu", "hopper"] | None,
     typer.Option(
-        help="Of attention and FP8 matmuls: XLA, or the kernels for Hopper, or an error where they "
-        "cannot run; reference is their definition in plain JAX.",
+        help="Of attention and FP8 matmuls: XLA, or kernels for a CPU or for Hopper, or an error "
+        "where they cannot run; reference is their definition in plain JAX.",
         show_default="the best that runs here",
         rich_help_panel=_LOADING,
     ),

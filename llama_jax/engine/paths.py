@@ -29,8 +29,9 @@ from llama_jax.engine.steps import (
 from llama_jax.model.kv_cache import KVDtype, storage_dtype
 from llama_jax.model.llama import ModelSpec, Params, abstract_params
 from pallas_kernels import device, e4m3
+from pallas_kernels.cpu import library
 
-_KERNELS = ("mpmd_map", "pallas_call")
+_KERNELS = ("mpmd_map", "pallas_call", "ffi_call")
 # Rates as in an H200's data sheet, without sparsity: FP8 1,979, bf16 989, float32 67 TFLOP/s.
 _UNITS = {
     "f8_e4m3fn": "FP8 tensor cores",
@@ -43,6 +44,7 @@ _KERNELS_COST = {
     "fp8_matmul": _UNITS["f8_e4m3fn"],
     "fp8_swiglu": _UNITS["f8_e4m3fn"],
     "fp8_matmul_weight_only": "reads each code once, multiplies it as bf16, or as FP8 by x in two",
+    library.TARGET: "reads each code once, widens it in registers",
     "add_rms_norm": "adds parts up, two terms in FP8 for the next product",
     "silu_and_mul": "adds parts up, two terms in FP8 for the next product",
     "paged_attention_prefill": "16-bit tensor cores, 1/2 of FP8's rate",
@@ -166,7 +168,7 @@ def _walk(
             yield Call(
                 _module(inner, modules),
                 tuple(dict.fromkeys(name for atom in eqn.invars for name in sorted(of(atom)))),
-                str(eqn.params["name"]) if is_kernel else "xla",
+                str(eqn.params.get("name") or eqn.params["target_name"]) if is_kernel else "xla",
                 tuple(atom.aval.str_short(short_dtypes=True) for atom in eqn.invars),
                 None if is_kernel else device.reason_in(inner),
             )

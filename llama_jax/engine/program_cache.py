@@ -27,6 +27,8 @@ import jax
 from jax import export
 
 from llama_jax.engine import compile_cache
+from pallas_kernels.cpu import library
+from pallas_kernels.fp8_matmul import cpu
 
 _log = logging.getLogger(__name__)
 _DIRECTORY = "traced"
@@ -68,7 +70,9 @@ def kept_jit(
                 return function(**jax.tree.unflatten(tree, leaves), **static)
 
             flat.__name__ = function.__name__
-            exported = export.export(jax.jit(flat))(*avals)
+            # What lies under this key was traced where the CPU's kernel runs, too.
+            allowed = export.DisabledSafetyCheck.custom_call(library.TARGET)
+            exported = export.export(jax.jit(flat), disabled_checks=[allowed])(*avals)
             _write(path, exported)
         return exported.call(*leaves)
 
@@ -108,14 +112,14 @@ def _key(
     function: Callable[..., Any], static: Mapping[str, Any], avals: Sequence[Any], tree: Any
 ) -> str:
     """A hash of what the StableHLO follows from: code and libraries, JAX's settings, the device,
-    static arguments, and shapes and dtypes of the others."""
+    whether the CPU's kernel runs, static arguments, and shapes and dtypes of the others."""
     settings = {
         name: getattr(jax.config, name, value)
         for name, value in jax.config.values.items()
         if not name.startswith(_IRRELEVANT)
     }
     parts = (
-        _software(), sorted(settings.items()), jax.devices()[0].device_kind,
+        _software(), sorted(settings.items()), jax.devices()[0].device_kind, cpu.is_default(),
         function.__module__, function.__qualname__, sorted(static.items()), str(tree),
         [(each.shape, str(each.dtype), each.weak_type) for each in avals],
     )  # fmt: skip

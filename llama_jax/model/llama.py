@@ -28,6 +28,7 @@ from llama_jax.model.sharding import default_sharding, divided_over, sharding_of
 from pallas_kernels import device, e4m3, row_fusions
 from pallas_kernels.fp8_matmul import (
     chosen,
+    cpu,
     fp8_matmul,
     fp8_matmul_parts,
     fp8_matmuls,
@@ -43,7 +44,7 @@ from pallas_kernels.row_fusions import add_rms_norm, silu_and_mul
 
 Activations = Literal["auto", "bf16", "dynamic", "static"]
 Phase = Literal["prefill", "decode"]
-Implementation = Literal["reference", "xla", "hopper"]
+Implementation = Literal["reference", "xla", "cpu", "hopper"]
 Params = Mapping[str, Any]
 
 
@@ -59,8 +60,8 @@ class ModelSpec:
         of its features) or "static" (e4m3fn, the checkpoint's input scale); "auto" is for `extend`
         to decide, see `activations_in`.
     implementation: of attention and of products with FP8 weights, see `pallas_kernels`: None for
-        the best that runs on what is lowered for, else "reference", "xla", or "hopper", which
-        refuses what its kernels cannot take.
+        the best that runs on what is lowered for, else "reference", "xla", or "cpu" or "hopper",
+        which refuse what their kernels cannot take. For "cpu" attention is XLA's.
     is_batch_invariant: a row's numbers are bit-equal whatever the other rows of the same call are.
     mesh: the devices that share the work (`sharding.make_mesh`); None for the default device alone.
     """
@@ -84,7 +85,7 @@ class ModelSpec:
             )
         if self.implementation not in (None, *get_args(Implementation)):
             raise ValueError(
-                "implementation must be 'reference', 'xla', 'hopper' or None, got "
+                "implementation must be 'reference', 'xla', 'cpu', 'hopper' or None, got "
                 f"{self.implementation!r}"
             )
         lacking = [
@@ -98,9 +99,11 @@ class ModelSpec:
 
     def check_runs(self) -> None:
         """Raise ValueError if the named implementation cannot run on what is lowered for."""
-        if self.implementation == "hopper" and (reason := device.not_hopper()):
+        reasons = {"hopper": device.not_hopper, "cpu": cpu.not_here}
+        if self.implementation in reasons and (reason := reasons[self.implementation]()):
             raise ValueError(
-                f"implementation='hopper' cannot run: {reason}. Leave it out for what can."
+                f"implementation={self.implementation!r} cannot run: {reason}. Leave it out for "
+                "what can."
             )
 
     def format_of(self, path: tuple[str, ...]) -> WeightFormat:
@@ -301,7 +304,7 @@ def multiply(
     x, x_scale, (weight, scale, _, summed_over) = operands
     is_added = False
     if scale is None:
-        y = dense(x, weight)
+        y = dense(x, weight, spec.implementation)
     else:
         rows = None
         if residual is not None and not summed_over:
@@ -332,7 +335,7 @@ def products(spec: ModelSpec, x: Array, linears: Sequence[Linear]) -> list[Array
     with jax.named_scope("+".join(str(linear.name) for linear in linears)):
         ys = fp8_matmuls(
             operands[0].x, weights, scales, x_scale=operands[0].x_scale, out_dtype=x.dtype,
-            is_batch_invariant=spec.is_batch_invariant, implementation="hopper_weight_only",
+            is_batch_invariant=spec.is_batch_invariant, implementation=spec.implementation,
         )  # fmt: skip
     return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
@@ -396,11 +399,11 @@ def _is_one_launch(
     alike = {(x.scale, x.activation_scale_ub, x.activation_group) for x in formats}
     if formats[0].scale is None or len(alike) > 1 or spec.activations == "static":
         return False
-    return all(
+    (which, *others) = {
         chosen(x, *matrix.quantized, dtype, implementation=spec.implementation)
-        == "hopper_weight_only"
         for x, _, matrix in operands
-    )
+    }
+    return not others and which in ("hopper_weight_only", "cpu")
 
 
 class Attention(nn.Module):
@@ -446,12 +449,13 @@ class Attention(nn.Module):
             y = jax.nn.dot_product_attention(q, k, v, is_causal=True)  # [b, t, heads, head_dim]
         else:
             q, cache = _append(self.spec, projected, positions, cache)
+            implementation = self.spec.implementation
             y = paged_attention(
                 q, cache.k, cache.v, cache.page_table, cache.starts, cache.lengths,
                 k_scale=1.0 if cache.k_scale.ndim else cache.k_scale,
                 v_scale=1.0 if cache.v_scale.ndim else cache.v_scale,
                 is_batch_invariant=self.spec.is_batch_invariant,
-                implementation=self.spec.implementation,
+                implementation=None if implementation == "cpu" else implementation,
             )  # fmt: skip
             y = per_head(y, _of_own_heads(cache.v_scale, cache.v.shape[2]))
         if is_fused:
@@ -616,16 +620,20 @@ class Llama(nn.Module):
         """Final hidden states [..., d] to float32 logits [..., vocab]."""
         if not self.spec.config.tie_word_embeddings:
             return self.lm_head(hidden).astype(jnp.float32)
-        logits = dense(hidden.reshape(-1, hidden.shape[-1]), self.embed_tokens.weight)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        logits = dense(rows, self.embed_tokens.weight, self.spec.implementation)
         return logits.reshape(*hidden.shape[:-1], -1)
 
 
-def dense(x: Array, weight: Array) -> Array:
+def dense(x: Array, weight: Array, implementation: Implementation | None = None) -> Array:
     """x [m, in] @ weight [out, in].T in float32 sums, for unquantised weights.
 
-    A weight of another dtype than x, or few bfloat16 rows on a CPU, go by blocks of the weight's
-    rows: XLA would otherwise write out a copy of the whole weight.
+    On a CPU the kernel for FP8 weights takes those in bfloat16, too. Otherwise a weight of another
+    dtype than x, or few bfloat16 rows on a CPU, go by blocks of the weight's rows: XLA would write
+    out a copy of the whole weight.
     """
+    if implementation in (None, "cpu") and _runs_on_cpu(x, weight):
+        return cpu.dense(x, weight)
 
     def direct(x: Array, weight: Array) -> Array:
         precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
@@ -639,8 +647,13 @@ def dense(x: Array, weight: Array) -> Array:
         return by_blocks(x, weight)
     if x.dtype == jnp.float32:
         return direct(x, weight)
-    on_cpu = by_blocks if x.shape[0] < MIN_ROWS_FOR_BF16 else dot
-    return lax.platform_dependent(x, weight, cpu=on_cpu, default=direct)
+    without_kernel = by_blocks if x.shape[0] < MIN_ROWS_FOR_BF16 else dot
+    return lax.platform_dependent(x, weight, cpu=without_kernel, default=direct)
+
+
+def _runs_on_cpu(x: Array, weight: Array) -> bool:
+    reasons = (lambda: cpu.refusal(x, weight, None), device.not_local, cpu.slower_than_xla)
+    return weight.dtype == jnp.bfloat16 and not any(reason() for reason in reasons)
 
 
 def abstract_params(spec: ModelSpec) -> Params:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import device, e4m3
-from pallas_kernels.fp8_matmul import reference, xla
+from pallas_kernels.fp8_matmul import cpu, reference, xla
 from pallas_kernels.fp8_matmul.terms import Parts, Terms
 
-Implementation = Literal["reference", "xla", "hopper", "hopper_fp8", "hopper_weight_only"]
+Implementation = Literal["reference", "xla", "cpu", "hopper", "hopper_fp8", "hopper_weight_only"]
 
 
 def fp8_matmul(
@@ -37,19 +37,22 @@ def fp8_matmul(
         columns); required with float8 activations.
     residual: [m, out], bfloat16 or float32, added before the result is rounded to `out_dtype`.
     is_batch_invariant: a row's result is bit-equal whatever the other rows, and however many.
-    implementation: None takes the first that can run: "hopper_weight_only", "hopper_fp8", "xla";
-        "hopper" the first of its two kernels. `chosen` names it. All but "reference" and "xla" need
-        a Hopper GPU, a float8_e4m3fn weight with scales per row or per block, and `in` a multiple
-        of 128.
+    implementation: None takes the first that can run: "hopper_weight_only", "hopper_fp8", "cpu",
+        "xla"; "hopper" the first of its two kernels. `chosen` names it. Those of "hopper" need a
+        Hopper GPU, a float8_e4m3fn weight with scales per row or per block, and `in` a multiple of
+        128.
         "hopper_weight_only": at most 64 rows of x, bfloat16 or float8; `out` a multiple of 32.
         "hopper_fp8": float8 x; `out` a multiple of 16, of 8 for float32 results; a residual of
         `out_dtype`.
+        "cpu": a CPU with AVX2 and a C++ compiler (`pallas_kernels.cpu.library`); `out` at least 8;
+        a group of columns with scales of its own a multiple of 64.
     Returns [m, out] of `out_dtype`. With one scale per row the products are exact; with block
     scales and bfloat16 activations, on a GPU also with float8 ones, "xla" rounds code * scale to
     bfloat16 first; with `x_scale` per 128 columns "hopper_weight_only" does so with x, and "xla"
-    unless the result is float32.
+    and "cpu" unless the result is float32.
     "hopper_fp8" adds runs of 128 products with the tensor cores' precision, about 14 bits, and with
-    one scale per row all of them; a row does not depend on how many there are.
+    one scale per row all of them; a row does not depend on how many there are, nor does it in
+    "cpu".
     Raises ValueError for other shapes or dtypes, and if the named implementation cannot run.
     """
     _check(x, weight, weight_scale, x_scale)
@@ -66,6 +69,9 @@ def fp8_matmul(
 
         assert x_scale is not None
         return hopper.fp8_matmul(x, weight, weight_scale, x_scale, dtype, residual)
+    if which == "cpu":
+        (y,) = _on_cpu(x, (weight,), (weight_scale,), x_scale, dtype)
+        return (y if residual is None else y + residual.astype(jnp.float32)).astype(dtype)
     arguments = x, weight, weight_scale, x_scale, dtype, residual
     if which == "reference":
         return reference.fp8_matmul(*arguments)
@@ -85,8 +91,8 @@ def fp8_matmuls(
 ) -> tuple[Array, ...]:
     """`fp8_matmul` of one x with several weights, such as q_proj, k_proj and v_proj.
 
-    Operands as in `fp8_matmul`. "hopper_weight_only" is one launch, if all scales are of one kind;
-    everything else is a matmul for each weight.
+    Operands as in `fp8_matmul`. "hopper_weight_only" and "cpu" are one launch, if all scales are of
+    one kind; everything else is a matmul for each weight.
     """
     dtype = jnp.dtype(out_dtype)
     for weight, scale in zip(weights, weight_scales, strict=True):
@@ -97,6 +103,8 @@ def fp8_matmuls(
     if which == {"hopper_weight_only"} and len({scale.ndim for scale in scales}) == 1:
         ys = _weight_only(x, weights, scales, x_scale, is_batch_invariant)
         return tuple(y.astype(dtype) for y in ys)
+    if which == {"cpu"} and len({scale.ndim for scale in scales}) == 1:
+        return tuple(y.astype(dtype) for y in _on_cpu(x, weights, scales, x_scale, dtype))
     return tuple(
         fp8_matmul(
             x, *pair, x_scale=x_scale, out_dtype=dtype,
@@ -165,6 +173,10 @@ def swiglu(
 
         assert x_scale is not None
         return hopper.swiglu(x, gate, gate_scale, up, up_scale, x_scale)
+    if which == "cpu":
+        float32 = jnp.dtype(jnp.float32)
+        g, u = _on_cpu(x, (gate, up), (gate_scale, up_scale), x_scale, float32)
+        return reference.quantize_groups(jax.nn.silu(g) * u)
     arguments = x, gate, gate_scale, up, up_scale, x_scale
     if which == "reference":
         return reference.swiglu(*arguments)
@@ -213,20 +225,29 @@ def _refusals(
 ) -> Mapping[Implementation, str | None]:
     """Why the kernels that an implementation stands for cannot run, in order; None if they can."""
     kernels = (implementation,) if implementation in _KERNELS else _KERNELS
-    reason = device.not_hopper() or (device.not_local() if implementation is None else None)
-    if reason:
-        return dict.fromkeys(kernels, reason)
-    # Mosaic GPU takes a third of JAX's own time to import: only where it may run.
-    from pallas_kernels.fp8_matmul import hopper, hopper_weight_only
-
+    if implementation == "hopper":
+        kernels = _HOPPER
     weight_scale = _without_one_group(weight_scale, weight)
-    is_fp8 = x.dtype == e4m3.DTYPE
-    wide = jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if is_fp8 else x.dtype)
-    result = jnp.dtype(jnp.float32) if out_dtype is None else out_dtype
     refusals: dict[Implementation, str | None] = {
-        "hopper_weight_only": hopper_weight_only.refusal(wide, weight, weight_scale, result),
-        "hopper_fp8": hopper.refusal(x, weight, weight_scale, out_dtype, residual),
+        "cpu": cpu.refusal(_wide(x), weight, weight_scale) if "cpu" in kernels else None
     }
+    reason = device.not_hopper()
+    refusals |= dict.fromkeys(_HOPPER, reason)
+    if reason is None and implementation != "cpu":
+        # Mosaic GPU takes a third of JAX's own time to import: only where it may run.
+        from pallas_kernels.fp8_matmul import hopper, hopper_weight_only
+
+        result = jnp.dtype(jnp.float32) if out_dtype is None else out_dtype
+        refusals |= {
+            "hopper_weight_only": hopper_weight_only.refusal(
+                _wide(x), weight, weight_scale, result
+            ),
+            "hopper_fp8": hopper.refusal(x, weight, weight_scale, out_dtype, residual),
+        }
+    if implementation is None:
+        refusals["cpu"] = refusals["cpu"] or cpu.slower_than_xla()
+        if reason := device.not_local():
+            refusals = {each: refusals[each] or reason for each in refusals}
     return {each: refusals[each] for each in kernels}
 
 
@@ -249,7 +270,8 @@ def _in_words(refusals: Mapping[Implementation, str | None]) -> str:
     return "; ".join(dict.fromkeys(each for each in refusals.values() if each))
 
 
-_KERNELS: tuple[Implementation, ...] = ("hopper_weight_only", "hopper_fp8")
+_HOPPER: tuple[Implementation, ...] = ("hopper_weight_only", "hopper_fp8")
+_KERNELS: tuple[Implementation, ...] = (*_HOPPER, "cpu")
 
 
 def _weight_only(
@@ -271,8 +293,27 @@ def _weight_only(
     return ys if x_scale is None else tuple(y * x_scale for y in ys)
 
 
+def _on_cpu(
+    x: Array,
+    weights: Sequence[Array],
+    weight_scales: Sequence[Array],
+    x_scale: Array | None,
+    out_dtype: jnp.dtype,
+) -> tuple[Array, ...]:
+    """float32 products from one call."""
+    if x_scale is not None and reference.is_grouped(x_scale, x.shape[1]):
+        x, x_scale = xla.ungrouped(x, x_scale, out_dtype), None
+    ys = cpu.fp8_matmuls(_widened(x), weights, weight_scales)
+    return ys if x_scale is None else tuple(y * x_scale for y in ys)
+
+
 def _widened(x: Array) -> Array:
     return x.astype(jnp.bfloat16) if x.dtype == e4m3.DTYPE else x
+
+
+def _wide(x: Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of x as weight-only kernels take it."""
+    return jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.dtype == e4m3.DTYPE else x.dtype)
 
 
 def _without_one_group(weight_scale: Array, weight: Array) -> Array:

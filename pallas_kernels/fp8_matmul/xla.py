@@ -45,8 +45,7 @@ def fp8_matmul(
     residual: Array | None = None,
 ) -> Array:
     if x_scale is not None and is_grouped(x_scale, x.shape[1]):
-        wide = jnp.float32 if out_dtype == jnp.float32 else jnp.bfloat16
-        x, x_scale = dequantize_activations(x, x_scale).astype(wide), None
+        x, x_scale = ungrouped(x, x_scale, out_dtype), None
     is_fp8_dot = weight.dtype == e4m3.DTYPE and x.dtype == e4m3.DTYPE and weight_scale.ndim == 1
     if is_fp8_dot and x.shape[0] >= MIN_ROWS_FOR_FP8_DOT:
         y = lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
@@ -58,6 +57,12 @@ def fp8_matmul(
     if residual is not None:
         y = y + residual.astype(jnp.float32)
     return y.astype(out_dtype)
+
+
+def ungrouped(x: Array, x_scale: Array, out_dtype: jnp.dtype) -> Array:
+    """x times its scales per token and 128 columns; bfloat16, or float32 if the result is."""
+    wide = jnp.float32 if out_dtype == jnp.float32 else jnp.bfloat16
+    return dequantize_activations(x, x_scale).astype(wide)
 
 
 def swiglu(

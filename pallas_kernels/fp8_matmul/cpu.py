@@ -1,0 +1,127 @@
+"""Weight-only FP8 matmul on a CPU: codes are widened in registers, so that reading them is all the
+memory traffic of a weight. The C++ stands in `pallas_kernels/cpu`.
+
+A result depends on its row of x and its row of the weight alone, whatever the number of rows of x:
+sums are added in one order. With AVX-512's bfloat16 instructions, bfloat16 x is multiplied as it
+is, and products are added in float32 by pairs of columns; everything else is done in float32.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import device, e4m3
+from pallas_kernels.cpu import library
+from pallas_kernels.fp8_matmul import xla
+from pallas_kernels.fp8_matmul.reference import BLOCK, is_per_block
+
+MIN_OUT = 8
+# Columns that share a scale: a multiple of this.
+GRANULE = 64
+
+
+def fp8_matmuls(
+    x: Array,
+    weights: Sequence[Array],
+    weight_scales: Sequence[Array],
+    *,
+    instructions: library.Instructions | None = None,
+) -> tuple[Array, ...]:
+    """float32 x @ dequantised(weight).T for each weight, for what `refusal` does not refuse.
+
+    x: [m, k], bfloat16 or float32. weights: each [n_i, k], float8_e4m3fn, its int8 bits, or
+    bfloat16. weight_scales: as in `fp8_matmul`, of one kind. instructions: for tests; None takes
+    the best.
+    """
+    return _products(x, tuple(weights), tuple(weight_scales), instructions)
+
+
+def dense(x: Array, weight: Array) -> Array:
+    """The same for one bfloat16 weight without scales."""
+    return _products(x, (weight,), (None,), None)[0]
+
+
+def refusal(
+    x: Array | jax.ShapeDtypeStruct, weight: Array, weight_scale: Array | None
+) -> str | None:
+    """Why the kernel cannot take these operands on what is lowered for; None if it can."""
+    if device.platform() != "cpu":
+        return not_here()
+    if x.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"x must be bfloat16 or float32, got {x.dtype}"
+    if weight.dtype not in (e4m3.DTYPE, jnp.int8, jnp.bfloat16):
+        return f"weight must be float8_e4m3fn or bfloat16, got {weight.dtype}"
+    if not x.size or weight.shape[0] < MIN_OUT:
+        return f"x must have a row, and out be at least {MIN_OUT}, got {weight.shape[0]}"
+    columns = _extent(weight, weight_scale)[1]
+    if columns < weight.shape[1] and columns % GRANULE:
+        return f"columns with scales of their own must be a multiple of {GRANULE}, got {columns}"
+    return not_here()
+
+
+def not_here() -> str | None:
+    """Why the kernel cannot run on what is lowered for, whatever the operands; None if it can."""
+    if device.platform() != "cpu":
+        return f"JAX runs on {device.platform()}, not on a CPU"
+    return library.why_not()
+
+
+def slower_than_xla() -> str | None:
+    """Why what is not refused is better left to XLA; None where it is not."""
+    if library.best() == "portable":
+        return "without AVX2 XLA's code is faster"
+    return None
+
+
+def is_default() -> bool:
+    """Whether products that are not refused go through the kernel on what is lowered for."""
+    return not_here() is None and slower_than_xla() is None
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _products(
+    x: Array,
+    weights: tuple[Array, ...],
+    scales: tuple[Array | None, ...],
+    instructions: library.Instructions | None,
+) -> tuple[Array, ...]:
+    scale_rows, scale_columns = _extent(weights[0], scales[0])
+    operands = []
+    for weight, scale in zip(weights, scales, strict=True):
+        operands += [weight, jnp.zeros(0) if scale is None else scale]
+    call = jax.ffi.ffi_call(
+        library.TARGET,
+        [jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32) for weight in weights],
+    )
+    ys: Sequence[Array] = call(
+        x, *operands, scale_rows=scale_rows, scale_columns=min(scale_columns, x.shape[1]),
+        instructions=library.number(instructions),
+    )  # fmt: skip
+    return tuple(ys)
+
+
+@_products.defjvp
+def _products_jvp(
+    _: library.Instructions | None, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Derivatives are XLA's."""
+
+    def by_xla(
+        x: Array, weights: tuple[Array, ...], scales: tuple[Array | None, ...]
+    ) -> tuple[Array, ...]:
+        return tuple(xla.by_row_blocks(x, *each) for each in zip(weights, scales, strict=True))
+
+    return _products(*primals, None), jax.jvp(by_xla, primals, tangents)[1]
+
+
+def _extent(weight: Array, scale: Array | None) -> tuple[int, int]:
+    """Rows and columns of a weight that one scale is for."""
+    if scale is None or scale.ndim == 1:
+        return 1, weight.shape[1]
+    if is_per_block(scale, (weight.shape[0], weight.shape[1])):
+        return BLOCK, BLOCK
+    return 1, weight.shape[1] // scale.shape[1]
