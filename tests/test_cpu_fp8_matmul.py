@@ -1,21 +1,22 @@
-"""The C++ kernel against float64, for every instruction set that this machine has."""
+"""The C++ kernel against float64, with every instruction set that this machine has."""
 
+import threading
 from typing import get_args
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llama_jax.model.fp8 import quantize
 from pallas_kernels import e4m3
 from pallas_kernels.cpu import library
-from pallas_kernels.fp8_matmul import cpu
+from pallas_kernels.fp8_matmul import chosen, cpu, fp8_matmul, fp8_matmuls, swiglu
+from tests.cpu_kernel import needs_cpu_kernel
 
-pytestmark = pytest.mark.skipif(
-    library.why_not() is not None, reason=f"no C++ kernel here: {library.why_not()}"
-)
+pytestmark = needs_cpu_kernel
 ALL = get_args(library.Instructions)
-HERE = () if library.why_not() else ALL[: 1 + ALL.index(library.best())]
+HERE = ALL if library.why_not() else ALL[: 1 + ALL.index(library.best())]
 each_instructions = pytest.mark.parametrize("instructions", HERE)
 
 
@@ -25,12 +26,17 @@ def operands(m, n, k, layout="row", seed=0):
     return jax.random.normal(keys[1], (m, k)), e4m3.as_bits(codes), scale
 
 
-def dequantized(bits, scale):
+def exact(x, bits, scale):
+    """The product in float64."""
     w = np.asarray(bits).view(e4m3.DTYPE).astype(np.float64)
+    scale = np.asarray(scale, np.float64)
     if scale.ndim == 1:
-        return w * np.asarray(scale, np.float64)[:, None]
-    blocks = np.kron(np.asarray(scale, np.float64), np.ones((128, 128)))
-    return w * blocks[: w.shape[0], : w.shape[1]]
+        w = w * scale[:, None]
+    elif scale.shape[0] == w.shape[0]:
+        w = w * np.repeat(scale, w.shape[1] // scale.shape[1], axis=1)
+    else:
+        w = w * np.kron(scale, np.ones((128, 128)))[: w.shape[0], : w.shape[1]]
+    return np.asarray(x, np.float64) @ w.T
 
 
 def multiply(x, bits, scale, instructions):
@@ -38,19 +44,154 @@ def multiply(x, bits, scale, instructions):
     return np.asarray(y)
 
 
+# Fewer rows than a tile has, one and more of them, and so many that the weight is widened once;
+# columns that fill no step, and more than one; rows of the weight that divide into no tiles.
 @each_instructions
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("layout", ["row", "block"])
-@pytest.mark.parametrize(
-    ("n", "k"), [(8, 1), (80, 300), (129, 64), (300, 1024), (1000, 70)], ids=str
-)
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 5, 70])
-def test_against_float64(m, n, k, layout, dtype, instructions):
-    x, bits, scale = operands(m, n, k, layout)
-    x = x.astype(dtype)
-    expected = np.asarray(x, np.float64) @ dequantized(bits, scale).T
-    # Sums of k products of order 1: float32 sums stray by a few sqrt(k) * 2^-24 * sqrt(k). A
-    # weight off by one code would move them by 0.06.
+def test_against_float64(layout, dtype, instructions):
+    for n, k in ((8, 1), (80, 300), (1001, 70)):
+        x, bits, scale = operands(70, n, k, layout)
+        x = x.astype(dtype)
+        expected = exact(x, bits, scale)
+        for m in (1, 2, 3, 4, 7, 8, 13, 70):
+            # Sums of 300 products reach 60: float32 sums stray by sqrt(300) * 2^-24 * 60 = 6e-5.
+            # A weight off by one code would move them by 0.06.
+            y = multiply(x[:m], bits, scale, instructions)
+            np.testing.assert_allclose(y, expected[:m], atol=1e-4)
+
+
+@each_instructions
+def test_groups_of_columns_with_row_scales_of_their_own(instructions):
+    x, bits, _ = operands(9, 40, 192)
+    scale = jax.random.uniform(jax.random.key(7), (40, 3), minval=1e-3, maxval=1e-2)
     np.testing.assert_allclose(
-        multiply(x, bits, scale, instructions), expected, atol=1e-6 + 3e-7 * k
+        multiply(x, bits, scale, instructions), exact(x, bits, scale), atol=1e-4
     )
+
+
+@each_instructions
+@pytest.mark.parametrize("m", [1, 5, 70])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_code_is_exact(dtype, m, instructions):
+    """Denormal ones too: each code alone in a row of the weight, times 1 and a power of two."""
+    codes = np.arange(256, dtype=np.uint8)
+    codes = codes[codes & 0x7F != 0x7F]
+    bits = np.zeros((len(codes), 100), np.uint8)
+    place = np.arange(len(codes)) % 100
+    bits[np.arange(len(codes)), place] = codes
+    bits = jnp.asarray(bits.view(np.int8))
+    x = jnp.asarray(2.0 ** np.arange(m)[:, None] * np.ones((m, 100)), dtype)
+    y = multiply(x, bits, jnp.ones(len(codes)), instructions)
+    values = codes.view(e4m3.DTYPE).astype(np.float64)
+    np.testing.assert_array_equal(y, 2.0 ** np.arange(m)[:, None] * values)
+
+
+@each_instructions
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("layout", ["row", "block"])
+def test_a_row_does_not_depend_on_its_company(layout, dtype, instructions):
+    """Bit for bit, at every number of rows that goes another way."""
+    x, bits, scale = operands(40, 300, 1000, layout)
+    x = x.astype(dtype)
+    of_all = multiply(x, bits, scale, instructions)
+    for m in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17):
+        np.testing.assert_array_equal(multiply(x[-m:], bits, scale, instructions), of_all[-m:])
+
+
+@each_instructions
+def test_extreme_scales(instructions):
+    x, bits, _ = operands(3, 64, 128)
+    for size in (1e-30, 1e30):
+        scale = jnp.full(64, size)
+        np.testing.assert_allclose(
+            multiply(x, bits, scale, instructions), exact(x, bits, scale), rtol=1e-3,
+            atol=3e-3 * size,
+        )  # fmt: skip
+
+
+@each_instructions
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_weights_in_bfloat16_without_scales(dtype, instructions, monkeypatch):
+    monkeypatch.setattr(library, "number", lambda _: 1 + ALL.index(instructions))
+    keys = jax.random.split(jax.random.key(3), 2)
+    x = jax.random.normal(keys[0], (20, 130)).astype(dtype)
+    weight = jax.random.normal(keys[1], (75, 130)).astype(jnp.bfloat16)
+    expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
+    for m in (1, 5, 20):
+        np.testing.assert_allclose(cpu.dense(x[:m], weight), expected[:m], atol=1e-4)
+
+
+def test_the_contract():
+    """By the name and by itself: float8 codes and bits, float8 x, a residual, several weights."""
+    x, bits, scale = operands(5, 128, 256)
+    codes = jax.device_put(np.asarray(bits).view(e4m3.DTYPE))
+    expected = exact(x, bits, scale)
+    for weight in (bits, codes):
+        assert chosen(x, weight, scale, jnp.dtype(jnp.float32)) == "cpu"
+        for implementation in (None, "cpu"):
+            y = fp8_matmul(x, weight, scale, implementation=implementation)
+            np.testing.assert_allclose(y, expected, atol=1e-4)
+    y = fp8_matmul(x, bits, scale, residual=x[:, :128], out_dtype=jnp.bfloat16)
+    np.testing.assert_allclose(
+        np.asarray(y, np.float64), expected + np.asarray(x)[:, :128], rtol=2**-8, atol=1e-4
+    )
+    first, second = fp8_matmuls(x, (bits, bits[:100]), (scale, scale[:100]), implementation="cpu")
+    np.testing.assert_array_equal(first[:, :100], second)
+    x_codes, x_scale = e4m3.cast(x), jnp.full((5, 1), 0.5)
+    y = fp8_matmul(x_codes, bits, scale, x_scale=x_scale)
+    np.testing.assert_allclose(y, exact(x_codes, bits, scale) * 0.5, atol=1e-4)
+    of_xla = swiglu(x, bits, scale, bits, scale, implementation="xla")
+    y_codes, y_scale = swiglu(x, bits, scale, bits, scale)
+    np.testing.assert_allclose(y_scale, of_xla[1], rtol=1e-5)
+    assert (y_codes == of_xla[0]).mean() > 0.98
+
+
+def test_derivatives_are_those_of_xla():
+    x, bits, scale = operands(3, 64, 128)
+
+    def loss(x, implementation):
+        return jnp.sum(jnp.sin(fp8_matmul(x, bits, scale, implementation=implementation)))
+
+    np.testing.assert_allclose(
+        jax.grad(loss)(x, "cpu"), jax.grad(loss)(x, "reference"), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_what_it_cannot_take_is_refused_by_name():
+    x, bits, scale = operands(2, 64, 128)
+    for arguments, message in (
+        ((x, bits[:7], scale[:7]), "out be at least 8, got 7"),
+        ((x.astype(jnp.float16), bits, scale), "x must be bfloat16 or float32, got float16"),
+        ((x, bits, jnp.ones((64, 4))), "must be a multiple of 64, got 32"),
+    ):
+        with pytest.raises(ValueError, match=f"'cpu' cannot run: .*{message}"):
+            fp8_matmul(*arguments, implementation="cpu")
+    with pytest.raises(ValueError, match="'hopper' cannot run: JAX runs on cpu"):
+        fp8_matmul(x, bits, scale, implementation="hopper")
+
+
+def test_without_a_compiler_xla_multiplies(monkeypatch):
+    x, bits, scale = operands(2, 64, 128)
+    monkeypatch.setattr(library, "why_not", lambda: "there is no C++ compiler")
+    assert chosen(x, bits, scale, jnp.dtype(jnp.float32)) == "xla"
+    with pytest.raises(ValueError, match="'cpu' cannot run: there is no C\\+\\+ compiler"):
+        fp8_matmul(x, bits, scale, implementation="cpu")
+
+
+def test_two_threads_at_once():
+    """Each of them many times, with other shapes than the other's."""
+    cases = [operands(m, n, 512, seed=m) for m, n in ((1, 600), (20, 400))]
+    run = jax.jit(fp8_matmul)
+    expected = [np.asarray(run(*case)) for case in cases]
+    wrong: list[int] = []
+
+    def repeat(i):
+        wrong.extend(i for _ in range(200) if not np.array_equal(run(*cases[i]), expected[i]))
+
+    threads = [threading.Thread(target=repeat, args=(i % 2,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

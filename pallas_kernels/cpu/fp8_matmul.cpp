@@ -55,10 +55,14 @@ struct Rows {
 
 // Of all instruction sets, the most columns of a step, and the most rows of a weight in a tile.
 constexpr int64_t MAX_COLUMNS = 64, MIN_ROWS = 8;
+// For more rows of x, weights are widened once for all of them.
+constexpr int64_t FEW_ROWS = 16;
 // Of widened weights, and of x beside them: both stay in a core's level-2 cache.
 constexpr int64_t PANEL_BYTES = 256 << 10;
 // Of the weight, that a thread takes at a time: its rows a multiple of those of most tiles.
 constexpr int64_t CHUNK_BYTES = 128 << 10, CHUNK_ROWS = 24;
+// Where `__builtin_prefetch` puts what it fetches. Into the first level, one core reads half as fast.
+constexpr int LEVEL_2 = 2;
 // Of x, that a thread copies at a time.
 constexpr int64_t COPIED_ROWS = 32;
 
@@ -107,7 +111,7 @@ using Activation = float;
 typedef float Sum __attribute__((vector_size(16)));
 typedef int32_t Bits __attribute__((vector_size(16)));
 using Part = Sum;
-constexpr int COLUMNS = 8, PARTS = 2, SUMS = 4;
+constexpr int COLUMNS = 8, PARTS = 2, SUMS = 4, MOST_ROWS = 4;
 constexpr float UNIT = 1;
 ALWAYS_INLINE Part widened(const uint8_t* from) {
   typedef uint8_t Codes __attribute__((vector_size(4)));
@@ -132,7 +136,11 @@ ALWAYS_INLINE void load(const uint16_t* from, Part (&to)[PARTS]) {
     to[v] = (Part)(__builtin_convertvector(halves, Bits) << 16);
   }
 }
-ALWAYS_INLINE void load(const float* from, Part (&to)[PARTS]) { memcpy(to, from, sizeof(to)); }
+ALWAYS_INLINE Part load(const float* from) {
+  Part to;
+  memcpy(&to, from, sizeof(to));
+  return to;
+}
 ALWAYS_INLINE void store(const Part (&from)[PARTS], float* to) { memcpy(to, from, sizeof(from)); }
 ALWAYS_INLINE Sum zero() { return Sum{}; }
 ALWAYS_INLINE Sum multiply_add(Part a, Part b, Sum c) { return a * b + c; }
@@ -149,7 +157,7 @@ namespace avx2 {
 using Activation = float;
 using Sum = __m256;
 using Part = __m256;
-constexpr int COLUMNS = 16, PARTS = 2, SUMS = 12;
+constexpr int COLUMNS = 16, PARTS = 2, SUMS = 12, MOST_ROWS = 4;
 constexpr float UNIT = 256;
 // A code's seven bits of exponent and mantissa, moved into a float16, are its value / 256, of
 // denormal codes too.
@@ -166,10 +174,7 @@ TARGET ALWAYS_INLINE void load(const uint16_t* from, Part (&to)[PARTS]) {
     to[v] = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
 }
-TARGET ALWAYS_INLINE void load(const float* from, Part (&to)[PARTS]) {
-  to[0] = _mm256_loadu_ps(from);
-  to[1] = _mm256_loadu_ps(from + 8);
-}
+TARGET ALWAYS_INLINE Part load(const float* from) { return _mm256_loadu_ps(from); }
 TARGET ALWAYS_INLINE void store(const Part (&from)[PARTS], float* to) {
   _mm256_storeu_ps(to, from[0]);
   _mm256_storeu_ps(to + 8, from[1]);
@@ -193,7 +198,7 @@ namespace avx512 {
 using Activation = float;
 using Sum = __m512;
 using Part = __m512;
-constexpr int COLUMNS = 16, PARTS = 1, SUMS = 24;
+constexpr int COLUMNS = 16, PARTS = 1, SUMS = 24, MOST_ROWS = 4;
 constexpr float UNIT = 256;
 TARGET ALWAYS_INLINE void load(const uint8_t* from, Part (&to)[PARTS]) {
   const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
@@ -204,9 +209,7 @@ TARGET ALWAYS_INLINE void load(const uint16_t* from, Part (&to)[PARTS]) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   to[0] = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
-TARGET ALWAYS_INLINE void load(const float* from, Part (&to)[PARTS]) {
-  to[0] = _mm512_loadu_ps(from);
-}
+TARGET ALWAYS_INLINE Part load(const float* from) { return _mm512_loadu_ps(from); }
 TARGET ALWAYS_INLINE void store(const Part (&from)[PARTS], float* to) {
   _mm512_storeu_ps(to, from[0]);
 }
@@ -232,7 +235,7 @@ namespace avx512_bf16 {
 using Activation = uint16_t;
 using Sum = __m512;
 using Part = __m512i;
-constexpr int COLUMNS = 64, PARTS = 2, SUMS = 24;
+constexpr int COLUMNS = 64, PARTS = 2, SUMS = 24, MOST_ROWS = 8;
 constexpr float UNIT = 1;
 
 // The two bytes of each magnitude in bfloat16. It has to be looked up: these instructions read
@@ -266,10 +269,7 @@ TARGET ALWAYS_INLINE void load(const uint8_t* from, Part (&to)[PARTS]) {
   to[0] = _mm512_unpacklo_epi8(low, high);
   to[1] = _mm512_unpackhi_epi8(low, high);
 }
-TARGET ALWAYS_INLINE void load(const uint16_t* from, Part (&to)[PARTS]) {
-  to[0] = _mm512_loadu_si512(from);
-  to[1] = _mm512_loadu_si512(from + 32);
-}
+TARGET ALWAYS_INLINE Part load(const uint16_t* from) { return _mm512_loadu_si512(from); }
 TARGET ALWAYS_INLINE void store(const Part (&from)[PARTS], uint16_t* to) {
   _mm512_storeu_si512(to, from[0]);
   _mm512_storeu_si512(to + 32, from[1]);
