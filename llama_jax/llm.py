@@ -132,8 +132,8 @@ class LLM:
         activations: what FP8 weights are multiplied with: "bf16" (activations in `dtype`),
             "dynamic" (e4m3fn per token) or "static" (e4m3fn by the checkpoint's input scales);
             "auto" is "bf16", but "dynamic" for prompts on a GPU that computes in FP8.
-        implementation: of attention and FP8 matmuls, "xla", "hopper" (or an error) or "reference";
-            by default the best that runs here.
+        implementation: of attention and FP8 matmuls, "xla", "cpu" or "hopper" (or an error), or
+            "reference"; by default the best that runs here.
         kv_dtype: "bf16" (or rather `dtype`) or "fp8", of the key/value cache.
         max_seq_len: tokens that prompt and output may have together, at most the model's context;
             by default that, or 8192 if it is longer.

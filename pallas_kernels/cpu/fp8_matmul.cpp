@@ -61,7 +61,7 @@ constexpr int64_t FEW_ROWS = 16;
 constexpr int64_t PANEL_BYTES = 256 << 10;
 // Of the weight, that a thread takes at a time: its rows a multiple of those of most tiles.
 constexpr int64_t CHUNK_BYTES = 128 << 10, CHUNK_ROWS = 24;
-// Where `__builtin_prefetch` puts what it fetches. Into the first level, one core reads half as fast.
+// Where `__builtin_prefetch` puts what it fetches; into level 1 a core reads half as fast.
 constexpr int LEVEL_2 = 2;
 // Of x, that a thread copies at a time.
 constexpr int64_t COPIED_ROWS = 32;
@@ -111,7 +111,7 @@ using Activation = float;
 typedef float Sum __attribute__((vector_size(16)));
 typedef int32_t Bits __attribute__((vector_size(16)));
 using Part = Sum;
-constexpr int COLUMNS = 8, PARTS = 2, SUMS = 4, MOST_ROWS = 4;
+constexpr int COLUMNS = 8, PARTS = 2, REGISTERS = 16, SUMS = 4, MOST_ROWS = 4;
 constexpr float UNIT = 1;
 ALWAYS_INLINE Part widened(const uint8_t* from) {
   typedef uint8_t Codes __attribute__((vector_size(4)));
@@ -157,7 +157,7 @@ namespace avx2 {
 using Activation = float;
 using Sum = __m256;
 using Part = __m256;
-constexpr int COLUMNS = 16, PARTS = 2, SUMS = 12, MOST_ROWS = 4;
+constexpr int COLUMNS = 16, PARTS = 2, REGISTERS = 16, SUMS = 12, MOST_ROWS = 4;
 constexpr float UNIT = 256;
 // A code's seven bits of exponent and mantissa, moved into a float16, are its value / 256, of
 // denormal codes too.
@@ -198,7 +198,7 @@ namespace avx512 {
 using Activation = float;
 using Sum = __m512;
 using Part = __m512;
-constexpr int COLUMNS = 16, PARTS = 1, SUMS = 24, MOST_ROWS = 4;
+constexpr int COLUMNS = 16, PARTS = 1, REGISTERS = 32, SUMS = 24, MOST_ROWS = 4;
 constexpr float UNIT = 256;
 TARGET ALWAYS_INLINE void load(const uint8_t* from, Part (&to)[PARTS]) {
   const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
@@ -235,7 +235,7 @@ namespace avx512_bf16 {
 using Activation = uint16_t;
 using Sum = __m512;
 using Part = __m512i;
-constexpr int COLUMNS = 64, PARTS = 2, SUMS = 24, MOST_ROWS = 8;
+constexpr int COLUMNS = 64, PARTS = 2, REGISTERS = 32, SUMS = 24, MOST_ROWS = 8;
 constexpr float UNIT = 1;
 
 // The two bytes of each magnitude in bfloat16. It has to be looked up: these instructions read

@@ -1,0 +1,152 @@
+"""How the CPU's kernels are compiled, kept and found again; a script stands for the compiler."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from pallas_kernels.cpu import library
+from tests.cpu_kernel import needs_cpu_kernel
+
+COMPILER = """#!/bin/sh
+if [ "$1" = --version ]; then echo version 1; exit; fi
+echo compiled >> {log}
+while [ "$1" != -o ]; do shift; done
+echo library > "$2"
+"""
+
+
+@pytest.fixture
+def compiled(tmp_path, monkeypatch):
+    """The log of a compiler that works."""
+    compiler, log = tmp_path / "c++", tmp_path / "log"
+    compiler.write_text(COMPILER.format(log=log))
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    return log
+
+
+def times(log: Path) -> int:
+    return len(log.read_text().splitlines())
+
+
+def test_it_is_compiled_once_by_threads_that_begin_together(compiled, tmp_path):
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(library.build(tmp_path / "cache")))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert times(compiled) == 1 and len(set(found)) == 1 and found[0].read_text() == "library\n"
+    assert {path.suffix for path in found[0].parent.iterdir()} == {".so", ".sha256", ""}
+
+
+def test_another_compiler_or_other_flags_make_another_library(compiled, tmp_path, monkeypatch):
+    first = library.build(tmp_path)
+    second = library.build(tmp_path, ["-g"])
+    Path(compiled.parent / "c++").write_text(COMPILER.format(log=compiled).replace("n 1", "n 2"))
+    assert len({first, second, library.build(tmp_path)}) == 3
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_text("x"), Path.unlink])
+@pytest.mark.parametrize("suffix", [".so", ".sha256"])
+def test_what_is_damaged_or_lost_is_compiled_again(compiled, tmp_path, damage, suffix):
+    path = library.build(tmp_path)
+    damage(path.with_suffix(suffix))
+    assert library.build(tmp_path) == path and path.read_text() == "library\n"
+    assert times(compiled) == 2
+
+
+def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(tmp_path, monkeypatch, caplog):
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        "#!/bin/sh\n[ $1 = --version ] && exit\necho 'fp8: error: no such thing' >&2\nexit 1\n"
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
+    reason = library._load.__wrapped__()
+    assert isinstance(reason, str) and "failed: fp8: error: no such thing" in reason
+    (record,) = caplog.records
+    assert record.getMessage() == f"FP8 weights go through XLA, at about half the speed: {reason}"
+    assert [path.name for path in (tmp_path / "cache" / "cpu").iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("CXX", "no-such-compiler", r"there is no C\+\+ compiler \(no-such-compiler\)"),
+        ("LLAMA_JAX_CACHE", "/dev/null", "Not a directory"),
+        ("LLAMA_JAX_CACHE", "", "LLAMA_JAX_CACHE is empty"),
+    ],
+)
+def test_what_stands_in_the_way_is_a_reason(name, value, reason, monkeypatch, tmp_path):
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(library._load.__wrapped__())
+
+
+@needs_cpu_kernel
+@pytest.mark.parametrize(
+    ("flags", "most"),
+    [("", None), ("--xla_cpu_max_isa=AVX2", "avx2"), ("--xla_cpu_max_isa=SSE4_2", "portable")],
+)
+def test_it_keeps_within_the_instructions_that_xla_may_use(flags, most, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    all_of_them = library.best()
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    try:
+        assert library.best() == (most or all_of_them)
+    finally:
+        monkeypatch.undo()
+        library.best()
+
+
+SANITIZED = """
+import jax, jax.numpy as jnp, numpy as np
+from pallas_kernels.cpu import library
+library._FLAGS = (*library._FLAGS, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover")
+from tests.test_cpu_fp8_matmul import ALL, exact, multiply, operands
+from pallas_kernels.fp8_matmul import cpu
+for instructions in ALL[: 1 + ALL.index(library.best())]:
+    for layout, dtype in (("row", "bfloat16"), ("block", "float32"), ("block", "bfloat16")):
+        for n, k in ((8, 1), (129, 300)):
+            x, bits, scale = operands(17, n, k, layout)
+            x = x.astype(dtype)
+            for m in (1, 3, 5, 8, 17):
+                y = multiply(x[:m], bits, scale, instructions)
+                np.testing.assert_allclose(y, exact(x[:m], bits, scale), atol=1e-4)
+weight = jnp.ones((75, 130), jnp.bfloat16)
+assert np.array_equal(cpu.dense(jnp.ones((20, 130)), weight), np.full((20, 75), 130.0))
+print("clean")
+"""
+
+
+@needs_cpu_kernel
+@pytest.mark.slow
+def test_nothing_is_read_or_written_out_of_place(tmp_path, monkeypatch):
+    """The kernel under AddressSanitizer and UndefinedBehaviorSanitizer, as XLA calls it."""
+    compiler = library._compiler()
+    runtimes = [
+        subprocess.check_output([compiler, f"-print-file-name=lib{name}.so"], text=True).strip()
+        for name in ("asan", "ubsan")
+    ]
+    if not all(Path(runtime).is_absolute() for runtime in runtimes):
+        pytest.skip(f"{compiler} has no sanitizers")
+    monkeypatch.setenv("LD_PRELOAD", " ".join(runtimes))
+    # Python and XLA keep what they have until the end, and XLA's own code is not instrumented.
+    monkeypatch.setenv("ASAN_OPTIONS", "detect_leaks=0:detect_odr_violation=0")
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, "-c", SANITIZED], capture_output=True, text=True,
+        cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout == "clean\n", done.stderr[-3000:]
