@@ -88,6 +88,16 @@ def test_a_cpu_takes_its_kernel_for_every_matrix() -> None:
         assert {call.why_not for call in attention} == {"JAX runs on cpu, not on a GPU"}
 
 
+@needs_cpu_kernel
+def test_a_cpu_takes_the_same_where_its_kernels_are_asked_for() -> None:
+    spec = ModelSpec(FITTING, tiny.fp8_formats(FITTING, input_scale=False), implementation="cpu")
+    by_itself = replace(spec, implementation=None)
+    for asked, chosen in zip(
+        *(programs(s, OPTIONS, "bf16") for s in (spec, by_itself)), strict=True
+    ):
+        assert [call.path for call in calls(asked)] == [call.path for call in calls(chosen)]
+
+
 def test_without_its_kernel_a_cpu_leaves_everything_to_xla_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -106,6 +106,11 @@ class ModelSpec:
                 "what can."
             )
 
+    @property
+    def of_attention(self) -> Literal["reference", "xla", "hopper"] | None:
+        """The implementation of attention and of what is around it: no kernel there is for a CPU."""
+        return None if self.implementation == "cpu" else self.implementation
+
     def format_of(self, path: tuple[str, ...]) -> WeightFormat:
         return self.formats.get("/".join(path), WeightFormat(self.config.dtype))
 
@@ -449,13 +454,12 @@ class Attention(nn.Module):
             y = jax.nn.dot_product_attention(q, k, v, is_causal=True)  # [b, t, heads, head_dim]
         else:
             q, cache = _append(self.spec, projected, positions, cache)
-            implementation = self.spec.implementation
             y = paged_attention(
                 q, cache.k, cache.v, cache.page_table, cache.starts, cache.lengths,
                 k_scale=1.0 if cache.k_scale.ndim else cache.k_scale,
                 v_scale=1.0 if cache.v_scale.ndim else cache.v_scale,
                 is_batch_invariant=self.spec.is_batch_invariant,
-                implementation=None if implementation == "cpu" else implementation,
+                implementation=self.spec.of_attention,
             )  # fmt: skip
             y = per_head(y, _of_own_heads(cache.v_scale, cache.v.shape[2]))
         if is_fused:
@@ -480,7 +484,7 @@ def _append(
         k_scale=_of_own_heads(cache.k_scale, kv_heads),
         v_scale=_of_own_heads(cache.v_scale, kv_heads),
         dtype=jnp.dtype(spec.dtype),
-        implementation=spec.implementation,
+        implementation=spec.of_attention,
     )  # fmt: skip
     return q, cache._replace(k=k, v=v)
 
