@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What is to be measured on an H100 or H200, made for 15 minutes of one: two calls of under 5 minutes,
-# the most telling stages first. Needs Python 3.12 with the dependencies, jax 0.11.2 with CUDA, and no
-# network.
+# the most telling stages first. Needs Python 3.12 with the dependencies (msgspec is seldom there), jax
+# 0.11.2 with CUDA, and no network.
 #
 #     benchmarks/gpu.sh first                   kernels, then model: 280 s at most
 #     benchmarks/gpu.sh second                  tune, throughput, elementwise: 290 s at most
@@ -22,7 +22,7 @@ python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
 first=(kernels model)
 second=(tune throughput elementwise)
-declare -A limits=([kernels]=150 [model]=130 [tune]=60 [throughput]=200 [elementwise]=30)
+declare -A limits=([kernels]=140 [model]=150 [tune]=60 [throughput]=200 [elementwise]=30)
 
 simulate=
 if [ "${1:-}" = --simulate ]; then
@@ -57,9 +57,10 @@ left() { echo $((deadline - SECONDS)); }
 kernels() {
     if [ $simulate ]; then run -m pallas_kernels.dev.bench --simulate; else
         local cases='^8B TP1 (q|gate|down)_proj .* m=(65|128|2048|8192) row( swiglu| after swiglu)?$'
-        cases+='|^8B TP1 .* m=(1|16|64) row weight-only$'
+        cases+='|^8B TP1 .* m=(1|16|64) row weight-only( in terms)?$|^8B TP1 (hidden|inner) .* m=(1|64) '
         cases+='|^8B TP1 (qkv|down)_proj .* m=1 block weight-only$'
         cases+='|^8B TP1 heads.* (T=8192 bf16|T=8192 fp8|T=2048 after 30720 bf16) prefill'
+        cases+='|^8B TP1 heads.* rope and cache'
         cases+='|^8B TP1 heads.* (B=1 S=8192|B=32 S=1024|B=32 S=8192|B=128 S=8192) tokens=1 '
         # XLA's path beside one matmul of each kind, and cuDNN beside one prompt.
         run -m pallas_kernels.dev.bench --rows 1 16 64 65 128 2048 8192 --only "$cases" \
@@ -67,20 +68,28 @@ kernels() {
             --seconds $(($(left) - 10)) --json "$out/${name}_kernels.json"
     fi
 }
+bench() { # batch, prompt, tokens to draw
+    run -m llama_jax.cli bench --preset llama-3.1-8b --kv-dtype fp8 --batch "$1" --prompt-len "$2" \
+        --new-tokens "$3" --json
+}
 model() { # batch 1 first, since it shows most
     if [ $simulate ]; then
         run -m llama_jax.cli bench --batch 1 --prompt-len 16 --new-tokens 4 --json \
             >"$out/${name}_model.json"
         return
     fi
-    local failed=0 batch prompt
-    while read -r batch prompt; do
-        run -m llama_jax.cli bench --preset llama-3.1-8b --kv-dtype fp8 --new-tokens 129 \
-            --batch "$batch" --prompt-len "$prompt" --json \
-            >"$out/${name}_model_${batch}x$prompt.json" || failed=1
-    done <<<"1 1024
-1 8192
-64 1024"
+    local failed=0 size sizes=("1 1024" "1 8192" "64 1024")
+    # Compiled side by side into one cache, most of the time, and then measured one after another.
+    for size in "${sizes[@]}"; do
+        # shellcheck disable=SC2086
+        XLA_PYTHON_CLIENT_PREALLOCATE=false bench $size 18 >"$out/compiled.txt" 2>&1 &
+    done
+    wait
+    rm -f "$out/compiled.txt"
+    for size in "${sizes[@]}"; do
+        # shellcheck disable=SC2086
+        bench $size 129 >"$out/${name}_model_${size/ /x}.json" || failed=1
+    done
     return $failed
 }
 tune() {

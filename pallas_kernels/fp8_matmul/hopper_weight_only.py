@@ -420,31 +420,31 @@ def _launch(problem: _Problem, operands: _Operands, interpret: Any) -> list[Arra
                 steps_per_group = problem.steps // problem.groups
                 group = lax.div(lax.min(step, problem.steps - 1), steps_per_group)
                 place = refs.units.at[group, pl.ds(0, rows)]
-                units = plgpu.load(place, layout=MATRIX.reduce(0), optimized=False)
-                return lax.broadcast_in_dim(units, (WARPGROUP_ROWS, rows), (1,))
+                return plgpu.load(place, layout=MATRIX.reduce(0), optimized=False)
+
+            def factors_at(step: Array) -> tuple[Array | None, Array | None]:
+                return scale_at(step), units_at(step) if problem.groups > 1 else None
 
             def add(step: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
-                total, scale = carry
-                # Asked for now, it is there when the next step wants it.
-                following = scale_at(step + 1)
+                total, (scale, units) = carry
+                # Asked for now, they are there when the next step wants them.
+                following = factors_at(step + 1)
                 slot = ring.slot(part.position + step - part.first)
                 plgpu.barrier_wait(ring.filled.at[slot])
 
                 def product(sums: Any) -> Array:
                     multiply(sums, slot)
                     y = sums[...]
-                    if config.in_fp8:
-                        y = y[:, :rows] + y[:, rows:] * (1 / TERM_RATIO)
-                    return y if problem.groups == 1 else y * units_at(step)
+                    return y[:, :rows] + y[:, rows:] * (1 / TERM_RATIO) if config.in_fp8 else y
 
                 y = pl.run_scoped(product, accumulator)
-                total = total + (y if scale is None else y * scale)
                 plgpu.barrier_arrive(ring.free.at[slot])
-                return total, following
+                return total + _scaled(_scaled(y, units), scale), following
 
             zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, rows), jnp.float32), MATRIX)
-            total, _ = lax.fori_loop(part.first, part.end, add, (zeros, scale_at(part.first)))
-            return total * units_at(part.first) if config.in_fp8 and problem.groups == 1 else total
+            total, _ = lax.fori_loop(part.first, part.end, add, (zeros, factors_at(part.first)))
+            has_one_unit = config.in_fp8 and problem.groups == 1
+            return _scaled(total, units_at(part.first) if has_one_unit else None)
 
         def compute(part: _Part) -> None:
             total = sum_up_by_steps(part) if by_block or config.in_fp8 else sum_up(part)
@@ -535,6 +535,13 @@ def _for_weight_of(
             here()
         else:
             pl.when((first <= tile) & (tile < end))(here)
+
+
+def _scaled(y: Array, factor: Array | None) -> Array:
+    """factor: one number, one for each column of y, or None for 1."""
+    if factor is None:
+        return y
+    return y * (lax.broadcast_in_dim(factor, y.shape, (1,)) if factor.ndim else factor)
 
 
 def _scale_at(problem: _Problem, scales: Sequence[Any], tile: Array, step: Array) -> Array:
