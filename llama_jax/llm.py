@@ -48,6 +48,7 @@ from llama_jax.scoring import (
     score_of,
     score_request,
 )
+from llama_jax.structured import StructuredOutput
 from llama_jax.text.chat import choose_template, encode_chat
 from llama_jax.text.chat_files import said_to_lie_in
 from llama_jax.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
@@ -459,6 +460,8 @@ class LLM:
         structured: whether `SamplingParams.structured` will be asked for. Returns what was
         compiled or fetched from the persistent cache, and the seconds it took.
         """
+        if structured:  # starts what compiles grammars
+            self._grammars.matcher(StructuredOutput(json_object=True))
         return self.engine.warmup(wanted, structured)
 
     @property

@@ -4,6 +4,7 @@ forward pass where there is something to compare with."""
 import base64
 import copy
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from llama_jax.llm import LLM
 from llama_jax.model.llama import Llama, init_params
 from llama_jax.results import generation_fields
 from llama_jax.sampling_params import SamplingParams
+from llama_jax.structured import StructuredOutput
 from llama_jax.text.tokenizer import load_tokenizer
 from pallas_kernels import e4m3
 from tests.tiny import config, fp8_spec
@@ -316,6 +318,25 @@ def test_fp8_cache_stays_close(llm, tokenizer, caplog):
     assert "has no scales for an FP8 cache: keys and values are stored as they are" in caplog.text
     error = np.abs(rounded - exact).max() / np.abs(exact).max()
     assert 0 < error < 0.1
+
+
+def test_structured_output_of_samples_streams_and_beside_others(llm):
+    params = SamplingParams(
+        n=3, seed=1, max_new_tokens=20, structured=StructuredOutput(regex=r"\d{4}-\d\d(-\d\d)?")
+    )
+    alone = llm.generate("hello", GREEDY).token_ids
+    result, other = llm.generate(["hello", "hello"], [params, GREEDY])
+    texts = [each.text for each in result.samples]
+    assert len(set(texts)) == 3
+    assert all(re.fullmatch(params.structured.regex, text) for text in texts)
+    assert {each.finish_reason for each in result.samples} == {"stop"}
+    assert other.token_ids == alone
+    pieces = list(llm.stream("hello", dataclasses.replace(params, n=1)))
+    assert "".join(piece.text for piece in pieces) == texts[0] and len(pieces) > 3
+    wrong = dataclasses.replace(params, structured=StructuredOutput(regex="("))
+    with pytest.raises(ValueError, match=r"structured\.regex"):
+        llm.generate(["hello", "hello"], [GREEDY, wrong])
+    assert not llm.engine.num_running and not llm.engine.num_waiting
 
 
 def test_samples_draw_with_seeds_of_their_own_and_share_the_prompt(llm):

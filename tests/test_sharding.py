@@ -84,7 +84,7 @@ def test_each_storage_format_divides_over_devices() -> None:
 
 
 TWO_DEVICES_LLM = """
-from llama_jax import LLM, SamplingParams
+from llama_jax import LLM, SamplingParams, StructuredOutput
 from llama_jax.engine.compile_cache import forbid_compile
 from llama_jax.model.sharding import make_mesh
 
@@ -92,10 +92,14 @@ settings = {"max_batch_size": 2, "max_seq_len": 256, "prefill_chunk": 64, "verbo
 messages = [{"role": "user", "content": "What is 47 + 85?"}]
 sampling = SamplingParams(temperature=0, logprobs=0)
 alone, split = (LLM.load(mesh=mesh, **settings) for mesh in (None, make_mesh(model=2)))
-split.warmup()
+split.warmup(structured=True)
+numbers = SamplingParams(temperature=0, structured=StructuredOutput(regex="[0-9]+ or [0-9]+"))
 with forbid_compile():
     two = split.chat([messages, messages], sampling)[1]
     split.chat([messages] * 3, sampling)
+    either, answer = split.chat([messages, messages], [numbers, sampling])
+assert either.text == alone.chat(messages, numbers).text and " or " in either.text, either.text
+assert answer.text == "132", answer.text
 one = alone.chat([messages, messages], sampling)[1]
 assert one.text == two.text == "132", (one.text, two.text)
 for a, b in zip(one.logprobs, two.logprobs, strict=True):
