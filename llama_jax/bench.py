@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from llama_jax.checkpoint.huge_pages import Room
 from llama_jax.engine import compile_cache
 from llama_jax.engine.compile_cache import CompileReport
 from llama_jax.engine.engine import Engine
@@ -364,17 +365,27 @@ def random_params(spec: ModelSpec, seed: int = 0) -> Params:
     spread = float(np.std(codes.view(e4m3.DTYPE).astype(np.float32)))
     normal = (rng.standard_normal(_TILE, np.float32) * 0.02).astype(jnp.bfloat16)
 
-    # Copies: an array of jax's own would keep all of the numbers that were repeated for it.
+    on_cpu, abstract = jax.default_backend() == "cpu", abstract_params(spec)
+    sizes = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+    room = Room(sizes if on_cpu else ())  # as a checkpoint's
+
+    def repeated(numbers: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        whole = room.empty(shape, numbers.dtype)
+        flat = whole.reshape(-1)
+        for start in range(0, flat.size, numbers.size):
+            flat[start : start + numbers.size] = numbers[: flat.size - start]
+        return whole
+
     def make(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> Array:
         if leaf.dtype == e4m3.DTYPE:
-            bits = np.resize(codes, leaf.shape)
-            return jnp.array(bits if jax.default_backend() == "cpu" else bits.view(e4m3.DTYPE))
+            bits = repeated(codes, leaf.shape)
+            return jax.device_put(bits if on_cpu else bits.view(e4m3.DTYPE), may_alias=True)
         if path[-1].key == "weight" and len(leaf.shape) == 2:
-            return jnp.array(np.resize(normal, leaf.shape), leaf.dtype)
+            return jax.device_put(repeated(normal.astype(leaf.dtype), leaf.shape), may_alias=True)
         value = 0.02 / spread if path[-1].key == "weight_scale" else 1.0
         return jnp.full(leaf.shape, value, leaf.dtype)
 
-    params: Params = jax.tree_util.tree_map_with_path(make, abstract_params(spec))
+    params: Params = jax.tree_util.tree_map_with_path(make, abstract)
     return params
 
 

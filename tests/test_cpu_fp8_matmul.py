@@ -44,17 +44,21 @@ def multiply(x, bits, scale, instructions):
     return np.asarray(y)
 
 
-# Fewer rows than a tile has, one and more of them, and so many that the weight is widened once;
-# columns that fill no step, and more than one; rows of the weight that divide into no tiles.
+each_kind = pytest.mark.parametrize(
+    ("layout", "dtype"), [("row", "bfloat16"), ("block", "bfloat16"), ("block", "float32")]
+)
+
+
+# Numbers of rows: fewer than tiles have, their multiples and not, and so many that the weight is
+# widened once. Columns: less than a step and more; rows of the weight that divide into no tiles.
 @each_instructions
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("layout", ["row", "block"])
+@each_kind
 def test_against_float64(layout, dtype, instructions):
-    for n, k in ((8, 1), (80, 300), (1001, 70)):
+    for n, k in ((8, 1), (601, 300)):
         x, bits, scale = operands(70, n, k, layout)
         x = x.astype(dtype)
         expected = exact(x, bits, scale)
-        for m in (1, 2, 3, 4, 7, 8, 13, 70):
+        for m in (1, 3, 5, 8, 13, 70):
             # Sums of 300 products reach 60: float32 sums stray by sqrt(300) * 2^-24 * 60 = 6e-5.
             # A weight off by one code would move them by 0.06.
             y = multiply(x[:m], bits, scale, instructions)
@@ -88,14 +92,13 @@ def test_every_code_is_exact(dtype, m, instructions):
 
 
 @each_instructions
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("layout", ["row", "block"])
+@each_kind
 def test_a_row_does_not_depend_on_its_company(layout, dtype, instructions):
     """Bit for bit, at every number of rows that goes another way."""
     x, bits, scale = operands(40, 300, 1000, layout)
     x = x.astype(dtype)
     of_all = multiply(x, bits, scale, instructions)
-    for m in (1, 2, 3, 4, 5, 7, 8, 9, 16, 17):
+    for m in (1, 3, 4, 5, 8, 9, 17):
         np.testing.assert_array_equal(multiply(x[-m:], bits, scale, instructions), of_all[-m:])
 
 

@@ -35,6 +35,7 @@ from llama_jax.checkpoint.converted import MANIFEST as MANIFEST
 from llama_jax.checkpoint.converted import PARAMS as PARAMS
 from llama_jax.checkpoint.converted import is_converted, not_converted
 from llama_jax.checkpoint.generation_config import read_settings
+from llama_jax.checkpoint.huge_pages import Room
 from llama_jax.errors import CheckpointError as CheckpointError
 from llama_jax.json_file import convert, read_object, shown
 from llama_jax.model.config import LlamaConfig
@@ -135,9 +136,12 @@ def load_params(directory: str | Path, spec: ModelSpec, *, bits: bool = False) -
     check_stored(root, expected)
     paths = traverse_util.flatten_dict(expected, sep=".")
     shardings = traverse_util.flatten_dict(param_shardings(spec), sep=".")
+    # Other devices copy what they get, so that nothing need be kept here.
+    on_cpu = jax.default_backend() == "cpu"
+    room = Room(leaf.size * leaf.dtype.itemsize for leaf in paths.values() if on_cpu)
     with ThreadPoolExecutor(array_file.WORKERS) as pool:
         arrays = {
-            path: _load_array(root / path, leaf, shardings[path], bits, pool)
+            path: _load_array(root / path, leaf, shardings[path], bits, pool, room)
             for path, leaf in paths.items()
         }
     params: Params = traverse_util.unflatten_dict(arrays, sep=".")
@@ -145,7 +149,12 @@ def load_params(directory: str | Path, spec: ModelSpec, *, bits: bool = False) -
 
 
 def _load_array(
-    directory: Path, leaf: jax.ShapeDtypeStruct, sharding: Sharding, bits: bool, pool: Executor
+    directory: Path,
+    leaf: jax.ShapeDtypeStruct,
+    sharding: Sharding,
+    bits: bool,
+    pool: Executor,
+    room: Room,
 ) -> Array:
     """One array, of which the host holds the parts of its own devices at a time."""
     dtype = np.dtype(leaf.dtype)
@@ -155,7 +164,7 @@ def _load_array(
         rows, columns = (*index, slice(None), slice(None))[:2]
         start, stop, _ = rows.indices((*leaf.shape, 1)[0])
         shape = sharding.shard_shape(leaf.shape)
-        whole = np.empty((stop - start, math.prod(shape) // (stop - start)), dtype)
+        whole = room.empty((stop - start, math.prod(shape) // (stop - start)), dtype)
         step = max(1, _RUN_BYTES // (whole.shape[1] * dtype.itemsize))
 
         def read(first: int) -> None:
