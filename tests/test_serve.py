@@ -2,9 +2,12 @@
 
 import asyncio
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import openai
+import pydantic
 import pytest
 
 from llama_jax import LLM, SamplingParams
@@ -20,7 +23,7 @@ PRODUCT = [{"role": "user", "content": "What is 4831 * 297?"}]
 def llm() -> LLM:
     """Without the warm-up, which compiles many programs that these tests do not need."""
     llm = LLM.load(max_batch_size=4, max_seq_len=512, prefill_chunk=128, verbose=False)
-    llm.engine.warmup = lambda wanted: CompileReport(0, 0, 0.0)
+    llm.engine.warmup = lambda wanted, structured: CompileReport(0, 0, 0.0)
     return llm
 
 
@@ -215,6 +218,72 @@ def test_many_streams_at_once(server):
     assert server.service.thread.num_open == 0
 
 
+class Answer(pydantic.BaseModel):
+    """What `parse` asks for, and reads."""
+
+    sum: Literal[132, 133]
+    certain: bool
+
+
+def test_a_schema_is_kept_to_and_parsed(client):
+    reply = client.chat.completions.parse(model="abacus", messages=SUM, response_format=Answer)
+    assert isinstance(reply.choices[0].message.parsed, Answer)
+    with client.chat.completions.stream(
+        model="abacus", messages=SUM, response_format=Answer
+    ) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.parsed == reply.choices[0].message.parsed
+
+
+@pytest.mark.parametrize(
+    ("form", "pattern"),
+    [
+        ({"regex": "[0-9]{5}"}, "[0-9]{5}"),
+        ({"choice": ["yes", "no"]}, "yes|no"),
+        ({"grammar": 'start: "a" | "b"'}, "a|b"),
+        ({"json": {"enum": [1, 2]}}, "1|2"),
+        ({"json_object": True}, r"\{.*"),
+    ],
+    ids=str,
+)
+def test_structured_outputs_of_vllms_form(client, form, pattern):
+    extra = {"structured_outputs": form, "max_tokens": 24}
+    reply = client.chat.completions.create(model="abacus", messages=SUM, extra_body=extra)
+    assert re.fullmatch(pattern, reply.choices[0].message.content, re.DOTALL)
+    reply = client.completions.create(model="abacus", prompt="x", extra_body=extra)
+    assert re.fullmatch(pattern, reply.choices[0].text, re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "light"}}], ids=str
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_has_to_be_made_is_one(client, choice, stream):
+    parameters = {
+        "type": "object",
+        "properties": {"room": {"enum": ["kitchen", "hall"]}, "on": {"type": "boolean"}},
+        "required": ["room", "on"],
+        "additionalProperties": False,
+    }
+    light = {"type": "function", "function": {"name": "light", "parameters": parameters}}
+    tools = [light] if choice == "required" else [CALCULATOR, light]
+    asked = {
+        "model": "abacus", "messages": SUM, "tools": tools, "tool_choice": choice,
+        "parallel_tool_calls": False,
+    }  # fmt: skip
+    if stream:
+        pieces = client.chat.completions.create(**asked, stream=True)
+        calls = [c for p in pieces for c in p.choices[0].delta.tool_calls or ()]
+        name = calls[0].function.name
+        arguments = "".join(call.function.arguments for call in calls)
+    else:
+        (call,) = client.chat.completions.create(**asked).choices[0].message.tool_calls
+        name, arguments = call.function.name, call.function.arguments
+    made = json.loads(arguments)
+    assert name == "light" and made.keys() == {"room", "on"}
+    assert made["room"] in ("kitchen", "hall") and isinstance(made["on"], bool)
+
+
 def test_models_health_and_the_document(server, client):
     assert [model.id for model in client.models.list()] == ["abacus"]
     assert client.models.retrieve("abacus").max_model_len == 512
@@ -255,6 +324,21 @@ BAD = [
     ({"best_of": True}, "best_of"),
     ({"response_format": {"type": "json_schema"}}, "response_format"),
     ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "("}}, None),
+    ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
+    (
+        {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+        "structured_outputs",
+    ),
+    ({"structured_outputs": {"json": {"$ref": "http://x"}}}, None),
+    (
+        {
+            "tools": [CALCULATOR],
+            "tool_choice": "required",
+            "response_format": {"type": "json_object"},
+        },
+        "tool_choice",
+    ),
 ]
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _KEY = "LLAMA_JAX_API_KEY"
 _SERVER, _LIMITS = "Server", "Limits"
-_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "pydantic")
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "pydantic", "llguidance")
 
 
 def serve(

@@ -38,7 +38,6 @@ async def prepare(service: Service, body: ChatRequest) -> Question[Generation]:
     """What a request asks of the engine. Raises `ApiError` for what is wrong with it."""
     service.check_model(body.model)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    sampling = service.sampling(body, body.limit, logprobs)
     if body.chat_template is not None and "{" in body.chat_template:
         raise bad_request(
             "chat_template: only the name of one of the checkpoint's templates is taken",
@@ -52,13 +51,16 @@ async def prepare(service: Service, body: ChatRequest) -> Question[Generation]:
     }
     if body.documents is not None:
         given["documents"] = body.documents
-    question = await service.in_thread(
-        lambda: service.llm.chat_question(
+
+    def make() -> Question[Generation]:
+        sampling = service.sampling(body, body.limit, logprobs)
+        return service.llm.chat_question(
             body.messages, sampling, tools=body.offered, is_streamed=bool(body.stream), **given
         )
-    )
+
+    question = await service.in_thread(make, body)
     service.check_room(question.requests[0], body.limit)
-    service.metrics.asked(sampling.n, sampling.max_new_tokens)
+    service.metrics.asked(question.requests)
     return question
 
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llama_jax.engine.request import Request
 from llama_jax.results import Generation
-from llama_jax.sampling_params import SamplingParams
 from llama_jax.scoring import Question, score_request
 from llama_jax.serve.chat import LEAST_LOGPROB
 from llama_jax.serve.engine_thread import Job
@@ -27,18 +26,18 @@ async def prepare(service: Service, body: CompletionRequest) -> Question[list[Co
     where they are echoed with logprobs, how likely the prompts are."""
     service.check_model(body.model)
     limit = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    sampling = service.sampling(body, max(1, limit), body.logprobs)
-    question = await service.in_thread(lambda: _question(service, body, sampling))
+    question = await service.in_thread(lambda: _question(service, body, limit), body)
     for request in question.requests:
         service.check_room(request, body.max_tokens)
-    service.metrics.asked(sampling.n, limit)
+    service.metrics.asked(question.requests)
     return question
 
 
 def _question(
-    service: Service, body: CompletionRequest, sampling: SamplingParams
+    service: Service, body: CompletionRequest, limit: int
 ) -> Question[list[CompletionChoice]]:
     llm = service.llm
+    sampling = service.sampling(body, max(1, limit), body.logprobs)
     parts = [
         llm.generate_question(prompt, sampling, is_streamed=bool(body.stream))
         for prompt in body.prompts

@@ -216,7 +216,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            report = self._engine.warmup(self._wanted)
+            report = self._engine.warmup(self._wanted, structured=bool(self._wanted))
             self._warm = compile_cache.report()
             with self._wake:
                 self.is_ready = True

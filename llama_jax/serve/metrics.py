@@ -1,7 +1,7 @@
 """/metrics: vLLM's names and buckets for what they name, so that its dashboards work, and a few of
 our own."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -74,9 +74,10 @@ class Metrics:
         """The engine has computed so many tokens in a step."""
         self._per_step.observe(tokens)
 
-    def asked(self, n: int, max_tokens: int) -> None:
-        self._n.observe(n)
-        self._max_tokens.observe(max_tokens)
+    def asked(self, requests: Sequence[Request]) -> None:
+        """One HTTP request asks for these continuations."""
+        self._n.observe(len(requests))
+        self._max_tokens.observe(requests[0].params.max_new_tokens if requests else 0)
 
     def piece(self, seconds: float, tokens: int) -> None:
         """A stream waited so long for so many tokens."""

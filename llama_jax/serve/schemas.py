@@ -283,6 +283,11 @@ class ChatRequest(Asked):
         return [str(tool["function"]["name"]) for tool in self.tools or ()]  # type: ignore[index,call-overload]
 
     @property
+    def must_call(self) -> bool:
+        """Whether the reply has to be a call."""
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+
+    @property
     def offered(self) -> list[_Object] | None:
         """The tools that the model may call."""
         return None if self.tool_choice == "none" else self.tools or None
@@ -293,8 +298,7 @@ class ChatRequest(Asked):
             raise ValueError("top_logprobs needs logprobs: true")
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt exclude each other")
-        named = isinstance(self.tool_choice, NamedTool)
-        if (named or self.tool_choice == "required") and not self.tools:
+        if self.must_call and not self.tools:
             raise ValueError("tool_choice needs tools")
         if isinstance(self.tool_choice, NamedTool):
             name = self.tool_choice.function.name

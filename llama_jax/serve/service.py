@@ -11,6 +11,7 @@ import re
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -33,7 +34,7 @@ from llama_jax.serve.metrics import Metrics
 from llama_jax.serve.options import WAITING_POOLS, ServeOptions
 from llama_jax.serve.replies import PromptTokensDetails, Usage
 from llama_jax.serve.schemas import SAMPLING_FIELDS, Asked
-from llama_jax.serve.structured import structured_settings
+from llama_jax.serve.structured import is_structured, structured_output
 
 if TYPE_CHECKING:
     from llama_jax.engine.compile_cache import CompileReport
@@ -43,6 +44,8 @@ _log = logging.getLogger(__name__)
 
 # Fields that messages of `LLM` and `SamplingParams` begin with.
 _FIELDS = {*SAMPLING_FIELDS, "max_tokens", "logit_bias", "messages", "tools", "chat_template"}
+# Grammars compiled at the same time.
+_GRAMMAR_THREADS = 4
 # The longest that a client is told to wait before it asks again, in seconds.
 _LONGEST_RETRY = 60
 
@@ -66,6 +69,9 @@ class Service:
     warmup_seconds: float = 0.0
     is_draining: bool = False
     _ready: asyncio.Event = field(default_factory=asyncio.Event)
+    _grammar_threads: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(_GRAMMAR_THREADS, "grammars")
+    )
     _ended: deque[float] = field(default_factory=lambda: deque(maxlen=64))
 
     def __post_init__(self) -> None:
@@ -113,7 +119,8 @@ class Service:
             )
 
     def sampling(self, body: Asked, limit: int | None, logprobs: int | None) -> SamplingParams:
-        """How a request wants its tokens drawn; what it leaves open the checkpoint decides.
+        """How a request wants its tokens drawn; what it leaves open the checkpoint decides. Called
+        in a worker thread.
 
         limit: of new tokens; None for what the context has room for, or the checkpoint asks for.
         """
@@ -130,16 +137,18 @@ class Service:
             given["seed"] = body.seed % 2**32
         if body.logit_bias:
             given["logit_bias"] = {**default.logit_bias, **_biases(body.logit_bias)}
-        given |= structured_settings(body)
-        try:
-            return replace(default, **given, max_new_tokens=limit, logprobs=logprobs)
-        except (ValueError, TypeError) as error:
-            raise _mistake(error) from error
+        given["structured"] = structured_output(body, self.llm.tokenizer)
+        return replace(default, **given, max_new_tokens=limit, logprobs=logprobs)
 
-    async def in_thread[T](self, make: Callable[[], T]) -> T:
-        """What `make` gives, in a worker thread. ValueError says what is the client's mistake."""
+    async def in_thread[T](self, make: Callable[[], T], body: Asked | None = None) -> T:
+        """What `make` gives, in a worker thread. ValueError says what is the client's mistake.
+
+        body: which `make` is for. Grammars are compiled in threads of their own, so that hostile
+        ones keep nobody waiting but each other.
+        """
+        pool = self._grammar_threads if body and is_structured(body) else None
         try:
-            return await asyncio.to_thread(make)
+            return await asyncio.get_running_loop().run_in_executor(pool, make)
         except (ValueError, TypeError) as error:
             raise _mistake(error) from error
 

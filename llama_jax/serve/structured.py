@@ -1,31 +1,54 @@
-"""What a request says about the form of its text, for `SamplingParams.structured`."""
+"""What a request says about the form of its text, as `SamplingParams.structured`."""
 
-from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llama_jax.sampling_params import SamplingParams
 from llama_jax.serve.errors import bad_request
 from llama_jax.serve.schemas import Asked, ChatRequest, NamedTool
+from llama_jax.structured import StructuredOutput
+from llama_jax.text.tool_grammar import tool_call_output
 
-_IS_THERE = "structured" in {field.name for field in fields(SamplingParams)}
+if TYPE_CHECKING:
+    from llama_jax.text.tokenizer import Tokenizer
 
 
-def structured_settings(body: Asked) -> dict[str, Any]:
-    """The field of `SamplingParams`, if the request asks for a form.
+def structured_output(body: Asked, tokenizer: "Tokenizer") -> StructuredOutput | None:
+    """The form that a request asks for, if any.
 
-    Raises `ApiError` where two fields ask for different ones, or none can be kept to.
+    Raises `ApiError` where two fields ask for different ones, ValueError for one that cannot be.
     """
-    asked = []
-    if body.response_format and body.response_format.type != "text":
-        asked.append("response_format")
-    if body.structured_outputs:
-        asked.append("structured_outputs")
-    if isinstance(body, ChatRequest) and (
-        isinstance(body.tool_choice, NamedTool) or body.tool_choice == "required"
-    ):
-        asked.append("tool_choice")
+    asked: dict[str, StructuredOutput] = {}
+    form = body.response_format
+    if form and form.json_schema and form.json_schema.schema_ is not None:
+        asked["response_format"] = StructuredOutput(json_schema=form.json_schema.schema_)
+    elif form and form.type == "json_object":
+        asked["response_format"] = StructuredOutput(json_object=True)
+    if given := body.structured_outputs:
+        asked["structured_outputs"] = StructuredOutput(
+            json_schema=given.json_,
+            json_object=bool(given.json_object),
+            regex=given.regex,
+            choice=given.choice,
+            grammar=given.grammar,
+        )
+    if isinstance(body, ChatRequest) and body.must_call:
+        named = body.tool_choice if isinstance(body.tool_choice, NamedTool) else None
+        tools: list[dict[str, Any]] = list(body.tools or ())
+        asked["tool_choice"] = tool_call_output(
+            tools,
+            tokenizer,
+            name=named and named.function.name,
+            is_parallel=named is None and body.parallel_tool_calls is not False,
+        )
     if len(asked) > 1:
-        raise bad_request(f"{asked[0]} and {asked[1]} exclude each other", asked[1])
-    if asked and not _IS_THERE:
-        raise bad_request(f"{asked[0]}: not supported by this server; leave it out", asked[0])
-    return {}
+        first, second, *_ = asked
+        raise bad_request(f"{first} and {second} exclude each other", second)
+    return next(iter(asked.values()), None)
+
+
+def is_structured(body: Asked) -> bool:
+    """Whether a request asks for a form, whose grammar may take seconds to compile."""
+    return bool(
+        (body.response_format and body.response_format.type != "text")
+        or body.structured_outputs
+        or (isinstance(body, ChatRequest) and body.must_call)
+    )
