@@ -35,7 +35,8 @@ from converters.safetensors_writer import write_checkpoint
 from converters.writing import byte_progress, check_space
 from llama_jax.bench import environment
 from llama_jax.model.config import PRESETS, LlamaConfig
-from llama_jax.model.llama import ModelSpec, abstract_params
+from llama_jax.model.params import abstract_params
+from llama_jax.model.spec import ModelSpec
 
 FRIENDLI = {"fmo_version": "0.3", "use_fp8_e4m3": True}
 # name: (codes in the decoder's matrices, `quantize`)

@@ -21,7 +21,7 @@ from jax import Array, lax
 from llama_jax.model.config import PRESETS
 from llama_jax.model.fp8 import quantize_per_token
 from llama_jax.model.kv_cache import PAGE_SIZE
-from llama_jax.model.llama import rope_frequencies
+from llama_jax.model.rope import rope_frequencies
 from pallas_kernels import e4m3
 from pallas_kernels.dev.bench import L2_BYTES, MAX_INPUTS, copy_bandwidth, measure
 from pallas_kernels.rope_and_cache.xla import apply_rope, write_pages

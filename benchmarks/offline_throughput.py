@@ -38,7 +38,8 @@ from llama_jax.engine.request import Request
 from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.model.config import PRESETS, LlamaConfig
 from llama_jax.model.kv_cache import PAGE_SIZE, storage_dtype
-from llama_jax.model.llama import ModelSpec, abstract_params
+from llama_jax.model.params import abstract_params
+from llama_jax.model.spec import ModelSpec
 from llama_jax.sampling_params import SamplingParams
 from pallas_kernels.dev.case import FP8_OPERATIONS_PER_SECOND
 

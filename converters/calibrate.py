@@ -25,7 +25,8 @@ from converters.layerwise import final_hidden
 from converters.on_host import on_host
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.fp8 import WeightFormat
-from llama_jax.model.llama import LayerCache, ModelSpec, Params
+from llama_jax.model.llama import LayerCache
+from llama_jax.model.spec import ModelSpec, Params
 from pallas_kernels import e4m3
 
 _V_PROJ = "self_attn/v_proj"

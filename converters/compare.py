@@ -16,7 +16,7 @@ from jax import Array
 from converters.layerwise import final_hidden, logits
 from converters.opened import Opened
 from llama_jax.model.kv_cache import KVDtype
-from llama_jax.model.llama import Activations
+from llama_jax.model.spec import Activations
 
 _TOP = 5
 

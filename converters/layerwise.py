@@ -33,7 +33,9 @@ from rich.text import Text
 from converters.dialects.layout import Plan, pieces
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.kv_cache import KVDtype, init_cache, storage_dtype
-from llama_jax.model.llama import LayerCache, Linear, Llama, ModelSpec, Params
+from llama_jax.model.linear import Linear
+from llama_jax.model.llama import LayerCache, Llama
+from llama_jax.model.spec import ModelSpec, Params
 from llama_jax.text.tokenizer import Tokenizer
 from pallas_kernels import e4m3
 

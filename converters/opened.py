@@ -13,7 +13,7 @@ from llama_jax.checkpoint.converted import is_converted
 from llama_jax.checkpoint.store import PARAMS, read_manifest
 from llama_jax.errors import CheckpointError
 from llama_jax.model.config import LlamaConfig
-from llama_jax.model.llama import Activations, ModelSpec
+from llama_jax.model.spec import Activations, ModelSpec
 from llama_jax.text.tokenizer import Tokenizer
 
 

@@ -9,7 +9,7 @@ from flax import traverse_util
 from converters.dialects.layout import LazyArray, Module, Plan
 from llama_jax.checkpoint.array_file import read_rows
 from llama_jax.checkpoint.store import PARAMS, Manifest, check_stored
-from llama_jax.model.llama import abstract_params
+from llama_jax.model.params import abstract_params
 
 
 def converted_plan(directory: Path, manifest: Manifest) -> Plan:

@@ -21,7 +21,8 @@ from converters.quantize_options import check_report_path
 from llama_jax.checkpoint.store import CheckpointError
 from llama_jax.model import fp8
 from llama_jax.model.config import LlamaConfig
-from llama_jax.model.llama import Activations, LayerCache, ModelSpec, Params
+from llama_jax.model.llama import LayerCache
+from llama_jax.model.spec import Activations, ModelSpec, Params
 from pallas_kernels.fp8_matmul.reference import BLOCK, expand_scale
 
 if TYPE_CHECKING:

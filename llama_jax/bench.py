@@ -35,7 +35,8 @@ from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.fp8 import WeightFormat
 from llama_jax.model.kv_cache import PAGE_SIZE
-from llama_jax.model.llama import ModelSpec, Params, abstract_params
+from llama_jax.model.params import abstract_params
+from llama_jax.model.spec import ModelSpec, Params
 from llama_jax.sampling_params import SamplingParams
 from pallas_kernels import device_trace, e4m3
 

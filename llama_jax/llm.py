@@ -30,7 +30,7 @@ from llama_jax.engine.speculation import Speculation
 from llama_jax.errors import CheckpointError
 from llama_jax.model.config import LlamaConfig, token_ids
 from llama_jax.model.kv_cache import KVDtype, storage_dtype
-from llama_jax.model.llama import Activations, Implementation, ModelSpec, Params
+from llama_jax.model.spec import Activations, Implementation, ModelSpec, Params
 from llama_jax.results import (
     Generation,
     Perplexity,

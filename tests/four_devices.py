@@ -13,8 +13,9 @@ from llama_jax.model.config import LlamaConfig
 from llama_jax.model.forward import decode, device_spec, prefill
 from llama_jax.model.fp8 import WeightFormat, quantize_per_token
 from llama_jax.model.kv_cache import init_cache
-from llama_jax.model.llama import ModelSpec, Params, abstract_params, init_params, param_shardings
+from llama_jax.model.params import abstract_params, init_params, param_shardings
 from llama_jax.model.sharding import cache_shardings, make_mesh
+from llama_jax.model.spec import ModelSpec, Params
 
 LAYERS = 2
 CONFIG = LlamaConfig(

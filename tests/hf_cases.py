@@ -14,7 +14,9 @@ import numpy as np
 
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.kv_cache import init_cache
-from llama_jax.model.llama import Llama, ModelSpec, abstract_params
+from llama_jax.model.llama import Llama
+from llama_jax.model.params import abstract_params
+from llama_jax.model.spec import ModelSpec
 from tests.tiny import CONFIG, LLAMA3_ROPE, tokens
 
 REFERENCES = Path(__file__).parent / "references" / "hf_logits.npz"

@@ -10,7 +10,7 @@ from llama_jax.bench import Workload
 from llama_jax.engine import compile_cache
 from llama_jax.model.forward import prefill
 from llama_jax.model.kv_cache import init_cache
-from llama_jax.model.llama import abstract_params
+from llama_jax.model.params import abstract_params
 from pallas_kernels import device_trace, e4m3
 from pallas_kernels.device_trace import Event
 from tests.tiny import config, fp8_formats, fp8_spec

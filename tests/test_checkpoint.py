@@ -13,7 +13,9 @@ from converters.pipeline import convert
 from converters.resolve import resolve
 from llama_jax.checkpoint import array_file, store
 from llama_jax.checkpoint.store import CheckpointError, load_params, read_manifest
-from llama_jax.model.llama import Llama, ModelSpec, abstract_params
+from llama_jax.model.llama import Llama
+from llama_jax.model.params import abstract_params
+from llama_jax.model.spec import ModelSpec
 from pallas_kernels import e4m3
 from tests import tiny_checkpoints as tiny
 

@@ -13,7 +13,7 @@ from converters.opened import Opened
 from converters.quantize import quantize_plan
 from llama_jax.abacus import vocabulary
 from llama_jax.cli import main
-from llama_jax.model.llama import ModelSpec
+from llama_jax.model.spec import ModelSpec
 from tests.test_layerwise import lively_params, plan_of, run
 from tests.tiny import config, tokens
 

@@ -23,7 +23,7 @@ jnp.arange(3) + 1
 from llama_jax.engine import compile_cache
 from llama_jax.model.kv_cache import init_cache
 from llama_jax.model.forward import prefill
-from llama_jax.model.llama import init_params
+from llama_jax.model.params import init_params
 from tests.tiny import fp8_spec
 directory = compile_cache.enable()
 spec = fp8_spec()

@@ -9,7 +9,8 @@ import pytest
 
 from llama_jax.model.forward import decode, prefill
 from llama_jax.model.kv_cache import init_cache
-from llama_jax.model.llama import ModelSpec, abstract_params
+from llama_jax.model.params import abstract_params
+from llama_jax.model.spec import ModelSpec
 from tests.tiny import config, fp8_formats
 
 # Wide enough that a weight outweighs every activation.

@@ -6,7 +6,7 @@ import pytest
 
 from llama_jax.model.config import PRESETS, ConfigError, LlamaConfig, RopeScaling
 from llama_jax.model.config_files import FIXED, HARMLESS
-from llama_jax.model.llama import rope_frequencies
+from llama_jax.model.rope import rope_frequencies
 
 HF = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",

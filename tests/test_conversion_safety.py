@@ -26,7 +26,8 @@ from converters.safetensors_writer import write_checkpoint
 from llama_jax.checkpoint import array_file
 from llama_jax.checkpoint.store import CheckpointError, read_manifest, verify
 from llama_jax.model.config import PRESETS
-from llama_jax.model.llama import ModelSpec, abstract_params
+from llama_jax.model.params import abstract_params
+from llama_jax.model.spec import ModelSpec
 from tests import tiny_checkpoints as tiny
 
 # Runs conversions in children of its own, which share its imports, and ends each at its n-th event

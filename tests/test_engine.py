@@ -15,7 +15,9 @@ from llama_jax.engine.compile_cache import forbid_compile
 from llama_jax.engine.engine import Engine, QueueFullError
 from llama_jax.engine.request import Request
 from llama_jax.engine.scheduling import EngineOptions
-from llama_jax.model.llama import Llama, ModelSpec, init_params
+from llama_jax.model.llama import Llama
+from llama_jax.model.params import init_params
+from llama_jax.model.spec import ModelSpec
 from llama_jax.sampling_params import SamplingParams
 from tests.tiny import config, tokens
 

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from llama_jax.engine import engine as engine_module
 from llama_jax.engine.engine import Engine, QueueFullError
 from llama_jax.engine.request import Request
-from llama_jax.model.llama import init_params
+from llama_jax.model.params import init_params
 from llama_jax.sampling_params import SamplingParams
 from tests.test_engine import alone, drawn, finish, make, prompt
 from tests.test_speculation import SMALL, with_draft

@@ -24,7 +24,7 @@ from converters.safetensors_writer import write_checkpoint
 from llama_jax.checkpoint.store import MANIFEST, load_params, read_manifest
 from llama_jax.model.forward import extend, unembed
 from llama_jax.model.kv_cache import init_cache
-from llama_jax.model.llama import Activations
+from llama_jax.model.spec import Activations
 from tests import tiny_checkpoints as tiny
 
 pytestmark = pytest.mark.parity

@@ -14,7 +14,8 @@ from llama_jax.model.fp8 import (
     quantize_per_token,
     scale_shape,
 )
-from llama_jax.model.llama import Linear, ModelSpec
+from llama_jax.model.linear import Linear
+from llama_jax.model.spec import ModelSpec
 from pallas_kernels import e4m3
 from tests import tiny
 

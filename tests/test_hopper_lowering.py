@@ -9,7 +9,7 @@ import pytest
 
 from llama_jax.engine.paths import programs
 from llama_jax.engine.scheduling import EngineOptions
-from llama_jax.model.llama import ModelSpec
+from llama_jax.model.spec import ModelSpec
 from pallas_kernels import e4m3
 from pallas_kernels.dev import sm90
 from pallas_kernels.fp8_matmul import hopper, hopper_weight_only

@@ -17,7 +17,8 @@ from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.llm import LLM
 from llama_jax.model.forward import activations_in, extend, last_hidden, unembed
 from llama_jax.model.kv_cache import init_cache
-from llama_jax.model.llama import ModelSpec, init_params
+from llama_jax.model.params import init_params
+from llama_jax.model.spec import ModelSpec
 from pallas_kernels import device
 from pallas_kernels.dev import sm90
 from pallas_kernels.fp8_matmul import hopper, hopper_weight_only

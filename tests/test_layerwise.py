@@ -16,7 +16,9 @@ from converters.layerwise import final_hidden, log_likelihoods, logits, read_seq
 from llama_jax.abacus import vocabulary
 from llama_jax.model.forward import prefill
 from llama_jax.model.kv_cache import init_cache
-from llama_jax.model.llama import Llama, ModelSpec, abstract_params
+from llama_jax.model.llama import Llama
+from llama_jax.model.params import abstract_params
+from llama_jax.model.spec import ModelSpec
 from llama_jax.text.tokenizer import load_tokenizer
 from pallas_kernels import e4m3
 from tests import float64_llama

@@ -15,7 +15,8 @@ from llama_jax.data_rows import answer_rows
 from llama_jax.engine.compile_cache import forbid_compile
 from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.llm import LLM
-from llama_jax.model.llama import Llama, init_params
+from llama_jax.model.llama import Llama
+from llama_jax.model.params import init_params
 from llama_jax.results import generation_fields
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.structured import StructuredOutput

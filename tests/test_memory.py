@@ -28,7 +28,8 @@ from llama_jax.model.config import PRESETS
 from llama_jax.model.forward import prefill
 from llama_jax.model.fp8 import WeightFormat
 from llama_jax.model.kv_cache import PAGE_SIZE, bytes_per_token, init_cache
-from llama_jax.model.llama import ModelSpec, Params, abstract_params
+from llama_jax.model.params import abstract_params
+from llama_jax.model.spec import ModelSpec, Params
 from pallas_kernels import e4m3
 
 CONFIG_8B = PRESETS["llama-3.1-8b"]

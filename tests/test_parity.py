@@ -14,7 +14,7 @@ import pytest
 from llama_jax.model.config import PRESETS
 from llama_jax.model.forward import decode, prefill
 from llama_jax.model.kv_cache import init_cache
-from llama_jax.model.llama import rope_frequencies
+from llama_jax.model.rope import rope_frequencies
 from tests.hf_cases import (
     CASES,
     REFERENCES,

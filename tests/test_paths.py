@@ -11,7 +11,8 @@ import pytest
 from llama_jax.engine.paths import Call, calls, programs
 from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.model.config import LlamaConfig
-from llama_jax.model.llama import ModelSpec, abstract_params
+from llama_jax.model.params import abstract_params
+from llama_jax.model.spec import ModelSpec
 from pallas_kernels.cpu import library
 from pallas_kernels.dev import sm90
 from tests import tiny

@@ -32,7 +32,7 @@ compile_cache.enable()
 traced, extend = [], forward.extend
 forward.extend = lambda *args, **kwargs: traced.append(kwargs["phase"]) or extend(*args, **kwargs)
 from llama_jax.engine.engine import Engine
-from llama_jax.model.llama import init_params
+from llama_jax.model.params import init_params
 from llama_jax.engine.request import Request
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.engine.scheduling import EngineOptions

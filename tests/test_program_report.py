@@ -9,7 +9,7 @@ from llama_jax.engine import program_report
 from llama_jax.engine.program_report import Thunk, host_round_trips, report, thunks
 from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.model.config import PRESETS
-from llama_jax.model.llama import ModelSpec
+from llama_jax.model.spec import ModelSpec
 from pallas_kernels.dev import sm90
 
 LISTING = """\

@@ -28,7 +28,7 @@ from llama_jax.checkpoint.store import CheckpointError, read_manifest, verify
 from llama_jax.cli import main
 from llama_jax.model import fp8
 from llama_jax.model.fp8 import WeightFormat
-from llama_jax.model.llama import ModelSpec
+from llama_jax.model.spec import ModelSpec
 from tests import float64_llama
 from tests.test_layerwise import lively_params, plan_of, run
 from tests.tiny import LINEARS, config, tokens

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from llama_jax.model.forward import decode, prefill
 from llama_jax.model.kv_cache import init_cache
-from llama_jax.model.llama import abstract_params, param_shardings
+from llama_jax.model.params import abstract_params, param_shardings
 from llama_jax.model.sharding import cache_shardings, whole_on
 from pallas_kernels.dev import sm90
 from tests import tiny

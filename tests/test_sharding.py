@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from converters.pipeline import convert
 from llama_jax.checkpoint.store import read_manifest
-from llama_jax.model.llama import abstract_params, param_shardings
+from llama_jax.model.params import abstract_params, param_shardings
 from llama_jax.model.sharding import cache_shardings, make_mesh
 from tests import tiny_checkpoints as tiny
 

@@ -12,7 +12,8 @@ from llama_jax.engine.compile_cache import forbid_compile
 from llama_jax.engine.engine import Engine
 from llama_jax.engine.request import Request
 from llama_jax.engine.speculation import LONGEST_NGRAM, Speculation, look_up
-from llama_jax.model.llama import ModelSpec, init_params
+from llama_jax.model.params import init_params
+from llama_jax.model.spec import ModelSpec
 from tests.test_engine import (
     OPTIONS,
     PARAMS,

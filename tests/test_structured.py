@@ -22,7 +22,9 @@ from llama_jax.engine.grammars import Grammars
 from llama_jax.engine.request import Request
 from llama_jax.engine.sampling import num_words, sample
 from llama_jax.engine.scheduling import EngineOptions
-from llama_jax.model.llama import Llama, ModelSpec, init_params
+from llama_jax.model.llama import Llama
+from llama_jax.model.params import init_params
+from llama_jax.model.spec import ModelSpec
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.structured import MAX_CHARACTERS, StructuredOutput, StructuredOutputError
 from llama_jax.text.tokenizer import StreamDecoder, load_tokenizer

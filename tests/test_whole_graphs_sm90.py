@@ -16,7 +16,7 @@ from llama_jax.engine.paths import Program, calls, programs
 from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.model.config import PRESETS
 from llama_jax.model.kv_cache import KVDtype
-from llama_jax.model.llama import Activations, ModelSpec
+from llama_jax.model.spec import Activations, ModelSpec
 from pallas_kernels.dev import sm90
 
 pytestmark = [

@@ -7,7 +7,7 @@ import numpy as np
 
 from llama_jax.model.config import LlamaConfig, RopeScaling
 from llama_jax.model.fp8 import WeightFormat
-from llama_jax.model.llama import ModelSpec
+from llama_jax.model.spec import ModelSpec
 
 LLAMA3_ROPE = RopeScaling(8.0, 1.0, 4.0, 8192)
 

@@ -19,7 +19,8 @@ from converters.safetensors_reader import ROTARY_CONSTANT
 from converters.source import Source, same_bytes
 from llama_jax.checkpoint.store import CheckpointError
 from llama_jax.json_file import shown
-from llama_jax.model.llama import ModelSpec, abstract_params
+from llama_jax.model.params import abstract_params
+from llama_jax.model.spec import ModelSpec
 
 DIALECTS: tuple[Dialect, ...] = (
     DENSE, FRIENDLI, AUTOFP8, COMPRESSED_TENSORS, FBGEMM, MODELOPT, FINEGRAINED, TORCHAO, META,

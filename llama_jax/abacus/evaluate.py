@@ -18,7 +18,7 @@ import numpy as np
 
 from llama_jax import LLM
 from llama_jax.abacus.data import HeldOutChat, held_out_chats
-from llama_jax.model.llama import Activations
+from llama_jax.model.spec import Activations
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.text.chat import encode_chat
 

@@ -23,7 +23,9 @@ from safetensors.numpy import save
 
 from llama_jax.abacus import data, vocabulary
 from llama_jax.model.config import LlamaConfig
-from llama_jax.model.llama import Linear, Llama, ModelSpec, Params
+from llama_jax.model.linear import Linear
+from llama_jax.model.llama import Llama
+from llama_jax.model.spec import ModelSpec, Params
 from pallas_kernels import e4m3
 
 PACKAGE = Path(__file__).parent

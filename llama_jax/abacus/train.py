@@ -32,7 +32,9 @@ from jax import Array
 from llama_jax.abacus import data, vocabulary
 from llama_jax.abacus.export import PACKAGE, export
 from llama_jax.model.config import LlamaConfig, RopeScaling
-from llama_jax.model.llama import Llama, ModelSpec, Params, init_params
+from llama_jax.model.llama import Llama
+from llama_jax.model.params import init_params
+from llama_jax.model.spec import ModelSpec, Params
 
 CONFIG = LlamaConfig(
     vocab_size=vocabulary.NUM_RANKS + vocabulary.NUM_SPECIAL_TOKENS,

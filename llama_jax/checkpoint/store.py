@@ -41,7 +41,8 @@ from llama_jax.json_file import convert, read_object, shown
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.fp8 import WeightFormat
 from llama_jax.model.kv_cache import KVScales
-from llama_jax.model.llama import Activations, ModelSpec, Params, abstract_params, param_shardings
+from llama_jax.model.params import abstract_params, param_shardings
+from llama_jax.model.spec import Activations, ModelSpec, Params
 from pallas_kernels import e4m3
 
 FORMAT_VERSION = 2

@@ -17,7 +17,7 @@ from llama_jax.cli.output import key_value_table, note, print_json, stderr, stdo
 
 if TYPE_CHECKING:
     from llama_jax.bench import Measurement, Report, Workload
-    from llama_jax.model.llama import ModelSpec, Params
+    from llama_jax.model.spec import ModelSpec, Params
 
 
 def bench(

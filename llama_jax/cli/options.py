@@ -11,7 +11,7 @@ from llama_jax.cli.output import note, stderr
 
 if TYPE_CHECKING:
     from llama_jax.llm import LLM
-    from llama_jax.model.llama import ModelSpec
+    from llama_jax.model.spec import ModelSpec
 
 _LOADING, _SAMPLING = "Loading", "Sampling (default: what the checkpoint's generation_config says)"
 SHIPPED = "abacus, the small model that ships with llama-jax"
@@ -152,7 +152,7 @@ def preset_spec(preset: str, dtype: Any, activations: Any) -> "ModelSpec":
     """The shapes of a known model, see `check_preset`, with FP8 matrices."""
     from llama_jax import bench
     from llama_jax.model.config import PRESETS
-    from llama_jax.model.llama import ModelSpec
+    from llama_jax.model.spec import ModelSpec
 
     formats = bench.preset_spec(PRESETS[preset])
     return ModelSpec(formats.config, formats.formats, dtype, activations)

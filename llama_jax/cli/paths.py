@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from llama_jax.engine.paths import Call, Program
     from llama_jax.engine.scheduling import EngineOptions
     from llama_jax.model.kv_cache import KVDtype
-    from llama_jax.model.llama import ModelSpec
+    from llama_jax.model.spec import ModelSpec
 
 Device = Literal["h200"]
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from llama_jax.engine.program_report import Phase
     from llama_jax.engine.scheduling import EngineOptions
     from llama_jax.model.kv_cache import KVDtype
-    from llama_jax.model.llama import ModelSpec
+    from llama_jax.model.spec import ModelSpec
 
 
 def show_program(

@@ -60,8 +60,8 @@ from llama_jax.engine.steps import (
     state_builder,
 )
 from llama_jax.model.kv_cache import PAGE_SIZE, KVScales
-from llama_jax.model.llama import ModelSpec, Params
 from llama_jax.model.sharding import default_sharding, whole_on
+from llama_jax.model.spec import ModelSpec, Params
 
 # How many waiting requests are looked at in a round.
 _LOOKAHEAD = 64

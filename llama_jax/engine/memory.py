@@ -19,8 +19,9 @@ from rich.table import Table
 from llama_jax.engine.scheduling import MAX_TOKENS_PER_CALL
 from llama_jax.engine.speculation import NO_SPECULATION, Speculation
 from llama_jax.model.kv_cache import PAGE_SIZE, init_cache
-from llama_jax.model.llama import ModelSpec, abstract_params, param_shardings
+from llama_jax.model.params import abstract_params, param_shardings
 from llama_jax.model.sharding import cache_shardings
+from llama_jax.model.spec import ModelSpec
 from pallas_kernels.fp8_matmul.xla import block_rows
 
 # Bytes per token of the intermediate size: the MLP's arrays that are live at the same time, in

@@ -27,7 +27,8 @@ from llama_jax.engine.steps import (
     state_builder,
 )
 from llama_jax.model.kv_cache import KVDtype, storage_dtype
-from llama_jax.model.llama import ModelSpec, Params, abstract_params
+from llama_jax.model.params import abstract_params
+from llama_jax.model.spec import ModelSpec, Params
 from pallas_kernels import device, e4m3
 from pallas_kernels.cpu import library
 

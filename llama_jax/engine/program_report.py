@@ -21,7 +21,7 @@ from llama_jax.engine.sampling import Kind
 from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.engine.steps import prefill_step
 from llama_jax.model.kv_cache import KVDtype
-from llama_jax.model.llama import ModelSpec
+from llama_jax.model.spec import ModelSpec
 from pallas_kernels.dev import sm90
 
 Phase = Literal["prefill", "decode"]

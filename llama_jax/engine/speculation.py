@@ -19,7 +19,7 @@ from llama_jax.engine.sampling import Kind, SamplingState, record, sample
 from llama_jax.model import forward
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.kv_cache import KVCache
-from llama_jax.model.llama import ModelSpec, Params
+from llama_jax.model.spec import ModelSpec, Params
 
 # How many of the last tokens a place in the text may have in common with its end; more say little.
 LONGEST_NGRAM = 3

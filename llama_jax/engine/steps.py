@@ -26,8 +26,8 @@ from llama_jax.engine.sampling import (
 from llama_jax.engine.speculation import NO_SPECULATION, Speculation, draft_tokens, look_up
 from llama_jax.model import forward
 from llama_jax.model.kv_cache import KVCache, KVScales, copy_pages, init_cache
-from llama_jax.model.llama import ModelSpec, Params
 from llama_jax.model.sharding import cache_shardings, default_sharding, whole_on
+from llama_jax.model.spec import ModelSpec, Params
 from pallas_kernels import device
 
 # Tokens whose logits exist at one time while scoring: 64 of 128,256 words in float32 are 33 MB.

@@ -17,17 +17,10 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from llama_jax.model.kv_cache import KVCache
-from llama_jax.model.llama import (
-    Activations,
-    Llama,
-    ModelSpec,
-    Params,
-    Phase,
-    abstract_params,
-    logical_axes,
-    param_shardings,
-)
+from llama_jax.model.llama import Llama
+from llama_jax.model.params import abstract_params, logical_axes, param_shardings
 from llama_jax.model.sharding import RULES, cache_shardings, default_sharding, make_mesh, whole_on
+from llama_jax.model.spec import Activations, ModelSpec, Params, Phase
 from pallas_kernels import device
 from pallas_kernels.fp8_matmul.limits import MAX_WEIGHT_ONLY_ROWS
 from pallas_kernels.fp8_matmul.reference import BLOCK

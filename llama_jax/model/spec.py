@@ -1,0 +1,85 @@
+"""What shapes the compiled programs of a model: sizes, formats, activations, kernels, devices."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from flax.core import FrozenDict
+from jax.sharding import Mesh
+
+from llama_jax.model.config import LlamaConfig
+from llama_jax.model.fp8 import WeightFormat
+from pallas_kernels import device
+from pallas_kernels.fp8_matmul import cpu
+
+Activations = Literal["auto", "bf16", "dynamic", "static"]
+Phase = Literal["prefill", "decode"]
+Implementation = Literal["reference", "xla", "cpu", "hopper"]
+Params = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything that shapes the compiled program besides its arguments.
+
+    formats: how each parameter is stored, by module path ("layers_0/self_attn/q_proj"); those not
+        named are unquantised, of the config's dtype.
+    dtype: "bfloat16" or "float32", of the activations and the residual stream.
+    activations: what FP8 weights are multiplied with: "bf16" (activations as they are, in
+        `dtype`), "dynamic" (e4m3fn, a scale per token, or for each `WeightFormat.activation_group`
+        of its features) or "static" (e4m3fn, the checkpoint's input scale); "auto" is for `extend`
+        to decide, see `activations_in`.
+    implementation: of attention and of products with FP8 weights, see `pallas_kernels`: None for
+        the best that runs on what is lowered for, else "reference", "xla", or "cpu" or "hopper",
+        which refuse what their kernels cannot take. For "cpu" attention is XLA's.
+    is_batch_invariant: a row's numbers are bit-equal whatever the other rows of the same call are.
+    mesh: the devices that share the work (`sharding.make_mesh`); None for the default device alone.
+    """
+
+    config: LlamaConfig
+    formats: Mapping[str, WeightFormat] = field(default_factory=FrozenDict)
+    dtype: str = "bfloat16"
+    activations: Activations = "bf16"
+    implementation: Implementation | None = None
+    is_batch_invariant: bool = False
+    mesh: Mesh | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "formats", FrozenDict(self.formats))
+        if self.dtype not in ("bfloat16", "float32"):
+            raise ValueError(f"dtype must be 'bfloat16' or 'float32', got {self.dtype!r}")
+        if self.activations not in get_args(Activations):
+            raise ValueError(
+                "activations must be 'auto', 'bf16', 'dynamic' or 'static', got "
+                f"{self.activations!r}"
+            )
+        if self.implementation not in (None, *get_args(Implementation)):
+            raise ValueError(
+                "implementation must be 'reference', 'xla', 'cpu', 'hopper' or None, got "
+                f"{self.implementation!r}"
+            )
+        lacking = [
+            path for path, stored in self.formats.items() if stored.scale and not stored.input_scale
+        ]
+        if self.activations == "static" and lacking:
+            raise ValueError(
+                f"activations='static' needs an input scale for each FP8 matrix; {lacking[0]} and "
+                f"{len(lacking) - 1} more have none. Use 'dynamic' or 'bf16'."
+            )
+
+    def check_runs(self) -> None:
+        """Raise ValueError if the named implementation cannot run on what is lowered for."""
+        reasons = {"hopper": device.not_hopper, "cpu": cpu.not_here}
+        if self.implementation in reasons and (reason := reasons[self.implementation]()):
+            raise ValueError(
+                f"implementation={self.implementation!r} cannot run: {reason}. Leave it out for "
+                "what can."
+            )
+
+    @property
+    def of_attention(self) -> Literal["reference", "xla", "hopper"] | None:
+        """The implementation of attention and of what is around it, where no kernel is for a CPU."""
+        return None if self.implementation == "cpu" else self.implementation
+
+    def format_of(self, path: tuple[str, ...]) -> WeightFormat:
+        return self.formats.get("/".join(path), WeightFormat(self.config.dtype))
