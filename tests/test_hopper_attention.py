@@ -1,5 +1,7 @@
 """The Hopper attention kernels in JAX's GPU simulator, against float64."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,7 +71,9 @@ def check(y, arrays, k_scale=1.0, v_scale=1.0):
     np.testing.assert_allclose(y[rows][is_token], expected[is_token], atol=bound, rtol=0)
 
 
-def prefill(arrays, k_scale=1.0, v_scale=1.0, config=SMALL_PREFILL):
+def prefill(arrays, k_scale=1.0, v_scale=1.0, config=SMALL_PREFILL, in_fp8=None):
+    in_fp8 = arrays[1].dtype == FP8 if in_fp8 is None else in_fp8
+    config = replace(config, in_fp8=in_fp8)
     return simulate(hopper_prefill.paged_attention, *arrays, k_scale, v_scale, config=config)
 
 
@@ -85,9 +89,20 @@ def test_prefill_of_every_head_shape(heads, kv_heads, head_dim, dtype):
     check(prefill(arrays, 0.5, 2.0), arrays, 0.5, 2.0)
 
 
-def test_prefill_in_tiles_of_several_blocks():
-    arrays = case(4, 1, 70, [130, 0], [200, 70])
-    check(prefill(arrays, config=hopper_prefill.Config(keys=128, stages=2)), arrays)
+@pytest.mark.parametrize(
+    ("dtype", "keys", "stages"),
+    [(BF16, 128, 2), pytest.param(FP8, 64, 3, marks=pytest.mark.slow), (FP8, 128, 3)],
+)
+def test_prefill_in_tiles_of_several_blocks(dtype, keys, stages):
+    arrays = case(4, 1, 70, [330, 0], [400, 70], dtype=dtype)
+    config = hopper_prefill.Config(keys, stages)
+    check(prefill(arrays, 0.5, 2.0, config=config), arrays, 0.5, 2.0)
+
+
+@pytest.mark.slow
+def test_prefill_with_keys_widened():
+    arrays = case(4, 1, 20, [130, 0], [150, 20], dtype=FP8)
+    check(prefill(arrays, 0.5, 2.0, in_fp8=False), arrays, 0.5, 2.0)
 
 
 @pytest.mark.parametrize(

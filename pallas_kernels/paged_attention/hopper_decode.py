@@ -6,8 +6,7 @@ swapped: keys and values are wgmma's left sides, whose height is 64, and the few
 right sides, whose width can be 8. So the softmax computes no rows that do not exist.
 
 FP8 keys are multiplied as they are, with each row of queries as two float8 terms (`_in_two_terms`):
-twice as wide a right side costs nothing. Values have to be widened, since FP8 wgmma reads its
-operands along the dimension that it sums over alone.
+twice as wide a right side costs nothing. Values have to be widened.
 
 Where keys are split, each split leaves its part of the online softmax in memory, and a second
 launch adds the parts up in their order; where they are not, the first one writes the result.
@@ -42,6 +41,7 @@ from pallas_kernels.paged_attention.hopper_loop import (
     side,
     stream,
     tile,
+    two_terms,
     widen,
 )
 
@@ -49,14 +49,12 @@ NAME = "paged_attention_decode"
 MAX_ROWS = 48  # of queries in one thread block; with 64 registers spill
 FEW_ROWS = 16  # up to which blocks of two pages leave registers free
 MAX_SPLITS = 32
+WORTHWHILE_FP8_SPLITS = 16  # more cost the second launch what they save the first
 INVARIANT_KEYS_PER_SPLIT = 1024
 BLOCKS_PER_MULTIPROCESSOR = 2
 MAX_STAGES = 6
 SHARED_BYTES_EACH = 233_472 // BLOCKS_PER_MULTIPROCESSOR - 1024  # 1 KiB is the system's
 COMPUTE, LOADER = range(2)
-# Of a float32: what its exponent counts, and all bits of a number that float8_e4m3fn keeps.
-EXPONENT, FOUR_BITS = 0x7F800000, -0x100000
-EXPONENT_ONE, EXPONENT_BIAS = 1 << 23, 127
 TERM_RATIO = 16  # of the second of two terms to its code
 MATRIX = plgpu.Layout.WGMMA
 PER_ROW = MATRIX.reduce(0)  # rows of queries are the columns of scores and of sums
@@ -137,7 +135,7 @@ def heuristic(q: Array, k_pages: Array, capacity: int, is_batch_invariant: bool)
     of the shortest time, if a wave of thread blocks took as long as one split has keys. If
     batch-invariant, splits whose size does not depend on the batch.
     """
-    batch, tokens, num_heads, head_dim = q.shape
+    batch, tokens, num_heads, _ = q.shape
     rows = _tiling(tokens * num_heads // k_pages.shape[2])[1]
     is_fp8 = k_pages.dtype == e4m3.DTYPE
     keys = 2 * PAGE_SIZE if is_fp8 and rows <= FEW_ROWS else PAGE_SIZE
@@ -149,7 +147,7 @@ def heuristic(q: Array, k_pages: Array, capacity: int, is_batch_invariant: bool)
         return replace(
             shape, splits=pl.cdiv(capacity, share), keys_per_split=share, stages=stages
         )  # fmt: skip
-    most = min(MAX_SPLITS, pl.cdiv(capacity, keys))
+    most = min(WORTHWHILE_FP8_SPLITS if is_fp8 else MAX_SPLITS, pl.cdiv(capacity, keys))
     at_once = BLOCKS_PER_MULTIPROCESSOR * multiprocessors()
     streams = batch * k_pages.shape[2]
     times = [pl.cdiv(streams * n, at_once) / n for n in range(1, most + 1)]
@@ -295,6 +293,14 @@ def paged_attention(
     wide = tile((config.keys, head_dim), widened) if k_pages.dtype == e4m3.DTYPE else None
     float32 = jnp.dtype(jnp.float32)
     k_scale, v_scale = (jnp.asarray(each, float32).reshape(1) for each in (k_scale, v_scale))
+    scratch: dict[str, Any] = {
+        "q_tile": tile((rows, head_dim), packed.dtype),
+        "terms": tile((2 * rows, head_dim), e4m3.DTYPE) if config.in_fp8 else None,
+        "weights": tile((rows, config.keys), widened),
+        "keys": Operand(ring, None if config.in_fp8 else wide),
+        "values": Operand(ring, wide),
+        "q_filled": plgpu.Barrier(),
+    }
     found = plgpu.kernel(
         body,
         out_type=[jax.ShapeDtypeStruct(packed.shape, packed.dtype)]
@@ -309,21 +315,15 @@ def paged_attention(
         num_threads=2,
         thread_name="warpgroup",
         kernel_name=NAME,
-        scratch_types={
-            "q_tile": tile((rows, head_dim), packed.dtype),
-            "terms": tile((2 * rows, head_dim), e4m3.DTYPE) if config.in_fp8 else None,
-            "weights": tile((rows, config.keys), widened),
-            "keys": Operand(ring, None if config.in_fp8 else wide),
-            "values": Operand(ring, wide),
-            "q_filled": plgpu.Barrier(),
-        },
+        scratch_types=scratch,
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )(packed, k_pages, v_pages, page_table, starts, lengths, k_scale, v_scale)
     if is_whole:
         out = lax.bitcast_convert_type(found[0], q.dtype)
     else:
-        out = _combine(*found, v_scale, packed, q.dtype, interpret)
+        out, peak, total = found
+        out = _combine(out, peak, total, v_scale, packed, q.dtype, interpret)
     out = out[:, :, : tokens * group].reshape(batch, num_kv_heads, tokens, group, head_dim)
     return out.transpose(0, 2, 1, 3, 4).reshape(q.shape)
 
@@ -356,19 +356,12 @@ def _in_two_terms(q: Ref, terms: Ref) -> Array:
     """
     rows = q.shape[0]
     wide = plgpu.load(q.transpose((1, 0)), layout=MATRIX, optimized=False).astype(jnp.float32)
-    largest = lax.bitcast_convert_type(jnp.abs(wide).max(axis=0), jnp.int32)
-    # The largest is to be from 128 to 256; float8_e4m3fn ends at 448.
-    exponent = lax.max(largest & EXPONENT, 8 * EXPONENT_ONE) - 7 * EXPONENT_ONE
-    inverse = lax.bitcast_convert_type(2 * EXPONENT_BIAS * EXPONENT_ONE - exponent, jnp.float32)
-    v = wide * _per_row(inverse, wide)
-    cut = lax.bitcast_convert_type(v, jnp.int32) & FOUR_BITS
-    # Cut off, not rounded, so that b is at least as short; less than 2^-6 has fewer bits in a.
-    a = jnp.where(jnp.abs(v) < 2**-6, 0.0, lax.bitcast_convert_type(cut, jnp.float32))
-    for i, term in enumerate((a, (v - a) * TERM_RATIO)):
+    a, b, unit = two_terms(wide, axis=0)
+    for i, term in enumerate((a, b * TERM_RATIO)):
         term = plgpu.layout_cast(term, plgpu.Layout.WGMMA_TRANSPOSED)
         terms.at[pl.ds(i * rows, rows)].transpose((1, 0))[...] = term.astype(e4m3.DTYPE)
     plgpu.commit_smem()
-    return lax.bitcast_convert_type(exponent, jnp.float32)
+    return unit
 
 
 def _attend(

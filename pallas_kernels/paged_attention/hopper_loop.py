@@ -3,12 +3,14 @@
 One warpgroup, the loader, copies blocks of keys and values from the cache's pages into a ring of
 slots, by TMA; others multiply. Barriers per slot say "filled" and "free".
 
-wgmma takes two operands of one dtype. Next to bfloat16 pages all are bfloat16. FP8 codes are
-widened to float16, which holds them exactly and is one instruction for two codes where bfloat16
-takes four; queries and weights are then float16 too.
+wgmma takes two operands of one dtype. Next to bfloat16 pages all are bfloat16. FP8 keys can be
+multiplied as they are, with queries as two float8 terms (`two_terms`). FP8 values have to be
+widened, since FP8 wgmma reads its operands along the dimension that it sums over alone: to float16,
+which holds them exactly and is one instruction for two codes where bfloat16 takes four. Weights,
+and queries next to widened keys, are then float16 too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -32,6 +34,9 @@ HEADROOM = 14.0
 QUERY_UNIT = 16.0
 # Slots that FP8 blocks are widened into; one is filled while another is read.
 WIDENED_SLOTS = 2
+# Of a float32: what its exponent counts, and all bits of a number that float8_e4m3fn keeps.
+_EXPONENT, _FOUR_BITS = 0x7F800000, -0x100000
+_EXPONENT_ONE, _EXPONENT_BIAS = 1 << 23, 127
 
 
 class Side(NamedTuple):
@@ -47,6 +52,10 @@ class Side(NamedTuple):
     free: Ref
     codes: Ref
     landed: Ref
+
+    def slot(self, block: Array) -> Array:
+        """Where the stream's `block` is."""
+        return lax.rem(block, self.slots.shape[0])
 
 
 def tile(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
@@ -66,6 +75,24 @@ def operand_query(q: Array, pages: jnp.dtype) -> tuple[Array, float]:
     limit = jnp.finfo(jnp.float16).max
     scaled = jnp.clip(q.astype(jnp.float32) / QUERY_UNIT, -limit, limit)
     return scaled.astype(jnp.float16), QUERY_UNIT
+
+
+def two_terms(x: Array, axis: int) -> tuple[Array, Array, Array]:
+    """float32 x of bfloat16's precision as unit * (a + b).
+
+    float8_e4m3fn holds every number of a. It holds those of b of numbers of at least 2^-9 of the
+    largest one along `axis`, and for others is off by at most 2^-17 of that; of 16 * b, they are
+    2^-13 and 2^-18. Returns a, b, and unit: powers of two, without `axis`.
+    """
+    largest = lax.bitcast_convert_type(jnp.abs(x).max(axis=axis), jnp.int32)
+    # The largest is to be from 128 to 256; float8_e4m3fn ends at 448.
+    exponent = lax.max(largest & _EXPONENT, 8 * _EXPONENT_ONE) - 7 * _EXPONENT_ONE
+    inverse = lax.bitcast_convert_type(2 * _EXPONENT_BIAS * _EXPONENT_ONE - exponent, jnp.float32)
+    v = x * lax.broadcast_in_dim(inverse, x.shape, (1 - axis,))
+    cut = lax.bitcast_convert_type(v, jnp.int32) & _FOUR_BITS
+    # Cut off, not rounded, so that b is at least as short; less than 2^-6 has fewer bits in a.
+    a = jnp.where(jnp.abs(v) < 2**-6, 0.0, lax.bitcast_convert_type(cut, jnp.float32))
+    return a, v - a, lax.bitcast_convert_type(exponent, jnp.float32)
 
 
 def side(dtype: jnp.dtype, stages: int, keys: int, head_dim: int, readers: int) -> Side:
@@ -107,36 +134,38 @@ def stream(
 
     k_pages, v_pages: [num_pages, page_size, head_dim], one head of the pool.
     page_at: the page of the pool that is the stream's i-th; asked beyond the last block too.
+    Values are widened if keys are, and may be if keys are not.
     """
     sides = ((keys, k_pages), (values, v_pages))
-    slots, keys_per_block = keys.slots.shape[:2]
-    pages_per_block = keys_per_block // PAGE_SIZE
+    slots = max(ring.slots.shape[0] for ring, _ in sides)
+    pages_per_block = keys.slots.shape[1] // PAGE_SIZE
 
     def pages_of(block: Array) -> list[Array]:
         return [page_at(block * pages_per_block + i) for i in range(pages_per_block)]
 
     def fetch_codes(block: Array) -> None:
         pages = pages_of(block)
-        stage = lax.rem(block, keys.codes.shape[0])
+        stage = lax.rem(block, values.codes.shape[0])
         for ring, pool in sides:
-            _copy(pool, pages, ring.codes.at[stage], ring.landed.at[stage])
+            if ring.codes is not None:
+                _copy(pool, pages, ring.codes.at[stage], ring.landed.at[stage])
 
-    if keys.codes is not None:
-        pl.loop(0, lax.min(blocks, keys.codes.shape[0]))(fetch_codes)
+    if values.codes is not None:
+        pl.loop(0, lax.min(blocks, values.codes.shape[0]))(fetch_codes)
 
     # Beyond the last block, slots are only waited for: every phase of a barrier has to be seen.
     @pl.loop(0, blocks + slots)
     def _(block: Array) -> None:
-        slot = lax.rem(block, slots)
         pages = pages_of(block)
         for ring, pool in sides:
+            slot, mine = ring.slot(block), ring.slots.shape[0]
 
-            @pl.when(block >= slots)
-            def _(ring: Side = ring) -> None:
+            @pl.when((block >= mine) & (block < blocks + mine))
+            def _(ring: Side = ring, slot: Array = slot) -> None:
                 plgpu.barrier_wait(ring.free.at[slot])
 
             @pl.when(block < blocks)
-            def _(ring: Side = ring, pool: Ref = pool) -> None:
+            def _(ring: Side = ring, pool: Ref = pool, slot: Array = slot) -> None:
                 if ring.codes is None:
                     _copy(pool, pages, ring.slots.at[slot], ring.filled.at[slot])
                 else:
@@ -145,8 +174,8 @@ def stream(
                     widen(ring.codes.at[stage], ring.slots.at[slot])
                     plgpu.barrier_arrive(ring.filled.at[slot])
 
-        if keys.codes is not None:
-            ahead = block + keys.codes.shape[0]
+        if values.codes is not None:
+            ahead = block + values.codes.shape[0]
             pl.when(ahead < blocks)(lambda: fetch_codes(ahead))
 
 
@@ -162,13 +191,22 @@ def widen(codes: Ref, target: Ref) -> None:
 
 def product(a: Ref, b: Ref, meanwhile: Callable[[], None] = lambda: None) -> Array:
     """a @ b in float32, from shared memory. meanwhile: called when the product is under way."""
+    return product_of_sum([a], b, meanwhile)
+
+
+def product_of_sum(
+    terms: Sequence[Ref], b: Ref, meanwhile: Callable[[], None] = lambda: None
+) -> Array:
+    """sum(terms) @ b, otherwise as `product`."""
 
     def multiply(acc: Ref) -> Array:
-        plgpu.wgmma(acc, a, b)
+        for a in terms:
+            plgpu.wgmma(acc, a, b)
         meanwhile()
         return acc[...]
 
-    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef((a.shape[0], b.shape[1]), jnp.float32))
+    shape = terms[0].shape[0], b.shape[1]
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
 def _copy(pool: Ref, pages: list[Array], block: Ref, barrier: Ref) -> None:

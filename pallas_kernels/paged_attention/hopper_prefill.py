@@ -6,12 +6,15 @@ Blocks of keys above the diagonal or past the sequence's end are not loaded, and
 row sees are not masked. The two compute warpgroups take turns at the tensor cores: one multiplies
 while the other is in its softmax.
 
+FP8 keys are multiplied as they are, with queries as the sum of two float8 terms: two FP8 products
+take the time of one of 16 bits. The loader has only values to widen.
+
 Algorithm: FlashAttention-3 (Shah et al., 2024); online softmax (Milakov and Gimelshein, 2018).
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,9 +37,11 @@ from pallas_kernels.paged_attention.hopper_loop import (
     operand_dtype,
     operand_query,
     product,
+    product_of_sum,
     side,
     stream,
     tile,
+    two_terms,
     widening_side,
 )
 
@@ -53,10 +58,13 @@ MAX_PACKED_HEADS = 16  # leaves a span of 8 tokens, the height of a tile of shar
 
 @dataclass(frozen=True)
 class Config:
-    """keys: per block, a multiple of the page size; stages: blocks in flight."""
+    """keys: per block, a multiple of the page size. stages: blocks in flight.
+    in_fp8: FP8 keys as they are, and queries as two float8 terms, instead of keys as float16.
+    """
 
     keys: int
     stages: int
+    in_fp8: bool = False
 
 
 class Carry(NamedTuple):
@@ -92,17 +100,22 @@ def tuned_as(num_heads: int, k_pages: Array) -> str:
 
 def heuristic(k_pages: Array) -> Config:
     """Untuned: FlashAttention-3's tile, and as many stages as shared memory has room for."""
-    configs = (Config(keys=128, stages=stages) for stages in range(MAX_STAGES, 1, -1))
+    in_fp8 = k_pages.dtype == e4m3.DTYPE
+    configs = (Config(128, stages, in_fp8) for stages in range(MAX_STAGES, 1, -1))
     return next(config for config in configs if unfit(config, k_pages) is None)
 
 
 def unfit(config: Config, k_pages: Array) -> str | None:
     """Why no kernel can be made of a configuration; None if one can."""
-    head_dim, itemsize = k_pages.shape[3], k_pages.dtype.itemsize
-    slots = config.stages * itemsize + (WIDENED_SLOTS * 2 if k_pages.dtype == e4m3.DTYPE else 0)
-    needed = (TILE_ROWS * 2 + 2 * config.keys * slots) * head_dim + BARRIERS_BYTES
+    head_dim, is_fp8 = k_pages.shape[3], k_pages.dtype == e4m3.DTYPE
+    sides = 2 - config.in_fp8 if is_fp8 else 0  # that are widened
+    slots = 2 * config.stages * k_pages.dtype.itemsize + sides * WIDENED_SLOTS * 2
+    queries = TILE_ROWS * (2 + 2 * config.in_fp8)
+    needed = (queries + config.keys * slots) * head_dim + BARRIERS_BYTES
     if config.keys not in (64, 128):
         return f"keys must be 64 or 128, got {config.keys}"
+    if config.in_fp8 and not is_fp8:
+        return f"keys in {k_pages.dtype} cannot be multiplied in FP8"
     if config.stages < 2:
         return f"at least 2 stages are needed, got {config.stages}"
     if needed > SHARED_MEMORY_BYTES:
@@ -141,13 +154,13 @@ def paged_attention(
     # The split with which nothing spills: widening takes registers, copying next to none.
     split = Registers(216, 72) if is_fp8 else Registers(232, 40)
     operand = operand_dtype(k_pages.dtype)
-    q_operand, q_unit = operand_query(q, k_pages.dtype)
+    q_operand, q_unit = (q, 1.0) if config.in_fp8 else operand_query(q, k_pages.dtype)
     q_operand = in_whole_boxes(q_operand, axis=1)
 
     def body(
         q_ref: Ref, k_ref: Ref, v_ref: Ref, table: Ref, starts_ref: Ref,
         lengths_ref: Ref, k_scale_ref: Ref, v_scale_ref: Ref, out_ref: Ref,
-        q_tile: Ref, weights: Ref | None, keys: Side, values: Side,
+        q_tile: Ref, terms: Ref | None, weights: Ref | None, keys: Side, values: Side,
         q_filled: Ref, turns: Ref,
     ) -> None:  # fmt: skip
         warpgroup, row = lax.axis_index("warpgroup"), lax.axis_index("row")
@@ -170,7 +183,12 @@ def paged_attention(
                 plgpu.copy_gmem_to_smem(q_ref.at[place], rows.at[part], q_filled.at[warpgroup])
             plgpu.barrier_wait(q_filled.at[warpgroup])
 
-            scale = k_scale_ref[0] * (math.log2(math.e) / math.sqrt(head_dim) * q_unit)
+            queries: list[Ref] = [rows]
+            unit: Array | float = q_unit
+            if terms is not None:
+                queries = [terms.at[warpgroup, i] for i in range(2)]
+                unit = _in_two_terms(rows, queries)
+            scale = k_scale_ref[0] * (math.log2(math.e) / math.sqrt(head_dim)) * unit
             r = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW)
             limit = lax.min(position + lax.rem(warpgroup * ROWS + r, span), length - 1)
 
@@ -180,7 +198,7 @@ def paged_attention(
 
             def step(block: Array, carry: Carry, is_masked: bool) -> Carry:
                 return _attend(
-                    carry, rows, keys, values, lax.rem(block, keys.slots.shape[0]), scale,
+                    carry, queries, keys, values, block, scale,
                     limit=limit - block * config.keys if is_masked else None,
                     weights=None if weights is None else weights.at[warpgroup],
                     turn=turn,
@@ -199,7 +217,7 @@ def paged_attention(
 
             factor = v_scale_ref[0] / lax.max(carry.total, jnp.finfo(jnp.float32).tiny)
             out = carry.out * lax.broadcast_in_dim(factor, carry.out.shape, (0,))
-            rows[...] = lax.bitcast_convert_type(out.astype(q.dtype), operand)
+            rows[...] = lax.bitcast_convert_type(out.astype(q.dtype), rows.dtype)
             plgpu.commit_smem()
             for part, place in places:
                 plgpu.copy_smem_to_gmem(rows.at[part], out_ref.at[place])
@@ -216,22 +234,27 @@ def paged_attention(
             )  # fmt: skip
 
     sizes = config.stages, config.keys, head_dim, COMPUTE_WARPGROUPS
-    ring = widening_side(*sizes) if is_fp8 else side(k_pages.dtype, *sizes)
+    as_is = side(k_pages.dtype, *sizes)
+    values = widening_side(*sizes) if is_fp8 else as_is
+    terms = None
+    if config.in_fp8:
+        terms = tile((COMPUTE_WARPGROUPS, 2, ROWS, head_dim), e4m3.DTYPE)
     # The simulator's wgmma does not take its left side from registers.
     weights = tile((COMPUTE_WARPGROUPS, ROWS, config.keys), operand) if interpret else None
     out = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(q_operand.shape, operand),  # bits of q's dtype
+        out_type=jax.ShapeDtypeStruct(q_operand.shape, q_operand.dtype),  # bits of q's dtype
         grid=(num_heads // packed, tiles, batch),
         grid_names=("heads", "tile", "row"),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
         kernel_name=NAME,
         scratch_types=[
-            tile((COMPUTE_WARPGROUPS, ROWS, head_dim), operand),
+            tile((COMPUTE_WARPGROUPS, ROWS, head_dim), q_operand.dtype),
+            terms,
             weights,
-            ring,
-            ring,
+            as_is if config.in_fp8 else values,
+            values,
             plgpu.Barrier(num_arrivals=boxes, num_barriers=COMPUTE_WARPGROUPS),
             plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
         ],
@@ -249,41 +272,60 @@ def _packed(group: int) -> int:
     return math.gcd(group, MAX_PACKED_HEADS)
 
 
+def _in_two_terms(q: Ref, terms: Sequence[Ref]) -> Array:
+    """Write rows of queries [rows, head_dim] as two terms of the same shape, codes of a and b.
+
+    Returns unit [rows], powers of two: q = unit * (a + b), exact where a number is at least 2^-9 of
+    its row's largest; what is lost of others is at most 2^-17 of it.
+    """
+    wide = plgpu.load(q, layout=MATRIX, optimized=False).astype(jnp.float32)
+    a, b, unit = two_terms(wide, axis=1)
+    for ref, term in zip(terms, (a, b), strict=True):
+        ref[...] = term.astype(ref.dtype)
+    plgpu.commit_smem()
+    return unit
+
+
 def _attend(
     carry: Carry,
-    q: Ref,
+    queries: Sequence[Ref],
     keys: Side,
     values: Side,
-    slot: Array,
+    block: Array,
     scale: Array,
     *,
     limit: Array | None,
     weights: Ref | None,
     turn: Callable[[], None],
 ) -> Carry:
-    """Take one slot of keys and values into the carry, and free it; a compute warpgroup's work.
+    """Take one block of keys and values into the carry, and free it; a compute warpgroup's work.
 
-    q: [rows, head_dim] in shared memory. scale: of the scores; log2(e) included, positive.
-    limit: int32 [rows], the last key of the slot that each row sees; None if all see all.
+    queries: terms of them, [rows, head_dim] in shared memory.
+    scale: of the scores, for all or [rows]; log2(e) included, positive.
+    limit: int32 [rows], the last key of the block that each row sees; None if all see all.
     weights: [rows, keys] in shared memory, by way of which the weights go into the second product;
         None to leave them in registers.
     turn: called where this warpgroup stops using the tensor cores, and where it wants them again.
     """
     shape = (ROWS, keys.slots.shape[1])
 
+    slot = keys.slot(block)
     plgpu.barrier_wait(keys.filled.at[slot])
-    scores = product(q, keys.slots.at[slot].transpose((1, 0)), turn)
+    scores = product_of_sum(queries, keys.slots.at[slot].transpose((1, 0)), turn)
     plgpu.barrier_arrive(keys.free.at[slot])
     if limit is not None:
         key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
         scores = jnp.where(key <= lax.broadcast_in_dim(limit, shape, (0,)), scores, -jnp.inf)
     peak = lax.max(carry.peak, scores.max(axis=1) * scale)
     shrink = jnp.exp2(carry.peak - peak)
+    if len(queries) > 1:
+        scale = lax.broadcast_in_dim(scale, shape, (0,))
     weight = jnp.exp2(scores * scale - lax.broadcast_in_dim(peak - HEADROOM, shape, (0,)))
     total = carry.total * shrink + weight.sum(axis=1)
     out = carry.out * lax.broadcast_in_dim(shrink, carry.out.shape, (0,))
-    weight = weight.astype(q.dtype)
+    weight = weight.astype(values.slots.dtype)
     turn()
+    slot = values.slot(block)
     plgpu.barrier_wait(values.filled.at[slot])
     out = _add_product(out, weight, values.slots.at[slot], weights)
     plgpu.barrier_arrive(values.free.at[slot])
