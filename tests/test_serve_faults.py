@@ -21,6 +21,7 @@ import pytest
 from llama_jax import LLM
 from llama_jax.engine.compile_cache import CompileReport
 from llama_jax.serve import server as server_module
+from llama_jax.serve.bench import Load, measure
 from tests.served import PATIENCE, Served, serving
 
 ROOT = Path(__file__).parents[1]
@@ -316,6 +317,41 @@ def test_preemption_in_every_third_step_changes_no_reply(llm):
         with steps(llm, preempting):
             assert ask(served) == expected
         assert llm.engine.counts.preempted > preempted + 8
+        assert_idle(served)
+
+
+@pytest.mark.slow
+def test_a_thousand_streams_hold(llm):
+    load = Load(requests=1000, concurrency=1000, prompt_tokens=12, reply_tokens=4)
+    with serving(llm) as served:
+        found, _ = asyncio.run(measure(served.url, "abacus", 512, load))
+        assert (found.failed, found.reply_tokens) == (0, 4000), found.first_error
+        assert_idle(served)
+
+
+@pytest.mark.slow
+def test_hostile_schemas_keep_nobody_waiting(llm):
+    hostile = [
+        {"json": {"$ref": "#"}}, {"regex": "(a{1,1000}){1,1000}"},
+        {"regex": "(((a?){30}){30}){30}"},
+        {"grammar": "start: start start | /a/"}, {"json": {"enum": ["a" * 300_000]}},
+        {"json": {"properties": {f"p{i}": {"pattern": f"x{{1,{i}}}"} for i in range(2000)}}},
+    ]  # fmt: skip
+    with serving(llm) as served, ThreadPoolExecutor(24) as pool:
+        asked = [
+            pool.submit(
+                served.post,
+                "/v1/chat/completions",
+                {"messages": SUM, "structured_outputs": form, "max_tokens": 8},
+            )
+            for form in hostile * 3
+        ]
+        client = served.client()
+        for _ in range(5):
+            reply = client.chat.completions.create(model="abacus", messages=SUM)
+            assert reply.choices[0].message.content == "132"
+        statuses = [each.result().status_code for each in asked]
+        assert set(statuses) <= {200, 400} and 400 in statuses
         assert_idle(served)
 
 

@@ -24,6 +24,7 @@ from llama_jax.serve.replies import (
     ModelList,
     ScoreReply,
     Text,
+    TokenizerInfo,
     Tokens,
 )
 from llama_jax.serve.schemas import (
@@ -111,6 +112,11 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         service.check_model(name)
         cards = tokens.models(service).data
         return _reply(next(card for card in cards if card.id == name))
+
+    @app.get("/tokenizer_info", response_model=TokenizerInfo, tags=["Tokens"])
+    async def tokenizer_info() -> Response:
+        """Names of tokens with a role, and the chat template."""
+        return _reply(tokens.tokenizer_info(service))
 
     @app.post("/tokenize", response_model=Tokens, tags=["Tokens"])
     async def tokenize(body: TokenizeRequest) -> Response:

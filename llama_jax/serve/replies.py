@@ -132,6 +132,15 @@ class Tokens(BaseModel):
     token_strs: list[str] | None = None
 
 
+class TokenizerInfo(BaseModel):
+    """Names of tokens with a role, and the chat template."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    chat_template: str | None
+
+
 class Text(BaseModel):
     prompt: str
 

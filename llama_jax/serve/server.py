@@ -7,6 +7,7 @@ it was told to by a signal, with 1 when the engine failed or a second signal cam
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -31,6 +32,7 @@ _log = logging.getLogger(__name__)
 # Python lets a thread that computes run for so long before another gets its turn: with the usual
 # 5 ms the event loop would wait that long for the engine's thread, for each of several turns.
 _SWITCH_SECONDS = 0.0005
+_CONNECTIONS = 1 << 16
 # What is left to uvicorn for closing connections after the last request was ended.
 _CLOSING_SECONDS = 3
 
@@ -48,11 +50,20 @@ def serve(
     where a port cannot be had.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
+    _allow_connections()
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(_listen(options.host, options.port))]
         if options.metrics_port is not None:
             sockets.append(stack.enter_context(_listen(options.host, options.metrics_port)))
         return asyncio.run(_serve(llm, options, root, sockets, on_ready))
+
+
+def _allow_connections() -> None:
+    """As many open sockets as this process may have; often 1024 are allowed without asking."""
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _CONNECTIONS if most == resource.RLIM_INFINITY else min(_CONNECTIONS, most)
+    if now != resource.RLIM_INFINITY and now < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 async def _serve(

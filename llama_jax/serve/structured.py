@@ -36,7 +36,7 @@ def structured_output(body: Asked, tokenizer: "Tokenizer") -> StructuredOutput |
         asked["tool_choice"] = tool_call_output(
             tools,
             tokenizer,
-            name=named and named.function.name,
+            name=named.function.name if named else None,
             is_parallel=named is None and body.parallel_tool_calls is not False,
         )
     if len(asked) > 1:

@@ -5,7 +5,15 @@ import time
 from llama_jax.results import Ranking
 from llama_jax.scoring import Question
 from llama_jax.serve.errors import bad_request
-from llama_jax.serve.replies import ModelCard, ModelList, ScoreItem, ScoreReply, Text, Tokens
+from llama_jax.serve.replies import (
+    ModelCard,
+    ModelList,
+    ScoreItem,
+    ScoreReply,
+    Text,
+    TokenizerInfo,
+    Tokens,
+)
 from llama_jax.serve.schemas import DetokenizeRequest, ScoreRequest, TokenizeRequest
 from llama_jax.serve.service import Service, new_id
 
@@ -21,6 +29,18 @@ def models(service: Service) -> ModelList:
         for name in service.options.names
     ]
     return ModelList(data=cards)
+
+
+def tokenizer_info(service: Service) -> TokenizerInfo:
+    """What lm-evaluation-harness wants to know before it uses /tokenize."""
+    tokenizer = service.llm.tokenizer
+    named = tokenizer.named_tokens.get
+    return TokenizerInfo(
+        bos_token=named("bos_token"),
+        eos_token=named("eos_token"),
+        pad_token=named("pad_token"),
+        chat_template=tokenizer.chat_template,
+    )
 
 
 async def tokenize(service: Service, body: TokenizeRequest) -> Tokens:
