@@ -71,7 +71,7 @@ def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(tmp_path, monkeypa
     monkeypatch.setenv("CXX", str(compiler))
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
-    reason = library._load.__wrapped__()
+    reason = library._loaded.__wrapped__()
     assert isinstance(reason, str) and "failed: fp8: error: no such thing" in reason
     (record,) = caplog.records
     assert record.getMessage() == f"FP8 weights go through XLA, at about half the speed: {reason}"
@@ -91,7 +91,7 @@ def test_what_stands_in_the_way_is_a_reason(name, value, reason, monkeypatch, tm
     monkeypatch.setenv(name, value)
     monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
     with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(library._load.__wrapped__())
+        raise AssertionError(library._loaded.__wrapped__())
 
 
 @needs_cpu_kernel

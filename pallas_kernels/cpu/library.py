@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, get_args
@@ -26,6 +27,7 @@ from typing import Literal, get_args
 import jax
 
 _log = logging.getLogger(__name__)
+_loading = threading.Lock()
 
 # From the least to the best, numbered from 1 as in fp8_matmul.cpp.
 Instructions = Literal["portable", "avx2", "avx512", "avx512_bf16"]
@@ -90,9 +92,14 @@ def build(directory: Path, extra_flags: Sequence[str] = ()) -> Path:
     return path
 
 
-@functools.cache
 def _load() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+    """The library, or why there is none. Of threads that ask together, one compiles."""
+    with _loading:
+        return _loaded()
+
+
+@functools.cache
+def _loaded() -> ctypes.CDLL | str:
     if sys.platform == "win32" or platform.machine().lower() not in ("x86_64", "amd64"):
         return f"there is no code for {platform.machine()} that is faster than XLA's"
     home = os.environ.get("LLAMA_JAX_CACHE", "~/.cache/llama_jax")
