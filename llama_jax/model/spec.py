@@ -78,7 +78,7 @@ class ModelSpec:
 
     @property
     def of_attention(self) -> Literal["reference", "xla", "hopper"] | None:
-        """The implementation of attention and of what is around it, where no kernel is for a CPU."""
+        """The implementation of attention and what is around it, where no kernel is for a CPU."""
         return None if self.implementation == "cpu" else self.implementation
 
     def format_of(self, path: tuple[str, ...]) -> WeightFormat:
