@@ -32,9 +32,8 @@ from llama_jax.engine.engine import Engine
 from llama_jax.engine.memory import MemoryPlan, plan_memory
 from llama_jax.engine.request import Request
 from llama_jax.engine.scheduling import EngineOptions
-from llama_jax.model.config import LlamaConfig
+from llama_jax.model.config import PAGE_SIZE, LlamaConfig
 from llama_jax.model.fp8 import WeightFormat
-from llama_jax.model.kv_cache import PAGE_SIZE
 from llama_jax.model.params import abstract_params
 from llama_jax.model.spec import ModelSpec, Params
 from llama_jax.sampling_params import SamplingParams

@@ -14,7 +14,7 @@ import numpy as np
 
 from llama_jax.engine.engine import Engine
 from llama_jax.engine.request import Request
-from llama_jax.model.kv_cache import PAGE_SIZE
+from llama_jax.model.config import PAGE_SIZE
 from llama_jax.results import Perplexity, Score
 
 # Questions that are read before any is asked, so that there is something to sort; at least so many

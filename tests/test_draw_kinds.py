@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from llama_jax.engine.compile_cache import forbid_compile
+from llama_jax.engine.draw_kinds import KINDS, kind_of
 from llama_jax.engine.engine import Engine
 from llama_jax.engine.request import Request
-from llama_jax.engine.sampling import KINDS, kind_of, sample
+from llama_jax.engine.sampling import sample
 from llama_jax.sampling_params import SamplingParams
 from tests.test_engine import OPTIONS, finish, greedy, make, prompt, sampled
 from tests.test_sampling import logits, state
@@ -57,13 +58,13 @@ def test_tokens_are_the_same_bit_for_bit(kind) -> None:
 
 def test_tokens_of_a_gpus_launches(expected, monkeypatch) -> None:
     engine, launched = as_on_a_gpu(monkeypatch), set()
-    decode_call = engine._decode_call
+    launch_decode = engine._launch_decode
 
-    def noted(rows, steps, kind):
-        launched.add((kind, steps))
-        return decode_call(rows, steps, kind)
+    def noted(call, page_table):
+        launched.add((call.kind, call.steps))
+        return launch_decode(call, page_table)
 
-    monkeypatch.setattr(engine, "_decode_call", noted)
+    monkeypatch.setattr(engine, "_launch_decode", noted)
     for request, alone in zip(requests(), expected, strict=True):
         finish(engine, request)
         assert request.token_ids == alone.token_ids
@@ -89,4 +90,5 @@ def test_nothing_compiles_after_warm_up(monkeypatch) -> None:
 
 def test_batch_invariant_engines_draw_with_one_program(monkeypatch) -> None:
     engine = as_on_a_gpu(monkeypatch, batch_invariant=True)
-    assert engine._kinds == ("everything",) and engine._step_counts == (1,)
+    scheduler = engine._scheduler
+    assert scheduler.draw_kinds == ("everything",) and scheduler.step_counts == (1,)

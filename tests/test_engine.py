@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from llama_jax.engine.compile_cache import forbid_compile
-from llama_jax.engine.engine import Engine, QueueFullError
+from llama_jax.engine.engine import Engine
 from llama_jax.engine.request import Request
+from llama_jax.engine.scheduler import QueueFullError
 from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.model.llama import Llama
 from llama_jax.model.params import init_params
@@ -259,7 +260,7 @@ def test_cancelled_requests_leave_and_the_others_do_not_notice(expected: list[li
         engine.submit(request)
     for _ in range(3):
         engine.step()
-    running = [row.request for row in engine._running]
+    running = [row.request for row in engine._scheduler.running]
     assert running and engine.num_waiting
     victims = [running[0], requests[-1]]
     for victim in victims:
@@ -307,7 +308,7 @@ def test_a_failed_step_loses_nothing(
             raise with_error
         return program(*arguments, **settings)
 
-    from llama_jax.engine import engine as module
+    from llama_jax.engine import batches as module
 
     engine.warmup()
     program = module.decode_steps

@@ -11,9 +11,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from llama_jax.engine import batches as batches_module
 from llama_jax.engine import engine as engine_module
-from llama_jax.engine.engine import Engine, QueueFullError
+from llama_jax.engine.engine import Engine
 from llama_jax.engine.request import Request
+from llama_jax.engine.scheduler import QueueFullError
 from llama_jax.model.params import init_params
 from llama_jax.sampling_params import SamplingParams
 from tests.test_engine import alone, drawn, finish, make, prompt
@@ -99,11 +101,11 @@ class EngineMachine(RuleBasedStateMachine):
     @invariant()
     def pages_are_accounted_for(self) -> None:
         self.engine.pages.check()
-        rows = self.engine._running
+        rows = self.engine._scheduler.running
         owned = [page for row in rows for page in row.pages]
         for page in range(POOL):
             assert self.engine.pages.owners(page) == owned.count(page)
-        assert len(rows) <= 3 and len({row.number for row in rows}) == len(rows)
+        assert len(rows) <= 3 and len({row.slot for row in rows}) == len(rows)
         assert self.engine.num_waiting <= MAX_WAITING + 3  # preempted, or running as a step failed
 
     def teardown(self) -> None:
@@ -134,7 +136,7 @@ class GuessingMachine(EngineMachine):
             raise ConnectionError
 
         with pytest.MonkeyPatch.context() as patch, suppress(ConnectionError):
-            patch.setattr(engine_module, "decode_steps", failing)
+            patch.setattr(batches_module, "decode_steps", failing)
             self.engine.step()
 
     @invariant()

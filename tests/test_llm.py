@@ -264,7 +264,7 @@ def test_a_failed_step_does_not_spoil_the_next(llm, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("llama_jax.engine.engine.decode_steps", fail)
+        patch.setattr("llama_jax.engine.batches.decode_steps", fail)
         with pytest.raises(KeyboardInterrupt):
             llm.generate("hello", GREEDY)
     assert llm.generate("hello", GREEDY).token_ids == expected.token_ids

@@ -9,21 +9,25 @@ import numpy as np
 
 from llama_jax.engine.engine import Engine
 from llama_jax.engine.request import Request
-from llama_jax.engine.rows import Row, Rows
+from llama_jax.engine.slots import RunningSequence, Slots
 from tests.test_engine import greedy, make, prompt, sampled
 
 # What hands tokens over, for each row that has got any.
-HANDS_OVER = {"_take_drawn", "_extend", "_alone", "_tell", "step"}
+HANDS_OVER = {"take_draws", "_extend", "alone", "tell", "step"}
+FILES = tuple(
+    f"engine/{name}.py"
+    for name in ("engine", "scheduler", "slots", "plan", "batches", "outputs", "token_masks")
+)
 
 
 def instructions_of_a_round(engine: Engine) -> Counter[str]:
-    """Of each function of engine.py and rows.py, in a round of decoding."""
+    """Of each function that has a part in a round of decoding."""
     counts: Counter[str] = Counter()
     monitoring = sys.monitoring
     tool = monitoring.PROFILER_ID
 
     def count(code: CodeType, _: int) -> object:
-        if not code.co_filename.endswith(("engine/engine.py", "engine/rows.py")):
+        if not code.co_filename.endswith(FILES):
             return monitoring.DISABLE
         counts[code.co_name] += 1
         return None
@@ -44,7 +48,9 @@ def decoding(batch_size: int) -> Engine:
     engine = make(max_batch_size=batch_size, max_steps=1)
     for i in range(batch_size):
         engine.submit(Request(prompt(5 + i % 3, seed=i), greedy(40) if i % 2 else sampled(i, 40)))
-    while engine.num_waiting or any(len(row.request.token_ids) < 3 for row in engine._running):
+    while engine.num_waiting or any(
+        len(row.request.token_ids) < 3 for row in engine._scheduler.running
+    ):
         engine.step()
     assert engine.num_running == batch_size
     return engine
@@ -52,7 +58,7 @@ def decoding(batch_size: int) -> Engine:
 
 def test_the_work_before_a_launch_is_the_same_for_any_number_of_rows() -> None:
     few, many = (instructions_of_a_round(decoding(size)) for size in (4, 32))
-    assert few["_launch_decode"] > 50 and few["launch"] > 5  # it is counted
+    assert few["_decode"] > 50 and few["launch"] > 5  # it is counted
     grown = {name for name in many if many[name] > few[name]}
     assert grown <= HANDS_OVER
     more = sum(many.values()) - sum(few.values())
@@ -60,28 +66,30 @@ def test_the_work_before_a_launch_is_the_same_for_any_number_of_rows() -> None:
 
 
 def test_rows_come_and_go() -> None:
-    rows = Rows(3, 2, no_page=9)
+    rows = Slots(3, 2, no_page=9)
     first = rows.enter(Request(prompt(70), greedy(10)), prompt(70), [4, 5], 10, 0)
     second = rows.enter(
         Request([1, 2], sampled(1, 5, logprobs=1), is_streamed=True), [1, 2], [6], 5, 0
     )
     assert rows.running == rows.prefilling == [first, second] and rows.num_streamed == 1
-    np.testing.assert_array_equal(rows.table, [[4, 5], [6, 9], [9, 9]])
-    assert not rows.room.any()
+    np.testing.assert_array_equal(rows.page_table, [[4, 5], [6, 9], [9, 9]])
+    assert not rows.min_remaining.any()
     for row in (first, second):
-        rows.prefill(row, row.left)
+        rows.prefill(row, row.remaining)
         rows.begin(row)
-    assert not rows.prefilling and rows.room.tolist() == [9, 4, 0]
-    counts = np.minimum(rows.room, 8)
-    assert rows.lacking(counts).tolist() == [0, 0, 0]  # 78 tokens in two pages, 6 in one
-    assert rows.lacking(np.array([9, 63, 0])).tolist() == [0, 1, 0]
+    assert not rows.prefilling and rows.min_remaining.tolist() == [9, 4, 0]
+    counts = np.minimum(rows.min_remaining, 8)
+    assert rows.num_missing_pages(counts).tolist() == [0, 0, 0]  # 78 tokens in two pages, 6 in one
+    assert rows.num_missing_pages(np.array([9, 63, 0])).tolist() == [0, 1, 0]
     assert rows.needs(counts) == ("everything", True)
     assert rows.needs(counts * [1, 0, 0]) == ("greedy", False)
     drawing = rows.launch(counts)
-    assert rows.room.tolist() == [1, 0, 0]
+    assert rows.min_remaining.tolist() == [1, 0, 0]
     rows.leave(second)
     third = rows.enter(Request([3], greedy(2)), [3], [7], 2, 0)
-    assert third.number == second.number and rows.num_streamed == 0
+    assert third.slot == second.slot and rows.num_streamed == 0
     rows.settle(drawing, np.array([5, 1, 0], np.int32))  # the second has left, the first drew five
-    assert rows.room.tolist() == [4, 0, 0]
-    assert drawing.rows == [first, second, None] and isinstance(drawing.rows[0], Row)
+    assert rows.min_remaining.tolist() == [4, 0, 0]
+    assert drawing.sequences == [first, second, None] and isinstance(
+        drawing.sequences[0], RunningSequence
+    )

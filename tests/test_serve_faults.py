@@ -247,16 +247,16 @@ def test_going_down_lets_what_runs_end_and_takes_nothing_new(llm):
 def test_an_exception_in_a_step_is_told_to_everybody_and_ends_the_server(llm, caplog, monkeypatch):
     count = 0
 
-    launch = llm.engine._launch_decode
+    launch = llm.engine._launch
 
-    def fail_later() -> None:
+    def fail_later(plan) -> None:
         nonlocal count
         count += 1
         if count == 8:
             raise RuntimeError(SUM[0]["content"])
-        launch()
+        launch(plan)
 
-    monkeypatch.setattr(llm.engine, "_launch_decode", fail_later)
+    monkeypatch.setattr(llm.engine, "_launch", fail_later)
     with serving(llm, drain_timeout=PATIENCE) as served, steps(llm, slowly):
         with ThreadPoolExecutor(8) as pool, stream(served) as response:
             whole = [pool.submit(served.post, "/v1/chat/completions", LONG) for _ in range(6)]
@@ -293,10 +293,9 @@ def test_preemption_in_every_third_step_changes_no_reply(llm):
         count += 1
         engine = llm.engine
         if count % 3 == 0 and engine.num_running:
-            while engine._launches:
-                engine._collect()
+            engine._collect_all()
             if engine.num_running:
-                engine._preempt(engine._running[-1])
+                engine._scheduler.preempt(engine._scheduler.running[-1])
         return step()
 
     def ask(served: Served) -> list[str]:

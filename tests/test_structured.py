@@ -18,9 +18,9 @@ from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.engine import grammars
 from llama_jax.engine.compile_cache import forbid_compile
 from llama_jax.engine.engine import Engine
-from llama_jax.engine.grammars import Grammars
+from llama_jax.engine.grammars import Grammars, num_words
 from llama_jax.engine.request import Request
-from llama_jax.engine.sampling import num_words, sample
+from llama_jax.engine.sampling import sample
 from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.model.llama import Llama
 from llama_jax.model.params import init_params
@@ -234,10 +234,9 @@ def test_preemption_at_every_third_step_changes_nothing(expected, changes: dict)
         engine.step()
         steps += 1
         if steps % 3 == 0:
-            while engine._launches:
-                engine._collect()
-            if engine._running:
-                engine._preempt(engine._running[-1])
+            engine._collect_all()
+            if engine._scheduler.running:
+                engine._scheduler.preempt(engine._scheduler.running[-1])
     for request, alone in zip(requests, expected[:7], strict=True):
         assert request.token_ids == alone.token_ids
     assert engine.counts.preempted > 5

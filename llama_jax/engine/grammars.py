@@ -23,7 +23,6 @@ import numpy as np
 
 from llama_jax.engine import grammar_process
 from llama_jax.engine.grammar_process import Vocabulary, in_large_stack, new_matcher
-from llama_jax.engine.sampling import num_words
 from llama_jax.structured import StructuredOutput, StructuredOutputError
 from llama_jax.text.tokenizer import Tokenizer
 
@@ -34,6 +33,11 @@ MASKS_SECONDS = 2.0
 # How many are tried out at the same time, and how many compiled ones are kept.
 _NUM_PROCESSES = 2
 _KEPT_GRAMMARS = 128
+
+
+def num_words(vocab_size: int) -> int:
+    """How many words of 32 bits hold one for each token, as `sampling.sample` takes them."""
+    return -(-vocab_size // 32)
 
 
 def _llguidance() -> ModuleType:

@@ -18,7 +18,8 @@ from rich.table import Table
 
 from llama_jax.engine.scheduling import MAX_TOKENS_PER_CALL
 from llama_jax.engine.speculation import NO_SPECULATION, Speculation
-from llama_jax.model.kv_cache import PAGE_SIZE, init_cache
+from llama_jax.model.config import PAGE_SIZE
+from llama_jax.model.kv_cache import init_cache
 from llama_jax.model.params import abstract_params, param_shardings
 from llama_jax.model.sharding import cache_shardings
 from llama_jax.model.spec import ModelSpec

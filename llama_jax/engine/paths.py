@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Var, jaxprs_in_params
 
-from llama_jax.engine.sampling import Kind
+from llama_jax.engine.draw_kinds import Kind
 from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.engine.steps import (
     DecodeState,

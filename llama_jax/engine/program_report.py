@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import jax
 
+from llama_jax.engine.draw_kinds import Kind
 from llama_jax.engine.paths import Program, programs
-from llama_jax.engine.sampling import Kind
 from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.engine.steps import prefill_step
 from llama_jax.model.kv_cache import KVDtype

@@ -10,7 +10,7 @@ before any of it.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,9 @@ import numpy as np
 from flax import struct
 from jax import Array, lax
 
+from llama_jax.engine.draw_kinds import Kind
 from llama_jax.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 
-# What the rows of a launch need of the sampler, each kind more than the one before: the likeliest
-# token; a draw; a draw from the likeliest tokens; everything, which reads and writes arrays over
-# the vocabulary besides the logits.
-Kind = Literal["greedy", "sampled", "truncated", "everything"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 # Stop tokens of a row that are sent to the device as a list rather than a mask, see `is_plain`.
 _LISTED_STOPS = 16
 _LEAST_TEMPERATURE = np.float32(1e-30)
@@ -82,22 +78,6 @@ def is_plain(
         or params.presence_penalty
         or params.frequency_penalty
     )
-
-
-def kind_of(params: SamplingParams) -> Kind:
-    """What a row with these settings needs."""
-    if (
-        params.logit_bias
-        or params.logprobs is not None
-        or params.min_new_tokens
-        or params.repetition_penalty != 1
-        or params.presence_penalty
-        or params.frequency_penalty
-    ):
-        return "everything"
-    if params.temperature == 0:
-        return "greedy"
-    return "truncated" if params.top_k or params.top_p < 1 or params.min_p else "sampled"
 
 
 def host_rows(
@@ -233,11 +213,6 @@ def sample(
     )
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
     return Sampled(tokens, chosen, top_ids, top_logprobs)
-
-
-def num_words(vocab_size: int) -> int:
-    """How many words of 32 bits hold one for each token, as `sample` takes them."""
-    return -(-vocab_size // 32)
 
 
 def _bits(masks: Array, vocab_size: int) -> Array:

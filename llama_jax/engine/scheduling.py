@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from llama_jax.engine.pages import PageCounts
-from llama_jax.model.kv_cache import PAGE_SIZE
+from llama_jax.model.config import PAGE_SIZE
 
 # Tokens that go through one call of a prefill program, at most, unless one chunk is longer: with
 # that many a GPU computes near its peak, and the temporaries stay small.
@@ -14,6 +14,8 @@ MAX_TOKENS_PER_CALL = 4096
 _TOKENS_PER_CALL = 128
 # How many prompts one call may take.
 _PROMPTS_PER_CALL = (1, 8, 64)
+# Tokens that a grammar forces and that go through the model together, without speculation.
+_MAX_FORCED = 4
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,11 @@ class EngineOptions:
         if self.num_pages is None:
             return self.max_batch_size * self.pages_per_row
         return self.num_pages
+
+    @property
+    def max_forced_tokens(self) -> int:
+        """How many tokens that a grammar forces go through the model together."""
+        return self.lookahead or _MAX_FORCED
 
     @property
     def call_shapes(self) -> tuple[tuple[int, int], ...]:

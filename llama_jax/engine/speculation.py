@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from llama_jax.engine.sampling import Kind, SamplingState, record, sample
+from llama_jax.engine.draw_kinds import Kind
+from llama_jax.engine.sampling import SamplingState, record, sample
 from llama_jax.model import forward
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.kv_cache import KVCache

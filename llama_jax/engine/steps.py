@@ -6,15 +6,17 @@ host wants to know.
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array, lax
 
+from llama_jax.engine.draw_kinds import Kind
 from llama_jax.engine.program_cache import kept_jit, returns
 from llama_jax.engine.sampling import (
-    Kind,
     Sampled,
     SamplingState,
     full_rows,
@@ -51,14 +53,40 @@ class DecodeState(struct.PyTreeNode):
     draft: KVCache | None
 
 
+class DrawnNumbers(NamedTuple):
+    """What the host always wants to know of draws. num_tokens, num_drafts, num_accepted: int32
+    [batch], how many tokens each slot drew, how many draft tokens it had and how many of these were
+    accepted. tokens: int32 [steps, batch], the slots' tokens, from the first row on."""
+
+    num_tokens: np.ndarray
+    num_drafts: np.ndarray
+    num_accepted: np.ndarray
+    tokens: np.ndarray
+
+
 class Drawn(struct.PyTreeNode):
-    """What rows drew. numbers: int32 [3 + steps, batch], all that the host always wants, in one
-    transfer: how many tokens row b drew, how many were guessed for it and how many of these stood,
-    and from there on the tokens. sampled: the tokens with their logprobs, as in `Sampled` with
-    another axis, of steps, in front."""
+    """What slots drew. numbers: int32 [3 + steps, batch], `DrawnNumbers` in one array and so in one
+    transfer. sampled: the tokens with their logprobs, as in `Sampled` with another axis, of steps,
+    in front."""
 
     numbers: Array
     sampled: Sampled
+
+    @classmethod
+    def pack(cls, counts: Array, sampled: Sampled) -> "Drawn":
+        """counts: int32 [3, batch], the first fields of `DrawnNumbers`."""
+        return cls(jnp.concatenate([counts, sampled.tokens]), sampled)
+
+    @staticmethod
+    def unpack(numbers: np.ndarray) -> DrawnNumbers:
+        """`numbers`, on the host, by their names."""
+        num_tokens, num_drafts, num_accepted = numbers[:3]
+        return DrawnNumbers(num_tokens, num_drafts, num_accepted, numbers[3:])
+
+
+def _counts(num_tokens: Array, num_drafts: Array) -> Array:
+    """int32 [3, batch], as `Drawn.pack` takes them. All tokens but the last are accepted drafts."""
+    return jnp.stack([num_tokens, num_drafts, jnp.maximum(num_tokens - 1, 0)])
 
 
 returns(DecodeState, Drawn, KVCache, Sampled, SamplingState)
@@ -258,7 +286,7 @@ def decode_steps(
             lambda all_, these: all_.at[places, jnp.arange(len(new))].set(these, mode="drop"),
             sampled, drawn,
         )  # fmt: skip
-        return i + 1, state, counts + jnp.stack([new, guessed, jnp.maximum(new - 1, 0)]), sampled
+        return i + 1, state, counts + _counts(new, guessed), sampled
 
     none = jnp.zeros((3, len(active)), jnp.int32)
     carry = (jnp.int32(0), state, none, empty)
@@ -266,8 +294,7 @@ def decode_steps(
         _, state, counts, sampled = lax.while_loop(goes_on, body, carry)
     else:
         _, state, counts, sampled = lax.fori_loop(0, max_steps, lambda _, each: body(each), carry)
-    numbers = jnp.concatenate([counts, sampled.tokens])
-    return state.replace(remaining=state.remaining + waiting), Drawn(numbers, sampled)
+    return state.replace(remaining=state.remaining + waiting), Drawn.pack(counts, sampled)
 
 
 def _only(
@@ -356,9 +383,8 @@ def draw_fed_step(
     guessed = _that_may_stand(state, guessed)
     state, drew, drawn = _draw(params, state, hidden, guesses, guessed, masks, spec, kind)
     new = jnp.sum(drew, axis=0)
-    counts = jnp.stack([new, guessed, jnp.maximum(new - 1, 0)])
-    numbers = jnp.concatenate([counts, drawn.tokens])
-    return state.replace(remaining=state.remaining + waiting), Drawn(numbers, drawn)
+    packed = Drawn.pack(_counts(new, guessed), drawn)
+    return state.replace(remaining=state.remaining + waiting), packed
 
 
 def _decode(

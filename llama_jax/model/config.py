@@ -25,6 +25,8 @@ from llama_jax.model.config_files import (
 )
 from llama_jax.model.config_files import RopeScaling as RopeScaling
 
+# Tokens in a page of the key/value cache.
+PAGE_SIZE = 64
 PARAM_DTYPES = ("bfloat16", "float16", "float32")
 # What `LlamaConfig`'s fields are called in the files.
 _HF_NAMES = {

@@ -12,10 +12,8 @@ from flax import struct
 from jax import Array
 from msgspec import Meta
 
-from llama_jax.model.config import LlamaConfig
+from llama_jax.model.config import PAGE_SIZE, LlamaConfig
 from pallas_kernels import device, e4m3
-
-PAGE_SIZE = 64
 
 KVDtype = Literal["bf16", "fp8"]
 # Of an FP8 cache, (k, v) per layer: a scale each, or one for each kv head.
