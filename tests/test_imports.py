@@ -118,9 +118,11 @@ def test_no_files_import_each_other_in_a_circle():
         pytest.fail(" <- ".join(error.args[1]))
 
 
-def test_text_needs_no_jax():
+@pytest.mark.parametrize("beginning", ["llama_jax.text.", "llama_jax.engine.scheduler"])
+def test_text_and_the_scheduler_need_no_jax(beginning):
     assert "jax" in IMPORTS["llama_jax.model.llama"]
-    waiting, seen = [name for name in FILES if name.startswith("llama_jax.text.")], set()
+    waiting, seen = [name for name in FILES if name.startswith(beginning)], set()
+    assert waiting
     while waiting:
         seen.add(name := waiting.pop())
         assert not any(each.split(".")[0] in ("jax", "flax") for each in IMPORTS[name]), name

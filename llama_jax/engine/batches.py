@@ -23,10 +23,10 @@ from llama_jax.engine.speculation import Speculation
 from llama_jax.engine.steps import (
     admit,
     decode_steps,
+    draft_step,
     draw_fed_step,
     draw_step,
     feed_step,
-    guess_step,
     logits_step,
     prefill_step,
     score_step,
@@ -170,7 +170,7 @@ class BatchBuilder:
         args = (page_table, active, np.int32(steps), self.draft_params)
         return Call(decode_steps, args, static)
 
-    def guess(
+    def draft(
         self,
         page_table: np.ndarray,
         active: np.ndarray,
@@ -180,7 +180,7 @@ class BatchBuilder:
         """Draft tokens, after those that are there already."""
         static = {"spec": self.spec, "speculation": self.speculation}
         args = (page_table, active, forced, num_forced, self.draft_params)
-        return Call(guess_step, args, static)
+        return Call(draft_step, args, static)
 
     def feed(
         self,

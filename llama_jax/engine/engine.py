@@ -243,7 +243,7 @@ class Engine:
         fed: tuple[Any, Any] = drafts, num_drafts
         calls = []
         if self.options.lookahead:
-            calls.append(batches.guess(table, nobody, drafts, num_drafts))
+            calls.append(batches.draft(table, nobody, drafts, num_drafts))
             fed = batches.on_device(drafts), batches.on_device(num_drafts)
         calls.append(batches.feed(table, nobody, *fed))
         hidden, masks = batches.blank_hidden(batch, 1 + width), self._masks.everything(batch, width)
@@ -312,7 +312,7 @@ class Engine:
         batches, draws, active = self._batches, call.draws, call.draws.max_counts > 0
         drafts, num_drafts = self._masks.forced(draws.max_counts, call.structured)
         if self.options.lookahead:
-            drafts, num_drafts = self._run(batches.guess(page_table, active, drafts, num_drafts))
+            drafts, num_drafts = self._run(batches.draft(page_table, active, drafts, num_drafts))
         hidden = self._run(batches.feed(page_table, active, drafts, num_drafts))
         self._collect_all()
         drafts, num_drafts = self._outputs.fetch((drafts, num_drafts))

@@ -1,7 +1,7 @@
 """The compiled programs: what runs on the device between two visits of the host.
 
-Each takes the parameters and the device state, which it donates, and returns the state and what the
-host wants to know.
+Each program takes the parameters and the device state, which it donates, and returns the new state
+and what the host wants to know.
 """
 
 from collections.abc import Callable
@@ -39,10 +39,10 @@ TOKENS_PER_LOGITS_BLOCK = 64
 class DecodeState(struct.PyTreeNode):
     """What lives on the device between steps.
 
-    tokens: int32 [batch], each row's newest. remaining: int32 [batch], how many more it may draw;
+    tokens: int32 [batch], each slot's newest. remaining: int32 [batch], how many more it may draw;
     0 while it has nothing to do, and from its stop token on.
-    history: int32 [batch, capacity], the tokens of each row where guesses are looked up among them,
-    else [batch, 0]. draft: the cache of a model that guesses: the same pages, the same table.
+    history: int32 [batch, capacity], the tokens of each slot where draft tokens are looked up among
+    them, else [batch, 0]. draft: the draft model's cache, with the same pages and the same table.
     """
 
     cache: KVCache
@@ -56,7 +56,7 @@ class DecodeState(struct.PyTreeNode):
 class DrawnNumbers(NamedTuple):
     """What the host always wants to know of draws. num_tokens, num_drafts, num_accepted: int32
     [batch], how many tokens each slot drew, how many draft tokens it had and how many of these were
-    accepted. tokens: int32 [steps, batch], the slots' tokens, from the first row on."""
+    accepted. tokens: int32 [steps, batch], the tokens of a slot from the first on."""
 
     num_tokens: np.ndarray
     num_drafts: np.ndarray
@@ -74,18 +74,19 @@ class Drawn(struct.PyTreeNode):
 
     @classmethod
     def pack(cls, counts: Array, sampled: Sampled) -> "Drawn":
-        """counts: int32 [3, batch], the first fields of `DrawnNumbers`."""
+        """Put them into one array. counts: int32 [3, batch], the first fields of `DrawnNumbers`."""
         return cls(jnp.concatenate([counts, sampled.tokens]), sampled)
 
     @staticmethod
     def unpack(numbers: np.ndarray) -> DrawnNumbers:
-        """`numbers`, on the host, by their names."""
+        """Take `numbers`, once on the host, apart."""
         num_tokens, num_drafts, num_accepted = numbers[:3]
         return DrawnNumbers(num_tokens, num_drafts, num_accepted, numbers[3:])
 
 
 def _counts(num_tokens: Array, num_drafts: Array) -> Array:
-    """int32 [3, batch], as `Drawn.pack` takes them. All tokens but the last are accepted drafts."""
+    """Counts as `Drawn.pack` takes them, int32 [3, batch]: every token of a step but its last is an
+    accepted draft token."""
     return jnp.stack([num_tokens, num_drafts, jnp.maximum(num_tokens - 1, 0)])
 
 
@@ -101,7 +102,7 @@ def state_builder(
     num_pages: int | None = None,
     speculation: Speculation = NO_SPECULATION,
 ) -> Callable[[], DecodeState]:
-    """A program that makes empty rows, in place on their devices, and is compiled once.
+    """A program that makes empty slots, in place on their devices, and is compiled once.
 
     Arguments as `kv_cache.init_cache` takes them.
     """
@@ -134,28 +135,28 @@ def state_builder(
 @partial(kept_jit, donate_argnames="state")
 def admit(
     state: DecodeState,
-    rows: Array,
-    lengths: Array,
-    fresh: SamplingState,
+    slots: Array,
+    cached_lens: Array,
+    settings: SamplingState,
     sources: Array,
     targets: Array,
-    texts: Array,
+    history: Array,
 ) -> DecodeState:
-    """Give rows, int32 [b], to new requests; an index past the end is padding.
+    """Give slots, int32 [b], to new sequences; an index past the end is padding.
 
-    lengths: int32 [b], tokens that their pages hold already. fresh: of `sampling.host_rows`.
-    sources, targets: int32 [b], pages to copy for them first, see `kv_cache.copy_pages`. texts:
-    int32 [b, capacity], see `DecodeState.history`.
+    cached_lens: int32 [b], tokens that their pages hold already. settings: as `sampling.host_rows`
+    returns them. sources, targets: int32 [b], pages to copy for them first, see
+    `kv_cache.copy_pages`. history: int32 [b, capacity], see `DecodeState`.
     """
     cache = copy_pages(state.cache, sources, targets)
-    fresh = full_rows(fresh, state.sampling.counts.shape[1])
+    settings = full_rows(settings, state.sampling.counts.shape[1])
     return state.replace(
-        cache=cache.replace(lengths=cache.lengths.at[rows].set(lengths, mode="drop")),
+        cache=cache.replace(lengths=cache.lengths.at[slots].set(cached_lens, mode="drop")),
         sampling=jax.tree.map(
-            lambda old, new: old.at[rows].set(new, mode="drop"), state.sampling, fresh
+            lambda old, new: old.at[slots].set(new, mode="drop"), state.sampling, settings
         ),
-        remaining=state.remaining.at[rows].set(0, mode="drop"),
-        history=state.history.at[rows].set(texts, mode="drop"),
+        remaining=state.remaining.at[slots].set(0, mode="drop"),
+        history=state.history.at[slots].set(history, mode="drop"),
         draft=state.draft and copy_pages(state.draft, sources, targets),
     )
 
@@ -166,8 +167,8 @@ def prefill_step(
     state: DecodeState,
     page_table: Array,
     tokens: Array,
-    lengths: Array,
-    rows: Array,
+    num_new_tokens: Array,
+    slots: Array,
     draft_params: Params | None = None,
     *,
     spec: ModelSpec,
@@ -176,18 +177,27 @@ def prefill_step(
     """Append a chunk of each prompt; returns hidden states [b, d] of the last tokens, for
     `draw_step` where a prompt ends here.
 
-    page_table: int32 [batch, pages_per_row]; tokens: int32 [b, t]; lengths, rows: int32 [b]. See
-    `forward.prefill`. draft_params: of `speculation.draft`, which takes in the same chunk.
+    page_table: int32 [batch, pages_per_slot]; tokens: int32 [b, t]; num_new_tokens: int32 [b], how
+    many of them each prompt has; slots: int32 [b]. See `forward.prefill`. draft_params: of
+    `speculation.draft`, which takes in the same chunk.
     """
     cache, draft = state.cache.replace(page_table=page_table), state.draft
     if speculation.draft:
         assert draft is not None and draft_params is not None
         draft = _follow(draft, cache)
         _, draft = forward.extend(
-            draft_params, draft, tokens, lengths, rows, spec=speculation.draft, phase="prefill"
+            draft_params,
+            draft,
+            tokens,
+            num_new_tokens,
+            slots,
+            spec=speculation.draft,
+            phase="prefill",
         )
-    hidden, cache = forward.extend(params, cache, tokens, lengths, rows, spec=spec, phase="prefill")
-    hidden = forward.last_hidden(hidden, lengths)
+    hidden, cache = forward.extend(
+        params, cache, tokens, num_new_tokens, slots, spec=spec, phase="prefill"
+    )
+    hidden = forward.last_hidden(hidden, num_new_tokens)
     if spec.mesh:
         hidden = lax.with_sharding_constraint(hidden, whole_on(spec.mesh))
     return state.replace(cache=cache, draft=draft), hidden
@@ -198,36 +208,36 @@ def draw_step(
     params: Params,
     state: DecodeState,
     hidden: Array,
-    rows: Array,
+    slots: Array,
     remaining: Array,
     masks: Array | None = None,
     *,
     spec: ModelSpec,
     kind: Kind = "everything",
 ) -> tuple[DecodeState, Sampled]:
-    """Draw the first token of the rows whose prompt has ended.
+    """Draw the first token of the slots whose prompt has ended.
 
-    hidden: [b, d], of `prefill_step`; rows: int32 [b], as there; remaining: int32 [b], tokens to
+    hidden: [b, d], of `prefill_step`; slots: int32 [b], as there; remaining: int32 [b], tokens to
     draw from here on, 0 where the prompt goes on. masks: uint32 [b, words] or None; kind: see
     `sampling.sample` for both.
     """
     last = remaining > 0
     logits = forward.unembed(params, hidden, spec=spec)
-    of_rows = jax.tree.map(lambda a: jnp.take(a, rows, axis=0, mode="clip"), state.sampling)
-    drawn = sample(logits, of_rows, kind, masks)
-    left = jnp.where(is_stop(of_rows, drawn.tokens), 0, remaining - 1)
-    of_rows = record(of_rows, drawn.tokens, last, kind)
-    ended = jnp.where(last, rows, len(state.tokens))
+    of_slots = jax.tree.map(lambda a: jnp.take(a, slots, axis=0, mode="clip"), state.sampling)
+    drawn = sample(logits, of_slots, kind, masks)
+    after = jnp.where(is_stop(of_slots, drawn.tokens), 0, remaining - 1)
+    of_slots = record(of_slots, drawn.tokens, last, kind)
+    ended = jnp.where(last, slots, len(state.tokens))
     sampling = state.sampling.replace(
-        step=state.sampling.step.at[ended].set(of_rows.step, mode="drop")
+        step=state.sampling.step.at[ended].set(of_slots.step, mode="drop")
     )
     if kind == "everything":
-        counts = sampling.counts.at[ended].set(of_rows.counts, mode="drop")
+        counts = sampling.counts.at[ended].set(of_slots.counts, mode="drop")
         sampling = sampling.replace(counts=counts)
     state = state.replace(
         sampling=sampling,
         tokens=state.tokens.at[ended].set(drawn.tokens, mode="drop"),
-        remaining=state.remaining.at[ended].set(left, mode="drop"),
+        remaining=state.remaining.at[ended].set(after, mode="drop"),
     )
     return state, drawn
 
@@ -257,13 +267,15 @@ def decode_steps(
     kind: Kind = "everything",
     stops_early: bool = True,
 ) -> tuple[DecodeState, Drawn]:
-    """Up to `steps` times, feed each row that has tokens left its newest one and draw the next, or
-    several where guesses stand.
+    """Feed each slot that has tokens remaining its newest one and draw the next, or several where
+    draft tokens are accepted; up to `steps` times.
 
-    page_table: int32 [batch, pages_per_row], with pages for what will be drawn; active: bool
-    [batch], rows that may go on; steps: int32 [], at most `max_steps`. kind: see `sampling.sample`.
-    stops_early: when no row has anything left to draw; otherwise there are `max_steps` steps,
-    whatever `steps` says, in which rows that are done draw nothing (see `has_free_conditions`).
+    page_table: int32 [batch, pages_per_slot], with pages for what will be drawn; active: bool
+    [batch], slots that may go on; steps: int32 [], at most `max_steps`. kind: as
+    `sampling.sample` takes it.
+    stops_early: whether to stop when no slot has anything remaining; otherwise there are
+    `max_steps` steps, whatever `steps` says, in which slots that are done draw nothing (see
+    `has_free_conditions`).
     """
     state, waiting = _only(state, active, page_table)
     capacity = max_steps * (1 + speculation.lookahead)
@@ -279,14 +291,16 @@ def decode_steps(
         carry: tuple[Array, DecodeState, Array, Sampled],
     ) -> tuple[Array, DecodeState, Array, Sampled]:
         i, state, counts, sampled = carry
-        state, drew, drawn, guessed = _decode(params, draft_params, state, spec, speculation, kind)
+        state, drew, drawn, num_drafts = _decode(
+            params, draft_params, state, spec, speculation, kind
+        )
         places = jnp.where(drew, counts[0] + jnp.arange(len(drew))[:, None], capacity)
         new = jnp.sum(drew, axis=0)
         sampled = jax.tree.map(
             lambda all_, these: all_.at[places, jnp.arange(len(new))].set(these, mode="drop"),
             sampled, drawn,
         )  # fmt: skip
-        return i + 1, state, counts + _counts(new, guessed), sampled
+        return i + 1, state, counts + _counts(new, num_drafts), sampled
 
     none = jnp.zeros((3, len(active)), jnp.int32)
     carry = (jnp.int32(0), state, none, empty)
@@ -300,21 +314,23 @@ def decode_steps(
 def _only(
     state: DecodeState, active: Array, page_table: Array | None = None
 ) -> tuple[DecodeState, Array]:
-    """Have the other rows draw nothing, until what they have left, int32 [batch], is added again.
-    page_table: in place of the cache's."""
+    """Have the other slots draw nothing, until what remains for them is added again: int32 [batch].
+
+    page_table: taken in place of the cache's.
+    """
     waiting = jnp.where(active, 0, state.remaining)
     if page_table is not None:
         state = state.replace(cache=state.cache.replace(page_table=page_table))
     return state.replace(remaining=state.remaining - waiting), waiting
 
 
-# What `decode_steps` does in one, in three programs: `guess_step` (where there is speculation),
+# What `decode_steps` does in one, in three programs: `draft_step` (where there is speculation),
 # `feed_step` and `draw_fed_step`. While the model is busy with the second, the host finds out what
 # may be drawn in the third (`structured`).
 
 
 @partial(kept_jit, static_argnames=("spec", "speculation"), donate_argnames="state")
-def guess_step(
+def draft_step(
     params: Params,
     state: DecodeState,
     page_table: Array,
@@ -326,16 +342,18 @@ def guess_step(
     spec: ModelSpec,
     speculation: Speculation,
 ) -> tuple[DecodeState, tuple[Array, Array]]:
-    """Guesses for the active rows: int32 [batch, lookahead], and how many, int32 [batch].
+    """Propose draft tokens for the active slots: int32 [batch, lookahead], and how many each has,
+    int32 [batch].
 
-    forced, num_forced: such as these, which are taken first. The others as in `decode_steps`.
+    forced, num_forced: draft tokens that are taken first, in the same form. The other arguments are
+    those of `decode_steps`.
     """
     state, waiting = _only(state, active, page_table)
-    state, guesses, guessed = _guess(
+    state, drafts, num_drafts = _propose(
         draft_params, state, speculation, "everything", (forced, num_forced)
     )
-    guessed = _that_may_stand(state, guessed)
-    return state.replace(remaining=state.remaining + waiting), (guesses, guessed)
+    num_drafts = _acceptable(state, num_drafts)
+    return state.replace(remaining=state.remaining + waiting), (drafts, num_drafts)
 
 
 @partial(kept_jit, static_argnames="spec", donate_argnames="state")
@@ -344,18 +362,18 @@ def feed_step(
     state: DecodeState,
     page_table: Array,
     active: Array,
-    guesses: Array,
-    guessed: Array,
+    drafts: Array,
+    num_drafts: Array,
     *,
     spec: ModelSpec,
 ) -> tuple[DecodeState, Array]:
-    """Feed the active rows their newest tokens and what is guessed to follow: hidden states
-    [batch, 1 + lookahead, d], for `draw_fed_step`.
+    """Feed the active slots their newest tokens and the draft tokens after them.
 
-    guesses: int32 [batch, lookahead]; guessed: int32 [batch], how many of them count.
+    drafts: int32 [batch, lookahead]; num_drafts: int32 [batch], how many of them count. Returns
+    hidden states [batch, 1 + lookahead, d], for `draw_fed_step`.
     """
     state, waiting = _only(state, active, page_table)
-    state, hidden = _feed(params, state, guesses, _that_may_stand(state, guessed), spec)
+    state, hidden = _feed(params, state, drafts, _acceptable(state, num_drafts), spec)
     if spec.mesh:
         hidden = lax.with_sharding_constraint(hidden, whole_on(spec.mesh))
     return state.replace(remaining=state.remaining + waiting), hidden
@@ -367,23 +385,23 @@ def draw_fed_step(
     state: DecodeState,
     hidden: Array,
     active: Array,
-    guesses: Array,
-    guessed: Array,
+    drafts: Array,
+    num_drafts: Array,
     masks: Array,
     *,
     spec: ModelSpec,
     kind: Kind = "everything",
 ) -> tuple[DecodeState, Drawn]:
-    """Draw what follows the tokens that `feed_step` fed, at the active rows.
+    """Draw what follows the tokens that `feed_step` fed, for the active slots.
 
-    hidden: of `feed_step`; guesses, guessed: as there; masks: uint32 [batch, 1 + lookahead, words],
-    see `sampling.sample`. kind: as there.
+    hidden: what it returned; drafts, num_drafts: what it took; masks: uint32 [batch, 1 + lookahead,
+    words], see `sampling.sample` for them and `kind`.
     """
     state, waiting = _only(state, active)
-    guessed = _that_may_stand(state, guessed)
-    state, drew, drawn = _draw(params, state, hidden, guesses, guessed, masks, spec, kind)
+    num_drafts = _acceptable(state, num_drafts)
+    state, drew, drawn = _draw(params, state, hidden, drafts, num_drafts, masks, spec, kind)
     new = jnp.sum(drew, axis=0)
-    packed = Drawn.pack(_counts(new, guessed), drawn)
+    packed = Drawn.pack(_counts(new, num_drafts), drawn)
     return state.replace(remaining=state.remaining + waiting), packed
 
 
@@ -395,32 +413,37 @@ def _decode(
     speculation: Speculation,
     kind: Kind,
 ) -> tuple[DecodeState, Array, Sampled, Array]:
-    """One token for each row that has any left, and one more for each guess that stands.
+    """Draw one token for each slot that has any remaining, and one more for each accepted draft
+    token.
 
-    Also which rows drew, bool [1 + lookahead, batch]; what, with the same first axes; and how many
-    tokens were guessed, int32 [batch].
+    Returns the state; which slots drew, bool [1 + lookahead, batch]; what they drew, with the same
+    first axes; and how many draft tokens each had, int32 [batch].
     """
-    state, guesses, guessed = _guess(draft_params, state, speculation, kind)
-    guessed = _that_may_stand(state, guessed)
-    state, hidden = _feed(params, state, guesses, guessed, spec)
-    state, drew, drawn = _draw(params, state, hidden, guesses, guessed, None, spec, kind)
-    return state, drew, drawn, guessed
+    state, drafts, num_drafts = _propose(draft_params, state, speculation, kind)
+    num_drafts = _acceptable(state, num_drafts)
+    state, hidden = _feed(params, state, drafts, num_drafts, spec)
+    state, drew, drawn = _draw(params, state, hidden, drafts, num_drafts, None, spec, kind)
+    return state, drew, drawn, num_drafts
 
 
-def _that_may_stand(state: DecodeState, guessed: Array) -> Array:
-    """The last token that may be drawn does not follow a guess."""
-    return jnp.where(state.remaining > 0, jnp.minimum(guessed, state.remaining - 1), 0)
+def _acceptable(state: DecodeState, num_drafts: Array) -> Array:
+    """Leave out a draft token after which nothing may be drawn any more."""
+    return jnp.where(state.remaining > 0, jnp.minimum(num_drafts, state.remaining - 1), 0)
 
 
 def _feed(
-    params: Params, state: DecodeState, guesses: Array, guessed: Array, spec: ModelSpec
+    params: Params, state: DecodeState, drafts: Array, num_drafts: Array, spec: ModelSpec
 ) -> tuple[DecodeState, Array]:
-    """The newest token of each row that has any left to draw, and the guesses after it, go through
-    the model: hidden states [batch, 1 + lookahead, d]. The cache holds them, but its lengths stay.
+    """Take the newest token of each slot that has any remaining, and the draft tokens after it,
+    through the model: hidden states [batch, 1 + lookahead, d].
+
+    The cache holds them afterwards, but its lengths are as before.
     """
-    fed = jnp.concatenate([state.tokens[:, None], guesses], axis=1)
-    lengths = jnp.where(state.remaining > 0, 1 + guessed, 0)
-    hidden, cache = forward.extend(params, state.cache, fed, lengths, spec=spec, phase="decode")
+    fed = jnp.concatenate([state.tokens[:, None], drafts], axis=1)
+    num_new_tokens = jnp.where(state.remaining > 0, 1 + num_drafts, 0)
+    hidden, cache = forward.extend(
+        params, state.cache, fed, num_new_tokens, spec=spec, phase="decode"
+    )
     return state.replace(cache=cache.replace(lengths=state.cache.lengths)), hidden
 
 
@@ -428,13 +451,13 @@ def _draw(
     params: Params,
     state: DecodeState,
     hidden: Array,
-    guesses: Array,
-    guessed: Array,
+    drafts: Array,
+    num_drafts: Array,
     masks: Array | None,
     spec: ModelSpec,
     kind: Kind,
 ) -> tuple[DecodeState, Array, Sampled]:
-    """Draw after what `_feed` fed: which rows drew and what, as `_decode` returns them.
+    """Draw after what `_feed` fed; returns which slots drew and what, as `_decode` does.
 
     masks: uint32 [batch, 1 + lookahead, words], see `sampling.sample`.
     """
@@ -446,23 +469,23 @@ def _draw(
         at: tuple[Array, Array, Array, Array | None],
     ) -> tuple[tuple[SamplingState, Array, Array, Array], tuple[Array, Sampled]]:
         sampling, draws, remaining, newest = carry
-        logits, guess, is_guessed, masks = at
+        logits, draft_token, is_draft, masks = at
         temperature = jnp.where(draws, sampling.temperature, 0.0)
         drawn = sample(logits, sampling.replace(temperature=temperature), kind, masks)
-        left = jnp.where(is_stop(sampling, drawn.tokens), 0, remaining - 1)
-        remaining = jnp.where(draws, left, remaining)
-        stands = draws & is_guessed & (drawn.tokens == guess) & (remaining > 0)
+        after = jnp.where(is_stop(sampling, drawn.tokens), 0, remaining - 1)
+        remaining = jnp.where(draws, after, remaining)
+        is_accepted = draws & is_draft & (drawn.tokens == draft_token) & (remaining > 0)
         newest = jnp.where(draws, drawn.tokens, newest)
-        carry = record(sampling, drawn.tokens, draws, kind), stands, remaining, newest
+        carry = record(sampling, drawn.tokens, draws, kind), is_accepted, remaining, newest
         return carry, (draws, drawn)
 
-    following = jnp.pad(guesses, ((0, 0), (0, 1))).T
-    is_guessed = jnp.arange(len(following))[:, None] < guessed
+    following = jnp.pad(drafts, ((0, 0), (0, 1))).T
+    is_draft = jnp.arange(len(following))[:, None] < num_drafts
     (sampling, _, remaining, newest), (drew, drawn) = lax.scan(
         draw,
         (state.sampling, active, jnp.where(active, state.remaining, 0), state.tokens),
         (
-            jnp.moveaxis(logits, 1, 0), following, is_guessed,
+            jnp.moveaxis(logits, 1, 0), following, is_draft,
             None if masks is None else jnp.moveaxis(masks, 1, 0),
         ),
     )  # fmt: skip
@@ -475,44 +498,44 @@ def _draw(
     return state, drew, drawn
 
 
-def _guess(
+def _propose(
     draft_params: Params | None,
     state: DecodeState,
     speculation: Speculation,
     kind: Kind,
     forced: tuple[Array, Array] | None = None,
 ) -> tuple[DecodeState, Array, Array]:
-    """Guesses for each row, int32 [batch, lookahead], and how many there are, int32 [batch].
+    """Draft tokens for each slot, int32 [batch, lookahead], and how many there are, int32 [batch].
 
-    forced: such as these, of the host; a row's own guesses come after them or, if they are looked
-    up, only where there are none.
+    forced: draft tokens of the host, in the same form; a slot's own come after them or, if they are
+    looked up, only where there are none.
     """
     batch, lookahead = len(state.tokens), speculation.lookahead
-    rows, last = jnp.arange(batch), state.cache.lengths
+    slots, last = jnp.arange(batch), state.cache.lengths
     if speculation.draft:
         assert state.draft is not None and draft_params is not None
-        draft, guesses = draft_tokens(
+        draft, drafts = draft_tokens(
             draft_params, _follow(state.draft, state.cache), state.tokens, state.sampling,
             state.remaining - 1, forced, spec=speculation.draft, lookahead=lookahead, kind=kind,
         )  # fmt: skip
-        return state.replace(draft=draft), guesses, jnp.full(batch, lookahead)
+        return state.replace(draft=draft), drafts, jnp.full(batch, lookahead)
     if not lookahead:
         return state, jnp.zeros((batch, 0), jnp.int32), jnp.zeros(batch, jnp.int32)
-    history = state.history.at[rows, last].set(state.tokens, mode="drop")
-    guesses, is_any = look_up(history, last, lookahead)
-    guessed = jnp.where(is_any, lookahead, 0)
+    history = state.history.at[slots, last].set(state.tokens, mode="drop")
+    drafts, is_any = look_up(history, last, lookahead)
+    num_drafts = jnp.where(is_any, lookahead, 0)
     if forced:
         is_forced = forced[1] > 0
-        guesses = jnp.where(is_forced[:, None], forced[0], guesses)
-        guessed = jnp.where(is_forced, forced[1], guessed)
-    # Those that do not stand are overwritten before they are looked at.
+        drafts = jnp.where(is_forced[:, None], forced[0], drafts)
+        num_drafts = jnp.where(is_forced, forced[1], num_drafts)
+    # Those that are not accepted are overwritten before they are looked at.
     places = last[:, None] + 1 + jnp.arange(lookahead)
-    history = history.at[rows[:, None], places].set(guesses, mode="drop")
-    return state.replace(history=history), guesses, guessed
+    history = history.at[slots[:, None], places].set(drafts, mode="drop")
+    return state.replace(history=history), drafts, num_drafts
 
 
 def _follow(draft: KVCache, cache: KVCache) -> KVCache:
-    """A draft model's cache, at the place where the model's is."""
+    """The draft model's cache, as far along as the model's."""
     return draft.replace(page_table=cache.page_table, lengths=cache.lengths)
 
 
@@ -522,8 +545,8 @@ def score_step(
     state: DecodeState,
     page_table: Array,
     tokens: Array,
-    lengths: Array,
-    rows: Array,
+    num_new_tokens: Array,
+    slots: Array,
     targets: Array,
     *,
     spec: ModelSpec,
@@ -535,7 +558,9 @@ def score_step(
     `TOKENS_PER_LOGITS_BLOCK` tokens exist at a time.
     """
     cache = state.cache.replace(page_table=page_table)
-    hidden, cache = forward.extend(params, cache, tokens, lengths, rows, spec=spec, phase="prefill")
+    hidden, cache = forward.extend(
+        params, cache, tokens, num_new_tokens, slots, spec=spec, phase="prefill"
+    )
     count = tokens.size
     block = min(TOKENS_PER_LOGITS_BLOCK, count)
     padding = -count % block
@@ -564,12 +589,14 @@ def logits_step(
     state: DecodeState,
     page_table: Array,
     tokens: Array,
-    lengths: Array,
-    rows: Array,
+    num_new_tokens: Array,
+    slots: Array,
     *,
     spec: ModelSpec,
 ) -> tuple[DecodeState, Array]:
     """Append a chunk of each text; float32 logits [b, t, vocab] of every token."""
     cache = state.cache.replace(page_table=page_table)
-    hidden, cache = forward.extend(params, cache, tokens, lengths, rows, spec=spec, phase="prefill")
+    hidden, cache = forward.extend(
+        params, cache, tokens, num_new_tokens, slots, spec=spec, phase="prefill"
+    )
     return state.replace(cache=cache), forward.unembed(params, hidden, spec=spec)
