@@ -1,8 +1,8 @@
-"""Who owns which page of the key/value cache, and which pages hold a beginning that others share.
+"""Who owns which page of the key/value cache, and which pages hold a prefix that others share.
 
 A page holds the keys and values of `page_size` consecutive tokens, and these depend on all tokens
-before them. So a page is known by its content: the chain of pages before it and its own tokens. A
-sequence that begins as an earlier one did takes over the earlier one's full pages, and copies the
+before them. So a page is known by its content: its own tokens and the hash of all pages before it.
+A sequence that begins as an earlier one did takes over the earlier one's full pages, and copies the
 page in the middle of which the two part. A page that nobody uses any more keeps its content until
 room is needed; the one used longest ago goes first.
 
@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-Chain = bytes  # a digest of all full pages up to a point
-ROOT: Chain = b""
+# The digest of a full page's tokens and those of all pages before it; `ROOT` where there are none.
+BlockHash = bytes
+ROOT: BlockHash = b""
 
 
 class OutOfPagesError(Exception):
@@ -27,17 +28,17 @@ class OutOfPagesError(Exception):
 
 @dataclass(frozen=True)
 class Content:
-    """What a page holds: `tokens`, after the full pages of `chain`; less than a page while it grows
-    or where a sequence ended in it. end: the chain with a full page's own tokens."""
+    """What a page holds: `tokens`, after the pages that `parent` is the hash of. It is not full while
+    it grows or where a sequence ended in it. block_hash: of a full page."""
 
-    chain: Chain
+    parent: BlockHash
     tokens: tuple[int, ...]
-    end: Chain | None
+    block_hash: BlockHash | None
 
 
 @dataclass(frozen=True)
 class Match:
-    """The beginning of a sequence that is in the cache already.
+    """The prefix of a sequence that is in the cache already.
 
     pages: full ones, to share. partial: a page to copy, and how many of its tokens to use.
     """
@@ -69,8 +70,10 @@ class PagePool:
     _owners: list[int] = field(init=False)
     _kept: OrderedDict[int, None] = field(default_factory=OrderedDict)
     _content: dict[int, Content] = field(default_factory=dict)
-    _children: dict[tuple[Chain, int], set[int]] = field(default_factory=lambda: defaultdict(set))
-    _full: dict[Chain, int] = field(default_factory=dict)  # full pages by their `Content.end`
+    _children: dict[tuple[BlockHash, int], set[int]] = field(
+        default_factory=lambda: defaultdict(set)
+    )
+    _full: dict[BlockHash, int] = field(default_factory=dict)  # full pages
 
     def __post_init__(self) -> None:
         self._free = list(range(self.num_pages - 1, -1, -1))
@@ -91,13 +94,14 @@ class PagePool:
         return pages
 
     def share(self, pages: Sequence[int]) -> None:
-        """One more owner for each page."""
+        """Give each page one more owner."""
         for page in pages:
             self._owners[page] += 1
             self._kept.pop(page, None)
 
     def release(self, pages: Sequence[int]) -> None:
-        """One owner less. pages: of a sequence, in order; its end will be given up first."""
+        """Take one owner from each page. pages: of a sequence, in order; the last of them will be
+        given up first."""
         for page in reversed(pages):
             self._owners[page] -= 1
             if self._owners[page] == 0:
@@ -111,37 +115,41 @@ class PagePool:
         tokens: Sequence[int],
         pages: Sequence[int],
         start: int = 0,
-        chains: list[Chain] | None = None,
+        block_hashes: list[BlockHash] | None = None,
     ) -> None:
-        """The first `len(tokens)` tokens of a sequence now stand in `pages`, in order.
+        """Note that `pages` hold the first `len(tokens)` tokens of a sequence, in order.
 
-        start: tokens of it that were registered before. chains: as in `match`.
+        start: tokens of it that were registered before. block_hashes: as in `match`.
         """
-        chains = extend_chains([] if chains is None else chains, tokens, self.page_size)
+        block_hashes = extend_block_hashes(
+            [] if block_hashes is None else block_hashes, tokens, self.page_size
+        )
         first = start // self.page_size
         for number in range(first, -(-len(tokens) // self.page_size)):
             part = tuple(tokens[number * self.page_size : (number + 1) * self.page_size])
-            chain = chains[number - 1] if number else ROOT
-            end = chains[number] if len(part) == self.page_size else None
-            self._describe(pages[number], Content(chain, part, end))
+            parent = block_hashes[number - 1] if number else ROOT
+            block_hash = block_hashes[number] if len(part) == self.page_size else None
+            self._describe(pages[number], Content(parent, part, block_hash))
 
-    def match(self, tokens: Sequence[int], chains: list[Chain] | None = None) -> Match:
-        """The longest beginning of `tokens` that is in the cache.
+    def match(self, tokens: Sequence[int], block_hashes: list[BlockHash] | None = None) -> Match:
+        """The longest prefix of `tokens` that is in the cache.
 
-        chains: of the sequence, see `extend_chains`: what is missing of them is added, so that a
-        caller who keeps the list has them computed once.
+        block_hashes: of the sequence, see `extend_block_hashes`. Those that are missing are added,
+        so that a caller who keeps the list has each computed once.
         """
-        chains = extend_chains([] if chains is None else chains, tokens, self.page_size)
+        block_hashes = extend_block_hashes(
+            [] if block_hashes is None else block_hashes, tokens, self.page_size
+        )
         pages: list[int] = []
-        for end in chains[: len(tokens) // self.page_size]:
-            if end not in self._full:
+        for block_hash in block_hashes[: len(tokens) // self.page_size]:
+            if block_hash not in self._full:
                 break
-            pages.append(self._full[end])
+            pages.append(self._full[block_hash])
         at = len(pages) * self.page_size
         if at == len(tokens):
             return Match(tuple(pages), None, at)
-        chain = chains[len(pages) - 1] if pages else ROOT
-        page, common = self._longest(chain, tokens[at : at + self.page_size])
+        parent = block_hashes[len(pages) - 1] if pages else ROOT
+        page, common = self._longest(parent, tokens[at : at + self.page_size])
         return Match(tuple(pages), (page, common) if common else None, at + common)
 
     def owners(self, page: int) -> int:
@@ -155,13 +163,14 @@ class PagePool:
         assert not (owned & free or owned & kept or free & kept)
         assert len(owned) + len(free) + len(kept) == self.num_pages
         assert kept <= self._content.keys() and not free & self._content.keys()
-        full = {page: content.end for page, content in self._content.items() if content.end}
-        assert full == {page: end for end, page in self._full.items()}
+        full = {page: each.block_hash for page, each in self._content.items() if each.block_hash}
+        assert full == {page: block_hash for block_hash, page in self._full.items()}
 
-    def _longest(self, chain: Chain, wanted: Sequence[int]) -> tuple[int, int]:
-        """The page after `chain` that has the most tokens in common with `wanted`, and how many."""
+    def _longest(self, parent: BlockHash, wanted: Sequence[int]) -> tuple[int, int]:
+        """The page after `parent` that has the longest prefix in common with `wanted`, and how long
+        that is."""
         best, most = -1, 0
-        for page in sorted(self._children.get((chain, wanted[0]), ())):
+        for page in sorted(self._children.get((parent, wanted[0]), ())):
             common = _common(self._content[page].tokens, wanted)
             if common > most:
                 best, most = page, common
@@ -172,21 +181,21 @@ class PagePool:
         known = self._content.get(page)
         if known == content:
             return
-        other, common = self._longest(content.chain, content.tokens)
+        other, common = self._longest(content.parent, content.tokens)
         if other not in (-1, page) and common == len(content.tokens):
             return
         if known is not None:
             self._forget(page)
         self._content[page] = content
-        self._children[content.chain, content.tokens[0]].add(page)
-        if content.end is not None:
-            self._full[content.end] = page
+        self._children[content.parent, content.tokens[0]].add(page)
+        if content.block_hash is not None:
+            self._full[content.block_hash] = page
 
     def _forget(self, page: int) -> None:
         content = self._content.pop(page)
-        if content.end is not None:
-            del self._full[content.end]
-        key = (content.chain, content.tokens[0])
+        if content.block_hash is not None:
+            del self._full[content.block_hash]
+        key = (content.parent, content.tokens[0])
         self._children[key].discard(page)
         if not self._children[key]:
             del self._children[key]
@@ -198,22 +207,24 @@ class PagePool:
         return page
 
 
-def extend_chains(chains: list[Chain], tokens: Sequence[int], page_size: int) -> list[Chain]:
-    """Add to `chains`, one after each full page of a sequence, those of `tokens` that are missing.
+def extend_block_hashes(
+    block_hashes: list[BlockHash], tokens: Sequence[int], page_size: int
+) -> list[BlockHash]:
+    """Add to `block_hashes`, of the full pages of a sequence, those of `tokens` that are missing.
 
-    chains: of a beginning of `tokens`, or of more than that; changed and returned.
+    block_hashes: of a prefix of `tokens`, or of more than that; changed and returned.
     """
-    first, count = len(chains), len(tokens) // page_size
+    first, count = len(block_hashes), len(tokens) // page_size
     if first < count:
         missing = np.asarray(tokens[first * page_size : count * page_size], np.int32)
         for page in missing.reshape(-1, page_size):
-            before = chains[-1] if chains else ROOT
-            chains.append(hashlib.blake2b(before + page.tobytes(), digest_size=16).digest())
-    return chains
+            before = block_hashes[-1] if block_hashes else ROOT
+            block_hashes.append(hashlib.blake2b(before + page.tobytes(), digest_size=16).digest())
+    return block_hashes
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common beginning."""
+    """Length of the longest common prefix."""
     size = min(len(a), len(b))
     differ = np.flatnonzero(np.asarray(a[:size]) != np.asarray(b[:size]))
     return int(differ[0]) if differ.size else size

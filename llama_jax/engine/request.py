@@ -1,4 +1,4 @@
-"""One request on its way through the engine: what was asked, and what has come of it so far."""
+"""One request on its way through the engine: what was asked for, and the results so far."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from llama_jax.engine.grammars import Matcher
-from llama_jax.engine.pages import Chain
+from llama_jax.engine.pages import BlockHash
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.text.tokenizer import StreamDecoder
 
@@ -41,8 +41,8 @@ class Request:
     prompt_logprobs: float32, one per token from `score_from` on. prompt_likeliest,
         prompt_most: int32 and float32, the likeliest token in each one's place, and its logprob.
     prompt_logits: float32 [length, vocab]. num_cached: prompt tokens that were found in the cache
-    when it was admitted last. chains: see `pages.extend_chains`, of all tokens or a beginning of
-    them. Times are of `time.perf_counter`.
+    when it was admitted last. block_hashes: of all tokens or a prefix of them, see
+    `pages.extend_block_hashes`. Times are of `time.perf_counter`.
     """
 
     prompt: list[int]
@@ -70,7 +70,7 @@ class Request:
     prompt_most: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     prompt_logits: np.ndarray | None = None
     num_cached: int = 0
-    chains: list[Chain] = field(default_factory=list)
+    block_hashes: list[BlockHash] = field(default_factory=list)
     admitted_at: float = 0.0
     first_token_at: float = 0.0
     finished_at: float = 0.0
@@ -80,7 +80,7 @@ class Request:
         return self.prompt + self.token_ids
 
     def start_prompt(self, num_cached: int) -> None:
-        """The prompt goes through the model, from its beginning or from `num_cached` tokens on."""
+        """Begin to compute the prompt, after its first `num_cached` tokens, which are cached."""
         self.num_cached = num_cached
         self.prompt_logprobs = np.zeros(0, np.float32)
         self.prompt_likeliest = np.zeros(0, np.int32)
@@ -129,9 +129,9 @@ class Request:
         return self.is_streamed or bool(self.params.stop)
 
     def _append(self, token_id: int, limit: int) -> None:
-        """One more token, its text, and whether one or the other is the end.
+        """Append a token and its text, and end the request if one or the other says so.
 
-        Before there are more than `min_new_tokens` tokens, neither is. A stop string may begin
+        Neither does before there are more than `min_new_tokens` tokens. A stop string may begin
         earlier.
         """
         self.token_ids.append(token_id)

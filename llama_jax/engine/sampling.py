@@ -2,7 +2,7 @@
 
 Every setting is an array with one entry per row, so one compiled program serves any mixture of
 requests, and what a row draws depends on its own logits, seed and step alone. What no row of a
-launch needs can be left out of its program (`Kind`), which changes no token.
+launch needs can be left out of its program (`draw_kinds`), which changes no token.
 
 Order, as in Hugging Face transformers and vLLM: penalties, logit bias, minimum length, grammar,
 temperature, top-k, top-p, min-p. Reported logprobs are those of the model's own distribution,
@@ -70,7 +70,7 @@ def init_sampling(batch_size: int, vocab_size: int) -> SamplingState:
 def is_plain(
     params: SamplingParams, stop_ids: Collection[int], eos_ids: Collection[int] = ()
 ) -> bool:
-    """Whether a row needs nothing that is said of the whole vocabulary, but a few stop tokens."""
+    """True if a request needs no state of vocabulary size: no more than a few stop tokens."""
     return len(stop_ids) <= _LISTED_STOPS and not (
         params.logit_bias
         or (params.min_new_tokens and not set(eos_ids) <= set(stop_ids))

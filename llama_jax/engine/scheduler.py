@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llama_jax.engine.draw_kinds import KINDS, Kind, kind_of
-from llama_jax.engine.pages import Match, PagePool, extend_chains
+from llama_jax.engine.pages import Match, PagePool, extend_block_hashes
 from llama_jax.engine.plan import Admission, Chunk, DecodeCall, Plan, PrefillCall
 from llama_jax.engine.request import Request, Wanted
 from llama_jax.engine.scheduling import EngineCounts, EngineOptions, prefill_calls
@@ -111,7 +111,7 @@ class Scheduler:
             computed = sequence.tokens[: sequence.num_computed]
             known = computed if sequence.is_prefilling else sequence.request.all_tokens[:-1]
             start = min(len(known), len(computed))
-            self.pages.register(known, sequence.pages, start, sequence.request.chains)
+            self.pages.register(known, sequence.pages, start, sequence.request.block_hashes)
         self.pages.release(sequence.pages)
         self.slots.leave(sequence)
 
@@ -165,7 +165,7 @@ class Scheduler:
                 prefix = Match((), None, 0)
                 if self._shares and request.wanted != "logits":
                     known = tokens[: _first_output(request, tokens)]
-                    prefix = self.pages.match(known, request.chains)
+                    prefix = self.pages.match(known, request.block_hashes)
                     if _is_coming(request, prefix, in_prefill):
                         continue
                 admission = self._place(request, tokens, prefix)
@@ -207,7 +207,7 @@ class Scheduler:
         pages = [*prefix.pages, *own]
         sequence = self.slots.enter(request, tokens, pages, max_new_tokens, prefix.num_tokens)
         if self._shares:
-            extend_chains(request.chains, tokens, PAGE_SIZE)
+            extend_block_hashes(request.block_hashes, tokens, PAGE_SIZE)
         # Pages are copied in the order of admission, and before any call writes to one, so that
         # this one need not be kept.
         self.pages.release(source)
@@ -309,7 +309,7 @@ class Scheduler:
             self.slots.prefill(sequence, min(sequence.remaining, shape[1]))
             if self._shares:
                 computed = sequence.tokens[: sequence.num_computed]
-                self.pages.register(computed, sequence.pages, start, sequence.request.chains)
+                self.pages.register(computed, sequence.pages, start, sequence.request.block_hashes)
             chunks.append(Chunk(sequence, start, sequence.num_computed))
         ended = [chunk.sequence for chunk in chunks if chunk.is_last and wanted == "tokens"]
         for sequence in ended:
@@ -328,5 +328,7 @@ def _first_output(request: Request, tokens: Sequence[int]) -> int:
 def _is_coming(request: Request, prefix: Match, in_prefill: list[Request]) -> bool:
     """Whether a prompt in prefill will fill the next page that could be shared."""
     count = len(prefix.pages)
-    wanted = request.chains[count : count + 1]
-    return bool(wanted) and any(other.chains[count : count + 1] == wanted for other in in_prefill)
+    wanted = request.block_hashes[count : count + 1]
+    return bool(wanted) and any(
+        other.block_hashes[count : count + 1] == wanted for other in in_prefill
+    )
