@@ -1,7 +1,7 @@
 """Choosing the next token, inside the compiled step.
 
-Every setting is an array with one entry per row, so one compiled program serves any mixture of
-requests, and what a row draws depends on its own logits, seed and step alone. What no row of a
+Every setting is an array with one entry per slot, so one compiled program serves any mixture of
+requests, and what a slot draws depends on its own logits, seed and step alone. What no slot of a
 launch needs can be left out of its program (`draw_kinds`), which changes no token.
 
 Order, as in Hugging Face transformers and vLLM: penalties, logit bias, minimum length, grammar,
@@ -21,13 +21,13 @@ from jax import Array, lax
 from llama_jax.engine.draw_kinds import Kind
 from llama_jax.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 
-# Stop tokens of a row that are sent to the device as a list rather than a mask, see `is_plain`.
+# Stop tokens of a request that are sent to the device as a list rather than a mask, see `is_plain`.
 _LISTED_STOPS = 16
 _LEAST_TEMPERATURE = np.float32(1e-30)
 
 
 class SamplingState(struct.PyTreeNode):
-    """The settings and the history of each row. Shapes: [batch], or [batch, vocab] where noted.
+    """The settings and the history of each slot. Shapes: [batch], or [batch, vocab] where noted.
 
     step counts the tokens generated; counts [batch, vocab] how often each was; prompt_mask
     [batch, vocab] marks the prompt's tokens; stop_mask, int8 [batch, vocab], the tokens that end
@@ -53,7 +53,7 @@ class SamplingState(struct.PyTreeNode):
 
 class Sampled(struct.PyTreeNode):
     """tokens: int32 [batch]; logprobs: float32 [batch]; top_ids and top_logprobs: [batch, 20], the
-    likeliest tokens, filled where a row asks for them. None but for the kind "everything"."""
+    likeliest tokens, filled where a slot asks for them. None but for the kind "everything"."""
 
     tokens: Array
     logprobs: Array | None = None
@@ -174,9 +174,9 @@ def check_ids(name: str, ids: Sequence[int] | Mapping[int, float], vocab_size: i
 def sample(
     logits: Array, state: SamplingState, kind: Kind = "everything", masks: Array | None = None
 ) -> Sampled:
-    """Draw one token per row. logits: float32 [batch, vocab], as the model gives them.
+    """Draw one token per slot. logits: float32 [batch, vocab], as the model gives them.
 
-    kind: what any row needs whose token is wanted, or more than that; "everything" with masks.
+    kind: what any slot needs whose token is wanted, or more than that; "everything" with masks.
     masks: uint32 [batch, words], of which bit i % 32 of word i // 32 says whether token i may be
     drawn. Where none may, some token is drawn all the same.
     """
@@ -224,9 +224,9 @@ def _bits(masks: Array, vocab_size: int) -> Array:
 def record(
     state: SamplingState, tokens: Array, active: Array, kind: Kind = "everything"
 ) -> SamplingState:
-    """Count the tokens [batch] that the active rows, bool [batch], drew.
+    """Count the tokens [batch] that the active slots, bool [batch], drew.
 
-    kind: of the draw. How often each token was drawn matters to rows that need everything, all of
+    kind: of the draw. How often each token was drawn matters to slots that need everything, all of
     whose tokens are drawn so.
     """
     state = state.replace(step=state.step + active)
@@ -237,7 +237,7 @@ def record(
 
 
 def is_stop(state: SamplingState, tokens: Array) -> Array:
-    """Whether each row's token, int32 [batch], ends its text: bool [batch]. state: as the tokens
+    """Whether each slot's token, int32 [batch], ends its text: bool [batch]. state: as the tokens
     were drawn with, before they are recorded."""
     marks = jnp.take_along_axis(state.stop_mask, tokens[:, None], axis=-1)[:, 0]
     return (marks == 2) & (state.step >= state.min_new_tokens)
@@ -245,7 +245,7 @@ def is_stop(state: SamplingState, tokens: Array) -> Array:
 
 def _draw(scores: Array, state: SamplingState, is_limited: bool | Array) -> Array:
     """int32 [batch], the likeliest where the temperature is 0. scores: float32 [batch, vocab].
-    is_limited: whether any row has to be truncated."""
+    is_limited: whether any slot has to be truncated."""
     scaled = scores / jnp.where(state.temperature > 0, state.temperature, 1.0)[:, None]
     if isinstance(is_limited, bool):
         kept = _truncate(scaled, state) if is_limited else scaled
@@ -267,7 +267,7 @@ def _penalise(logits: Array, state: SamplingState) -> Array:
 
 
 def _truncate(logits: Array, state: SamplingState) -> Array:
-    """-inf for all but the top-k, the nucleus and the min-p tokens of each row."""
+    """-inf for all but the top-k, the nucleus and the min-p tokens of each slot."""
     vocab = logits.shape[-1]
     ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
     top_k = jnp.where(state.top_k > 0, jnp.minimum(state.top_k, vocab), vocab)[:, None]

@@ -22,12 +22,14 @@ _MAX_FORCED = 4
 class EngineOptions:
     """The sizes that programs are compiled for, and the rules of scheduling.
 
-    max_batch_size: rows; max_seq_len: tokens that prompt and output may have together.
-    num_pages: of the cache, by default enough for all rows at full length; at least one row's.
+    max_batch_size: slots, that is sequences at a time.
+    max_seq_len: tokens that prompt and output may have together.
+    num_pages: of the cache, by default enough for all slots at full length; at least one slot's.
     prefill_chunk: tokens of one prompt that go through at once; longer ones take several calls.
-    prefill_budget: prompt tokens per round, so that rows that are decoding do not wait long.
-    max_steps: tokens drawn per row in one round while nobody streams.
-    lookahead: tokens guessed per row and step, which the model then checks together; 0 for none.
+    prefill_budget: prompt tokens per round, so that sequences that are decoding do not wait long.
+    max_steps: tokens drawn per sequence in one round while nobody streams.
+    lookahead: draft tokens proposed per sequence and step, which the model then checks together; 0
+        for none.
     max_waiting: requests that may queue. share_prefixes: whether sequences share pages.
     batch_invariant: a request's tokens and logprobs are bit-equal alone and in any company: prompts
         go through one at a time in chunks of fixed places, nothing is shared, and pages for the
@@ -75,7 +77,7 @@ class EngineOptions:
 
     @property
     def call_shapes(self) -> tuple[tuple[int, int], ...]:
-        """What prefill programs are compiled for: so many prompts, so many tokens of each."""
+        """The shapes that prefill programs are compiled for: prompts, and tokens of each."""
         chunk = min(self.prefill_chunk, self.max_seq_len)
         most = max(chunk, min(self.prefill_budget, MAX_TOKENS_PER_CALL))
         prompts = {1} if self.batch_invariant else {
@@ -86,21 +88,21 @@ class EngineOptions:
 
 
 def prefill_calls(
-    left: Sequence[int], shapes: Sequence[tuple[int, int]]
+    remaining: Sequence[int], shapes: Sequence[tuple[int, int]]
 ) -> list[tuple[list[int], tuple[int, int]]]:
-    """Which prompts go through calls of which shapes: (indices into `left`, shape).
+    """Decide which prompts go through calls of which shapes: (indices into `remaining`, shape).
 
-    left: how many tokens each prompt has left. Each is in one call, the longest first, which takes
-    all of it or a chunk. The one of the shapes (`EngineOptions.call_shapes`) is taken that wastes
-    the least on padding and on reading the weights.
+    remaining: how many tokens of each prompt remain. Each prompt is in one call, the longest first,
+    which takes all of it or a chunk. The one of the shapes (`EngineOptions.call_shapes`) is taken
+    that wastes the least on padding and on reading the weights.
     """
-    order = sorted(range(len(left)), key=lambda i: -left[i])
+    order = sorted(range(len(remaining)), key=lambda i: -remaining[i])
     calls = []
     while order:
 
         def gain(shape: tuple[int, int], order: list[int] = order) -> tuple[float, int]:
             prompts, tokens = shape
-            useful = sum(min(left[i], tokens) for i in order[:prompts])
+            useful = sum(min(remaining[i], tokens) for i in order[:prompts])
             return useful / max(prompts * tokens, _TOKENS_PER_CALL), useful
 
         shape = max(shapes, key=gain)
@@ -111,10 +113,11 @@ def prefill_calls(
 
 @dataclass
 class EngineCounts:
-    """prefilled: prompt tokens computed; padding: what their calls computed besides, for nothing.
-    drawn: tokens drawn. rounds: launches of decode. preempted: times that a request had to give its
-    pages back. guessed, accepted: tokens guessed ahead, and those of them that stood. waited:
-    seconds in which the host did nothing but wait for the device."""
+    """Counters of what an engine has done. prefilled: prompt tokens computed; padding: what their
+    calls computed besides, for nothing. drawn: tokens drawn. rounds: launches of decode. preempted:
+    times that a request had to give its pages back. guessed, accepted: draft tokens proposed, and
+    those of them that were accepted. waited: seconds in which the host did nothing but wait for the
+    device."""
 
     prefilled: int = 0
     padding: int = 0
@@ -132,7 +135,7 @@ class Stats(EngineCounts, PageCounts):
 
     @property
     def acceptance_rate(self) -> float:
-        """The part of the guesses that stood."""
+        """The part of the draft tokens that was accepted."""
         return self.accepted / self.guessed if self.guessed else 0.0
 
     @property

@@ -1,12 +1,12 @@
-"""Guessing tokens ahead, so that the model checks several while its weights are read once.
+"""Draft tokens, proposed ahead so that the model checks several while its weights are read once.
 
-A guess stands if it is the token that would have been drawn in its place. What a row draws at a
-step is a function of its logits, seed and step number (`sampling`), so speculation changes no
-token, let alone their distribution; greedy or sampled, with penalties or without. A draft model
-draws with the same random numbers, which makes it agree with the model nearly as often as any rule
-of rejection could: at least (1 - d) / (1 + d) of the time where the distributions are d apart in
-total variation, when 1 - d is the best possible (Daliri, Musco and Suresh, "Coupling without
-communication and drafter-invariant speculative decoding", 2024).
+A draft token is accepted if it is the token that would have been drawn in its place. What is drawn
+for a slot at a step is a function of its logits, seed and step number (`sampling`), so speculation
+changes no token, let alone their distribution; greedy or sampled, with penalties or without. A
+draft model draws with the same random numbers, which makes it agree with the model nearly as often
+as any rule of rejection could: at least (1 - d) / (1 + d) of the time where the distributions are d
+apart in total variation, when 1 - d is the best possible (Daliri, Musco and Suresh, "Coupling
+without communication and drafter-invariant speculative decoding", 2024).
 """
 
 from dataclasses import dataclass
@@ -28,8 +28,11 @@ LONGEST_NGRAM = 3
 
 @dataclass(frozen=True)
 class Speculation:
-    """lookahead: tokens guessed per round, 0 for none. draft: of the model that guesses them; None
-    takes what followed where the last tokens occurred before (prompt lookup)."""
+    """How draft tokens are proposed.
+
+    lookahead: how many per step, 0 for none. draft: the spec of the draft model; None takes what
+    followed where the last tokens occurred before (prompt lookup).
+    """
 
     lookahead: int = 0
     draft: ModelSpec | None = None
@@ -41,7 +44,7 @@ class Speculation:
             )
 
     def check(self, config: LlamaConfig, max_seq_len: int) -> None:
-        """Raise ValueError unless the draft can guess for a model of `config`."""
+        """Raise ValueError unless the draft model fits a model of `config`."""
         if self.draft is None:
             return
         draft = self.draft.config
@@ -65,15 +68,15 @@ NO_SPECULATION = Speculation()
 
 
 def look_up(history: Array, last: Array, lookahead: int) -> tuple[Array, Array]:
-    """Guesses from each row's own text: int32 [batch, lookahead], and which rows have any.
+    """Draft tokens from each slot's own text: int32 [batch, lookahead], and which slots have any.
 
-    history: int32 [batch, capacity], of which row b's tokens are those up to index last[b]. The
+    history: int32 [batch, capacity], of which slot b's tokens are those up to index last[b]. The
     place that has most of the last `LONGEST_NGRAM` tokens in common with the end is taken, the
     latest of several; a text that repeats itself is continued in its period.
     (Saxena, "Prompt lookup decoding", 2023.)
     """
 
-    def of_row(history: Array, last: Array) -> tuple[Array, Array]:
+    def of_slot(history: Array, last: Array) -> tuple[Array, Array]:
         places = jnp.arange(history.shape[0])
         run, common = jnp.ones(history.shape, bool), jnp.zeros(history.shape, jnp.int32)
         for back in range(LONGEST_NGRAM):
@@ -83,10 +86,10 @@ def look_up(history: Array, last: Array, lookahead: int) -> tuple[Array, Array]:
         rank = jnp.where(places < last, common * len(places) + places, -1)
         best = jnp.argmax(rank)
         period = last - best
-        guesses = history[best + 1 + jnp.arange(lookahead) % jnp.maximum(period, 1)]
-        return guesses, rank[best] >= len(places)
+        drafts = history[best + 1 + jnp.arange(lookahead) % jnp.maximum(period, 1)]
+        return drafts, rank[best] >= len(places)
 
-    return jax.vmap(of_row)(history, last)
+    return jax.vmap(of_slot)(history, last)
 
 
 def draft_tokens(
@@ -101,12 +104,13 @@ def draft_tokens(
     lookahead: int,
     kind: Kind = "everything",
 ) -> tuple[KVCache, Array]:
-    """What a draft model draws after each row's newest token: int32 [batch, lookahead].
+    """What a draft model draws after each slot's newest token: int32 [batch, lookahead].
 
     tokens, room: int32 [batch], the newest token and how many the cache has room for after it; -1
-    for a row that draws nothing. forced: guesses that are taken as they are, int32 [batch,
-    lookahead], and how many each row has of them, int32 [batch]. kind: see `sampling.sample`. The
-    last guess goes through the draft model too, so that its cache holds all of them if they stand.
+    for a slot that draws nothing. forced: draft tokens that are taken as they are, int32 [batch,
+    lookahead], and how many each slot has of them, int32 [batch]. kind: see `sampling.sample`. The
+    last draft token goes through the draft model too, so that its cache holds all of them if they
+    are accepted.
     """
 
     def step(
