@@ -9,13 +9,13 @@ import jax
 import numpy as np
 from jax import Array
 
+from llama_jax.engine.drawn import Drawn
 from llama_jax.engine.plan import Chunk
 from llama_jax.engine.request import Request
 from llama_jax.engine.sampling import Sampled
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.scheduling import EngineCounts
 from llama_jax.engine.slots import PendingDraws, RunningSequence
-from llama_jax.engine.steps import Drawn
 
 
 class OutputProcessor:

@@ -6,15 +6,14 @@ and what the host wants to know.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax import Array, lax
 
 from llama_jax.engine.draw_kinds import Kind
+from llama_jax.engine.drawn import Drawn, count_draws
 from llama_jax.engine.program_cache import kept_jit, returns
 from llama_jax.engine.sampling import (
     Sampled,
@@ -51,43 +50,6 @@ class DecodeState(struct.PyTreeNode):
     remaining: Array
     history: Array
     draft: KVCache | None
-
-
-class DrawnNumbers(NamedTuple):
-    """What the host always wants to know of draws. num_tokens, num_drafts, num_accepted: int32
-    [batch], how many tokens each slot drew, how many draft tokens it had and how many of these were
-    accepted. tokens: int32 [steps, batch], the tokens of a slot from the first on."""
-
-    num_tokens: np.ndarray
-    num_drafts: np.ndarray
-    num_accepted: np.ndarray
-    tokens: np.ndarray
-
-
-class Drawn(struct.PyTreeNode):
-    """What slots drew. numbers: int32 [3 + steps, batch], `DrawnNumbers` in one array and so in one
-    transfer. sampled: the tokens with their logprobs, as in `Sampled` with another axis, of steps,
-    in front."""
-
-    numbers: Array
-    sampled: Sampled
-
-    @classmethod
-    def pack(cls, counts: Array, sampled: Sampled) -> "Drawn":
-        """Put them into one array. counts: int32 [3, batch], the first fields of `DrawnNumbers`."""
-        return cls(jnp.concatenate([counts, sampled.tokens]), sampled)
-
-    @staticmethod
-    def unpack(numbers: np.ndarray) -> DrawnNumbers:
-        """Take `numbers`, once on the host, apart."""
-        num_tokens, num_drafts, num_accepted = numbers[:3]
-        return DrawnNumbers(num_tokens, num_drafts, num_accepted, numbers[3:])
-
-
-def _counts(num_tokens: Array, num_drafts: Array) -> Array:
-    """Counts as `Drawn.pack` takes them, int32 [3, batch]: every token of a step but its last is an
-    accepted draft token."""
-    return jnp.stack([num_tokens, num_drafts, jnp.maximum(num_tokens - 1, 0)])
 
 
 returns(DecodeState, Drawn, KVCache, Sampled, SamplingState)
@@ -300,7 +262,7 @@ def decode_steps(
             lambda all_, these: all_.at[places, jnp.arange(len(new))].set(these, mode="drop"),
             sampled, drawn,
         )  # fmt: skip
-        return i + 1, state, counts + _counts(new, num_drafts), sampled
+        return i + 1, state, counts + count_draws(new, num_drafts), sampled
 
     none = jnp.zeros((3, len(active)), jnp.int32)
     carry = (jnp.int32(0), state, none, empty)
@@ -401,7 +363,7 @@ def draw_fed_step(
     num_drafts = _acceptable(state, num_drafts)
     state, drew, drawn = _draw(params, state, hidden, drafts, num_drafts, masks, spec, kind)
     new = jnp.sum(drew, axis=0)
-    packed = Drawn.pack(_counts(new, num_drafts), drawn)
+    packed = Drawn.pack(count_draws(new, num_drafts), drawn)
     return state.replace(remaining=state.remaining + waiting), packed
 
 
