@@ -93,7 +93,8 @@ messages = [{"role": "user", "content": "What is 47 + 85?"}]
 sampling = SamplingParams(temperature=0, logprobs=0)
 alone, split = (LLM.load(mesh=mesh, **settings) for mesh in (None, make_mesh(model=2)))
 split.warmup(structured=True)
-numbers = SamplingParams(temperature=0, structured=StructuredOutput(regex="[0-9]{1,3} or [0-9]{1,3}"))
+regex = "[0-9]{1,3} or [0-9]{1,3}"
+numbers = SamplingParams(temperature=0, structured=StructuredOutput(regex=regex))
 with forbid_compile():
     two = split.chat([messages, messages], sampling)[1]
     split.chat([messages] * 3, sampling)

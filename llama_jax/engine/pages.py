@@ -28,8 +28,8 @@ class OutOfPagesError(Exception):
 
 @dataclass(frozen=True)
 class Content:
-    """What a page holds: `tokens`, after the pages that `parent` is the hash of. It is not full while
-    it grows or where a sequence ended in it. block_hash: of a full page."""
+    """What a page holds: `tokens`, after the pages that `parent` is the hash of. It is not full
+    while it grows or where a sequence ended in it. block_hash: of a full page."""
 
     parent: BlockHash
     tokens: tuple[int, ...]
