@@ -23,7 +23,7 @@ PRODUCT = [{"role": "user", "content": "What is 4831 * 297?"}]
 def llm() -> LLM:
     """Without the warm-up, which compiles many programs that these tests do not need."""
     llm = LLM.load(max_batch_size=4, max_seq_len=512, prefill_chunk=128, verbose=False)
-    llm.engine.warmup = lambda wanted, structured: CompileReport(0, 0, 0.0)
+    llm.warmup = lambda wanted, structured: CompileReport(0, 0, 0.0)
     return llm
 
 
@@ -432,6 +432,8 @@ def test_nothing_is_compiled_after_the_warm_up():
         for messages in (SUM, PRODUCT):
             for settings in ({}, {"temperature": 1.0, "logprobs": True}, {"n": 3, "seed": 1}):
                 client.chat.completions.create(model="abacus", messages=messages, **settings)
+        form = {"structured_outputs": {"regex": "[0-9]+"}, "max_tokens": 8}
+        client.chat.completions.create(model="abacus", messages=SUM, extra_body=form)
         served.post("/v1/score", {"prompt": "47 + 85 =", "completions": [" 132", " 133"]})
         lines = [each for each in served.get("/metrics").text.splitlines() if "compiled" in each]
     assert lines[-1].endswith(" 0.0"), lines

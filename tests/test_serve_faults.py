@@ -33,7 +33,7 @@ LONG = {"messages": SUM, "ignore_eos": True, "max_tokens": 400}
 def llm() -> LLM:
     """Without the warm-up, see tests/test_serve.py."""
     llm = LLM.load(max_batch_size=4, max_seq_len=512, prefill_chunk=128, verbose=False)
-    llm.engine.warmup = lambda wanted, structured: CompileReport(0, 0, 0.0)
+    llm.warmup = lambda wanted, structured: CompileReport(0, 0, 0.0)
     return llm
 
 

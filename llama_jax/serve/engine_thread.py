@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from llama_jax.engine import compile_cache
 from llama_jax.engine.compile_cache import CompileReport
-from llama_jax.engine.request import Request, Wanted
+from llama_jax.engine.request import Request
 from llama_jax.engine.scheduling import Stats
 from llama_jax.serve.errors import ApiError, engine_failed, not_ready
 
@@ -119,8 +119,8 @@ class EngineThread:
 
     on_ready: called in the event loop when everything is compiled, with what that took.
     on_failure: called there when a step, or the warm-up, has raised; nothing is answered any more.
-    on_step: called in the thread with the tokens that a step computed. wanted: what to compile
-    before the first step.
+    on_step: called in the thread with the tokens that a step computed. warm_up: called there
+    before the first step, to compile what will be needed.
     """
 
     def __init__(
@@ -129,9 +129,9 @@ class EngineThread:
         on_ready: Callable[[CompileReport], None],
         on_failure: Callable[[BaseException], None],
         on_step: Callable[[int], None],
-        wanted: Sequence[Wanted],
+        warm_up: Callable[[], CompileReport],
     ) -> None:
-        self._engine, self._wanted = engine, wanted
+        self._engine, self._warm_up = engine, warm_up
         self._on_ready, self._on_failure, self._on_step = on_ready, on_failure, on_step
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
@@ -216,7 +216,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            report = self._engine.warmup(self._wanted, structured=bool(self._wanted))
+            report = self._warm_up()
             self._warm = compile_cache.report()
             with self._wake:
                 self.is_ready = True

@@ -80,7 +80,7 @@ class Service:
             on_ready=self._on_ready,
             on_failure=self._on_failure,
             on_step=lambda tokens: self.metrics.step(tokens),
-            wanted=("tokens", "logprobs") if self.warms_up else (),
+            warm_up=self._warm_up,
         )
         self.metrics = Metrics(self.options.names[0], self.llm.max_seq_len, self.thread)
 
@@ -97,6 +97,11 @@ class Service:
         """Wait for the end of the warm-up; False if it failed."""
         await self._ready.wait()
         return not self.thread.failure
+
+    def _warm_up(self) -> "CompileReport":
+        if self.warms_up:
+            return self.llm.warmup(("tokens", "logprobs"), structured=True)
+        return self.llm.warmup(())
 
     def _on_ready(self, report: "CompileReport") -> None:
         self.warmup_seconds = report.seconds
