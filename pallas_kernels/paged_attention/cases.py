@@ -55,7 +55,8 @@ def prefill(shape: Heads, dtype: str, tokens: int, *, start: int = 0) -> Case:
     """One sequence's tokens, of which the first `start` are in the cache already."""
     q, pool, table = _structs(shape, dtype, 1, start + tokens, tokens)
     stages = range(2, hopper_prefill.MAX_STAGES + 1)
-    configs = [hopper_prefill.Config(*each) for each in product((64, 128), stages)]
+    in_fp8 = (False, True) if dtype == "fp8" else (False,)
+    configs = [hopper_prefill.Config(*each) for each in product((64, 128), stages, in_fp8)]
 
     def cudnn(q: Array, k: Array, v: Array, *_: Any) -> Array:
         """Of pages in the pool's order: other numbers, but as many."""
