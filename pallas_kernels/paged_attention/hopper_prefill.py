@@ -99,9 +99,9 @@ def tuned_as(num_heads: int, k_pages: Array) -> str:
 
 
 def heuristic(k_pages: Array) -> Config:
-    """Untuned: FlashAttention-3's tile, and as many stages as shared memory has room for."""
-    in_fp8 = k_pages.dtype == e4m3.DTYPE
-    configs = (Config(128, stages, in_fp8) for stages in range(MAX_STAGES, 1, -1))
+    """Untuned: FlashAttention-3's tile, and as many stages as shared memory has room for. Keys in
+    FP8 are left to `tune`, since no GPU has measured them yet."""
+    configs = (Config(128, stages) for stages in range(MAX_STAGES, 1, -1))
     return next(config for config in configs if unfit(config, k_pages) is None)
 
 
