@@ -66,10 +66,7 @@ def best() -> Instructions:
     loaded = _load()
     if isinstance(loaded, str):
         raise RuntimeError(loaded)
-    found = re.findall(r"--xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
-    most = _LIMITS.get(found[-1].upper() if found else "", get_args(Instructions)[-1])
-    which: Instructions = get_args(Instructions)[loaded.llama_jax_instructions(number(most)) - 1]
-    return which
+    return _within_limit(loaded)
 
 
 def build(directory: Path, extra_flags: Sequence[str] = ()) -> Path:
@@ -116,7 +113,16 @@ def _loaded() -> ctypes.CDLL | str:
         )
         return reason
     jax.ffi.register_ffi_target(TARGET, handler, platform="cpu")
+    _within_limit(library)
     return library
+
+
+def _within_limit(library: ctypes.CDLL) -> Instructions:
+    """Keep the library within what XLA may use; the best that it has then."""
+    found = re.findall(r"--xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
+    most = _LIMITS.get(found[-1].upper() if found else "", get_args(Instructions)[-1])
+    which: Instructions = get_args(Instructions)[library.llama_jax_instructions(number(most)) - 1]
+    return which
 
 
 def _compiler() -> str:
