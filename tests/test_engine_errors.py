@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llama_jax.engine.engine import Engine
 from llama_jax.engine.request import Request
 from llama_jax.sampling_params import SamplingParams
-from tests.test_engine import VOCAB, drawn, greedy, make, prompt, sampled
+from tests.test_engine import VOCAB, drawn, finish, greedy, make, prompt, sampled
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PLACES = ("push", "flush", "stop string", "on_change", "settings")
@@ -177,6 +177,22 @@ def test_the_error_is_the_result(place: str) -> None:
         assert last is request
     finish_all(engine)
     assert request.finish_reason == "error" and request.error is fault.error
+
+
+def test_what_a_request_with_bad_settings_leaves_in_the_cache_is_right() -> None:
+    """Its pages were planned with: one is copied for it and the others filled, though it ends."""
+    engine, beginning = make(), prompt(100)
+    finish(engine, Request(beginning, greedy(5)))
+    fault, text = Fault("settings"), [*beginning[:90], *prompt(60, seed=5)]
+    broken = faulty(fault, greedy(6, seed=0), is_streamed=False, has_stop=False)
+    broken.prompt = text
+    finish(engine, broken)
+    assert broken.error is fault.error and broken.num_cached == 90
+    again = Request([*text, *prompt(5, seed=6)], greedy(8))
+    (tokens,) = drawn(engine, again)
+    assert again.num_cached == 149
+    single = make(max_batch_size=1, share_prefixes=False)
+    assert [tokens] == drawn(single, Request(again.prompt, again.params))
 
 
 def test_whoever_was_not_told_because_of_an_interrupt_is_told_next_time() -> None:
