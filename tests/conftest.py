@@ -17,7 +17,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "32")
 
 # LLVM's optimisation takes a third of what compiling takes, and these models run for milliseconds.
-# Set XLA_FLAGS, to nothing even, for programs as users get them: .ci/run does, see BUILD.md.
+# Set XLA_FLAGS, to nothing even, for programs as users get them: .ci/run does, see tests/README.md.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Workers and the commands that tests start share what one of them has compiled. Set before JAX is

@@ -426,8 +426,8 @@ def test_the_scripts_run_as_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (after.formats, after.checksums) == (before.formats, before.checksums)
 
 
-def test_the_dialect_that_build_md_adds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (Path(__file__).parents[1] / "BUILD.md").read_text()
+def test_the_dialect_that_its_page_adds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).parents[1] / "converters/dialects/README.md").read_text()
     module, fixture = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     added: dict[str, Any] = {}
     exec(module, added)
