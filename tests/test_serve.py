@@ -324,13 +324,13 @@ BAD = [
     ({"best_of": True}, "best_of"),
     ({"response_format": {"type": "json_schema"}}, "response_format"),
     ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
-    ({"structured_outputs": {"regex": "("}}, None),
+    ({"structured_outputs": {"regex": "("}}, "structured_outputs"),
     ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
     (
         {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
         "structured_outputs",
     ),
-    ({"structured_outputs": {"json": {"$ref": "http://x"}}}, None),
+    ({"structured_outputs": {"json": {"$ref": "http://x"}}}, "structured_outputs"),
     (
         {
             "tools": [CALCULATOR],

@@ -133,6 +133,7 @@ def serve(
     model = model if model is not None else hf_model_name
     keys = tuple(api_key or ()) or tuple(filter(None, [os.environ.get(_KEY)]))
     from llama_jax.serve.options import ServeOptions
+    from llama_jax.serve.sockets import listen
 
     asked = ServeOptions(
         host=host, port=port, metrics_port=metrics_port, api_keys=keys,
@@ -145,7 +146,10 @@ def serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for noisy in ("uvicorn", "jax", "asyncio", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    locate(SHIPPED_MODEL if model is None else model)  # a mistake, before JAX is imported
+    # Mistakes are told before JAX is imported, and a model loaded.
+    locate(SHIPPED_MODEL if model is None else model)
+    for wanted in (port, metrics_port or 0):
+        listen(host, wanted).close()
     from llama_jax.model.sharding import make_mesh
     from llama_jax.serve.server import serve as run
 

@@ -37,6 +37,7 @@ LEAST_LOGPROB = -9999.0
 async def prepare(service: Service, body: ChatRequest) -> Question[Generation]:
     """What a request asks of the engine. Raises `ApiError` for what is wrong with it."""
     service.check_model(body.model)
+    service.check_queue(body.n or 1)  # before it costs anything
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     if body.chat_template is not None and "{" in body.chat_template:
         raise bad_request(

@@ -25,6 +25,7 @@ async def prepare(service: Service, body: CompletionRequest) -> Question[list[Co
     """What a request asks of the engine: continuations of all its prompts in their order, and then,
     where they are echoed with logprobs, how likely the prompts are."""
     service.check_model(body.model)
+    service.check_queue(len(body.prompts) * (body.n or 1))  # before it costs anything
     limit = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     question = await service.in_thread(lambda: _question(service, body, limit), body)
     for request in question.requests:

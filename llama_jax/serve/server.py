@@ -23,6 +23,7 @@ from llama_jax.serve.app import create_app
 from llama_jax.serve.errors import ApiError
 from llama_jax.serve.options import HEADER_SECONDS, ServeOptions
 from llama_jax.serve.service import Service
+from llama_jax.serve.sockets import BACKLOG, listen, url_of
 
 if TYPE_CHECKING:
     from llama_jax.llm import LLM
@@ -52,9 +53,9 @@ def serve(
     sys.setswitchinterval(_SWITCH_SECONDS)
     _allow_connections()
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(_listen(options.host, options.port))]
+        sockets = [stack.enter_context(listen(options.host, options.port))]
         if options.metrics_port is not None:
-            sockets.append(stack.enter_context(_listen(options.host, options.metrics_port)))
+            sockets.append(stack.enter_context(listen(options.host, options.metrics_port)))
         return asyncio.run(_serve(llm, options, root, sockets, on_ready))
 
 
@@ -79,7 +80,7 @@ async def _serve(
         servers.append(_Server(_metrics_app(service), options, sockets[1]))
     ending = Ending(service, servers)
     service.end_server = ending.begin
-    url = _url(options.host, sockets[0])
+    url = url_of(options.host, sockets[0])
     with ending.handling_signals():
         service.thread.start()
         announcing = asyncio.create_task(_announce(service, url, on_ready))
@@ -161,7 +162,7 @@ class _Server(uvicorn.Server):
                 server_header=False,
                 timeout_keep_alive=30,
                 timeout_graceful_shutdown=int(options.drain_timeout) + _CLOSING_SECONDS,
-                backlog=4096,
+                backlog=BACKLOG,
             )
         )
         self._listener = listener
@@ -213,24 +214,3 @@ def _metrics_app(service: Service) -> FastAPI:
         return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4")
 
     return app
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound, so that a port that is taken is told before a model is loaded."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(4096)
-    except OSError:
-        listener.close()
-        raise
-    listener.setblocking(False)
-    return listener
-
-
-def _url(host: str, listener: socket.socket) -> str:
-    port = listener.getsockname()[1]
-    shown = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
-    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"

@@ -5,7 +5,6 @@ loop, and with it every stream, waiting.
 """
 
 import asyncio
-import logging
 import math
 import re
 import time
@@ -34,16 +33,22 @@ from llama_jax.serve.metrics import Metrics
 from llama_jax.serve.options import WAITING_POOLS, ServeOptions
 from llama_jax.serve.replies import PromptTokensDetails, Usage
 from llama_jax.serve.schemas import SAMPLING_FIELDS, Asked
-from llama_jax.serve.structured import is_structured, structured_output
+from llama_jax.serve.structured import field_of_form, structured_output
 
 if TYPE_CHECKING:
     from llama_jax.engine.compile_cache import CompileReport
     from llama_jax.llm import LLM
 
-_log = logging.getLogger(__name__)
-
 # Fields that messages of `LLM` and `SamplingParams` begin with.
-_FIELDS = {*SAMPLING_FIELDS, "max_tokens", "logit_bias", "messages", "tools", "chat_template"}
+_FIELDS = {
+    *SAMPLING_FIELDS,
+    "max_tokens",
+    "logit_bias",
+    "messages",
+    "prompt",
+    "tools",
+    "chat_template",
+}
 # Grammars compiled at the same time.
 _GRAMMAR_THREADS = 4
 # The longest that a client is told to wait before it asks again, in seconds.
@@ -151,11 +156,12 @@ class Service:
         body: which `make` is for. Grammars are compiled in threads of their own, so that hostile
         ones keep nobody waiting but each other.
         """
-        pool = self._grammar_threads if body and is_structured(body) else None
+        form = field_of_form(body) if body else None
+        pool = self._grammar_threads if form else None
         try:
             return await asyncio.get_running_loop().run_in_executor(pool, make)
         except (ValueError, TypeError) as error:
-            raise _mistake(error) from error
+            raise _mistake(error, form) from error
 
     def check_room(self, request: Request, limit: int | None) -> None:
         """Raises `ApiError` where more tokens are asked for than the context has room for."""
@@ -182,15 +188,19 @@ class Service:
             raise not_ready(
                 "the server is going down" if self.is_draining else "the model is warming up"
             )
-        engine = self.llm.engine.options
-        capacity = engine.max_batch_size + self.options.max_waiting
-        if len(requests) > capacity:
-            raise bad_request(
-                f"{len(requests)} sequences in one request; at most {capacity} are possible"
-            )
         tokens = sum(len(request.prompt) for request in requests)
+        self.check_queue(len(requests), tokens)
+        return self.thread.ask(requests, is_streamed)
+
+    def check_queue(self, sequences: int, tokens: int = 0) -> None:
+        """Raises `ApiError` where so many more, with so many tokens of prompts, may not wait."""
+        capacity = self.llm.engine.options.max_batch_size + self.options.max_waiting
+        if sequences > capacity:
+            raise bad_request(
+                f"{sequences} sequences in one request; at most {capacity} are possible"
+            )
         pools = WAITING_POOLS * self.thread.snapshot.num_pages * self.llm.engine.pages.page_size
-        is_full = self.thread.num_open + len(requests) > capacity
+        is_full = self.thread.num_open + sequences > capacity
         if is_full or (self.thread.num_open and self.thread.open_tokens + tokens > pools):
             self.metrics.failures.labels(self.name, "rejected").inc()
             raise ApiError(
@@ -200,7 +210,6 @@ class Service:
                 code="queue_full",
                 retry_after=self._retry_after(),
             )
-        return self.thread.ask(requests, is_streamed)
 
     def _retry_after(self) -> int:
         """Seconds in which a place should become free, by the pace of the last minutes."""
@@ -285,12 +294,17 @@ def _biases(given: dict[str, float]) -> dict[int, float]:
         raise bad_request("logit_bias: keys must be token ids", "logit_bias") from error
 
 
-def _mistake(error: Exception) -> ApiError:
-    """A mistake that `LLM` or `SamplingParams` found, with the field as the client knows it."""
+def _mistake(error: Exception, form: str | None) -> ApiError:
+    """A mistake that `LLM` or `SamplingParams` found, with the field as the client knows it.
+
+    form: what the client calls `SamplingParams.structured`.
+    """
     message = str(error)
     for theirs, ours in (("max_tokens", "max_new_tokens"), ("min_tokens", "min_new_tokens")):
         message = message.replace(ours, theirs)
     field = re.match(r"(\w+)(\[\d+\])?", message)
     param = field[0] if field and field[1] in _FIELDS else None
+    if field and field[1] == "structured":
+        param = form
     code = "context_length_exceeded" if isinstance(error, PromptTooLongError) else None
     return bad_request(message, param, code)

@@ -45,10 +45,10 @@ def structured_output(body: Asked, tokenizer: "Tokenizer") -> StructuredOutput |
     return next(iter(asked.values()), None)
 
 
-def is_structured(body: Asked) -> bool:
-    """Whether a request asks for a form, whose grammar may take seconds to compile."""
-    return bool(
-        (body.response_format and body.response_format.type != "text")
-        or body.structured_outputs
-        or (isinstance(body, ChatRequest) and body.must_call)
-    )
+def field_of_form(body: Asked) -> str | None:
+    """The field by which a request asks for a form, whose grammar may take seconds to compile."""
+    if body.response_format and body.response_format.type != "text":
+        return "response_format"
+    if body.structured_outputs:
+        return "structured_outputs"
+    return "tool_choice" if isinstance(body, ChatRequest) and body.must_call else None

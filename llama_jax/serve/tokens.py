@@ -85,6 +85,7 @@ async def detokenize(service: Service, body: DetokenizeRequest) -> Text:
 async def score(service: Service, body: ScoreRequest, began: float) -> ScoreReply:
     """How likely each completion is after the prompt, which is computed once."""
     service.check_model(body.model)
+    service.check_queue(len(body.completions))
 
     def make() -> Question[Ranking]:
         return service.llm.rank_question(body.prompt, body.completions)
