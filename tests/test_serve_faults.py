@@ -303,8 +303,9 @@ def test_preemption_in_every_third_step_changes_no_reply(llm):
 
         def one(seed: int) -> str:
             reply = client.chat.completions.create(
-                model="abacus", messages=SUM, seed=seed, temperature=1.3, max_tokens=30
-            )
+                model="abacus", messages=SUM, seed=seed, temperature=1.3, max_tokens=40,
+                extra_body={"ignore_eos": True},
+            )  # fmt: skip
             return reply.choices[0].message.content
 
         with ThreadPoolExecutor(12) as pool:
