@@ -112,6 +112,7 @@ typedef float Sum __attribute__((vector_size(16)));
 typedef int32_t Bits __attribute__((vector_size(16)));
 using Part = Sum;
 constexpr int COLUMNS = 8, PARTS = 2, REGISTERS = 16, SUMS = 4, MOST_ROWS = 4;
+constexpr int64_t PADDING = 0;
 constexpr float UNIT = 1;
 ALWAYS_INLINE Part widened(const uint8_t* from) {
   typedef uint8_t Codes __attribute__((vector_size(4)));
@@ -158,6 +159,7 @@ using Activation = float;
 using Sum = __m256;
 using Part = __m256;
 constexpr int COLUMNS = 16, PARTS = 2, REGISTERS = 16, SUMS = 12, MOST_ROWS = 4;
+constexpr int64_t PADDING = 0;
 constexpr float UNIT = 256;
 // A code's seven bits of exponent and mantissa, moved into a float16, are its value / 256, of
 // denormal codes too.
@@ -199,6 +201,7 @@ using Activation = float;
 using Sum = __m512;
 using Part = __m512;
 constexpr int COLUMNS = 16, PARTS = 1, REGISTERS = 32, SUMS = 24, MOST_ROWS = 4;
+constexpr int64_t PADDING = 64;
 constexpr float UNIT = 256;
 TARGET ALWAYS_INLINE void load(const uint8_t* from, Part (&to)[PARTS]) {
   const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
@@ -236,6 +239,7 @@ using Activation = uint16_t;
 using Sum = __m512;
 using Part = __m512i;
 constexpr int COLUMNS = 64, PARTS = 2, REGISTERS = 32, SUMS = 24, MOST_ROWS = 8;
+constexpr int64_t PADDING = 64;
 constexpr float UNIT = 1;
 
 // The two bytes of each magnitude in bfloat16. It has to be looked up: these instructions read
@@ -348,18 +352,19 @@ void in_parallel(ffi::ThreadPool& pool, int64_t count, const Work& work) {
   state->finished.wait(lock, [&] { return state->done.load() == count; });
 }
 
-// x as the loops read it: in place if its type is theirs and no zeros are needed behind its rows.
+// x as the loops read it: in place if its type is theirs and nothing is needed behind its rows.
 template <class Activation>
 struct Copy {
   std::unique_ptr<void, void (*)(void*)> memory{nullptr, free};
   Rows<Activation> rows{nullptr, 0};
 
   // False if there is no memory.
-  bool make(ffi::ThreadPool& pool, const void* x, Format format, int64_t m, int64_t k) {
+  bool make(ffi::ThreadPool& pool, const void* x, Format format, int64_t m, int64_t k,
+            int64_t padding) {
     const bool is_same = (format == Format::bfloat16) == (sizeof(Activation) == 2);
     rows = {static_cast<const Activation*>(x), k};
-    if (is_same && k % MAX_COLUMNS == 0) return true;
-    rows.stride = round_up(k, MAX_COLUMNS);
+    if (is_same && k % MAX_COLUMNS == 0 && (padding == 0 || m <= FEW_ROWS)) return true;
+    rows.stride = round_up(k, MAX_COLUMNS) + padding;
     memory.reset(aligned_alloc(64, m * rows.stride * sizeof(Activation)));
     Activation* to = static_cast<Activation*>(memory.get());
     if (!to) return false;
@@ -385,9 +390,10 @@ using Loops = void (*)(const Product&, const Rows<Activation>&, int64_t begin, i
 
 template <class Activation>
 ffi::Error multiply(ffi::ThreadPool& pool, const std::vector<Product>& products, const void* x,
-                    Format format, Loops<Activation> of_codes, Loops<Activation> of_bfloat16) {
+                    Format format, int64_t padding, Loops<Activation> of_codes,
+                    Loops<Activation> of_bfloat16) {
   Copy<Activation> copy;
-  if (!copy.make(pool, x, format, products[0].m, products[0].k))
+  if (!copy.make(pool, x, format, products[0].m, products[0].k, padding))
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a copy of x");
   struct Chunk {
     const Product& product;
@@ -411,7 +417,7 @@ ffi::Error multiply(ffi::ThreadPool& pool, const std::vector<Product>& products,
 }
 
 #define WITH(set)                                                                    \
-  multiply<set::Activation>(pool, products, x.untyped_data(), format,                \
+  multiply<set::Activation>(pool, products, x.untyped_data(), format, set::PADDING,  \
                             set::rows_of_weight<uint8_t>, set::rows_of_weight<uint16_t>)
 
 // operands: a weight and its scales for each result. scale_rows, scale_columns: how much of a
