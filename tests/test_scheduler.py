@@ -47,14 +47,21 @@ def text(size: int, seed: int = 0) -> list[int]:
 class Device:
     """Plays the engine and its device: carries plans out, and takes results in a round later.
 
-    widths: numbers of draft tokens that are accepted at a step, in turn.
+    drafts: numbers of draft tokens that are accepted at a step, in turn. waits: whether results are
+    taken in within their own round.
     """
 
-    def __init__(self, stops_early: bool = True, drafts: tuple[int, ...] = (0,), **changes) -> None:
+    def __init__(
+        self,
+        stops_early: bool = True,
+        drafts: tuple[int, ...] = (0,),
+        waits: bool = False,
+        **changes,
+    ) -> None:
         self.options = replace(OPTIONS, **changes)
         self.counts = EngineCounts()
         self.scheduler = Scheduler(self.options, self.counts, stops_early)
-        self.stops_early = stops_early
+        self.stops_early, self.waits = stops_early, waits
         self.drafts, self.num_steps = drafts, 0
         self.pages = np.full((self.options.pool_size, PAGE_SIZE), -1)
         batch = self.options.max_batch_size
@@ -83,7 +90,7 @@ class Device:
             self.decode(decode, plan)
         for prefill in plan.prefills:
             self.prefill(prefill, plan)
-        while latest in self.results:
+        while latest in self.results or (self.waits and self.results):
             self.collect()
         self.check()
         return plan
@@ -143,7 +150,7 @@ class Device:
     def decode(self, call: DecodeCall, plan: Plan) -> None:
         draws, steps = call.draws, call.steps
         slots = np.flatnonzero(draws.max_counts)
-        assert len(slots)
+        assert len(slots) and (draws.max_counts >= 0).all()
         if not self.stops_early and not call.structured:
             assert steps in self.scheduler.step_counts
         self.check_structured(call)
@@ -224,12 +231,16 @@ class Device:
             assert scheduler.pages.owners(page) == owned.count(page)
         assert len({each.slot for each in scheduler.running}) == len(scheduler.running)
         assert len(scheduler.running) <= self.options.max_batch_size
-        assert (slots.min_remaining >= 0).all()
         if not self.results:  # bounds are exact when nothing is on its way
             for each in scheduler.running:
                 if not each.is_prefilling and each.request.wanted == "tokens":
-                    left = each.max_new_tokens - len(each.request.token_ids)
-                    assert slots.min_remaining[each.slot] == left
+                    drawn = len(each.request.token_ids)
+                    assert slots.min_remaining[each.slot] == each.max_new_tokens - drawn
+                    for more in (1, PAGE_SIZE, 2 * PAGE_SIZE):  # the newest is not stored yet
+                        pages = -(-(len(each.request.prompt) + drawn - 1 + more) // PAGE_SIZE)
+                        counts = np.full(self.options.max_batch_size, more)
+                        missing = slots.num_missing_pages(counts)[each.slot]
+                        assert missing == max(0, pages - len(each.pages))
         plan = self.plans[-1]
         new = sum(call.num_new_tokens for call in plan.prefills)
         assert new < self.options.prefill_budget + self.options.prefill_chunk
@@ -258,6 +269,16 @@ def test_a_large_request_is_not_overtaken() -> None:
     device.finish()
     admitted = [each.sequence.request for plan in device.plans for each in plan.admissions]
     assert admitted == [first, large, small]
+
+
+def test_admission_leaves_a_page_for_each_that_runs() -> None:
+    device = Device(num_pages=4)
+    first, second, third = (ask(text(60, seed=i), 10) for i in range(3))
+    device.submit(first, second, third)
+    device.round()
+    assert [each.request for each in device.scheduler.running] == [first, second]  # two are left
+    device.finish()
+    assert not device.counts.preempted
 
 
 def test_a_round_takes_its_budget_of_prompts() -> None:
@@ -449,11 +470,12 @@ REQUESTS = st.lists(
     lookahead=st.sampled_from((0, 3)),
     rules=st.sampled_from(({}, {"share_prefixes": False}, {"batch_invariant": True})),
     drafts=st.lists(st.integers(0, 4), min_size=1, max_size=3),
+    waits=st.booleans(),
 )
 def test_every_request_ends_with_its_own_tokens(
-    requests, stops_early, rules, drafts, lookahead, **changes
+    requests, stops_early, rules, drafts, waits, **changes
 ) -> None:
-    device = Device(stops_early, tuple(drafts), lookahead=lookahead, **changes, **rules)
+    device = Device(stops_early, tuple(drafts), waits, **changes, **rules)
     coming = []
     for i, (common, own, count, length, is_streamed, wanted, at, cancelled) in enumerate(requests):
         prompt = [*text(common), *text(own + 1, seed=i + 1)]

@@ -228,7 +228,7 @@ class Scheduler:
             most = steps * (1 + self.options.lookahead)
             if slots.with_grammar(slots.min_remaining):
                 most = 1 + self.options.max_forced_tokens
-            counts = np.minimum(slots.min_remaining, most)
+            counts = np.clip(slots.min_remaining, 0, most)
             missing = slots.num_missing_pages(counts)
             if missing.sum() <= self.pages.num_available:
                 break

@@ -62,7 +62,8 @@ class Slots:
     page_table: int32 [batch, pages_per_sequence], `no_page` where there is none.
     min_remaining: int64 [batch], tokens that a slot may still draw in decode once every scheduled
     call has drawn as much as it may: a lower bound, exact when all results are taken in. It is 0
-    before the first token is scheduled, and for a free slot.
+    before the first token is scheduled, and for a free slot; below 0 for a while where a launch has
+    drawn what one before it might have drawn.
     """
 
     def __init__(self, batch_size: int, pages_per_sequence: int, no_page: int) -> None:
