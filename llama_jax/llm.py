@@ -122,7 +122,14 @@ class LLM:
         draft: str | Path | None = None,
         mesh: Mesh | None = None,
         verbose: bool = True,
-        **scheduling: Any,
+        prefill_chunk: int = EngineOptions.prefill_chunk,
+        prefill_budget: int = EngineOptions.prefill_budget,
+        num_pages: int | None = None,
+        max_steps: int = EngineOptions.max_steps,
+        lookahead: int | None = None,
+        max_waiting: int = EngineOptions.max_waiting,
+        share_prefixes: bool = True,
+        batch_invariant: bool = False,
     ) -> "LLM":
         """Load a checkpoint: a converted one, a Hugging Face or Meta directory, or a hub id.
 
@@ -141,13 +148,13 @@ class LLM:
         max_batch_size: sequences generated at the same time.
         draft: a smaller model with the same vocabulary that guesses `lookahead` tokens (by default
             4) for the model to check together; the tokens stay the same. `lookahead` without a
-            draft looks guesses up in the text so far.
+            draft (by default 0) looks guesses up in the text so far.
         mesh: devices to shard over (`llama_jax.model.sharding`); by default the first device alone.
         verbose: print the memory plan.
-        scheduling: other fields of `scheduling.EngineOptions`: prefill_chunk, prefill_budget,
-            num_pages, max_steps, lookahead, max_waiting, share_prefixes, batch_invariant. By
-            default the cache has pages for all sequences at full length, or what there is memory
-            for.
+        num_pages: of the cache; by default for all sequences at full length, or what there is
+            memory for.
+        prefill_chunk, prefill_budget, max_steps, max_waiting, share_prefixes, batch_invariant: see
+            `engine.scheduling.EngineOptions`.
 
         Raises `store.CheckpointError` for what cannot be read, `memory.DoesNotFitError` before
         anything is loaded, ValueError for settings.
@@ -166,22 +173,15 @@ class LLM:
             draft_directory = resolve(draft)
             draft_spec = store.read_manifest(draft_directory).spec(dtype, "auto")
             draft_spec = replace(draft_spec, implementation=implementation, mesh=mesh)
-            scheduling.setdefault("lookahead", DEFAULT_LOOKAHEAD)
-        options = EngineOptions(max_batch_size, max_seq_len, **scheduling)
-        speculation = Speculation(options.lookahead, draft_spec)
+        if lookahead is None:
+            lookahead = 0 if draft is None else DEFAULT_LOOKAHEAD
+        options = EngineOptions(
+            max_batch_size, max_seq_len, num_pages, prefill_chunk, prefill_budget, max_steps,
+            lookahead, max_waiting, share_prefixes, batch_invariant,
+        )  # fmt: skip
+        speculation = Speculation(lookahead, draft_spec)
         speculation.check(config, max_seq_len)
-        memory_limit = memory.device_memory_bytes(mesh.devices.flat[0] if mesh else None)
-
-        def plan(num_pages: int) -> memory.MemoryPlan:
-            return memory.plan_memory(
-                spec, max_batch_size, max_seq_len, kv_storage, options.prefill_chunk,
-                memory_limit, num_pages, speculation,
-            )  # fmt: skip
-
-        if options.num_pages is None:
-            num_pages = memory.fitting_pages(plan, options.pages_per_row, options.pool_size)
-            options = replace(options, num_pages=num_pages)
-        planned = plan(options.pool_size)
+        options, planned = memory.fitted(spec, options, kv_storage, speculation)
         if verbose:
             planned.print()
         planned.check()

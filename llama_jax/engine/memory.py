@@ -6,7 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from llama_jax.engine.scheduling import MAX_TOKENS_PER_CALL
+from llama_jax.engine.scheduling import MAX_TOKENS_PER_CALL, EngineOptions
 from llama_jax.engine.speculation import NO_SPECULATION, Speculation
 from llama_jax.model.config import PAGE_SIZE
 from llama_jax.model.kv_cache import init_cache
@@ -182,6 +182,24 @@ def fitting_pages(plan: Callable[[int], MemoryPlan], least: int, most: int) -> i
         return most
     more = _most(lambda n: plan(least + n).total, int(0.95 * first.limit), most - least)
     return least + max(0, more)
+
+
+def fitted(
+    spec: ModelSpec, options: EngineOptions, kv_dtype: jnp.dtype, speculation: Speculation
+) -> tuple[EngineOptions, MemoryPlan]:
+    """The options with a number of pages that fits, where they give none, and the plan of all."""
+    limit = device_memory_bytes(spec.mesh.devices.flat[0] if spec.mesh else None)
+
+    def plan(num_pages: int) -> MemoryPlan:
+        return plan_memory(
+            spec, options.max_batch_size, options.max_seq_len, kv_dtype, options.prefill_chunk,
+            limit, num_pages, speculation,
+        )  # fmt: skip
+
+    if options.num_pages is None:
+        num_pages = fitting_pages(plan, options.pages_per_row, options.pool_size)
+        options = replace(options, num_pages=num_pages)
+    return options, plan(options.pool_size)
 
 
 def capacity(
