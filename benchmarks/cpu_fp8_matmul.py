@@ -95,7 +95,8 @@ def main() -> None:
     parser.add_argument("--instructions", help="of the kernel; by default the best of this CPU")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 512])
     options = parser.parse_args()
-    used = options.instructions or library.best()
+    best = library.best()  # loads the library, too
+    used = options.instructions or best
     results = {rows: measure(rows, options.repeats, used) for rows in options.rows}
     about = {"shape": [OUT, IN], "instructions": used, "device": environment().device}
     if options.json:

@@ -269,5 +269,9 @@ def dense(x: Array, weight: Array, implementation: Implementation | None = None)
 
 
 def _runs_on_cpu(x: Array, weight: Array) -> bool:
-    reasons = (lambda: cpu.refusal(x, weight, None), device.not_local, cpu.slower_than_xla)
+    reasons = (
+        lambda: cpu.refusal(x, weight, None),
+        device.not_local,
+        lambda: cpu.slower_than_xla(len(x)),
+    )
     return weight.dtype == jnp.bfloat16 and not any(reason() for reason in reasons)

@@ -245,7 +245,7 @@ def _refusals(
             "hopper_fp8": hopper.refusal(x, weight, weight_scale, out_dtype, residual),
         }
     if implementation is None:
-        refusals["cpu"] = refusals["cpu"] or cpu.slower_than_xla()
+        refusals["cpu"] = refusals["cpu"] or cpu.slower_than_xla(x.shape[0])
         if reason := device.not_local():
             refusals = {each: refusals[each] or reason for each in refusals}
     return {each: refusals[each] for each in kernels}
