@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI, Response
+from uvicorn.loops.auto import auto_loop_factory
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from llama_jax.serve.app import create_app
@@ -56,7 +57,9 @@ def serve(
         sockets = [stack.enter_context(listen(options.host, options.port))]
         if options.metrics_port is not None:
             sockets.append(stack.enter_context(listen(options.host, options.metrics_port)))
-        return asyncio.run(_serve(llm, options, root, sockets, on_ready))
+        return asyncio.run(
+            _serve(llm, options, root, sockets, on_ready), loop_factory=auto_loop_factory()
+        )
 
 
 def _allow_connections() -> None:
