@@ -157,7 +157,7 @@ class Device:
         most = 1 + self.options.lookahead
         if call.structured:
             self.collect_all()
-            most = 1 + self.options.max_forced_tokens
+            most = 1 + (self.options.max_forced_tokens if self.drafts[0] else 0)
             draws, steps = self.scheduler.slots.limit(draws, most), 1
         tokens = {}
         for slot in np.flatnonzero(draws.max_counts).tolist():
