@@ -14,7 +14,7 @@ settings.load_profile("no deadline")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Threads of XLA on a CPU. The simulator of GPU kernels blocks one for each warpgroup that waits at
 # a barrier: with as many as a small machine has cores, none may be left to arrive there.
-os.environ.setdefault("NPROC", "32")
+os.environ.setdefault("NPROC", "8")
 
 # LLVM's optimisation takes a third of what compiling takes, and these models run for milliseconds.
 # Set XLA_FLAGS, to nothing even, for programs as users get them: .ci/run does, see tests/README.md.

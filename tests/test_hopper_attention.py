@@ -83,12 +83,14 @@ def decode(arrays, k_scale=1.0, v_scale=1.0, splits=2, keys_per_split=None, keys
     return simulate(hopper_decode.paged_attention, *arrays, k_scale, v_scale, config=config)
 
 
+@pytest.mark.slow
 @HEAD_SHAPES
 def test_prefill_of_every_head_shape(heads, kv_heads, head_dim, dtype):
     arrays = case(heads, kv_heads, 20, [50], [70], dtype=dtype, head_dim=head_dim)
     check(prefill(arrays, 0.5, 2.0), arrays, 0.5, 2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "keys", "stages"),
     [(BF16, 128, 2), pytest.param(FP8, 64, 3, marks=pytest.mark.slow), (FP8, 128, 3)],
@@ -121,6 +123,7 @@ def test_decode_of_every_head_shape(heads, kv_heads, head_dim, dtype):
     check(decode(arrays, 0.5, 2.0), arrays, 0.5, 2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("heads", "tokens"),
     [pytest.param(4, 5, marks=pytest.mark.slow), (16, 5)],
@@ -164,12 +167,14 @@ def test_decode_with_keys_widened(splits):
     check(decode(arrays, 0.5, 2.0, splits=splits, in_fp8=False), arrays, 0.5, 2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [prefill, decode])
 def test_extreme_scores_do_not_overflow(run):
     arrays = case(4, 1, 2, [126, 0], [128, 2], magnitude=1e6)
     check(run(arrays), arrays)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [prefill, decode])
 def test_equal_scores_make_an_exact_mean(run):
     _, k, v, *where = case(4, 1, 1, [63], [64])

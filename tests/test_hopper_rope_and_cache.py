@@ -151,18 +151,21 @@ def test_a_token_of_each_sequence(heads, kv_heads, head_dim, pages):
     check(run(arguments), arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pages", [BF16, pytest.param(FP8, marks=pytest.mark.slow)])
 def test_several_tokens_across_pages_of_which_some_are_dropped(pages):
     arguments = case(4, 2, 64, [62, 0, 126, 5], [66, 3, 127, 5], 4, pages=pages, parts=1)
     check(run(arguments), arguments)
 
 
+@pytest.mark.slow
 def test_each_head_has_its_own_scale_and_each_row_too():
     """Two heads of q for each of keys, in one tile; more rows than tokens."""
     arguments = case(8, 4, 64, [3, 9], [4, 10], 1, per_head=True, is_x_scaled=True, more_rows=3)
     check(run(arguments), arguments)
 
 
+@pytest.mark.slow
 def test_one_kv_head_with_its_own_scale():
     arguments = case(4, 1, 128, [3], [4], 1, per_head=True, parts=3)
     check(run(arguments), arguments)
@@ -175,6 +178,7 @@ def test_a_chunk_of_a_prompt(head_dim):
     check(run(arguments, hopper.Config(heads=1, is_by_token=True)), arguments)
 
 
+@pytest.mark.slow
 def test_large_keys_saturate():
     arguments = case(2, 1, 64, [1], [2], 1, parts=1, magnitude=1000.0)
     found = run(arguments)
@@ -189,6 +193,7 @@ def test_pages_that_the_pool_lacks_are_not_written():
     check(run(arguments), arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("pages", [FP8, BF16, FP32])
 def test_others_agree_with_float64(implementation, pages):

@@ -113,6 +113,7 @@ def test_tool_choice_none_offers_nothing(client):
     assert none.usage.prompt_tokens == plain.usage.prompt_tokens
 
 
+@pytest.mark.slow
 def test_completions_of_several_prompts(client, llm):
     texts = ["2, 4, 6,", "What is"]
     asked = {"max_tokens": 8, "temperature": 0.8, "seed": 7, "n": 2}
@@ -182,6 +183,7 @@ def test_the_last_message_can_be_continued(client):
     assert reply.choices[0].message.content == "32"
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_tokens_alone_and_under_load(server, client):
     asked = {
         "model": "abacus", "messages": SUM, "temperature": 1.5, "seed": 11, "max_tokens": 12,
@@ -225,6 +227,7 @@ class Answer(pydantic.BaseModel):
     certain: bool
 
 
+@pytest.mark.slow
 def test_a_schema_is_kept_to_and_parsed(client):
     reply = client.chat.completions.parse(model="abacus", messages=SUM, response_format=Answer)
     assert isinstance(reply.choices[0].message.parsed, Answer)

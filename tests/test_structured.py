@@ -224,6 +224,7 @@ def test_company_changes_nothing(expected, changes: dict) -> None:
     assert engine.counts.accepted > 0  # forced tokens, at least
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, pytest.param({"lookahead": 3}, marks=pytest.mark.slow)])
 def test_preemption_at_every_third_step_changes_nothing(expected, changes: dict) -> None:
     engine, requests = make(**changes), mixed()[:7]
@@ -426,6 +427,7 @@ def test_hostile_ones_are_refused(name: str) -> None:
         GRAMMARS.matcher(StructuredOutput(**fields))
 
 
+@pytest.mark.slow
 def test_others_are_served_while_one_compiles_for_ever(monkeypatch) -> None:
     monkeypatch.setattr(grammars, "COMPILE_SECONDS", 2.0)
     errors: list[Exception] = []
