@@ -51,7 +51,8 @@ def test_the_stage_of_kernels_names_cases_of_every_kernel():
     found = list(bench.cases(rows, "|".join(parts)))
     assert {case.kernel for case in found} == {
         "fp8_matmul", "fp8_swiglu", "fp8_matmul_weight_only",
-        "paged_attention_prefill", "paged_attention_decode",
+        "paged_attention_prefill", "paged_attention_decode", "rope_and_cache",
+        "add_rms_norm", "silu_and_mul",
     }  # fmt: skip
     assert 40 <= len(found) <= 70  # 60 took 115 s
 

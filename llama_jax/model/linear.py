@@ -179,8 +179,8 @@ def is_fused(
     if (
         spec.activations != "bf16"
         or spec.implementation not in (None, "hopper")
-        or spec.mesh is not None
         or any(linear.format.scale is None for linear in linears)
+        or any(linear.stored().summed_over for linear in linears)
         or any(len({linear.format.scale for linear in group}) > 1 for group in groups)
     ):
         return False

@@ -47,7 +47,7 @@ from pallas_kernels.paged_attention.hopper_loop import (
 
 NAME = "paged_attention_decode"
 MAX_ROWS = 48  # of queries in one thread block; with 64 registers spill
-FEW_ROWS = 16  # up to which blocks of two pages leave registers free
+FEW_ROWS = 8  # up to which blocks of two pages leave registers for two blocks an SM
 MAX_SPLITS = 32
 WORTHWHILE_FP8_SPLITS = 16  # more cost the second launch what they save the first
 INVARIANT_KEYS_PER_SPLIT = 1024
