@@ -50,6 +50,7 @@ def run(*arguments: str | Path) -> int:
     return int(ended.value.code or 0)
 
 
+@pytest.mark.slow
 def test_a_batch_is_answered_resumed_and_never_overwritten(requests, tmp_path, monkeypatch, capsys):
     output = tmp_path / "out.jsonl"
     flush, count = ResumableFile.flush, 0

@@ -145,6 +145,7 @@ def test_chat_prints_the_reply_alone_on_stdout(run, model):
     assert "cut after 8 tokens" in err
 
 
+@pytest.mark.slow
 def test_the_speed_of_a_reply_leaves_out_what_was_compiled_meanwhile(run, model):
     lengths = ("--max-new-tokens", 8, "--max-seq-len", 320)  # of no other test: it compiles
     code, out, _ = run("chat", model, "-m", "hello", "--json", *lengths)

@@ -70,6 +70,7 @@ def test_a_model_is_like_itself() -> None:
     assert summary["top_1_agreement"] == summary["top_5_agreement"] == 1
 
 
+@pytest.mark.slow
 def test_settings_change_the_second_model_alone() -> None:
     ids = tokens(2, 9)
     plain = compare(*settings(), ids)

@@ -370,6 +370,7 @@ def test_resolve_of_nothing_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         resolve("not--a/name", tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_conversion(tmp_path: Path) -> None:
     source = tiny.write(tmp_path / "s", tiny.dense())
     code = (

@@ -87,6 +87,7 @@ def test_small_integers_are_exact(m, n, k, config):
     np.testing.assert_array_equal(y, 2 * np.asarray(x, np.float64) @ np.asarray(weight).T)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config", [pytest.param(WIDE, marks=pytest.mark.slow), PAIRED], ids=["alone", "in pairs"]
 )
@@ -181,6 +182,7 @@ def test_swiglu(m, x_layout, weight_layout):
     assert np.all(np.abs(dequantized - h) <= bound)
 
 
+@pytest.mark.slow
 def test_swiglu_where_results_are_too_small_to_divide_by():
     x, gate, gate_scale, x_scale = operands(3, 128, 128)
     arguments = x, gate, gate_scale * 1e-22, gate, gate_scale * 1e-22, x_scale
@@ -192,6 +194,7 @@ def test_swiglu_where_results_are_too_small_to_divide_by():
         assert np.isfinite(codes.astype(F32)).all() and np.all(np.asarray(scale) > 0)
 
 
+@pytest.mark.slow
 def test_swiglu_then_down_is_the_mlp():
     m, hidden, inner = 65, 128, 256
     x, gate, gate_scale, x_scale = operands(m, inner, hidden)

@@ -118,6 +118,7 @@ def lower_programs(call_shapes, activations):
         assert "mosaic_gpu" in lower(step.function, *step.arguments).as_text()
 
 
+@pytest.mark.slow
 def test_an_engine_of_odd_sizes_is_lowered():
     assert (3, 25) in ODD.call_shapes
     lower_programs([(3, 25)], "dynamic")

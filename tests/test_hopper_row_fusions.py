@@ -88,6 +88,7 @@ def test_extreme_and_broken_rows():
     assert np.isnan(found[2]).any() and not np.isfinite(found[3]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [2, pytest.param(17, marks=pytest.mark.slow)])
 def test_a_product_takes_units_of_groups(m):
     """Groups of 256 columns of very different size, against float64; and one unit for a row."""

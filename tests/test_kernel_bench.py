@@ -232,6 +232,7 @@ def test_the_heuristic_is_among_what_is_tried(m):
             assert hopper.heuristic(m, linear.n, promote=promote, weights=weights) in case.configs
 
 
+@pytest.mark.slow
 def test_cases_are_chosen_by_name():
     chosen = list(bench.cases([64], "8B TP1"))
     kernels = {case.kernel for case in chosen}

@@ -170,6 +170,7 @@ def _keep(directory: str) -> list[float]:
     return counting([])(jnp.arange(3.0)).tolist()
 
 
+@pytest.mark.slow
 def test_processes_may_write_at_once(tmp_path):
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         assert pool.map(_keep, [str(tmp_path)] * 6, chunksize=1) == [[0, 2, 4]] * 6

@@ -238,6 +238,7 @@ def test_a_schema_is_kept_to_and_parsed(client):
     assert final.choices[0].message.parsed == reply.choices[0].message.parsed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "pattern"),
     [

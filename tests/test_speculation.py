@@ -65,6 +65,7 @@ def test_a_draft_models_guesses_change_no_token(expected: list[list[int]]) -> No
     assert 0 < engine.stats().acceptance_rate < 0.5  # another random model: mostly wrong
 
 
+@pytest.mark.slow
 def test_the_model_as_its_own_draft_is_always_right(expected: list[list[int]]) -> None:
     """Greedy or sampled, alike: the draft draws with the same random numbers."""
     engine = with_draft(PARAMS, SPEC)
