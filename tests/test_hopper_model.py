@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,12 @@ from llama_jax.engine.paths import calls, programs
 from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.llm import LLM
 from llama_jax.model.forward import activations_in, extend, last_hidden, unembed
+from llama_jax.model.fp8 import WeightFormat
 from llama_jax.model.kv_cache import init_cache
+from llama_jax.model.linear import Stored, is_fused
 from llama_jax.model.params import init_params
 from llama_jax.model.spec import ModelSpec
-from pallas_kernels import device
+from pallas_kernels import device, e4m3
 from pallas_kernels.dev import sm90
 from pallas_kernels.fp8_matmul import hopper, hopper_weight_only
 from pallas_kernels.paged_attention import hopper as hopper_attention
@@ -134,6 +137,18 @@ def test_few_rows_of_a_wide_model_leave_sums_to_what_follows():
     assert launches(spec_of(config, activations="auto"))["decode"] == DECODE + Counter([
         ("", "add_rms_norm"), ("", "add_rms_norm"), ("", "silu_and_mul"),
     ])  # fmt: skip
+
+
+@pytest.mark.parametrize(("axis", "expected"), [(None, True), ("model", False)])
+def test_products_are_summed_over_devices_before_anything_reads_them(axis, expected):
+    weight = jax.ShapeDtypeStruct((512, 512), e4m3.DTYPE)
+    stored = Stored(weight, jax.ShapeDtypeStruct((512,), jnp.float32), summed_over=axis)
+    linear = SimpleNamespace(
+        format=WeightFormat("float8_e4m3fn", "row"), stored=lambda: stored, in_features=512
+    )
+    residual = jax.ShapeDtypeStruct((2, 1, 512), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(sm90.H200):
+        assert is_fused(spec_of(), residual, [[linear]]) == expected
 
 
 def test_many_rows_are_decoded_in_fp8():

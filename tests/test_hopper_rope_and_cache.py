@@ -16,7 +16,7 @@ BF16, FP32, FP8 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32), jnp.dtype(e4m
 
 def case(
     heads, kv_heads, head_dim, starts, lengths, tokens, *, pages=FP8, parts=2, sums=FP32,
-    more_rows=0, rotated_by=0, is_scaled=True, is_x_scaled=False, per_head=False, magnitude=1.0,
+    more_rows=0, rotated_by=0, is_scaled=True, per_head=False, magnitude=1.0,
 ):  # fmt: skip
     """Arguments of `hopper.rope_and_cache`: pages in no order, full of random numbers."""
     rng = np.random.default_rng(heads + tokens + len(starts))
@@ -41,7 +41,6 @@ def case(
         products, jnp.asarray(positions, jnp.int32), jnp.asarray(pool[0]), jnp.asarray(pool[1]),
         *(jnp.asarray(each, jnp.int32) for each in (table, starts, lengths)),
         weight_scales if is_scaled else None,
-        jnp.asarray(rng.uniform(0.5, 2, rows), jnp.float32) if is_x_scaled else None,
         *(jnp.asarray(each, jnp.float32) for each in scale),
     )  # fmt: skip
 
@@ -50,7 +49,7 @@ def frequencies(head_dim):
     return (500_000.0 ** -(np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
 
 
-def exact(parts, positions, k_pages, v_pages, table, starts, lengths, weight_scales, x_scale,
+def exact(parts, positions, k_pages, v_pages, table, starts, lengths, weight_scales,
           k_scale, v_scale):  # fmt: skip
     """In float64: q, and for both pools the places that are written with what they hold, not yet
     rounded."""
@@ -63,7 +62,6 @@ def exact(parts, positions, k_pages, v_pages, table, starts, lengths, weight_sca
     def product(part, weight_scale):
         y = np.asarray(part, np.float64).sum(axis=0)
         y = y if weight_scale is None else y * np.asarray(weight_scale, np.float64)
-        y = y if x_scale is None else y * np.asarray(x_scale, np.float64)[:, None, None]
         return y[: batch * tokens].reshape(batch, tokens, *part.shape[2:])
 
     def rotated(x):
@@ -159,9 +157,9 @@ def test_several_tokens_across_pages_of_which_some_are_dropped(pages):
 
 
 @pytest.mark.slow
-def test_each_head_has_its_own_scale_and_each_row_too():
+def test_each_head_has_its_own_scale():
     """Two heads of q for each of keys, in one tile; more rows than tokens."""
-    arguments = case(8, 4, 64, [3, 9], [4, 10], 1, per_head=True, is_x_scaled=True, more_rows=3)
+    arguments = case(8, 4, 64, [3, 9], [4, 10], 1, per_head=True, more_rows=3)
     check(run(arguments), arguments)
 
 
@@ -198,12 +196,12 @@ def test_pages_that_the_pool_lacks_are_not_written():
 @pytest.mark.parametrize("pages", [FP8, BF16, FP32])
 def test_others_agree_with_float64(implementation, pages):
     arguments = case(4, 2, 64, [62, 0, 126], [66, 3, 127], 4, pages=pages, per_head=pages == FP8,
-                     is_x_scaled=True, more_rows=1)  # fmt: skip
-    *arrays, weight_scales, x_scale, k_scale, v_scale = arguments
+                     more_rows=1)  # fmt: skip
+    *arrays, weight_scales, k_scale, v_scale = arguments
     for dtype, more in ((BF16, 2.0**-6), (FP32, 0.0)):
         found = rope_and_cache(
             arrays[0], arrays[1], frequencies(64), *arrays[2:], weight_scales=weight_scales,
-            x_scale=x_scale, k_scale=k_scale, v_scale=v_scale, dtype=dtype,
+            k_scale=k_scale, v_scale=v_scale, dtype=dtype,
             implementation=implementation,
         )  # fmt: skip
         assert found[0].dtype == dtype
@@ -211,7 +209,7 @@ def test_others_agree_with_float64(implementation, pages):
 
 
 def test_what_does_not_fit_is_refused():
-    parts, positions, *arrays, weight_scales, _, _, _ = case(4, 2, 64, [0, 1], [1, 2], 1)
+    parts, positions, *arrays, weight_scales, _, _ = case(4, 2, 64, [0, 1], [1, 2], 1)
     fine = {"weight_scales": weight_scales, "dtype": BF16}
     table, starts = arrays[2], arrays[3]
     few = parts._replace(k=parts.k[:, :1])

@@ -27,7 +27,6 @@ def rope_and_cache(
     lengths: Array,
     *,
     weight_scales: Projections | None = None,
-    x_scale: Array | None = None,
     k_scale: Array | float = 1.0,
     v_scale: Array | float = 1.0,
     dtype: jnp.dtype,
@@ -48,7 +47,6 @@ def rope_and_cache(
     starts, lengths: int32 [batch]; token t of row b is stored at starts[b] + t, or nowhere if
         that is lengths[b] or more, or if its page is num_pages or more.
     weight_scales: float32 [heads, head_dim] each, that the sums are multiplied by.
-    x_scale: float32 [rows], also.
     k_scale, v_scale: float32 [], or [num_kv_heads] for each head its own, that FP8 keys and values
         are divided by before they are rounded; attention multiplies by them. Where each head has
         its own k_scale, q is multiplied by it here.
@@ -61,7 +59,7 @@ def rope_and_cache(
     """
     _check(parts, positions, frequencies, k_pages, v_pages, page_table, starts, lengths)
     arrays = (
-        parts, positions, k_pages, v_pages, page_table, starts, lengths, weight_scales, x_scale,
+        parts, positions, k_pages, v_pages, page_table, starts, lengths, weight_scales,
         jnp.asarray(k_scale), jnp.asarray(v_scale),
     )  # fmt: skip
     dtype = jnp.dtype(dtype)

@@ -90,7 +90,7 @@ def _case(shape: Heads, dtype: str, batch: int, tokens: int, parts: int, name: s
                 options["cos_and_sin"] = turns
             return run(
                 sums, positions, lax.empty(pool, pages), lax.empty(pool, pages),
-                jnp.asarray(table), starts, lengths, scales, None,
+                jnp.asarray(table), starts, lengths, scales,
                 jnp.float32(K_SCALE), jnp.float32(V_SCALE),
                 frequencies=frequencies, dtype=dtype_of_q, **options,
             )  # fmt: skip

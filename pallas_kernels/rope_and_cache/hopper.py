@@ -66,7 +66,6 @@ def rope_and_cache(
     starts: Array,
     lengths: Array,
     weight_scales: Projections | None,
-    x_scale: Array | None,
     k_scale: Array,
     v_scale: Array,
     *,
@@ -86,7 +85,7 @@ def rope_and_cache(
         raise ValueError(f"{config} cannot work: {reason}")
     cos, sin = cos_and_sin or angles(positions, frequencies)
     operands = _Operands(
-        parts, weight_scales, x_scale, cos, sin, page_table, starts, lengths,
+        parts, weight_scales, cos, sin, page_table, starts, lengths,
         k_scale.astype(jnp.float32).reshape(-1), v_scale.astype(jnp.float32).reshape(-1),
     )  # fmt: skip
     batch, tokens = positions.shape
@@ -110,7 +109,6 @@ class _Operands(NamedTuple):
 
     parts: Projections
     weight_scales: Projections | None
-    x_scale: Any
     cos: Any
     sin: Any
     page_table: Any
@@ -243,8 +241,6 @@ def _launch(
             if refs.weight_scales is not None:
                 scale = load(getattr(refs.weight_scales, tile.kind), some)
                 a, b = a * scale.a, b * scale.b
-            if refs.x_scale is not None:
-                a, b = a * refs.x_scale[row], b * refs.x_scale[row]
             return _Halves(a, b)
 
         def rotated(x: _Halves) -> _Halves:

@@ -18,7 +18,6 @@ def rope_and_cache(
     starts: Array,
     lengths: Array,
     weight_scales: Projections | None,
-    x_scale: Array | None,
     k_scale: Array,
     v_scale: Array,
     *,
@@ -31,8 +30,6 @@ def rope_and_cache(
         y = part.astype(jnp.float32).sum(axis=0)
         if weight_scale is not None:
             y = y * weight_scale
-        if x_scale is not None:
-            y = y * x_scale[:, None, None]
         rounded = y[: batch * tokens].astype(dtype).astype(jnp.float32)
         return rounded.reshape(batch, tokens, *part.shape[2:])
 

@@ -21,7 +21,6 @@ def rope_and_cache(
     starts: Array,
     lengths: Array,
     weight_scales: Projections | None,
-    x_scale: Array | None,
     k_scale: Array,
     v_scale: Array,
     *,
@@ -34,8 +33,6 @@ def rope_and_cache(
         y = functools.reduce(operator.add, part)[: batch * tokens]
         if weight_scale is not None:
             y = y * weight_scale
-        if x_scale is not None:
-            y = y * x_scale[: batch * tokens, None, None]
         return y.astype(dtype).reshape(batch, tokens, *part.shape[2:])
 
     scales = weight_scales or (None, None, None)
