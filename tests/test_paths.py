@@ -79,9 +79,11 @@ def test_an_h200_takes_the_kernels() -> None:
 
 
 @needs_cpu_kernel
-def test_a_cpu_takes_its_kernel_for_every_matrix() -> None:
+def test_a_cpu_takes_its_kernel_for_every_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     """The output matrix, too, which is in bfloat16."""
-    for found in traced(device="cpu").values():
+    monkeypatch.setattr(library, "best", lambda: "avx512")
+    # Here and below: of a configuration that no other test has traced.
+    for found in traced(replace(FITTING, rope_theta=1236.0), "cpu").values():
         assert {call.path for call in found if call.matrices} == {library.TARGET}
         q_k_v = tuple(f"layers_1/self_attn/{name}_proj" for name in "qkv")
         assert q_k_v in {call.matrices for call in found}
@@ -90,8 +92,30 @@ def test_a_cpu_takes_its_kernel_for_every_matrix() -> None:
 
 
 @needs_cpu_kernel
-def test_a_cpu_takes_the_same_where_its_kernels_are_asked_for() -> None:
-    spec = ModelSpec(FITTING, tiny.fp8_formats(FITTING, input_scale=False), implementation="cpu")
+def test_without_avx_512_a_cpu_leaves_many_rows_to_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "best", lambda: "avx2")
+    found = traced(replace(FITTING, rope_theta=1235.0), "cpu")
+    in_layers = {
+        phase: [call for call in each if call.matrices and call.module.startswith("layers")]
+        for phase, each in found.items()
+    }
+    assert {call.path for call in in_layers["decode"]} == {library.TARGET}
+    assert {(call.path, call.why_not) for call in in_layers["prefill"]} == {
+        (
+            "xla",
+            "JAX runs on cpu, not on a GPU; "
+            "for more than 16 rows XLA's code is faster without AVX-512",
+        )
+    }
+
+
+@needs_cpu_kernel
+def test_a_cpu_takes_the_same_where_its_kernels_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(library, "best", lambda: "avx512")
+    config = replace(FITTING, rope_theta=1237.0)
+    spec = ModelSpec(config, tiny.fp8_formats(config, input_scale=False), implementation="cpu")
     by_itself = replace(spec, implementation=None)
     for asked, chosen in zip(
         *(programs(s, OPTIONS, "bf16") for s in (spec, by_itself)), strict=True
@@ -103,7 +127,6 @@ def test_without_its_kernel_a_cpu_leaves_everything_to_xla_and_says_why(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(library, "why_not", lambda: "there is no C++ compiler")
-    # Not from the cache of traces: of another configuration than any other test's.
     for found in traced(replace(FITTING, rope_theta=1234.0), "cpu").values():
         assert {call.path for call in found} == {"xla"}
         layers = [call for call in found if call.matrices and call.module.startswith("layers")]

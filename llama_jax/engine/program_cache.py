@@ -119,7 +119,8 @@ def _key(
         if not name.startswith(_IRRELEVANT)
     }
     parts = (
-        _software(), sorted(settings.items()), jax.devices()[0].device_kind, cpu.is_default(),
+        _software(), sorted(settings.items()),
+        jax.devices()[0].device_kind, cpu.instructions_here(),
         function.__module__, function.__qualname__, sorted(static.items()), str(tree),
         [(each.shape, str(each.dtype), each.weak_type) for each in avals],
     )  # fmt: skip

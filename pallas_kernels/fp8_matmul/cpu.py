@@ -82,9 +82,10 @@ def slower_than_xla(rows: int) -> str | None:
     return None
 
 
-def is_default() -> bool:
-    """Whether a product of one row goes through the kernel on what is lowered for."""
-    return not_here() is None and slower_than_xla(1) is None
+def instructions_here() -> library.Instructions | None:
+    """What decides which products go through the kernel on what is lowered for; None where it
+    cannot run."""
+    return None if not_here() else library.best()
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
