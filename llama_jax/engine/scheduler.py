@@ -28,6 +28,8 @@ from llama_jax.model.config import PAGE_SIZE
 
 # How many waiting requests are looked at in a round.
 _MAX_EXAMINED = 64
+# The part of a launch's draws that may be left unused for the sake of fewer launches.
+_MAX_IDLE = 1 / 8
 
 
 class QueueFullError(RuntimeError):
@@ -261,18 +263,28 @@ class Scheduler:
         return DecodeCall(self.slots.launch(counts), steps, kind, wants_logprobs, structured)
 
     def _num_steps(self) -> int:
-        """How many tokens to draw before the host looks again."""
+        """How many tokens to draw before the host looks again: the most for which few slots idle
+        meanwhile, and 1 where somebody waits for each token."""
         slots = self.slots
         remaining = slots.min_remaining[slots.min_remaining > 0]
         if not remaining.size:
             return 0
-        if slots.prefilling or slots.num_streamed or slots.with_grammar(slots.min_remaining):
+        if slots.num_streamed or slots.with_grammar(slots.min_remaining):
             return 1
-        if slots.starting and not self._stops_early:
-            return 1  # first tokens are not kept waiting for long launches
-        longest = int(remaining.min() if self._waiting else remaining.max())
-        steps = min(longest, self.options.max_steps)
-        return steps if self._stops_early else max(n for n in self.step_counts if n <= steps)
+        most = min(int(remaining.max()), self.options.max_steps)
+        possible = range(1, most + 1) if self._stops_early else self.step_counts
+        return max(n for n in possible if n == 1 or (n <= most and self._few_idle(n, remaining)))
+
+    def _few_idle(self, steps: int, remaining: np.ndarray) -> bool:
+        """Whether few of the draws that a launch of so many steps has room for are left unused.
+
+        A sequence that ends in it leaves its slot idle, if another waits for that; so does one
+        whose prompt is not through, and one whose first token would reach the host sooner.
+        remaining: of the slots that draw.
+        """
+        early = len(self.slots.prefilling) + (not self._stops_early) * len(self.slots.starting)
+        ended = int(np.maximum(steps - remaining, 0).sum()) if self._waiting else 0
+        return steps * early + ended <= _MAX_IDLE * steps * len(self.running)
 
     def _kind(self, needed: Kind) -> Kind:
         """The least kind of draw that there is a program for."""
