@@ -35,8 +35,16 @@ CONFIG = tiny.config(hidden_size=128, intermediate_size=256, num_layers=1, num_h
 PROMPT, ROWS = 40, 2  # tokens of each row: more than the weight-only kernel takes
 
 
-def spec_of(config=CONFIG, **settings):
-    return ModelSpec(config, tiny.fp8_formats(config, input_scale=False), **settings)
+def spec_of(config=CONFIG, scale="row", **settings):
+    return ModelSpec(config, tiny.fp8_formats(config, scale, input_scale=False), **settings)
+
+
+def mixed(config=CONFIG, **settings):
+    """Scales of k_proj and up_proj per block, of the others per row: nothing takes both at once."""
+    formats = tiny.fp8_formats(config, "row", input_scale=False)
+    other = tiny.fp8_formats(config, "block", input_scale=False)
+    chosen = {path: other[path] for path in other if path.endswith(("k_proj", "up_proj"))}
+    return ModelSpec(config, formats | chosen, **settings)
 
 
 @pytest.fixture
@@ -72,13 +80,13 @@ def distance(a, b):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("hidden_size", "most"), [(128, 0.1), (512, 0.2)])
-@pytest.mark.parametrize("scale", ["row", "block"])
+@pytest.mark.parametrize("scale", ["row", "block", "mixed"])
 def test_no_farther_from_float32_than_through_xla(scale, hidden_size, most, simulated):
     """FP8 activations in prefill, bfloat16 in decode. The kernels' swiglu is quantised per 128
-    columns and they add the residual before they round: errors of other values, of one size. With
-    512 features decode's products leave their sums to the kernels between them."""
+    columns and they add the residual before they round: errors of other values, of one size. In
+    decode products leave their sums to the kernels between them, but where scales are mixed."""
     config = replace(CONFIG, hidden_size=hidden_size)
-    spec = ModelSpec(config, tiny.fp8_formats(config, scale, input_scale=False))
+    spec = mixed(config) if scale == "mixed" else spec_of(config, scale)
     params = jax.tree.map(lambda a: a * 6 if a.dtype == jnp.bfloat16 else a, init_params(spec))
     exact = replace(spec, dtype="float32", implementation="xla")
     expected = run(params, exact, exact, "float32")
@@ -107,12 +115,15 @@ def launches(spec, **options):
         }
 
 
+ROW_FUSIONS = "add_rms_norm", "silu_and_mul"
 DECODE = Counter([
     ("q_proj+k_proj+v_proj", "fp8_matmul_weight_only"), ("", "rope_and_cache"),
     ("", "paged_attention_decode"), ("", "paged_attention_combine"),
     ("o_proj", "fp8_matmul_weight_only"),
     ("gate_proj+up_proj", "fp8_matmul_weight_only"), ("down_proj", "fp8_matmul_weight_only"),
+    ("", "add_rms_norm"), ("", "add_rms_norm"), ("", "silu_and_mul"),
 ])  # fmt: skip
+UNFUSED = Counter({call: n for call, n in DECODE.items() if call[1] not in ROW_FUSIONS})
 PREFILL = Counter([
     ("q_proj", "fp8_matmul"), ("k_proj", "fp8_matmul"), ("v_proj", "fp8_matmul"),
     ("", "rope_and_cache"), ("", "paged_attention_prefill"), ("o_proj", "fp8_matmul"),
@@ -125,17 +136,20 @@ FP8_DECODE = PREFILL - Counter([("", "paged_attention_prefill")]) + Counter([
 ])  # fmt: skip
 
 
-@pytest.mark.parametrize("activations", ["auto", "dynamic"])
-def test_launches_on_an_h200(activations):
+@pytest.mark.parametrize(("activations", "decode"), [("auto", DECODE), ("dynamic", UNFUSED)])
+def test_launches_on_an_h200(activations, decode):
+    """Where activations are not in FP8, decode has nothing but kernels between its products."""
     found = launches(spec_of(activations=activations))
-    assert found == {"prefill": PREFILL, "decode": DECODE}
+    assert found == {"prefill": PREFILL, "decode": decode}
 
 
-def test_few_rows_of_a_wide_model_leave_sums_to_what_follows():
-    """Where the hidden size is a multiple of 512: nothing but kernels between the products."""
-    config = replace(CONFIG, hidden_size=512, num_heads=8)
-    assert launches(spec_of(config, activations="auto"))["decode"] == DECODE + Counter([
-        ("", "add_rms_norm"), ("", "add_rms_norm"), ("", "silu_and_mul"),
+def test_scales_of_two_kinds_are_a_launch_each():
+    assert launches(mixed(activations="auto"))["decode"] == Counter([
+        ("q_proj", "fp8_matmul_weight_only"), ("k_proj", "fp8_matmul_weight_only"),
+        ("v_proj", "fp8_matmul_weight_only"), ("", "rope_and_cache"),
+        ("", "paged_attention_decode"), ("", "paged_attention_combine"),
+        ("o_proj", "fp8_matmul_weight_only"), ("gate_proj", "fp8_matmul_weight_only"),
+        ("up_proj", "fp8_matmul_weight_only"), ("down_proj", "fp8_matmul_weight_only"),
     ])  # fmt: skip
 
 

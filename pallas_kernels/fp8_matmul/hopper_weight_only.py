@@ -229,15 +229,16 @@ def parts(
     if reason := unfit(config, m, k):
         raise ValueError(f"{config} cannot work: {reason}")
     by_block = weight_scales[0].ndim == 2
-    units = None
+    units = mean_squares = None
     if config.in_fp8:
-        x, units = x if isinstance(x, Terms) else two_terms(x)
+        x, units, mean_squares = x if isinstance(x, Terms) else two_terms(x)
         problem = _Problem(m if m <= BOX_ROWS else len(x) // 2, ns, k, config, len(units))
     else:
         assert isinstance(x, Array)
         x = in_whole_boxes(x)
         problem = _Problem(x.shape[0], ns, k, config)
-    operands = _Operands(x, units, tuple(weights), tuple(weight_scales) if by_block else ())
+    block_scales = tuple(weight_scales) if by_block else ()
+    operands = _Operands(x, units, mean_squares, tuple(weights), block_scales)
     sums = _launch(problem, operands, interpret)
     scales = [None] * len(ns) if by_block else weight_scales
     return [Parts(each[:, :m], scale) for each, scale in zip(sums, scales, strict=True)]
@@ -307,11 +308,12 @@ class _Problem:
 
 class _Operands(NamedTuple):
     """Arrays outside of the kernel, references within. x: [m, k], or in terms [2 rows, k], with
-    units [groups, rows]; weights: each [n, k]; block_scales: each [n / 128, k / 128], or none
+    units [groups, rows] and perhaps mean_squares [parts, rows]; weights: each [n, k]; block_scales: each [n / 128, k / 128], or none
     at all if scales are per row."""
 
     x: Any
     units: Any
+    mean_squares: Any
     weights: tuple[Any, ...]
     block_scales: tuple[Any, ...]
 
@@ -407,6 +409,17 @@ def _launch(problem: _Problem, operands: _Operands, interpret: Any) -> list[Arra
 
             return pl.run_scoped(accumulate, accumulator)
 
+        def per_row(ref: Any, i: Array | int) -> Array:
+            """ref[i], numbers for the rows of x: as the accumulator's columns lie in registers."""
+            place = ref.at[i, pl.ds(0, rows)]
+            return plgpu.load(place, layout=MATRIX.reduce(0), optimized=False)
+
+        def inverse_rms() -> Array | None:
+            if (ref := refs.mean_squares) is None:
+                return None
+            each = [per_row(ref, i) for i in range(ref.shape[0])]
+            return lax.rsqrt(functools.reduce(jnp.add, each))
+
         def sum_up_by_steps(part: _Part) -> Array:
             """Sums of 128 products, scaled where scales are per block, are added in registers."""
 
@@ -416,11 +429,10 @@ def _launch(problem: _Problem, operands: _Operands, interpret: Any) -> list[Arra
                 return _scale_at(problem, refs.block_scales, part.tile, step)
 
             def units_at(step: Array) -> Array:
-                """The units of a step's columns, as the accumulator's columns lie in registers."""
+                """The units of a step's columns."""
                 steps_per_group = problem.steps // problem.groups
                 group = lax.div(lax.min(step, problem.steps - 1), steps_per_group)
-                place = refs.units.at[group, pl.ds(0, rows)]
-                return plgpu.load(place, layout=MATRIX.reduce(0), optimized=False)
+                return per_row(refs.units, group)
 
             def factors_at(step: Array) -> tuple[Array | None, Array | None]:
                 return scale_at(step), units_at(step) if problem.groups > 1 else None
@@ -441,10 +453,13 @@ def _launch(problem: _Problem, operands: _Operands, interpret: Any) -> list[Arra
                 plgpu.barrier_arrive(ring.free.at[slot])
                 return total + _scaled(_scaled(y, units), scale), following
 
+            # What it needs, asked for now, is there after the last step.
+            rms = inverse_rms()
             zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, rows), jnp.float32), MATRIX)
             total, _ = lax.fori_loop(part.first, part.end, add, (zeros, factors_at(part.first)))
             has_one_unit = config.in_fp8 and problem.groups == 1
-            return _scaled(total, units_at(part.first) if has_one_unit else None)
+            total = _scaled(total, units_at(part.first) if has_one_unit else None)
+            return _scaled(total, rms)
 
         def compute(part: _Part) -> None:
             total = sum_up_by_steps(part) if by_block or config.in_fp8 else sum_up(part)

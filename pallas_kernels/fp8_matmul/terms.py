@@ -41,11 +41,14 @@ class Parts(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """bfloat16 x [m, k] as unit * (a + b / 16), a and b in float8_e4m3fn.
+    """bfloat16 x [m, k] as unit * (a + b / 16), a and b in float8_e4m3fn; or x / rms(x), whose
+    factor is left to the product.
 
     codes: float8_e4m3fn [2 rows, k], the rows of a and then those of b; rows is `padded_rows(m)`,
         and what is in those past m has no meaning.
     units: float32 [groups, rows], powers of two, one for each group of k / groups columns of a row.
+    mean_squares: float32 [parts, rows], whose sums' inverse roots rows are still to be multiplied
+        by; None for nothing.
 
     A bfloat16 number has 8 bits, a float8_e4m3fn one 4, down to 2^-6. So this is exact where a
     number is at least 2^-13 of its group's largest; what is lost of others is below 2^-21 of it.
@@ -53,12 +56,16 @@ class Terms(NamedTuple):
 
     codes: Array
     units: Array
+    mean_squares: Array | None = None
 
     def values(self, m: int) -> Array:
         """What they stand for, float32 [m, k]."""
         a, b = jnp.split(self.codes.astype(jnp.float32), 2)
         units = jnp.repeat(self.units.T, a.shape[1] // len(self.units), axis=1)
-        return ((a + b * (1 / TERM_RATIO)) * units)[:m]
+        x = (a + b * (1 / TERM_RATIO)) * units
+        if self.mean_squares is not None:
+            x = x * lax.rsqrt(self.mean_squares.sum(axis=0))[:, None]
+        return x[:m]
 
 
 def padded_rows(m: int) -> int:

@@ -17,8 +17,9 @@ def add_rms_norm(
 ) -> tuple[Array, Terms]:
     """The sum x = residual + product, rounded to bfloat16, and RMSNorm of it in terms.
 
-    product: [m, d], or None for nothing to add; residual: bfloat16 [m, d]; weight: [d]. x / rms(x)
-    is rounded to bfloat16 before it is multiplied with the weight, as in Hugging Face's Llama.
+    product: [m, d], or None for nothing to add; residual: bfloat16 [m, d]; weight: [d]. The terms
+    are x * weight, rounded once to bfloat16; their product is divided by rms(x), where Hugging
+    Face's Llama rounds x / rms(x) and that times the weight.
     Needs a Hopper GPU; d as `refusal` says.
     """
     from pallas_kernels.row_fusions import hopper
@@ -40,13 +41,12 @@ def refusal(residual: Array | jax.ShapeDtypeStruct, inner: int) -> str | None:
     """
     if residual.dtype != jnp.bfloat16:
         return f"activations must be bfloat16, got {residual.dtype}"
-    if residual.shape[1] % MULTIPLE_OF_D:
-        return f"hidden size {residual.shape[1]} must be a multiple of {MULTIPLE_OF_D}"
-    if inner % MULTIPLE_OF_INNER:
-        return f"intermediate size {inner} must be a multiple of {MULTIPLE_OF_INNER}"
+    for name, size in (("hidden", residual.shape[1]), ("intermediate", inner)):
+        if size % MULTIPLE:
+            return f"{name} size {size} must be a multiple of {MULTIPLE}"
     return None
 
 
-# A warpgroup's threads, with 4 numbers each, and with 1.
-MULTIPLE_OF_D, MULTIPLE_OF_INNER = 512, 128
+# A warpgroup's threads.
+MULTIPLE = 128
 __all__ = ["add_rms_norm", "reference", "refusal", "silu_and_mul"]

@@ -1,4 +1,4 @@
-"""The row fusions as Mosaic GPU kernels: a warpgroup holds a row, or a part of one, in registers.
+"""The row fusions as Mosaic GPU kernels: a warpgroup holds a part of a row in registers.
 
 For decoding, where a step has few rows: each is read once, from memory that the product before has
 just written, and what takes the time is the launch.
@@ -27,57 +27,63 @@ from pallas_kernels.fp8_matmul.terms import (
 )
 
 THREADS = 128
-# What `silu_and_mul` gives one unit to: the most columns that divide a row, 4 numbers a thread.
 GROUPS = (512, 256, 128)
 Ref = Any
+
+
+def group_size(columns: int) -> int:
+    """Columns of a row that a thread block has, and that share a unit: up to 4 for a thread."""
+    return next(each for each in GROUPS if columns % each == 0)
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))
 def add_rms_norm(
     product: Parts | None, residual: Array, weight: Array, eps: float, interpret: Any = None
 ) -> tuple[Array, Terms]:
-    """As `row_fusions.add_rms_norm`."""
+    """As `row_fusions.add_rms_norm`. A thread block has some columns of a row, and so knows only a
+    part of its mean square."""
     m, d = residual.shape
-    rows = padded_rows(m)
+    rows, size = padded_rows(m), group_size(d)
 
-    def kernel(refs: Any, residual_out: Ref, codes: Ref, units: Ref) -> None:
-        row = lax.axis_index("row")
-        x = _load(refs["residual"].at[row], d).astype(jnp.float32)
+    def kernel(
+        refs: Any, residual_out: Ref, codes: Ref, units: Ref, mean_squares: Ref
+    ) -> None:
+        group, row = lax.axis_index("group"), lax.axis_index("row")
+        columns = pl.ds(group * size, size)
+        x = _load(refs["residual"].at[row, columns], size).astype(jnp.float32)
         if "sums" in refs:
-            x = x + _total(refs, row, pl.ds(0, d), d)
+            x = x + _total(refs, row, columns, size)
             rounded = x.astype(jnp.bfloat16)
-            residual_out.at[row][...] = rounded
+            residual_out.at[row, columns][...] = rounded
             x = rounded.astype(jnp.float32)
-        scale = lax.rsqrt(jnp.sum(x * x) / d + eps)
-        normed = (x * scale).astype(jnp.bfloat16).astype(jnp.float32)
-        y = normed * _load(refs["weight"], d).astype(jnp.float32)
-        _store_terms(
-            y.astype(jnp.bfloat16).astype(jnp.float32), codes, units, row, rows, 0, pl.ds(0, d)
-        )
+        mean_squares[group, row] = jnp.sum(x * x) / d + eps * size / d
+        y = x * _load(refs["weight"].at[columns], size).astype(jnp.float32)
+        y = y.astype(jnp.bfloat16).astype(jnp.float32)
+        _store_terms(y, codes, units, row, rows, group, columns)
 
     operands = {"residual": residual, "weight": weight} | _of_product(product)
-    summed, codes, units = plgpu.kernel(
+    summed, codes, units, mean_squares = plgpu.kernel(
         kernel,
         out_type=(
             jax.ShapeDtypeStruct((m, d), jnp.bfloat16),
             jax.ShapeDtypeStruct((2 * rows, d), e4m3.DTYPE),
-            jax.ShapeDtypeStruct((1, rows), jnp.int32),
+            jax.ShapeDtypeStruct((d // size, rows), jnp.int32),
+            jax.ShapeDtypeStruct((d // size, rows), jnp.float32),
         ),
-        grid=(m,),
-        grid_names=("row",),
+        grid=(d // size, m),
+        grid_names=("group", "row"),
         kernel_name="add_rms_norm",
         interpret=interpret,
     )(operands)
-    return residual if product is None else summed, Terms(
-        codes, lax.bitcast_convert_type(units, jnp.float32)
-    )
+    terms = Terms(codes, lax.bitcast_convert_type(units, jnp.float32), mean_squares)
+    return residual if product is None else summed, terms
 
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def silu_and_mul(gate: Parts, up: Parts, interpret: Any = None) -> Terms:
     """As `row_fusions.silu_and_mul`."""
     _, m, n = gate.sums.shape
-    rows, size = padded_rows(m), next(each for each in GROUPS if n % each == 0)
+    rows, size = padded_rows(m), group_size(n)
 
     def kernel(refs: Any, codes: Ref, units: Ref) -> None:
         group, row = lax.axis_index("group"), lax.axis_index("row")
