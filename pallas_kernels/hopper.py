@@ -23,6 +23,11 @@ def swizzled(dtype: jnp.dtype, columns: int) -> tuple[Any, ...]:
     return tiling, plgpu.SwizzleTransform(swizzle)  # type: ignore[abstract]
 
 
+def tile(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
+    """Scratch in shared memory that TMA writes and wgmma reads."""
+    return plgpu.SMEM(shape, dtype, transforms=swizzled(dtype, shape[-1]))
+
+
 def in_whole_boxes(x: Array, axis: int = 0) -> Array:
     """x with rows of zeros along `axis` up to a multiple of `BOX_ROWS`, if it has more than those.
 

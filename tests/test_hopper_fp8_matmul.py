@@ -17,11 +17,12 @@ from pallas_kernels.fp8_matmul import (
     fp8_matmul,
     fp8_matmuls,
     hopper,
+    hopper_config,
     hopper_weight_only,
     reference,
     swiglu,
 )
-from pallas_kernels.fp8_matmul.hopper import Config
+from pallas_kernels.fp8_matmul.hopper_config import Config
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 from tests.hopper import simulate
 
@@ -264,10 +265,10 @@ def test_a_row_of_swiglu_is_bit_equal_alone_and_in_a_batch():
 def test_the_heuristic_fits_a_multiprocessor(m, promote):
     for linear in shapes.linears():
         for weights in (1, 2):
-            config = hopper.heuristic(m, linear.n, promote=promote, weights=weights)
-            assert hopper.unfit(config, promote=promote, weights=weights) is None
+            config = hopper_config.heuristic(m, linear.n, promote=promote, weights=weights)
+            assert hopper_config.unfit(config, promote=promote, weights=weights) is None
             tiles = config.tile_m + weights * config.tile_n
-            bytes_in_flight = config.stages * tiles * hopper.TILE_K
+            bytes_in_flight = config.stages * tiles * hopper_config.TILE_K
             assert 64 * 1024 <= bytes_in_flight < SHARED_MEMORY_BYTES, (linear, config)
 
 

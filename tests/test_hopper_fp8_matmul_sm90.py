@@ -15,6 +15,7 @@ from pallas_kernels.dev.shapes import linears
 from pallas_kernels.fp8_matmul import (
     fp8_matmul,
     hopper,
+    hopper_config,
     hopper_weight_only,
     swiglu,
 )
@@ -38,7 +39,7 @@ def specialisations():
     for promote in (False, True):
         for linear in linears():
             for m in ROWS:
-                config = hopper.heuristic(m, linear.n, promote=promote)
+                config = hopper_config.heuristic(m, linear.n, promote=promote)
                 width = math.gcd(linear.n, 64)
                 seen.setdefault((config, width, promote), (linear, m))
     return [
@@ -99,13 +100,13 @@ def test_residual(dtype):
 @pytest.mark.parametrize("is_added", [False, True])
 def test_float32_beside_a_long_ring_and_scales_of_x(is_added):
     structs = arguments(512, 1024, 3584, x_layout="grouped")
-    assert hopper.heuristic(512, 1024, promote=True).stages == hopper.MAX_STAGES
+    assert hopper_config.heuristic(512, 1024, promote=True).stages == hopper_config.MAX_STAGES
     residual = [jax.ShapeDtypeStruct((512, 1024), F32)] if is_added else []
     check(lambda *a: hopper.fp8_matmul(*a[:4], F32, *a[4:]), *structs, *residual)
 
 
 def test_promoted_by_choice():
-    config = hopper.Config(tile_m=128, tile_n=128, stages=4, cluster=2, promote=True)
+    config = hopper_config.Config(tile_m=128, tile_n=128, stages=4, cluster=2, promote=True)
     structs = arguments(2048, 4096, 4096)
     check(lambda *a: hopper.fp8_matmul(*a, BF16, config=config), *structs)
 

@@ -12,8 +12,8 @@ from jax import Array
 from pallas_kernels import e4m3
 from pallas_kernels.dev.case import FP8_OPERATIONS_PER_SECOND, Case
 from pallas_kernels.dev.shapes import Linear, linears
-from pallas_kernels.fp8_matmul import hopper, reference, xla
-from pallas_kernels.fp8_matmul.hopper import Config
+from pallas_kernels.fp8_matmul import hopper, hopper_config, reference, xla
+from pallas_kernels.fp8_matmul.hopper_config import Config
 from pallas_kernels.fp8_matmul.reference import BLOCK
 
 Layout = Literal["row", "block"]
@@ -107,7 +107,7 @@ def _case(
 
     structs = jax.eval_shape(arguments, jax.random.key(0))
     return Case(
-        problem=hopper.tuned_as(m, n, k, promote=promote),
+        problem=hopper_config.tuned_as(m, n, k, promote=promote),
         name=f"{linear} m={m} {layout}{after}",
         operations=2 * m * n * k * weights,
         bytes=sum(each.size * each.dtype.itemsize for each in structs) + result_bytes,
@@ -126,9 +126,9 @@ def _configs(m: int, *, promote: bool, weights: int) -> list[Config]:
     for tile_m, tile_n, cluster in tiles:
         if (tile_m == 64 and m > 64) or (cluster == 2 and m <= tile_m):
             continue
-        deepest = hopper.most_stages(tile_m, tile_n, weights)
+        deepest = hopper_config.most_stages(tile_m, tile_n, weights)
         for stages in {deepest, 1 << deepest.bit_length() - 1}:
             config = Config(tile_m, tile_n, stages, cluster)
-            if hopper.unfit(config, promote=promote, weights=weights) is None:
+            if hopper_config.unfit(config, promote=promote, weights=weights) is None:
                 found.append(config)
     return found
