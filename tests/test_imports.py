@@ -1,4 +1,4 @@
-"""Imports point one way, from layer to layer, and never in a circle."""
+"""Imports point one way and never in a circle, and no function is too long to read at once."""
 
 import ast
 import os
@@ -63,6 +63,27 @@ def imports(name: str) -> set[str]:
 
 IMPORTS = {name: imports(name) for name in FILES}
 
+MOST_LINES = 80
+# What is left to split.
+LONGER = {
+    "pallas_kernels.fp8_matmul.hopper_weight_only._launch",
+    "pallas_kernels.fp8_matmul.hopper_weight_only.kernel",
+    "pallas_kernels.rope_and_cache.hopper._launch",
+}
+
+
+def functions(code: str) -> dict[str, int]:
+    """The lines of each function, without its signature and docstring: options of a command and
+    their help are no code to follow."""
+    found: dict[str, int] = {}
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            has_docstring = ast.get_docstring(node) is not None and len(node.body) > 1
+            first, end = node.body[has_docstring].lineno, node.end_lineno
+            assert end is not None
+            found[node.name] = max(end - first + 1, found.get(node.name, 0))
+    return found
+
 
 def layer(name: str) -> tuple[int, str]:
     """The line and the entry of a module."""
@@ -116,6 +137,18 @@ def test_no_files_import_each_other_in_a_circle():
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(" <- ".join(error.args[1]))
+
+
+def test_no_function_is_longer_than_a_screen_or_two():
+    code = 'def f(\n    x,\n):\n    """Long.\n\n    Text.\n    """\n    y = x\n    return y\n'
+    assert functions(code) == {"f": 2}
+    long = {
+        f"{name}.{function}"
+        for name, path in FILES.items()
+        for function, lines in functions(path.read_text(encoding="utf-8")).items()
+        if lines > MOST_LINES
+    }
+    assert long <= LONGER, long - LONGER
 
 
 @pytest.mark.parametrize("beginning", ["llama_jax.text.", "llama_jax.engine.scheduler"])

@@ -1,13 +1,20 @@
 """What both Hopper attention kernels share: pages on their way through shared memory to wgmma.
 
-One warpgroup, the loader, copies blocks of keys and values from the cache's pages into a ring of
-slots, by TMA; others multiply. Barriers per slot say "filled" and "free".
+One warpgroup, the loader, copies blocks of keys and values from the cache's pages into two rings of
+slots; the others multiply. Barriers of each slot say "filled" and "free":
+
+    k_pages_gmem, v_pages_gmem           [num_pages, 64, head_dim], one head of the pool
+         │ TMA, page by page             `stream`: the loader's work
+    codes_smem (FP8 that is upcast)      barriers: landed
+         │ upcast to float16             `upcast`, by the loader
+    slots_smem                           barriers: filled, free
+         │ wgmma                         `product`
 
 wgmma takes two operands of one dtype. Next to bfloat16 pages all are bfloat16. FP8 keys can be
 multiplied as they are, with queries as two float8 terms (`two_terms`). FP8 values have to be
-widened, since FP8 wgmma reads its operands along the dimension that it sums over alone: to float16,
-which holds them exactly and is one instruction for two codes where bfloat16 takes four. Weights,
-and queries next to widened keys, are then float16 too.
+upcast, since FP8 wgmma reads its operands along the dimension that it sums over, and only so: to
+float16, which holds them exactly and takes one instruction for two codes where bfloat16 takes four.
+Weights, and queries next to keys that are upcast, are then float16 too.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,32 +26,51 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import e4m3
-from pallas_kernels.hopper import swizzled
+from pallas_kernels.hopper import tile
 
 Ref = Any  # the classes of references in a kernel are not public
 
 PAGE_SIZE = 64
 BARRIERS_BYTES = 3072  # at most, of what shared memory holds beside tiles
-# Less than any score, and finite: a row that has seen no key must not compute inf - inf.
+# Less than any score, but finite: a row that has seen no key must not compute inf - inf.
 FLOOR = -1e30
 # Weights are exp2(score - peak + HEADROOM): float16 ends at 2^16 and, subnormal, at 2^-24.
 HEADROOM = 14.0
-# Queries are divided by it for float16: those of less than 2^20 do not overflow, and what is lost
-# below is less than 2^-20.
+# Queries are divided by this for float16: below 2^20 they do not overflow, and the smallest lose
+# less than 2^-20.
 QUERY_UNIT = 16.0
-# Slots that FP8 blocks are widened into; one is filled while another is read.
-WIDENED_SLOTS = 2
-# Of a float32: what its exponent counts, and all bits of a number that float8_e4m3fn keeps.
+# Slots that FP8 blocks are upcast into: one is filled while another is read.
+UPCAST_SLOTS = 2
+# Masks of a float32's bits: its exponent, and sign, exponent and the bits that float8_e4m3fn keeps.
 _EXPONENT, _FOUR_BITS = 0x7F800000, -0x100000
 _EXPONENT_ONE, _EXPONENT_BIAS = 1 << 23, 127
 
 
-class Side(NamedTuple):
-    """A ring of slots in shared memory: the keys, or the values, on their way to the tensor cores.
+class Gmem(NamedTuple):
+    """A kernel's arguments: arrays outside, references to global memory within.
+
+    q: queries as the kernel takes them; k_scale, v_scale: float32 [1]; the others as in
+    `pallas_kernels.paged_attention.paged_attention`.
+    """
+
+    q: Any
+    k_pages: Any
+    v_pages: Any
+    page_table: Any
+    starts: Any
+    lengths: Any
+    k_scale: Any
+    v_scale: Any
+
+
+class Ring(NamedTuple):
+    """A ring in shared memory that carries blocks of keys, or of values, to the tensor cores.
 
     slots: [slots, keys, head_dim]; filled, free: barriers [slots].
-    codes: float8_e4m3fn [stages, keys, head_dim], and landed: barriers [stages], where FP8 pages
-        arrive if the loader is to widen them; None if pages go straight to the slots.
+    codes: float8_e4m3fn [stages, keys, head_dim], where FP8 pages arrive that the loader upcasts;
+        landed: their barriers [stages]. Both are None if pages go straight to the slots.
+
+    Scratch types outside of a kernel, references within.
     """
 
     slots: Ref
@@ -54,22 +80,25 @@ class Side(NamedTuple):
     landed: Ref
 
     def slot(self, block: Array) -> Array:
-        """Where the stream's `block` is."""
+        """Return the slot of the stream's block number `block`."""
         return lax.rem(block, self.slots.shape[0])
 
+    def wait(self, slot: Array) -> None:
+        """Wait until a slot is filled."""
+        plgpu.barrier_wait(self.filled.at[slot])
 
-def tile(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
-    """Scratch in shared memory that TMA writes and wgmma reads."""
-    return plgpu.SMEM(shape, dtype, transforms=swizzled(dtype, shape[-1]))
+    def release(self, slot: Array) -> None:
+        """Tell the loader that this warpgroup has read a slot."""
+        plgpu.barrier_arrive(self.free.at[slot])
 
 
 def operand_dtype(pages: jnp.dtype) -> jnp.dtype:
-    """Of wgmma's operands, given the dtype of the pages."""
+    """Return the dtype of wgmma's 16-bit operands, given the dtype of the pages."""
     return jnp.dtype(jnp.float16 if pages == e4m3.DTYPE else jnp.bfloat16)
 
 
 def operand_query(q: Array, pages: jnp.dtype) -> tuple[Array, float]:
-    """q as `operand_dtype`, and what it has to be multiplied by to be q again."""
+    """Return q as `operand_dtype`, and the factor that makes it q again."""
     if operand_dtype(pages) == q.dtype:
         return q, 1.0
     limit = jnp.finfo(jnp.float16).max
@@ -78,30 +107,31 @@ def operand_query(q: Array, pages: jnp.dtype) -> tuple[Array, float]:
 
 
 def two_terms(x: Array, axis: int) -> tuple[Array, Array, Array]:
-    """float32 x of bfloat16's precision as unit * (a + b).
+    """Split x, float32 of bfloat16's precision, into unit * (a + b).
 
-    float8_e4m3fn holds every number of a. It holds those of b of numbers of at least 2^-9 of the
-    largest one along `axis`, and for others is off by at most 2^-17 of that; of 16 * b, they are
-    2^-13 and 2^-18. Returns a, b, and unit: powers of two, without `axis`.
+    float8_e4m3fn holds every number of a. It holds b where x is at least 2^-9 of the largest number
+    along `axis`, and is off by at most 2^-17 of that elsewhere; if 16 * b is stored instead, these
+    are 2^-13 and 2^-18.
+    Returns a and b, float32 of x's shape, and unit: powers of two, without `axis`.
     """
     largest = lax.bitcast_convert_type(jnp.abs(x).max(axis=axis), jnp.int32)
-    # The largest is to be from 128 to 256; float8_e4m3fn ends at 448.
+    # The largest is brought to between 128 and 256; float8_e4m3fn ends at 448.
     exponent = lax.max(largest & _EXPONENT, 8 * _EXPONENT_ONE) - 7 * _EXPONENT_ONE
     inverse = lax.bitcast_convert_type(2 * _EXPONENT_BIAS * _EXPONENT_ONE - exponent, jnp.float32)
     v = x * lax.broadcast_in_dim(inverse, x.shape, (1 - axis,))
     cut = lax.bitcast_convert_type(v, jnp.int32) & _FOUR_BITS
-    # Cut off, not rounded, so that b is at least as short; less than 2^-6 has fewer bits in a.
+    # Cut off, not rounded, so that b needs no more bits; below 2^-6 a would have fewer of them.
     a = jnp.where(jnp.abs(v) < 2**-6, 0.0, lax.bitcast_convert_type(cut, jnp.float32))
     return a, v - a, lax.bitcast_convert_type(exponent, jnp.float32)
 
 
-def side(dtype: jnp.dtype, stages: int, keys: int, head_dim: int, readers: int) -> Side:
-    """Scratch types of a `Side` that pages of `dtype` pass as they are.
+def ring_types(dtype: jnp.dtype, stages: int, keys: int, head_dim: int, readers: int) -> Ring:
+    """Return the scratch types of a ring that pages of `dtype` pass as they are.
 
-    stages: blocks in flight; readers: warpgroups that read each.
+    stages: blocks in flight; keys: of a block; readers: warpgroups that read each block.
     """
     pages = keys // PAGE_SIZE
-    return Side(
+    return Ring(
         slots=tile((stages, keys, head_dim), dtype),
         filled=plgpu.Barrier(num_arrivals=pages, num_barriers=stages),
         free=plgpu.Barrier(num_arrivals=readers, num_barriers=stages),
@@ -110,34 +140,37 @@ def side(dtype: jnp.dtype, stages: int, keys: int, head_dim: int, readers: int) 
     )
 
 
-def widening_side(stages: int, keys: int, head_dim: int, readers: int) -> Side:
-    """Scratch types of a `Side` in which the loader widens FP8 pages; arguments as `side` has."""
-    landing = side(jnp.dtype(e4m3.DTYPE), stages, keys, head_dim, readers)
-    return Side(
-        slots=tile((WIDENED_SLOTS, keys, head_dim), operand_dtype(e4m3.DTYPE)),
-        filled=plgpu.Barrier(num_barriers=WIDENED_SLOTS),
-        free=plgpu.Barrier(num_arrivals=readers, num_barriers=WIDENED_SLOTS),
+def upcasting_ring_types(stages: int, keys: int, head_dim: int, readers: int) -> Ring:
+    """Return the scratch types of a ring in which the loader upcasts FP8 pages.
+
+    Arguments as in `ring_types`.
+    """
+    landing = ring_types(jnp.dtype(e4m3.DTYPE), stages, keys, head_dim, readers)
+    return Ring(
+        slots=tile((UPCAST_SLOTS, keys, head_dim), operand_dtype(e4m3.DTYPE)),
+        filled=plgpu.Barrier(num_barriers=UPCAST_SLOTS),
+        free=plgpu.Barrier(num_arrivals=readers, num_barriers=UPCAST_SLOTS),
         codes=landing.slots,
         landed=landing.filled,
     )
 
 
 def stream(
-    keys: Side,
-    values: Side,
+    keys: Ring,
+    values: Ring,
     k_pages: Ref,
     v_pages: Ref,
     page_at: Callable[[Array], Array],
     blocks: Array,
 ) -> None:
-    """Put blocks 0 to `blocks` - 1 through both rings; the loader's work.
+    """Put `blocks` blocks through both rings: the loader's work.
 
-    k_pages, v_pages: [num_pages, page_size, head_dim], one head of the pool.
-    page_at: the page of the pool that is the stream's i-th; asked beyond the last block too.
-    Values are widened if keys are, and may be if keys are not.
+    k_pages, v_pages: [num_pages, page_size, head_dim] in global memory, one head of the pool.
+    page_at: gives the pool's page for the stream's i-th; called beyond the last block too.
+    If keys are upcast, values are too; values may be while keys are not.
     """
-    sides = ((keys, k_pages), (values, v_pages))
-    slots = max(ring.slots.shape[0] for ring, _ in sides)
+    rings = ((keys, k_pages), (values, v_pages))
+    slots = max(ring.slots.shape[0] for ring, _ in rings)
     pages_per_block = keys.slots.shape[1] // PAGE_SIZE
 
     def pages_of(block: Array) -> list[Array]:
@@ -146,32 +179,32 @@ def stream(
     def fetch_codes(block: Array) -> None:
         pages = pages_of(block)
         stage = lax.rem(block, values.codes.shape[0])
-        for ring, pool in sides:
+        for ring, pool in rings:
             if ring.codes is not None:
                 _copy(pool, pages, ring.codes.at[stage], ring.landed.at[stage])
 
     if values.codes is not None:
         pl.loop(0, lax.min(blocks, values.codes.shape[0]))(fetch_codes)
 
-    # Beyond the last block, slots are only waited for: every phase of a barrier has to be seen.
+    # After the last block, slots are only waited for: every phase of a barrier has to be seen.
     @pl.loop(0, blocks + slots)
-    def _(block: Array) -> None:
+    def fill_slots(block: Array) -> None:
         pages = pages_of(block)
-        for ring, pool in sides:
+        for ring, pool in rings:
             slot, mine = ring.slot(block), ring.slots.shape[0]
 
             @pl.when((block >= mine) & (block < blocks + mine))
-            def _(ring: Side = ring, slot: Array = slot) -> None:
+            def wait_until_free(ring: Ring = ring, slot: Array = slot) -> None:
                 plgpu.barrier_wait(ring.free.at[slot])
 
             @pl.when(block < blocks)
-            def _(ring: Side = ring, pool: Ref = pool, slot: Array = slot) -> None:
+            def fill(ring: Ring = ring, pool: Ref = pool, slot: Array = slot) -> None:
                 if ring.codes is None:
                     _copy(pool, pages, ring.slots.at[slot], ring.filled.at[slot])
                 else:
                     stage = lax.rem(block, ring.codes.shape[0])
                     plgpu.barrier_wait(ring.landed.at[stage])
-                    widen(ring.codes.at[stage], ring.slots.at[slot])
+                    upcast(ring.codes.at[stage], ring.slots.at[slot])
                     plgpu.barrier_arrive(ring.filled.at[slot])
 
         if values.codes is not None:
@@ -179,8 +212,8 @@ def stream(
             pl.when(ahead < blocks)(lambda: fetch_codes(ahead))
 
 
-def widen(codes: Ref, target: Ref) -> None:
-    """FP8 [keys, head_dim] to float16, for wgmma to read; a page at a time to save registers."""
+def upcast(codes: Ref, target: Ref) -> None:
+    """Convert FP8 codes [keys, head_dim] to float16, page by page to save registers."""
     for row in range(0, codes.shape[0], PAGE_SIZE):
         rows = pl.ds(row, PAGE_SIZE)
         # In this layout a thread reads four codes at once; in wgmma's own it would be two.
@@ -190,14 +223,17 @@ def widen(codes: Ref, target: Ref) -> None:
 
 
 def product(a: Ref, b: Ref, meanwhile: Callable[[], None] = lambda: None) -> Array:
-    """a @ b in float32, from shared memory. meanwhile: called when the product is under way."""
+    """Return a @ b in float32, for a and b in shared memory.
+
+    meanwhile: called while the tensor cores are at the product.
+    """
     return product_of_sum([a], b, meanwhile)
 
 
 def product_of_sum(
     terms: Sequence[Ref], b: Ref, meanwhile: Callable[[], None] = lambda: None
 ) -> Array:
-    """sum(terms) @ b, otherwise as `product`."""
+    """Return sum(terms) @ b; see `product`."""
 
     def multiply(acc: Ref) -> Array:
         for a in terms:
@@ -210,6 +246,7 @@ def product_of_sum(
 
 
 def _copy(pool: Ref, pages: list[Array], block: Ref, barrier: Ref) -> None:
+    """Start copying pages of the pool into a block in shared memory."""
     for i, page in enumerate(pages):
         rows = pl.ds(i * PAGE_SIZE, PAGE_SIZE)
         plgpu.copy_gmem_to_smem(pool.at[page], block.at[rows], barrier)

@@ -3,11 +3,17 @@
 A thread block takes 128 rows of queries: a span of tokens times as many heads of one key/value head
 as fit. Heads that share keys share their loads, and all rows of a tile end at nearly the same key.
 Blocks of keys above the diagonal or past the sequence's end are not loaded, and those that every
-row sees are not masked. The two compute warpgroups take turns at the tensor cores: one multiplies
-while the other is in its softmax.
+row sees are not masked.
 
-FP8 keys are multiplied as they are, with queries as the sum of two float8 terms: two FP8 products
-take the time of one of 16 bits. The loader has only values to widen.
+A block is three warpgroups: a loader, which fills the rings of keys and values (hopper_loop.py),
+and two that compute, with 64 rows of queries each. These take turns at the tensor cores: one
+multiplies while the other is in its softmax.
+
+    warpgroup 0    Q K   | softmax | P V, Q K | softmax  | P V, Q K | ...
+    warpgroup 1          | Q K     | softmax  | P V, Q K | softmax  | ...
+
+FP8 keys can be multiplied as they are, with queries as the sum of two float8 terms: two FP8
+products take the time of one of 16 bits, and the loader has only values to upcast.
 
 Algorithm: FlashAttention-3 (Shah et al., 2024); online softmax (Milakov and Gimelshein, 2018).
 """
@@ -25,24 +31,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import e4m3, tuned
-from pallas_kernels.hopper import SHARED_MEMORY_BYTES, in_whole_boxes
+from pallas_kernels.hopper import SHARED_MEMORY_BYTES, in_whole_boxes, tile
 from pallas_kernels.paged_attention.hopper_loop import (
     BARRIERS_BYTES,
     FLOOR,
     HEADROOM,
     PAGE_SIZE,
-    WIDENED_SLOTS,
+    UPCAST_SLOTS,
+    Gmem,
     Ref,
-    Side,
+    Ring,
     operand_dtype,
     operand_query,
     product,
     product_of_sum,
-    side,
+    ring_types,
     stream,
-    tile,
     two_terms,
-    widening_side,
+    upcasting_ring_types,
 )
 
 NAME = "paged_attention_prefill"
@@ -58,8 +64,11 @@ MAX_PACKED_HEADS = 16  # leaves a span of 8 tokens, the height of a tile of shar
 
 @dataclass(frozen=True)
 class Config:
-    """keys: per block, a multiple of the page size. stages: blocks in flight.
-    in_fp8: FP8 keys as they are, and queries as two float8 terms, instead of keys as float16.
+    """How the work is cut up.
+
+    keys: per block, 64 or 128.
+    stages: blocks of keys in flight.
+    in_fp8: multiply FP8 keys as they are, with queries as two float8 terms, instead of upcasting.
     """
 
     keys: int
@@ -68,10 +77,11 @@ class Config:
 
 
 class Carry(NamedTuple):
-    """The online softmax of some rows over the keys so far, float32.
+    """The online softmax over the keys so far, in float32, of a warpgroup's 64 rows of queries.
 
-    out: [rows, head_dim], sum of weight * value; total: [rows], of the weights; peak: [rows], the
-    largest score. Scores are in units of log(2).
+    out: [rows, head_dim], the sum of weight * value.
+    peak: [rows], the largest score, in units of log(2).
+    total: [rows], the sum of the weights.
     """
 
     out: Array
@@ -80,36 +90,38 @@ class Carry(NamedTuple):
 
 
 class Registers(NamedTuple):
-    """Per thread of a compute and of the loader warpgroup. Three warpgroups start with 168 each."""
+    """Registers per thread of each compute warpgroup and of the loader. All start with 168."""
 
     compute: int
     loader: int
 
 
 def configure(num_heads: int, k_pages: Array) -> Config:
-    """The tuned configuration of the GPU in use, or else the heuristic's."""
+    """Return the tuned configuration of the GPU in use, or else the heuristic's."""
     found = tuned.find(NAME, tuned_as(num_heads, k_pages))
     return Config(**found) if found else heuristic(k_pages)
 
 
 def tuned_as(num_heads: int, k_pages: Array) -> str:
-    """What problems that share a tuned configuration are called: how many tokens is no part."""
+    """Name the problems that share a tuned configuration, whatever their number of tokens."""
     num_kv_heads, head_dim = k_pages.shape[2:]
     return f"head_dim={head_dim} packed={_packed(num_heads // num_kv_heads)} {k_pages.dtype}"
 
 
 def heuristic(k_pages: Array) -> Config:
-    """Untuned: FlashAttention-3's tile, and as many stages as shared memory has room for. Keys in
-    FP8 are left to `tune`, since no GPU has measured them yet."""
+    """Return an untuned configuration: FlashAttention-3's tile, and as many stages as fit.
+
+    `in_fp8` is left to `tune`, since no GPU has measured it yet.
+    """
     configs = (Config(128, stages) for stages in range(MAX_STAGES, 1, -1))
     return next(config for config in configs if unfit(config, k_pages) is None)
 
 
 def unfit(config: Config, k_pages: Array) -> str | None:
-    """Why no kernel can be made of a configuration; None if one can."""
+    """Say why no kernel can be made of a configuration; None if one can."""
     head_dim, is_fp8 = k_pages.shape[3], k_pages.dtype == e4m3.DTYPE
-    sides = 2 - config.in_fp8 if is_fp8 else 0  # that are widened
-    slots = 2 * config.stages * k_pages.dtype.itemsize + sides * WIDENED_SLOTS * 2
+    upcast_rings = 2 - config.in_fp8 if is_fp8 else 0
+    slots = 2 * config.stages * k_pages.dtype.itemsize + upcast_rings * UPCAST_SLOTS * 2
     queries = TILE_ROWS * (2 + 2 * config.in_fp8)
     needed = (queries + config.keys * slots) * head_dim + BARRIERS_BYTES
     if config.keys not in (64, 128):
@@ -137,146 +149,258 @@ def paged_attention(
     config: Config | None = None,
     interpret: Any = None,
 ) -> Array:
-    """As the package's; see `hopper` for what is taken. A sequence's result does not depend on the
-    batch around it. config: for tuning; None takes `configure`'s. interpret: a
-    plgpu.InterpretGPUParams to run in the simulator."""
+    """Compute `pallas_kernels.paged_attention.paged_attention`, for what `hopper` says it takes.
+
+    A sequence's result does not depend on the batch around it.
+    config: for tuning; None takes `configure`'s.
+    interpret: plgpu.InterpretGPUParams, to run in the simulator.
+    """
     batch, tokens, num_heads, head_dim = q.shape
-    group = num_heads // k_pages.shape[2]
     config = config or configure(num_heads, k_pages)
     if reason := unfit(config, k_pages):
         raise ValueError(f"{config} cannot work: {reason}")
-    packed = _packed(group)
-    span = TILE_ROWS // packed
-    tiles = pl.cdiv(tokens, span)
-    box = min(span, ROWS)  # tokens of one head within one warpgroup's rows
-    boxes = ROWS // box
     is_fp8 = k_pages.dtype == e4m3.DTYPE
-    # The split with which nothing spills: widening takes registers, copying next to none.
-    split = Registers(216, 72) if is_fp8 else Registers(232, 40)
-    operand = operand_dtype(k_pages.dtype)
+    problem = _Problem(tokens, num_heads // k_pages.shape[2], head_dim, is_fp8, config)
     q_operand, q_unit = (q, 1.0) if config.in_fp8 else operand_query(q, k_pages.dtype)
     q_operand = in_whole_boxes(q_operand, axis=1)
 
-    def body(
-        q_ref: Ref, k_ref: Ref, v_ref: Ref, table: Ref, starts_ref: Ref,
-        lengths_ref: Ref, k_scale_ref: Ref, v_scale_ref: Ref, out_ref: Ref,
-        q_tile: Ref, terms: Ref | None, weights: Ref | None, keys: Side, values: Side,
-        q_filled: Ref, turns: Ref,
-    ) -> None:  # fmt: skip
-        warpgroup, row = lax.axis_index("warpgroup"), lax.axis_index("row")
-        head = lax.axis_index("heads") * packed
-        first = (tiles - 1 - lax.axis_index("tile")) * span  # the longest tiles start first
-        position, length = starts_ref[row] + first, lengths_ref[row]
-        end = jnp.where(position < length, lax.min(position + span, length), 0)
-        blocks = pl.cdiv(end, config.keys)
+    def kernel(gmem: Gmem, out_gmem: Ref, *, smem: _Smem) -> None:
+        warpgroup = lax.axis_index("warpgroup")
+        work = _work(problem, gmem)
 
         @pl.when(warpgroup < LOADER)
-        def _() -> None:
-            plgpu.set_max_registers(split.compute, action="increase")
-            rows = q_tile.at[warpgroup]
-            places = []  # of this warpgroup's rows in q and in the result
-            for i in range(boxes):
-                r = warpgroup * ROWS + i * box
-                token = pl.ds(first + lax.rem(r, span), box)
-                places.append((pl.ds(i * box, box), (row, token, head + lax.div(r, span))))
-            for part, place in places:
-                plgpu.copy_gmem_to_smem(q_ref.at[place], rows.at[part], q_filled.at[warpgroup])
-            plgpu.barrier_wait(q_filled.at[warpgroup])
-
-            queries: list[Ref] = [rows]
-            unit: Array | float = q_unit
-            if terms is not None:
-                queries = [terms.at[warpgroup, i] for i in range(2)]
-                unit = _in_two_terms(rows, queries)
-            scale = k_scale_ref[0] * (math.log2(math.e) / math.sqrt(head_dim)) * unit
-            r = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW)
-            limit = lax.min(position + lax.rem(warpgroup * ROWS + r, span), length - 1)
-
-            def turn() -> None:
-                plgpu.barrier_arrive(turns)
-                plgpu.barrier_wait(turns)
-
-            def step(block: Array, carry: Carry, is_masked: bool) -> Carry:
-                return _attend(
-                    carry, queries, keys, values, block, scale,
-                    limit=limit - block * config.keys if is_masked else None,
-                    weights=None if weights is None else weights.at[warpgroup],
-                    turn=turn,
-                )  # fmt: skip
-
-            whole = lax.min(lax.div(lax.min(position + 1, length), config.keys), blocks)
-            pl.when(warpgroup == 1)(turn)
-            carry = Carry(
-                out=plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), MATRIX),
-                peak=plgpu.layout_cast(jnp.full((ROWS,), FLOOR, jnp.float32), PER_ROW),
-                total=plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), PER_ROW),
-            )
-            carry = lax.fori_loop(0, whole, lambda i, c: step(i, c, False), carry)
-            carry = lax.fori_loop(whole, blocks, lambda i, c: step(i, c, True), carry)
-            pl.when(warpgroup == 0)(turn)
-
-            factor = v_scale_ref[0] / lax.max(carry.total, jnp.finfo(jnp.float32).tiny)
-            out = carry.out * lax.broadcast_in_dim(factor, carry.out.shape, (0,))
-            rows[...] = lax.bitcast_convert_type(out.astype(q.dtype), rows.dtype)
-            plgpu.commit_smem()
-            for part, place in places:
-                plgpu.copy_smem_to_gmem(rows.at[part], out_ref.at[place])
-            plgpu.wait_smem_to_gmem(0)
+        def compute() -> None:
+            _compute(problem, work, warpgroup, gmem, smem, out_gmem, q_unit, q.dtype)
 
         @pl.when(warpgroup == LOADER)
-        def _() -> None:
-            plgpu.set_max_registers(split.loader, action="decrease")
-            kv_head = lax.div(head, group)
-            last = lax.max(pl.cdiv(end, PAGE_SIZE) - 1, 0)
-            stream(
-                keys, values, k_ref.at[:, :, kv_head], v_ref.at[:, :, kv_head],
-                lambda i: table[row, lax.min(i, last)], blocks,
-            )  # fmt: skip
+        def load() -> None:
+            _load(problem, work, gmem, smem)
 
-    sizes = config.stages, config.keys, head_dim, COMPUTE_WARPGROUPS
-    as_is = side(k_pages.dtype, *sizes)
-    values = widening_side(*sizes) if is_fp8 else as_is
-    terms = None
-    if config.in_fp8:
-        terms = tile((COMPUTE_WARPGROUPS, 2, ROWS, head_dim), e4m3.DTYPE)
-    # The simulator's wgmma does not take its left side from registers.
-    weights = tile((COMPUTE_WARPGROUPS, ROWS, config.keys), operand) if interpret else None
     out = plgpu.kernel(
-        body,
+        kernel,
         out_type=jax.ShapeDtypeStruct(q_operand.shape, q_operand.dtype),  # bits of q's dtype
-        grid=(num_heads // packed, tiles, batch),
-        grid_names=("heads", "tile", "row"),
+        grid=(num_heads // problem.packed, problem.tiles, batch),
+        grid_names=("heads", "tile", "sequence"),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
         kernel_name=NAME,
-        scratch_types=[
-            tile((COMPUTE_WARPGROUPS, ROWS, head_dim), q_operand.dtype),
-            terms,
-            weights,
-            as_is if config.in_fp8 else values,
-            values,
-            plgpu.Barrier(num_arrivals=boxes, num_barriers=COMPUTE_WARPGROUPS),
-            plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
-        ],
+        scratch_types={"smem": _scratch_types(problem, k_pages.dtype, q_operand.dtype, interpret)},
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )(
-        q_operand, k_pages, v_pages, page_table, starts, lengths,
-        *(jnp.asarray(each, jnp.float32).reshape(1) for each in (k_scale, v_scale)),
+        Gmem(
+            q_operand, k_pages, v_pages, page_table, starts, lengths,
+            *(jnp.asarray(each, jnp.float32).reshape(1) for each in (k_scale, v_scale)),
+        )
     )  # fmt: skip
     return lax.bitcast_convert_type(out[:, :tokens], q.dtype)
 
 
+@dataclass(frozen=True)
+class _Problem:
+    """What is static.
+
+    tokens: new ones of a sequence, at most. group: heads of queries that share a key/value head.
+    """
+
+    tokens: int
+    group: int
+    head_dim: int
+    is_fp8: bool
+    config: Config
+
+    @property
+    def packed(self) -> int:
+        """Heads of a tile."""
+        return _packed(self.group)
+
+    @property
+    def span(self) -> int:
+        """Tokens of a tile."""
+        return TILE_ROWS // self.packed
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that a sequence's tokens make."""
+        return pl.cdiv(self.tokens, self.span)
+
+    @property
+    def box(self) -> int:
+        """Tokens of one head within one warpgroup's rows: what one copy takes."""
+        return min(self.span, ROWS)
+
+    @property
+    def boxes(self) -> int:
+        return ROWS // self.box
+
+    @property
+    def registers(self) -> Registers:
+        """The split with which nothing spills: upcasting takes registers, copying next to none."""
+        return Registers(216, 72) if self.is_fp8 else Registers(232, 40)
+
+
+class _Smem(NamedTuple):
+    """Shared memory and barriers; scratch types outside of the kernel, references within.
+
+    q: [2, 64, head_dim], each compute warpgroup's queries, and then its results.
+    terms: float8_e4m3fn [2, 2, 64, head_dim], the two terms of q; None unless `in_fp8`.
+    weights: [2, 64, keys] for the simulator alone, whose wgmma takes nothing from registers.
+    turns: the barrier at which the compute warpgroups change places.
+    """
+
+    q: Any
+    terms: Any
+    weights: Any
+    keys: Ring
+    values: Ring
+    q_filled: Any
+    turns: Any
+
+
+def _scratch_types(
+    problem: _Problem, pages: jnp.dtype, q_dtype: jnp.dtype, interpret: Any
+) -> _Smem:
+    config, head_dim = problem.config, problem.head_dim
+    sizes = config.stages, config.keys, head_dim, COMPUTE_WARPGROUPS
+    as_is = ring_types(pages, *sizes)
+    values = upcasting_ring_types(*sizes) if problem.is_fp8 else as_is
+    terms = weights = None
+    if config.in_fp8:
+        terms = tile((COMPUTE_WARPGROUPS, 2, ROWS, head_dim), e4m3.DTYPE)
+    if interpret:
+        weights = tile((COMPUTE_WARPGROUPS, ROWS, config.keys), operand_dtype(pages))
+    return _Smem(
+        q=tile((COMPUTE_WARPGROUPS, ROWS, head_dim), q_dtype),
+        terms=terms,
+        weights=weights,
+        keys=as_is if config.in_fp8 else values,
+        values=values,
+        q_filled=plgpu.Barrier(num_arrivals=problem.boxes, num_barriers=COMPUTE_WARPGROUPS),
+        turns=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+    )
+
+
+class _Work(NamedTuple):
+    """What a thread block is to do; all numbers are int32.
+
+    head: the first of the tile's heads; first: the first of its tokens, at `position` of the
+    sequence; length: keys of the sequence; end: keys that the tile's last token sees;
+    blocks: of keys, up to `end`.
+    """
+
+    sequence: Array
+    head: Array
+    first: Array
+    position: Array
+    length: Array
+    end: Array
+    blocks: Array
+
+
+def _work(problem: _Problem, gmem: Gmem) -> _Work:
+    sequence = lax.axis_index("sequence")
+    head = lax.axis_index("heads") * problem.packed
+    # The longest tiles start first.
+    first = (problem.tiles - 1 - lax.axis_index("tile")) * problem.span
+    position, length = gmem.starts[sequence] + first, gmem.lengths[sequence]
+    end = jnp.where(position < length, lax.min(position + problem.span, length), 0)
+    blocks = pl.cdiv(end, problem.config.keys)
+    return _Work(sequence, head, first, position, length, end, blocks)
+
+
+def _compute(
+    problem: _Problem,
+    work: _Work,
+    warpgroup: Array,
+    gmem: Gmem,
+    smem: _Smem,
+    out_gmem: Ref,
+    q_unit: float,
+    out_dtype: jnp.dtype,
+) -> None:
+    """Attend from this warpgroup's rows of queries: a compute warpgroup's work."""
+    config, span = problem.config, problem.span
+    plgpu.set_max_registers(problem.registers.compute, action="increase")
+    q_smem = smem.q.at[warpgroup]
+    places = _places(problem, work, warpgroup)
+    for part, place in places:
+        plgpu.copy_gmem_to_smem(gmem.q.at[place], q_smem.at[part], smem.q_filled.at[warpgroup])
+    plgpu.barrier_wait(smem.q_filled.at[warpgroup])
+
+    queries: list[Ref] = [q_smem]
+    unit: Array | float = q_unit
+    if smem.terms is not None:
+        queries = [smem.terms.at[warpgroup, i] for i in range(2)]
+        unit = _in_two_terms(q_smem, queries)
+    scale = gmem.k_scale[0] * (math.log2(math.e) / math.sqrt(problem.head_dim)) * unit
+    r = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW)
+    limit = lax.min(work.position + lax.rem(warpgroup * ROWS + r, span), work.length - 1)
+
+    def turn() -> None:
+        plgpu.barrier_arrive(smem.turns)
+        plgpu.barrier_wait(smem.turns)
+
+    def attend(block: Array, carry: Carry, is_masked: bool) -> Carry:
+        return _attend(
+            carry, queries, smem.keys, smem.values, block, scale,
+            limit=limit - block * config.keys if is_masked else None,
+            weights=None if smem.weights is None else smem.weights.at[warpgroup],
+            turn=turn,
+        )  # fmt: skip
+
+    visible = lax.div(lax.min(work.position + 1, work.length), config.keys)
+    unmasked = lax.min(visible, work.blocks)  # blocks that every row sees whole
+    pl.when(warpgroup == 1)(turn)
+    carry = Carry(
+        out=plgpu.layout_cast(jnp.zeros((ROWS, problem.head_dim), jnp.float32), MATRIX),
+        peak=plgpu.layout_cast(jnp.full((ROWS,), FLOOR, jnp.float32), PER_ROW),
+        total=plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), PER_ROW),
+    )
+    carry = lax.fori_loop(0, unmasked, lambda i, c: attend(i, c, False), carry)
+    carry = lax.fori_loop(unmasked, work.blocks, lambda i, c: attend(i, c, True), carry)
+    pl.when(warpgroup == 0)(turn)
+
+    factor = gmem.v_scale[0] / lax.max(carry.total, jnp.finfo(jnp.float32).tiny)
+    out = carry.out * lax.broadcast_in_dim(factor, carry.out.shape, (0,))
+    q_smem[...] = lax.bitcast_convert_type(out.astype(out_dtype), q_smem.dtype)
+    plgpu.commit_smem()
+    for part, place in places:
+        plgpu.copy_smem_to_gmem(q_smem.at[part], out_gmem.at[place])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _places(problem: _Problem, work: _Work, warpgroup: Array) -> list[tuple[Any, Any]]:
+    """Return slices of a warpgroup's rows, and where each is in q and in the result."""
+    places = []
+    for i in range(problem.boxes):
+        row = warpgroup * ROWS + i * problem.box
+        tokens = pl.ds(work.first + lax.rem(row, problem.span), problem.box)
+        head = work.head + lax.div(row, problem.span)
+        places.append((pl.ds(i * problem.box, problem.box), (work.sequence, tokens, head)))
+    return places
+
+
+def _load(problem: _Problem, work: _Work, gmem: Gmem, smem: _Smem) -> None:
+    """Fill the rings of keys and values: the loader's work."""
+    plgpu.set_max_registers(problem.registers.loader, action="decrease")
+    kv_head = lax.div(work.head, problem.group)
+    last_page = lax.max(pl.cdiv(work.end, PAGE_SIZE) - 1, 0)
+    stream(
+        smem.keys, smem.values, gmem.k_pages.at[:, :, kv_head], gmem.v_pages.at[:, :, kv_head],
+        lambda i: gmem.page_table[work.sequence, lax.min(i, last_page)], work.blocks,
+    )  # fmt: skip
+
+
 def _packed(group: int) -> int:
-    """Heads in a tile, of a group that shares keys."""
+    """Return how many heads of a group that shares keys make a tile."""
     return math.gcd(group, MAX_PACKED_HEADS)
 
 
 def _in_two_terms(q: Ref, terms: Sequence[Ref]) -> Array:
-    """Write rows of queries [rows, head_dim] as two terms of the same shape, codes of a and b.
+    """Write rows of queries [rows, head_dim] as two float8 terms a and b of the same shape.
 
-    Returns unit [rows], powers of two: q = unit * (a + b), exact where a number is at least 2^-9 of
-    its row's largest; what is lost of others is at most 2^-17 of it.
+    Returns unit, float32 [rows], powers of two: q = unit * (a + b). This is exact where a number is
+    at least 2^-9 of its row's largest, and off by at most 2^-17 of that elsewhere.
     """
     wide = plgpu.load(q, layout=MATRIX, optimized=False).astype(jnp.float32)
     a, b, unit = two_terms(wide, axis=1)
@@ -289,8 +413,8 @@ def _in_two_terms(q: Ref, terms: Sequence[Ref]) -> Array:
 def _attend(
     carry: Carry,
     queries: Sequence[Ref],
-    keys: Side,
-    values: Side,
+    keys: Ring,
+    values: Ring,
     block: Array,
     scale: Array,
     *,
@@ -298,21 +422,21 @@ def _attend(
     weights: Ref | None,
     turn: Callable[[], None],
 ) -> Carry:
-    """Take one block of keys and values into the carry, and free it; a compute warpgroup's work.
+    """Take one block of keys and values into the carry, and release their slots.
 
-    queries: terms of them, [rows, head_dim] in shared memory.
-    scale: of the scores, for all or [rows]; log2(e) included, positive.
+    queries: their terms, each [rows, head_dim] in shared memory.
+    scale: what scores are multiplied by, one number or [rows]; log2(e) included, positive.
     limit: int32 [rows], the last key of the block that each row sees; None if all see all.
-    weights: [rows, keys] in shared memory, by way of which the weights go into the second product;
+    weights: [rows, keys] in shared memory, through which the weights go into the second product;
         None to leave them in registers.
     turn: called where this warpgroup stops using the tensor cores, and where it wants them again.
     """
     shape = (ROWS, keys.slots.shape[1])
 
     slot = keys.slot(block)
-    plgpu.barrier_wait(keys.filled.at[slot])
+    keys.wait(slot)
     scores = product_of_sum(queries, keys.slots.at[slot].transpose((1, 0)), turn)
-    plgpu.barrier_arrive(keys.free.at[slot])
+    keys.release(slot)
     if limit is not None:
         key = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=MATRIX)
         scores = jnp.where(key <= lax.broadcast_in_dim(limit, shape, (0,)), scores, -jnp.inf)
@@ -326,14 +450,14 @@ def _attend(
     weight = weight.astype(values.slots.dtype)
     turn()
     slot = values.slot(block)
-    plgpu.barrier_wait(values.filled.at[slot])
+    values.wait(slot)
     out = _add_product(out, weight, values.slots.at[slot], weights)
-    plgpu.barrier_arrive(values.free.at[slot])
+    values.release(slot)
     return Carry(out, peak, total)
 
 
 def _add_product(out: Array, weight: Array, values: Ref, weights: Ref | None) -> Array:
-    """out + weight @ values, float32."""
+    """Return out + weight @ values, float32; `weights` as in `_attend`."""
     if weights is None:
         return pl.run_state(lambda acc: plgpu.wgmma(acc, weight, values))(
             plgpu.WGMMAAccumulatorRef.init(out)

@@ -1,0 +1,103 @@
+"""The second launch of decode attention on Hopper, which adds up the parts of split keys.
+
+out, peak, total in gmem      a part of the online softmax for each split
+     │ loads                  one warpgroup for every 8 rows of queries
+y += out * exp2(peak - highest peak), weights += total * ..., in the order of the parts
+     │ y / weights, by way of y_smem and TMA
+result in gmem
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.hopper import BOX_ROWS, tile
+from pallas_kernels.paged_attention.hopper_loop import Ref
+
+MATRIX = plgpu.Layout.WGMMA
+PER_ROW = MATRIX.reduce(0)  # rows of queries are the columns of scores and of sums
+
+
+def combine(
+    out: Array,
+    peak: Array,
+    total: Array,
+    v_scale: Array,
+    packed: Array,
+    dtype: jnp.dtype,
+    interpret: Any,
+) -> Array:
+    """Add up the parts of a softmax over all keys, in their order, and multiply by v_scale.
+
+    out: float32 [parts, batch, kv_heads, tiles, head_dim, rows]; peak, total: the same without
+        head_dim.
+    v_scale: float32 [1].
+    packed: the queries, [batch, kv_heads, rows of all tiles, head_dim].
+    Returns the result in the shape of `packed`.
+    """
+    parts, batch, num_kv_heads, tiles, head_dim, rows = out.shape
+    groups = rows // BOX_ROWS
+
+    def kernel(
+        out_gmem: Ref, peak_gmem: Ref, total_gmem: Ref, v_scale_gmem: Ref, y_gmem: Ref, y_smem: Ref
+    ) -> None:
+        sequence, kv_head = lax.axis_index("sequence"), lax.axis_index("kv_head")
+        group = lax.axis_index("group")
+        within = pl.ds(lax.rem(group, groups) * BOX_ROWS, BOX_ROWS)
+
+        def load(gmem: Ref, part: int, layout: Any, *columns: Any) -> Array:
+            place = gmem.at[part, sequence, kv_head, lax.div(group, groups), *columns, within]
+            return plgpu.load(place, layout=layout, optimized=False)
+
+        peaks = [load(peak_gmem, part, PER_ROW) for part in range(parts)]
+        highest = functools.reduce(lax.max, peaks)
+        y = filled((head_dim, BOX_ROWS), 0.0, MATRIX)
+        weights = filled((BOX_ROWS,), 0.0, PER_ROW)
+        for part, each in enumerate(peaks):
+            weight = jnp.exp2(each - highest)
+            part_out = load(out_gmem, part, MATRIX, pl.ds(0, head_dim))
+            y += part_out * per_row(weight, y)
+            weights += load(total_gmem, part, PER_ROW) * weight
+        y = y * per_row(v_scale_gmem[0] / positive(weights), y)
+        rows_of_group = pl.ds(group * BOX_ROWS, BOX_ROWS)
+        store(y, y_smem, y_gmem.at[sequence, kv_head, rows_of_group], dtype)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct(packed.shape, dtype),
+        grid=(tiles * groups, num_kv_heads, batch),
+        grid_names=("group", "kv_head", "sequence"),
+        kernel_name="paged_attention_combine",
+        scratch_types=[tile((BOX_ROWS, head_dim), dtype)],
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(out, peak, total, v_scale)
+
+
+def filled(shape: tuple[int, ...], value: float, layout: Any) -> Array:
+    """Return float32 registers that all hold one value."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def per_row(each: Array, like: Array) -> Array:
+    """Spread a number for each row of queries over the columns of `like`."""
+    return lax.broadcast_in_dim(each, like.shape, (1,))
+
+
+def positive(total: Array) -> Array:
+    """Return sums of weights that can be divided by: a row that sees no key has 0."""
+    return lax.max(total, jnp.finfo(jnp.float32).tiny)
+
+
+def store(result: Array, staged_smem: Ref, target_gmem: Ref, dtype: jnp.dtype) -> None:
+    """Write a result [head_dim, rows] as `dtype` [rows, head_dim], through shared memory."""
+    result = lax.bitcast_convert_type(result.astype(dtype), staged_smem.dtype)
+    staged_smem.transpose((1, 0))[...] = result
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(staged_smem, target_gmem)
+    plgpu.wait_smem_to_gmem(0)
