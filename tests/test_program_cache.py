@@ -153,6 +153,37 @@ def test_a_directory_that_cannot_be_written_to_is_left_alone(tmp_path, caplog):
     assert "is not kept" in caplog.text
 
 
+def test_programs_that_go_unused_make_room(kept, monkeypatch):
+    x, seen = jnp.arange(3.0), []
+    for age, name in ((30, "old"), (20, "older"), (10, "newer")):
+        counting([], name)(x)
+        (path,) = kept.glob(f"{name}-*")
+        os.utime(path, ns=(0, path.stat().st_mtime_ns - age * 10**9))
+    counting(seen, "old")(x)  # read, so it is the newest now
+    assert not seen
+    size = sum(path.stat().st_size for path in kept.iterdir())
+    (kept / "tmp-of-a-killed-process").write_bytes(b"x" * 100)
+    os.utime(kept / "tmp-of-a-killed-process", ns=(0, 0))
+    monkeypatch.setattr(program_cache, "MAX_BYTES", size)
+    counting([], "last")(x)
+    assert sorted(path.name.partition("-")[0] for path in kept.iterdir()) == [
+        "last",
+        "newer",
+        "old",
+    ]
+    counting(seen, "old")(x)
+    assert not seen
+    counting(seen, "older")(x)
+    assert seen and list(kept.glob("older-*"))
+    assert sum(path.stat().st_size for path in kept.iterdir()) <= size
+
+
+def test_a_program_larger_than_all_room_is_not_kept(kept, monkeypatch, caplog):
+    monkeypatch.setattr(program_cache, "MAX_BYTES", 10)
+    assert counting([])(jnp.arange(3.0)).tolist() == [0, 2, 4]
+    assert list(kept.iterdir()) == [] and "is not kept" not in caplog.text
+
+
 def test_nothing_is_kept_without_a_cache_or_on_a_mesh(tmp_path):
     seen: list = []
     jax.config.update("jax_compilation_cache_dir", None)

@@ -6,11 +6,13 @@ when one is to be traced, its StableHLO is read from a file, if there is one for
 depends on (`_key`); else it is traced, and the file is written (`jax.export`). Everything else
 stays jax.jit's: static and donated arguments, dispatch, and the search in XLA's cache, whose key
 has the compiler, its flags and the processor. A file is StableHLO with a checksum: data that are
-compiled, nothing that is unpickled.
+compiled, nothing that is unpickled. Every change of the code makes new files, so those that have
+gone unused longest are removed when all together exceed `MAX_BYTES`.
 
 Only where JAX has one device, a CPU, so far; elsewhere functions are traced as ever.
 """
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -29,6 +31,9 @@ from jax import export
 from llama_jax.engine import compile_cache
 from pallas_kernels.cpu import library
 from pallas_kernels.fp8_matmul import cpu
+
+# One start of a model needs one or two megabytes.
+MAX_BYTES = 64 * 2**20
 
 _log = logging.getLogger(__name__)
 _DIRECTORY = "traced"
@@ -141,11 +146,14 @@ def _software() -> tuple[str, ...]:
 
 
 def _read(path: Path) -> export.Exported | None:
-    """What `_write` wrote; None if there is nothing, or something else."""
+    """Read what `_write` wrote, and note that it is in use; None if there is nothing, or something
+    else."""
     try:
         content = path.read_bytes()
     except OSError:
         return None
+    with contextlib.suppress(OSError):  # of a directory that can only be read
+        os.utime(path)
     digest, blob = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
     if hashlib.sha256(blob).digest() != digest:
         _log.info("%s is damaged: its program is traced again", path)
@@ -154,7 +162,7 @@ def _read(path: Path) -> export.Exported | None:
 
 
 def _write(path: Path, exported: export.Exported) -> None:
-    """Keep a program, whole or not at all, if the directory can be written to."""
+    """Keep a program, whole or not at all, if the directory can be written to; make room for it."""
     blob = exported.serialize()
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -166,5 +174,24 @@ def _write(path: Path, exported: export.Exported) -> None:
         except BaseException:
             os.unlink(name)
             raise
+        _trim(path.parent)
     except OSError as error:
         _log.info("%s is not kept: %s", path, error)
+
+
+def _trim(directory: Path) -> None:
+    """Remove files until the rest fit `MAX_BYTES`, those first that have gone unused longest.
+
+    Other processes may do the same at the same time. Whoever misses a file traces its program.
+    """
+    files = []
+    for entry in os.scandir(directory):
+        with contextlib.suppress(FileNotFoundError):
+            status = entry.stat()
+            files.append((status.st_mtime_ns, status.st_size, entry.path))
+    total = 0
+    for _, size, path in sorted(files, reverse=True):
+        total += size
+        if total > MAX_BYTES:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
