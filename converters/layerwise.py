@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from flax import traverse_util
 from jax import Array
 from rich.console import Console
@@ -33,7 +32,7 @@ from rich.text import Text
 from converters.dialects.layout import Plan, pieces
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.kv_cache import KVDtype, init_cache, storage_dtype
-from llama_jax.model.linear import Linear
+from llama_jax.model.linear import INPUTS, inputs_of
 from llama_jax.model.llama import LayerCache, Llama
 from llama_jax.model.spec import ModelSpec, Params
 from llama_jax.text.tokenizer import Tokenizer
@@ -242,19 +241,14 @@ def _layer(
         cache.page_table, starts, lengths,
     )  # fmt: skip
     positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    inputs: dict[str, Array] = {}
-
-    def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if isinstance(context.module, Linear) and context.method_name == "operands":
-            inputs["/".join(context.module.path[1:])] = args[0]
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(watch):
-        result: Any = Llama(spec).apply(
-            {"params": params}, x, positions, pages, method=lambda model, *a: model.layers[0](*a)
-        )
-    y, pages = result
-    return y, observe(inputs, pages, params["layers_0"]) if observe else None
+    (y, pages), left = Llama(spec).apply(
+        {"params": params}, x, positions, pages,
+        method=lambda model, *args: model.layers[0](*args), mutable=INPUTS,
+    )  # fmt: skip
+    if observe is None:
+        return y, None
+    inputs = {path.removeprefix("layers_0/"): x for path, x in inputs_of(left).items()}
+    return y, observe(inputs, pages, params["layers_0"])
 
 
 @partial(jax.jit, static_argnames="spec")

@@ -1,9 +1,5 @@
 """What a program is being lowered for, as far as it is known while it is traced."""
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from typing import Any
-
 import jax
 
 HOPPER = "9.0"
@@ -72,18 +68,3 @@ def multiprocessors() -> int:
     if jax.default_backend() == "gpu":
         return int(jax.devices()[0].core_count)
     return H200_MULTIPROCESSORS
-
-
-def left_to_xla(reason: str) -> AbstractContextManager[Any, None]:
-    """A scope for XLA's formulation of an operation: the traced program, its compiled text and
-    profiles then say why no kernel runs."""
-    return jax.named_scope(_LEFT_TO_XLA + reason)
-
-
-def reason_in(scopes: Iterable[str]) -> str | None:
-    """That of the innermost `left_to_xla` among the names of scopes; None without any."""
-    reasons = [each for each in scopes if each.startswith(_LEFT_TO_XLA)]
-    return reasons[-1].removeprefix(_LEFT_TO_XLA) if reasons else None
-
-
-_LEFT_TO_XLA = "xla: "

@@ -197,10 +197,14 @@ def test_inspect_shows_paths_of_another_device(run: Run, friendli: Path) -> None
     prefill, decode = found["programs"]
     assert (prefill["phase"], prefill["name"]) == ("prefill", "prefill of 1 x 32 tokens")
     assert (decode["phase"], decode["name"]) == ("decode", "decode of 3 rows")
-    fields = {"module", "matrices", "path", "operands", "why_not", "cost"}
+    fields = {"module", "matrices", "path", "operands", "why_not", "cost", "kernel", "fuses",
+              "refusals"}  # fmt: skip
     assert set(decode["calls"][0]) == fields
     attention = [call for call in decode["calls"] if not call["matrices"]]
     assert {call["why_not"] for call in attention} == {"head_dim must be 64 or 128, got 16"}
+    assert {call["kernel"] for call in attention} == {"xla"}
+    refusal = {"hopper": "head_dim must be 64 or 128, got 16"}
+    assert [call["refusals"] for call in attention] == [refusal] * len(attention)
     _, out, _ = run("inspect", friendli, "--paths", *sizes)
     assert ["device", "cpu"] in [line.split() for line in out.splitlines()]
     for program in out.split("decode of 3 rows"):

@@ -11,7 +11,7 @@ import pytest
 from llama_jax.model.fp8 import quantize
 from pallas_kernels import e4m3
 from pallas_kernels.cpu import library
-from pallas_kernels.fp8_matmul import chosen, cpu, fp8_matmul, fp8_matmuls, swiglu
+from pallas_kernels.fp8_matmul import choose, cpu, fp8_matmul, fp8_matmuls, swiglu
 from tests.cpu_kernel import needs_cpu_kernel
 
 pytestmark = needs_cpu_kernel
@@ -131,7 +131,7 @@ def test_the_contract():
     codes = jax.device_put(np.asarray(bits).view(e4m3.DTYPE))
     expected = exact(x, bits, scale)
     for weight in (bits, codes):
-        assert chosen(x, weight, scale, jnp.dtype(jnp.float32)) == "cpu"
+        assert choose(x, weight, scale, jnp.dtype(jnp.float32)).kernel.name == "cpu"
         for implementation in (None, "cpu"):
             y = fp8_matmul(x, weight, scale, implementation=implementation)
             np.testing.assert_allclose(y, expected, atol=1e-4)
@@ -177,7 +177,7 @@ def test_what_it_cannot_take_is_refused_by_name():
 def test_without_a_compiler_xla_multiplies(monkeypatch):
     x, bits, scale = operands(2, 64, 128)
     monkeypatch.setattr(library, "why_not", lambda: "there is no C++ compiler")
-    assert chosen(x, bits, scale, jnp.dtype(jnp.float32)) == "xla"
+    assert choose(x, bits, scale, jnp.dtype(jnp.float32)).kernel.name == "xla"
     with pytest.raises(ValueError, match="'cpu' cannot run: there is no C\\+\\+ compiler"):
         fp8_matmul(x, bits, scale, implementation="cpu")
 

@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import e4m3
 from pallas_kernels.paged_attention import (
-    chosen,
+    choose,
     hopper,
     hopper_decode,
     hopper_prefill,
@@ -250,7 +250,7 @@ def test_what_has_no_kernel_is_named():
 
 def test_without_a_hopper_gpu_xla_runs_and_hopper_says_why():
     q, k, v, *where = case(4, 1, 1, [3], [4])
-    assert chosen(q, k) == "xla"
+    assert choose(q, k).kernel.name == "xla"
     with pytest.raises(ValueError, match="JAX runs on cpu, not on a GPU"):
         paged_attention(q, k, v, *where, implementation="hopper")
     with pytest.raises(ValueError, match="no implementation 'triton'"):
@@ -266,7 +266,7 @@ def test_a_ptxas_that_miscompiles_is_refused(monkeypatch, version, is_refused):
     q, k, v, *where = case(4, 1, 1, [3], [4])
     h200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=h200)):
-        assert chosen(q, k) == ("xla" if is_refused else "hopper")
+        assert choose(q, k).kernel.name == ("xla" if is_refused else "hopper")
         if is_refused:
             with pytest.raises(ValueError, match="miscompiles it: update CUDA"):
                 paged_attention(q, k, v, *where, implementation="hopper")

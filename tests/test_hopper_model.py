@@ -19,12 +19,12 @@ from llama_jax.llm import LLM
 from llama_jax.model.forward import activations_in, extend, last_hidden, unembed
 from llama_jax.model.fp8 import WeightFormat
 from llama_jax.model.kv_cache import init_cache
-from llama_jax.model.linear import Stored, is_fused
+from llama_jax.model.linear import Products, Stored, leave_sums
 from llama_jax.model.params import init_params
 from llama_jax.model.spec import ModelSpec
 from pallas_kernels import device, e4m3
 from pallas_kernels.dev import sm90
-from pallas_kernels.fp8_matmul import hopper, hopper_weight_only
+from pallas_kernels.fp8_matmul import choose, hopper, hopper_weight_only
 from pallas_kernels.paged_attention import hopper as hopper_attention
 from pallas_kernels.rope_and_cache import hopper as hopper_rope
 from pallas_kernels.row_fusions import hopper as row_fusions_hopper
@@ -161,8 +161,10 @@ def test_products_are_summed_over_devices_before_anything_reads_them(axis, expec
         format=WeightFormat("float8_e4m3fn", "row"), stored=lambda: stored, in_features=512
     )
     residual = jax.ShapeDtypeStruct((2, 1, 512), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((2, 512), jnp.bfloat16)
     with jax.sharding.use_abstract_mesh(sm90.H200):
-        assert is_fused(spec_of(), residual, [[linear]]) == expected
+        products = Products((linear,), (choose(x, *stored.quantized, x.dtype),))
+        assert leave_sums(spec_of(), residual, [products]) == expected
 
 
 def test_many_rows_are_decoded_in_fp8():

@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_refused():
         rope_and_cache(
             parts, positions, frequencies(64), arrays[0], arrays[1][1:], *arrays[2:], **fine
         )
-    with pytest.raises(ValueError, match="cannot run as 'hopper': JAX runs on cpu"):
+    with pytest.raises(ValueError, match=r"rope_and_cache: .*'hopper' cannot run: JAX runs on cpu"):
         rope_and_cache(parts, positions, frequencies(64), *arrays, **fine, implementation="hopper")
     with pytest.raises(ValueError, match="no implementation 'pallas'"):
         rope_and_cache(parts, positions, frequencies(64), *arrays, **fine, implementation="pallas")

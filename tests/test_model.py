@@ -13,12 +13,12 @@ from jax.sharding import PartitionSpec
 from llama_jax.model.forward import decode, prefill
 from llama_jax.model.fp8 import dequantize
 from llama_jax.model.kv_cache import init_cache
-from llama_jax.model.linear import dense
 from llama_jax.model.llama import Llama
 from llama_jax.model.params import abstract_params, init_params, logical_axes
 from llama_jax.model.rope import rope_frequencies
 from llama_jax.model.spec import ModelSpec
 from pallas_kernels import e4m3
+from pallas_kernels.fp8_matmul.dense import dense
 from pallas_kernels.rope_and_cache.xla import apply_rope
 from tests.tiny import CONFIG, config, fp8_formats, fp8_spec, tokens
 

@@ -17,13 +17,12 @@ from typing import Any
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save
 
 from llama_jax.abacus import data, vocabulary
 from llama_jax.model.config import LlamaConfig
-from llama_jax.model.linear import Linear
+from llama_jax.model.linear import INPUTS, inputs_of
 from llama_jax.model.llama import Llama
 from llama_jax.model.spec import ModelSpec, Params
 from pallas_kernels import e4m3
@@ -92,15 +91,11 @@ def calibrate(
     ]
     largest: dict[str, float] = {}
 
-    def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if isinstance(context.module, Linear) and context.method_name == "operands":
-            name = "model." + ".".join(context.module.path).replace("layers_", "layers.")
-            largest[name] = max(largest.get(name, 0.0), float(jnp.max(jnp.abs(args[0]))))
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(watch):
-        for batch in batches:
-            Llama(spec).apply({"params": params}, batch[:, :-1])
+    for batch in batches:
+        _, left = Llama(spec).apply({"params": params}, batch[:, :-1], mutable=INPUTS)
+        for path, x in inputs_of(left).items():
+            name = "model." + path.replace("layers_", "layers.").replace("/", ".")
+            largest[name] = max(largest.get(name, 0.0), float(jnp.max(jnp.abs(x))))
     return largest
 
 

@@ -3,7 +3,6 @@
 import contextlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
@@ -43,7 +42,7 @@ def show_paths(
         found = [(each, paths.calls(each)) for each in paths.programs(spec, options, kv_dtype)]
     if as_json:
         programs = [
-            {"phase": each.phase, "name": each.name, "calls": [asdict(call) for call in calls]}
+            {"phase": each.phase, "name": each.name, "calls": [_as_json(call) for call in calls]}
             for each, calls in found
         ]
         print_json({"model": title, "device": name, "programs": programs})
@@ -54,12 +53,27 @@ def show_paths(
         _print(program, calls)
 
 
+def _as_json(call: "Call") -> dict[str, Any]:
+    choice = call.choice
+    return {
+        "module": call.module,
+        "matrices": call.matrices,
+        "path": call.path,
+        "operands": call.operands,
+        "why_not": call.why_not,
+        "cost": call.cost,
+        "kernel": choice.kernel.name if choice else None,
+        "fuses": choice.kernel.fuses if choice else (),
+        "refusals": dict(choice.refusals) if choice else {},
+    }
+
+
 def _print(program: "Program", calls: Sequence["Call"]) -> None:
     """Calls that differ in nothing but the layer share a line; reasons stand below, once each."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for call in calls:
         operands = ", ".join(call.operands[:2])
-        key = (_words(call), call.path, call.cost, operands, call.why_not or "")
+        key = (_words(call), call.path, call.cost, operands, _reasons(call))
         groups.setdefault(key, []).extend(_layers(call))
     reasons = list(dict.fromkeys(why for *_, why in groups if why))
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -72,7 +86,19 @@ def _print(program: "Program", calls: Sequence["Call"]) -> None:
     stdout.print(table)
     for number, reason in enumerate(reasons, 1):
         stdout.print(f"({number}) {reason}", style="dim", highlight=False, markup=False)
+    for kernel in dict.fromkeys(call.choice.kernel for call in calls if call.choice):
+        if kernel.fuses:
+            fused = ", ".join(kernel.fuses)
+            stdout.print(f"{kernel.name} can fuse {fused}", style="dim", highlight=False)
     stdout.print(_launches(calls), highlight=False)
+
+
+def _reasons(call: "Call") -> str:
+    """Why XLA multiplies; below a kernel, why those that were asked before it do not."""
+    if call.why_not or not call.choice:
+        return call.why_not or ""
+    refusals = call.choice.refusals
+    return "; ".join(f"not {name}: {reason}" for name, reason in refusals)
 
 
 def _words(call: "Call") -> str:

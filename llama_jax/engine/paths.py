@@ -1,9 +1,10 @@
 """Which path each matmul and each attention takes, read from the traced programs.
 
-A kernel stands in a program's jaxpr by its name, and what is left to XLA stands there as products;
-name stacks say which module they belong to, and the flow of the parameters which matrices they
-read. Nothing is compiled or run, and no device is needed: `jax.sharding.use_abstract_mesh(
-pallas_kernels.dev.sm90.H200)` around `programs` and `calls` asks what an H200 would run.
+A kernel stands in a program's jaxpr by its name, and what is left to XLA stands there as products.
+Name stacks hold the module that they belong to and the `Choice` that was made for them; the flow of
+the parameters says which matrices they read. Nothing is compiled or run, and no device is needed:
+`jax.sharding.use_abstract_mesh(pallas_kernels.dev.sm90.H200)` around `programs` and `calls` asks
+what an H200 would run.
 """
 
 import inspect
@@ -30,7 +31,7 @@ from llama_jax.model.kv_cache import KVDtype, storage_dtype
 from llama_jax.model.params import abstract_params
 from llama_jax.model.spec import ModelSpec, Params
 from pallas_kernels import device, e4m3
-from pallas_kernels.cpu import library
+from pallas_kernels.choice import Choice, Kernel, choice_in
 
 _KERNELS = ("mpmd_map", "pallas_call", "ffi_call")
 # Rates as in an H200's data sheet, without sparsity: FP8 1,979, bf16 989, float32 67 TFLOP/s.
@@ -41,18 +42,6 @@ _UNITS = {
     "f32": "no tensor cores, 1/30 of FP8's rate",
 }
 _ITEMSIZE = {"bf16": 2, "f16": 2, "f32": 4}
-_KERNELS_COST = {
-    "fp8_matmul": _UNITS["f8_e4m3fn"],
-    "fp8_swiglu": _UNITS["f8_e4m3fn"],
-    "fp8_matmul_weight_only": "reads each code once, multiplies it as bf16, or as FP8 by x in two",
-    library.TARGET: "reads each code once, widens it in registers",
-    "add_rms_norm": "adds parts up, two terms in FP8 for the next product",
-    "silu_and_mul": "adds parts up, two terms in FP8 for the next product",
-    "paged_attention_prefill": "16-bit tensor cores, 1/2 of FP8's rate",
-    "paged_attention_decode": "reads each key and value once",
-    "paged_attention_combine": "adds parts up",
-    "rope_and_cache": "reads q, k and v once, writes k and v into their pages",
-}
 
 
 @dataclass(frozen=True)
@@ -74,17 +63,22 @@ class Call:
 
     module: where it stands, "layers_0/self_attn"; "" outside of the model's modules.
     matrices: those it reads, by module path: several in a fused launch, none in attention.
-    path: the kernel's name, or "xla". operands: of the launch or the first product, such as
-    "bf16[8,4096]". why_not: why XLA multiplies where there are kernels; None where there are none.
-    cost: what multiplies, and in which form it takes the matrices.
+    path: the launch's name, or "xla". operands: of the launch or the first product, such as
+    "bf16[8,4096]". choice: the object by which the model called it; None where nothing was to
+    choose. cost: what multiplies, and in which form it takes the matrices.
     """
 
     module: str
     matrices: tuple[str, ...]
     path: str
     operands: tuple[str, ...]
-    why_not: str | None
+    choice: Choice[Kernel] | None
     cost: str = ""
+
+    @property
+    def why_not(self) -> str | None:
+        """Why XLA multiplies where there are kernels; None where there are none."""
+        return self.choice.why_no_kernel if self.choice else None
 
 
 def programs(
@@ -140,8 +134,8 @@ def calls(program: Program) -> list[Call]:
 
 def _cost(call: Call, stored: Mapping[str, jnp.dtype]) -> str:
     """stored: the dtypes of the matrices."""
-    if call.path != "xla":
-        return _KERNELS_COST[call.path]
+    if call.choice and call.path in call.choice.kernel.launches:
+        return call.choice.kernel.launches[call.path]
     operand = call.operands[0].partition("[")[0]
     unit = _UNITS.get(operand, operand) if device.platform() == "gpu" else operand
     of_matrices = {jnp.dtype(stored[name]).itemsize for name in call.matrices}
@@ -171,7 +165,7 @@ def _walk(
                 tuple(dict.fromkeys(name for atom in eqn.invars for name in sorted(of(atom)))),
                 str(eqn.params.get("name") or eqn.params["target_name"]) if is_kernel else "xla",
                 tuple(atom.aval.str_short(short_dtypes=True) for atom in eqn.invars),
-                None if is_kernel else device.reason_in(inner),
+                choice_in(inner),
             )
         elif bodies := list(_bodies(eqn, platform)):
             # A loop's and a condition's own operands come before those of their bodies.
@@ -209,7 +203,7 @@ def _merged(found: Iterable[Call]) -> Iterator[Call]:
     """Without XLA's further products of the same module and matrices."""
     previous = None
     for call in found:
-        key = (call.module, call.matrices, call.path, call.why_not)
+        key = (call.module, call.matrices, call.path, call.choice)
         if call.path != "xla" or key != previous:
             yield call
         previous = key

@@ -4,22 +4,31 @@ Every parameter is declared once, in `parameter`, with its shape, its dtype and 
 its axes; initialisation, sharding and the restore target of a checkpoint all come from there.
 """
 
-from collections.abc import Sequence
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import traverse_util
 from jax import Array, lax
 
 from llama_jax.model.fp8 import WeightFormat, quantize_per_group, quantize_per_token, scale_shape
 from llama_jax.model.sharding import divided_over
-from llama_jax.model.spec import Implementation, ModelSpec
-from pallas_kernels import device, e4m3, row_fusions
-from pallas_kernels.fp8_matmul import chosen, cpu, fp8_matmul, fp8_matmul_parts, fp8_matmuls
+from llama_jax.model.spec import ModelSpec
+from pallas_kernels import e4m3, row_fusions
+from pallas_kernels.fp8_matmul import (
+    Choice,
+    Kernel,
+    choose,
+    fp8_matmul,
+    fp8_matmul_parts,
+    fp8_matmuls,
+    is_one_launch,
+)
+from pallas_kernels.fp8_matmul.dense import dense
 from pallas_kernels.fp8_matmul.terms import Parts, Terms
-from pallas_kernels.fp8_matmul.xla import MIN_ROWS_FOR_BF16, by_row_blocks, dot
 
 
 def parameter(
@@ -56,8 +65,22 @@ class Stored(NamedTuple):
         return self.weight, self.scale
 
 
+# Where each `Linear` leaves what it reads, if `apply` is told that this collection is mutable.
+INPUTS = "intermediates"
+_INPUT = "input"
+
+
+def inputs_of(variables: Mapping[str, Any]) -> dict[str, Array]:
+    """What each `Linear` has read, [..., in] by module path ("layers_0/mlp/up_proj").
+
+    variables: what `Llama.apply(..., mutable=INPUTS)` returned beside the result.
+    """
+    left = traverse_util.flatten_dict(dict(variables[INPUTS]), sep="/")
+    return {path.removesuffix(f"/{_INPUT}"): x for path, (x,) in left.items()}
+
+
 class Operands(NamedTuple):
-    """Of a product x @ matrix.T. x: [rows, in]; x_scale: of FP8 codes, see `fp8_matmul`."""
+    """The operands of x @ matrix.T. x: [rows, in]; x_scale: of FP8 codes, see `fp8_matmul`."""
 
     x: Array
     x_scale: Array | None
@@ -73,8 +96,13 @@ class Linear(nn.Module):
     out_features: int
     axes: tuple[str, str]
 
-    def __call__(self, x: Array, residual: Array | None = None) -> Array:
-        return multiply(self.spec, self.operands(x), x, residual)
+    def __call__(
+        self, x: Array, residual: Array | None = None, choice: Choice[Kernel] | None = None
+    ) -> Array:
+        """choice: what `choose` returned; None asks now."""
+        if choice is None:
+            choice = self.choose(x.size // self.in_features, x.dtype, residual)
+        return multiply(self.spec, self.operands(x), choice, x, residual)
 
     @nn.compact
     def stored(self) -> Stored:
@@ -90,7 +118,23 @@ class Linear(nn.Module):
             return matrix
         return matrix._replace(input_scale=parameter(self, "input_scale", (), (), "float32"))
 
+    def choose(
+        self, rows: int, dtype: jnp.dtype, residual: Array | None = None
+    ) -> Choice[Kernel] | None:
+        """Which kernel multiplies x [rows, in] and returns `dtype`; None for a matrix without
+        scales, where `dense` chooses."""
+        matrix = self.stored()
+        if matrix.scale is None:
+            return None
+        quantizes = self.spec.activations in ("dynamic", "static")
+        x = jax.ShapeDtypeStruct((rows, self.in_features), e4m3.DTYPE if quantizes else dtype)
+        added = None
+        if residual is not None and not matrix.summed_over:
+            added = jax.ShapeDtypeStruct((rows, matrix.weight.shape[0]), residual.dtype)
+        return choose(x, *matrix.quantized, dtype, added, implementation=self.spec.implementation)
+
     def operands(self, x: Array) -> Operands:
+        self.sow(INPUTS, _INPUT, x)
         matrix, rows, x_scale = self.stored(), x.reshape(-1, self.in_features), None
         if matrix.scale is not None and self.spec.activations == "dynamic":
             if self.format.activation_group:
@@ -111,28 +155,101 @@ class Linear(nn.Module):
         return self.spec.format_of(self.path)
 
 
+@dataclass(frozen=True)
+class Products:
+    """The products of one x with one matrix or several, and which kernel takes each of them.
+
+    choices: made once for each product, from shapes and dtypes (`Linear.choose`).
+    """
+
+    linears: tuple[Linear, ...]
+    choices: tuple[Choice[Kernel] | None, ...]
+
+    @classmethod
+    def of(
+        cls, linears: Sequence[Linear], rows: int, dtype: jnp.dtype, residual: Array | None = None
+    ) -> "Products":
+        choices = (linear.choose(rows, dtype, residual) for linear in linears)
+        return cls(tuple(linears), tuple(choices))
+
+    @property
+    def choice(self) -> Choice[Kernel]:
+        """The choice for all of them, where they share a launch."""
+        (choice, *_) = self.choices
+        assert choice is not None
+        return choice
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.linears[0].spec
+
+    @property
+    def name(self) -> str:
+        return "+".join(str(linear.name) for linear in self.linears)
+
+    def __call__(self, x: Array) -> list[Array]:
+        """x [..., in] through each, in one launch where a kernel does that."""
+        operands = [linear.operands(x) for linear in self.linears]
+        if not self._is_one_launch():
+            found = []
+            for linear, choice, each in zip(self.linears, self.choices, operands, strict=True):
+                with jax.named_scope(str(linear.name)):
+                    found.append(multiply(self.spec, each, choice, x))
+            return found
+        weights, scales = zip(*(each.matrix.quantized for each in operands), strict=True)
+        with jax.named_scope(self.name):
+            ys = fp8_matmuls(
+                operands[0].x, weights, scales, x_scale=operands[0].x_scale, out_dtype=x.dtype,
+                is_batch_invariant=self.spec.is_batch_invariant, implementation=self.choice,
+            )  # fmt: skip
+        return [y.reshape(*x.shape[:-1], -1) for y in ys]
+
+    def parts(self, x: Array | Terms, rows: int) -> list[Parts]:
+        """x [rows, in] through each in one launch, where `leave_sums` is true."""
+        weights, scales = zip(*(linear.stored().quantized for linear in self.linears), strict=True)
+        with jax.named_scope(self.name):
+            return fp8_matmul_parts(
+                x, rows, weights, scales,
+                is_batch_invariant=self.spec.is_batch_invariant, implementation=self.choice,
+            )  # fmt: skip
+
+    def _is_one_launch(self) -> bool:
+        """Whether all multiply the same operand, by one kernel that takes several weights."""
+        formats = [linear.format for linear in self.linears]
+        alike = {(x.scale, x.activation_scale_ub, x.activation_group) for x in formats}
+        choices = [choice for choice in self.choices if choice]
+        return (
+            len(choices) == len(formats)
+            and len(alike) == 1
+            and self.spec.activations != "static"
+            and is_one_launch(choices)
+        )
+
+
 def multiply(
-    spec: ModelSpec, operands: Operands, like: Array, residual: Array | None = None
+    spec: ModelSpec,
+    operands: Operands,
+    choice: Choice[Kernel] | None,
+    like: Array,
+    residual: Array | None = None,
 ) -> Array:
     """The product, plus a residual, in the dtype and with the leading axes of `like`.
 
-    A kernel adds the residual before it rounds; otherwise the product is rounded first, after it is
-    summed over devices.
+    choice: what `Linear.choose` returned. A kernel that adds the residual does so before it rounds;
+    otherwise the product is rounded first, after it is summed over devices.
     """
     x, x_scale, (weight, scale, _, summed_over) = operands
     is_added = False
-    if scale is None:
+    if choice is None or scale is None:
         y = dense(x, weight, spec.implementation)
     else:
         rows = None
-        if residual is not None and not summed_over:
+        if residual is not None and not summed_over and choice.kernel.adds_residual:
             rows = residual.reshape(-1, weight.shape[0])
-        runs = chosen(x, weight, scale, like.dtype, rows, implementation=spec.implementation)
-        is_added = rows is not None and runs.startswith("hopper")
+        is_added = rows is not None
         y = fp8_matmul(
-            x, weight, scale, x_scale=x_scale, residual=rows if is_added else None,
-            out_dtype=like.dtype, is_batch_invariant=spec.is_batch_invariant,
-            implementation=spec.implementation,
+            x, weight, scale, x_scale=x_scale, residual=rows, out_dtype=like.dtype,
+            is_batch_invariant=spec.is_batch_invariant, implementation=choice,
         )  # fmt: skip
     if summed_over:
         y = lax.psum(y.astype(like.dtype), summed_over)
@@ -140,62 +257,55 @@ def multiply(
     return y if residual is None or is_added else y + residual
 
 
-def products(spec: ModelSpec, x: Array, linears: Sequence[Linear]) -> list[Array]:
-    """x [..., in] through each, in one launch where a kernel does that."""
-    operands = [linear.operands(x) for linear in linears]
-    if not _is_one_launch(spec, [linear.format for linear in linears], operands, x.dtype):
-        found = []
-        for linear, each in zip(linears, operands, strict=True):
-            with jax.named_scope(str(linear.name)):
-                found.append(multiply(spec, each, x))
-        return found
-    weights, scales = zip(*(each.matrix.quantized for each in operands), strict=True)
-    with jax.named_scope("+".join(str(linear.name) for linear in linears)):
-        ys = fp8_matmuls(
-            operands[0].x, weights, scales, x_scale=operands[0].x_scale, out_dtype=x.dtype,
-            is_batch_invariant=spec.is_batch_invariant, implementation=spec.implementation,
-        )  # fmt: skip
-    return [y.reshape(*x.shape[:-1], -1) for y in ys]
-
-
-def parts(spec: ModelSpec, x: Array | Terms, rows: int, linears: Sequence[Linear]) -> list[Parts]:
-    """x, [rows, in], through each in one launch, where `is_fused` says that this runs."""
-    weights, scales = zip(*(linear.stored().quantized for linear in linears), strict=True)
-    with jax.named_scope("+".join(str(linear.name) for linear in linears)):
-        return fp8_matmul_parts(
-            x, rows, weights, scales, is_batch_invariant=spec.is_batch_invariant
-        )
-
-
-def is_fused(
-    spec: ModelSpec, residual: Array, groups: Sequence[Sequence[Linear]], inner: int = 0
+def leave_sums(
+    spec: ModelSpec, residual: Array, launches: Sequence[Products], inner: int = 0
 ) -> bool:
-    """Whether products leave their sums to what follows, which is a launch of its own. That is for
-    few rows on a Hopper GPU, all weights in FP8.
+    """Whether products leave their sums to what follows them, which is a launch of its own.
 
-    groups: those that share a launch each. inner: columns of SwiGLU, if there is one.
+    They do so for few rows where kernels take all of them that can, and `row_fusions` what lies
+    between. launches: products that share a launch each. inner: columns of SwiGLU, if there is one.
     """
-    linears = [linear for group in groups for linear in group]
-    if (
-        spec.activations != "bf16"
-        or spec.implementation not in (None, "hopper")
-        or any(linear.format.scale is None for linear in linears)
-        or any(linear.stored().summed_over for linear in linears)
-        or any(len({linear.format.scale for linear in group}) > 1 for group in groups)
-    ):
-        return False
     rows = jax.ShapeDtypeStruct(
         (residual.size // residual.shape[-1], residual.shape[-1]), residual.dtype
     )
-    if device.not_hopper() or row_fusions.refusal(rows, inner):
+    if spec.activations != "bf16" or row_fusions.why_not(rows, inner):
         return False
 
-    def is_weight_only(linear: Linear) -> bool:
-        operand = jax.ShapeDtypeStruct((rows.shape[0], linear.in_features), rows.dtype)
-        which = chosen(operand, *linear.stored().quantized, rows.dtype)
-        return which == "hopper_weight_only"
+    def is_possible(products: Products) -> bool:
+        choices = [choice for choice in products.choices if choice]
+        return (
+            len(choices) == len(products.linears)
+            and all(choice.kernel.parts for choice in choices)
+            and len({linear.format.scale for linear in products.linears}) == 1
+            and not any(linear.stored().summed_over for linear in products.linears)
+        )
 
-    return all(map(is_weight_only, linears))
+    return all(map(is_possible, launches))
+
+
+def choose_swiglu(
+    spec: ModelSpec, rows: int, gate_up: Products, down: Products
+) -> Choice[Kernel] | None:
+    """The kernel that computes silu(gate(x)) * up(x) and quantises it for down_proj in one launch,
+    with a scale per token and 128 columns where otherwise it is one per token; None if none does.
+    """
+    (gate, up), (last,) = gate_up.linears, down.choices
+    formats = [linear.format for linear in (gate, up, *down.linears)]
+    if (
+        spec.activations != "dynamic"
+        or any(each.scale is None or each.activation_scale_ub for each in formats)
+        or formats[0].scale != formats[1].scale
+        or last is None
+    ):
+        return None
+    codes = jax.ShapeDtypeStruct((rows, gate.in_features), e4m3.DTYPE)
+    choice, of_up = (choose(codes, *each.stored().quantized, None) for each in (gate, up))
+    is_fused = (
+        choice.kernel.swiglu
+        and choice.kernel is of_up.kernel is last.kernel
+        and choice.kernel.is_meant_by(spec.implementation)
+    )
+    return choice if is_fused else None
 
 
 def declared(x: Array, *linears: Linear) -> Array:
@@ -204,74 +314,3 @@ def declared(x: Array, *linears: Linear) -> Array:
     for linear in linears:
         linear.stored()
     return x
-
-
-def _is_one_launch(
-    spec: ModelSpec,
-    formats: Sequence[WeightFormat],
-    operands: Sequence[Operands],
-    dtype: jnp.dtype,
-) -> bool:
-    """Whether what is multiplied is the same for all, and one kernel takes it."""
-    alike = {(x.scale, x.activation_scale_ub, x.activation_group) for x in formats}
-    if formats[0].scale is None or len(alike) > 1 or spec.activations == "static":
-        return False
-    (which, *others) = {
-        chosen(x, *matrix.quantized, dtype, implementation=spec.implementation)
-        for x, _, matrix in operands
-    }
-    return not others and which in ("hopper_weight_only", "cpu")
-
-
-def is_swiglu_fused(spec: ModelSpec, x: Array, gate: Linear, up: Linear, down: Linear) -> bool:
-    """Whether one kernel computes silu(gate(x)) * up(x) and quantises it for down_proj, with a
-    scale per token and 128 columns, where otherwise it is one per token."""
-    formats = [linear.format for linear in (gate, up, down)]
-    if (
-        spec.activations != "dynamic"
-        or spec.implementation not in (None, "hopper")
-        or any(each.scale is None or each.activation_scale_ub for each in formats)
-        or formats[0].scale != formats[1].scale
-    ):
-        return False
-
-    def runs_in_fp8(linear: Linear, out_dtype: jnp.dtype | None) -> bool:
-        codes = jax.ShapeDtypeStruct((x.size // x.shape[-1], linear.in_features), e4m3.DTYPE)
-        return chosen(codes, *linear.stored().quantized, out_dtype) == "hopper_fp8"
-
-    return runs_in_fp8(gate, None) and runs_in_fp8(up, None) and runs_in_fp8(down, x.dtype)
-
-
-def dense(x: Array, weight: Array, implementation: Implementation | None = None) -> Array:
-    """x [m, in] @ weight [out, in].T in float32 sums, for unquantised weights.
-
-    On a CPU the kernel for FP8 weights takes those in bfloat16, too. Otherwise a weight of another
-    dtype than x, or few bfloat16 rows on a CPU, go by blocks of the weight's rows: XLA would write
-    out a copy of the whole weight.
-    """
-    if implementation in (None, "cpu") and _runs_on_cpu(x, weight):
-        return cpu.dense(x, weight)
-
-    def direct(x: Array, weight: Array) -> Array:
-        precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-        return lax.dot_general(
-            x, weight, (((1,), (1,)), ((), ())),
-            precision=precision, preferred_element_type=jnp.float32,
-        )  # fmt: skip
-
-    by_blocks = partial(by_row_blocks, weight_scale=None)
-    if x.dtype != weight.dtype:
-        return by_blocks(x, weight)
-    if x.dtype == jnp.float32:
-        return direct(x, weight)
-    without_kernel = by_blocks if x.shape[0] < MIN_ROWS_FOR_BF16 else dot
-    return lax.platform_dependent(x, weight, cpu=without_kernel, default=direct)
-
-
-def _runs_on_cpu(x: Array, weight: Array) -> bool:
-    reasons = (
-        lambda: cpu.refusal(x, weight, None),
-        device.not_local,
-        lambda: cpu.slower_than_xla(len(x)),
-    )
-    return weight.dtype == jnp.bfloat16 and not any(reason() for reason in reasons)

@@ -18,19 +18,18 @@ from llama_jax.model.kv_cache import KVCache
 from llama_jax.model.linear import (
     Linear,
     Operands,
+    Products,
+    choose_swiglu,
     declared,
-    dense,
-    is_fused,
-    is_swiglu_fused,
+    leave_sums,
     multiply,
     parameter,
-    parts,
-    products,
 )
 from llama_jax.model.rope import rope_frequencies
 from llama_jax.model.sharding import divided_over
 from llama_jax.model.spec import ModelSpec
 from pallas_kernels.fp8_matmul import swiglu
+from pallas_kernels.fp8_matmul.dense import dense
 from pallas_kernels.fp8_matmul.terms import Parts, Terms
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.rope_and_cache import rope_and_cache
@@ -142,14 +141,17 @@ class Attention(nn.Module):
             norm(added(x))
             return declared(added(x), *projections, o_proj), cache
         batch, tokens = positions.shape
-        leaves_sums = is_fused(self.spec, residual_of(x), (projections, (o_proj,)))
+        rows, dtype = batch * tokens, residual_of(x).dtype
+        qkv = Products.of(projections, rows, dtype)
+        out = Products.of((o_proj,), rows, dtype, residual_of(x))
+        leaves_sums = leave_sums(self.spec, residual_of(x), (qkv, out))
         if leaves_sums:
             residual, terms = norm.in_terms(x)
-            projected = parts(self.spec, terms, batch * tokens, projections)
+            projected = qkv.parts(terms, rows)
         else:
             residual = added(x)
-            whole = products(self.spec, norm(residual), projections)
-            projected = [Parts(y.reshape(1, batch * tokens, -1), None) for y in whole]
+            whole = qkv(norm(residual))
+            projected = [Parts(y.reshape(1, rows, -1), None) for y in whole]
         if cache is None:
             q, k, v = (
                 each.total().astype(residual.dtype).reshape(batch, tokens, -1, config.head_dim)
@@ -169,10 +171,10 @@ class Attention(nn.Module):
             )  # fmt: skip
             y = per_head(y, _of_own_heads(cache.v_scale, cache.v.shape[2]))
         if leaves_sums:
-            rows = batch * tokens
-            (product,) = parts(self.spec, y.reshape(rows, q_size), rows, (o_proj,))
+            (product,) = out.parts(y.reshape(rows, q_size), rows)
             return Pending(residual, product), cache
-        return o_proj(y.reshape(batch, tokens, q_size), residual), cache
+        (choice,) = out.choices
+        return o_proj(y.reshape(batch, tokens, q_size), residual, choice), cache
 
 
 def _append(
@@ -218,25 +220,28 @@ class MLP(nn.Module):
         if self.is_initializing():
             norm(added(stream))
             return declared(added(stream), gate, up, down)
-        if is_fused(self.spec, residual_of(stream), ((gate, up), (down,)), inner):
+        rows, dtype = residual_of(stream).size // hidden, residual_of(stream).dtype
+        gate_up = Products.of((gate, up), rows, dtype)
+        last = Products.of((down,), rows, dtype, residual_of(stream))
+        if leave_sums(self.spec, residual_of(stream), (gate_up, last), inner):
             residual, terms = norm.in_terms(stream)
-            count = residual.size // hidden
-            inner_terms = silu_and_mul(*parts(self.spec, terms, count, (gate, up)))
-            (product,) = parts(self.spec, inner_terms, count, (down,))
+            inner_terms = silu_and_mul(*gate_up.parts(terms, rows))
+            (product,) = last.parts(inner_terms, rows)
             return Pending(residual, product)
         residual = added(stream)
-        x = norm(residual)
-        if is_swiglu_fused(self.spec, x, gate, up, down):
-            rows, x_scale, matrix = gate.operands(x)
-            with jax.named_scope("gate_proj+up_proj"):
+        x, (of_down,) = norm(residual), last.choices
+        if fused := choose_swiglu(self.spec, rows, gate_up, last):
+            codes, x_scale, matrix = gate.operands(x)
+            with jax.named_scope(gate_up.name):
                 codes, scale = swiglu(
-                    rows, *matrix.quantized, *up.stored().quantized, x_scale=x_scale,
-                    implementation="hopper_fp8",
+                    codes, *matrix.quantized, *up.stored().quantized, x_scale=x_scale,
+                    implementation=fused,
                 )  # fmt: skip
             with jax.named_scope("down_proj"):
-                return multiply(self.spec, Operands(codes, scale, down.stored()), x, residual)
-        g, u = products(self.spec, x, (gate, up))
-        return down(nn.silu(g) * u, residual)
+                operands = Operands(codes, scale, down.stored())
+                return multiply(self.spec, operands, of_down, x, residual)
+        g, u = gate_up(x)
+        return down(nn.silu(g) * u, residual, of_down)
 
 
 class Block(nn.Module):

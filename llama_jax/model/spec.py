@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.fp8 import WeightFormat
-from pallas_kernels import device
-from pallas_kernels.fp8_matmul import cpu
+from pallas_kernels import paged_attention
+from pallas_kernels.choice import not_here
+from pallas_kernels.fp8_matmul import kernels as fp8_kernels
 
 Activations = Literal["auto", "bf16", "dynamic", "static"]
 Phase = Literal["prefill", "decode"]
@@ -69,17 +70,18 @@ class ModelSpec:
 
     def check_runs(self) -> None:
         """Raise ValueError if the named implementation cannot run on what is lowered for."""
-        reasons = {"hopper": device.not_hopper, "cpu": cpu.not_here}
-        if self.implementation in reasons and (reason := reasons[self.implementation]()):
+        if reason := not_here(fp8_kernels.KERNELS, self.implementation):
             raise ValueError(
                 f"implementation={self.implementation!r} cannot run: {reason}. Leave it out for "
                 "what can."
             )
 
     @property
-    def of_attention(self) -> Literal["reference", "xla", "hopper"] | None:
-        """The implementation of attention and what is around it, where no kernel is for a CPU."""
-        return None if self.implementation == "cpu" else self.implementation
+    def of_attention(self) -> str | None:
+        """The implementation of attention and of what is around it: None, the best, where they have
+        none of that name."""
+        known = any(each.is_meant_by(self.implementation) for each in paged_attention.KERNELS)
+        return self.implementation if known else None
 
     def format_of(self, path: tuple[str, ...]) -> WeightFormat:
         return self.formats.get("/".join(path), WeightFormat(self.config.dtype))

@@ -1,18 +1,16 @@
 """FP8 matrix multiplication: activations times a float8_e4m3fn weight that stays float8."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, Literal, get_args
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import device, e4m3
-from pallas_kernels.fp8_matmul import cpu, reference, xla
+from pallas_kernels import e4m3
+from pallas_kernels.choice import Choice
+from pallas_kernels.fp8_matmul import reference
+from pallas_kernels.fp8_matmul.kernels import Kernel, choose, without_one_group
 from pallas_kernels.fp8_matmul.terms import Parts, Terms
-
-Implementation = Literal["reference", "xla", "cpu", "hopper", "hopper_fp8", "hopper_weight_only"]
 
 
 def fp8_matmul(
@@ -24,7 +22,7 @@ def fp8_matmul(
     residual: Array | None = None,
     out_dtype: jnp.dtype = jnp.float32,
     is_batch_invariant: bool = False,
-    implementation: Implementation | None = None,
+    implementation: str | Choice[Kernel] | None = None,
 ) -> Array:
     """x @ dequantised(weight).T + residual, accumulated in float32.
 
@@ -38,7 +36,8 @@ def fp8_matmul(
     residual: [m, out], bfloat16 or float32, added before the result is rounded to `out_dtype`.
     is_batch_invariant: a row's result is bit-equal whatever the other rows, and however many.
     implementation: None takes the first that can run: "hopper_weight_only", "hopper_fp8", "cpu",
-        "xla"; "hopper" the first of its two kernels. `chosen` names it. Those of "hopper" need a
+        "xla"; "hopper" the first of its two kernels. `choose` says which, and why others refuse;
+        what it returns for these operands may be given instead of a name. Those of "hopper" need a
         Hopper GPU, a float8_e4m3fn weight with scales per row or per block, and `in` a multiple of
         128.
         "hopper_weight_only": at most 64 rows of x, bfloat16 or float8; `out` a multiple of 32.
@@ -59,24 +58,12 @@ def fp8_matmul(
     shape, dtype = (x.shape[0], weight.shape[0]), jnp.dtype(out_dtype)
     if residual is not None and residual.shape != shape:
         raise ValueError(f"residual must be {shape}, got {residual.shape}")
-    weight_scale = _without_one_group(weight_scale, weight)
-    which = chosen(x, weight, weight_scale, dtype, residual, implementation=implementation)
-    if which == "hopper_weight_only":
-        (y,) = _weight_only(x, (weight,), (weight_scale,), x_scale, is_batch_invariant)
-        return (y if residual is None else y + residual.astype(jnp.float32)).astype(dtype)
-    if which == "hopper_fp8":
-        from pallas_kernels.fp8_matmul import hopper
-
-        assert x_scale is not None
-        return hopper.fp8_matmul(x, weight, weight_scale, x_scale, dtype, residual)
-    if which == "cpu":
-        (y,) = _on_cpu(x, (weight,), (weight_scale,), x_scale, dtype)
-        return (y if residual is None else y + residual.astype(jnp.float32)).astype(dtype)
-    arguments = x, weight, weight_scale, x_scale, dtype, residual
-    if which == "reference":
-        return reference.fp8_matmul(*arguments)
-    with _left_to_xla(implementation, x, weight, weight_scale, dtype, residual):
-        return xla.fp8_matmul(*arguments)
+    weight_scale = without_one_group(weight_scale, weight)
+    choice = _chosen(implementation, x, weight, weight_scale, dtype, residual)
+    operands = x, (weight,), (weight_scale,), x_scale, dtype, residual, is_batch_invariant
+    with choice.scope():
+        (y,) = choice.kernel.run(*operands)
+    return y
 
 
 def fp8_matmuls(
@@ -87,31 +74,38 @@ def fp8_matmuls(
     x_scale: Array | None = None,
     out_dtype: jnp.dtype = jnp.float32,
     is_batch_invariant: bool = False,
-    implementation: Implementation | None = None,
+    implementation: str | Choice[Kernel] | None = None,
 ) -> tuple[Array, ...]:
     """`fp8_matmul` of one x with several weights, such as q_proj, k_proj and v_proj.
 
-    Operands as in `fp8_matmul`. "hopper_weight_only" and "cpu" are one launch, if all scales are of
-    one kind; everything else is a matmul for each weight.
+    Operands as in `fp8_matmul`. A kernel that takes several weights is one launch, if it is the
+    choice for each of them and all scales are of one kind; everything else is a matmul for each
+    weight.
     """
     dtype = jnp.dtype(out_dtype)
     for weight, scale in zip(weights, weight_scales, strict=True):
         _check(x, weight, scale, x_scale)
-    scales = [_without_one_group(*each) for each in zip(weight_scales, weights, strict=True)]
-    pairs = list(zip(weights, scales, strict=True))
-    which = {chosen(x, *pair, dtype, implementation=implementation) for pair in pairs}
-    if which == {"hopper_weight_only"} and len({scale.ndim for scale in scales}) == 1:
-        ys = _weight_only(x, weights, scales, x_scale, is_batch_invariant)
-        return tuple(y.astype(dtype) for y in ys)
-    if which == {"cpu"} and len({scale.ndim for scale in scales}) == 1:
-        return tuple(y.astype(dtype) for y in _on_cpu(x, weights, scales, x_scale, dtype))
+    scales = [without_one_group(*each) for each in zip(weight_scales, weights, strict=True)]
+    choices = [
+        _chosen(implementation, x, *pair, dtype) for pair in zip(weights, scales, strict=True)
+    ]
+    if is_one_launch(choices) and len({scale.ndim for scale in scales}) == 1:
+        operands = x, weights, scales, x_scale, dtype, None, is_batch_invariant
+        with choices[0].scope():
+            return choices[0].kernel.run(*operands)
     return tuple(
         fp8_matmul(
-            x, *pair, x_scale=x_scale, out_dtype=dtype,
-            is_batch_invariant=is_batch_invariant, implementation=implementation,
+            x, weight, scale, x_scale=x_scale, out_dtype=dtype,
+            is_batch_invariant=is_batch_invariant, implementation=choice,
         )
-        for pair in pairs
+        for weight, scale, choice in zip(weights, scales, choices, strict=True)
     )  # fmt: skip
+
+
+def is_one_launch(choices: Sequence[Choice[Kernel]]) -> bool:
+    """Whether products of one x are chosen to go through one kernel that takes several weights."""
+    (kernel, *others) = {choice.kernel for choice in choices}
+    return not others and kernel.takes_several
 
 
 def fp8_matmul_parts(
@@ -121,17 +115,21 @@ def fp8_matmul_parts(
     weight_scales: Sequence[Array],
     *,
     is_batch_invariant: bool = False,
+    implementation: str | Choice[Kernel] | None = None,
 ) -> list[Parts]:
-    """The products of one x [m, in] with several weights by "hopper_weight_only", in one launch and
-    not summed up: for what reads them next.
+    """The products of one x [m, in] with several weights, in one launch, whose sums over splits of
+    `in` are left to the launch that reads them.
 
-    x: bfloat16 [m, in], or in two float8 terms. Operands as in `fp8_matmul`; `chosen` says whether
-    the kernel takes them.
+    x: bfloat16 [m, in], or in two float8 terms. Other operands as in `fp8_matmul`.
+    Raises ValueError if the kernel that takes the first weight cannot leave its sums.
     """
-    from pallas_kernels.fp8_matmul import hopper_weight_only
-
-    scales = [_without_one_group(*each) for each in zip(weight_scales, weights, strict=True)]
-    return hopper_weight_only.parts(x, weights, scales, m=m, is_batch_invariant=is_batch_invariant)
+    scales = [without_one_group(*each) for each in zip(weight_scales, weights, strict=True)]
+    shape = jax.ShapeDtypeStruct((m, weights[0].shape[1]), jnp.bfloat16)
+    choice = _chosen(implementation, shape, weights[0], scales[0], jnp.dtype(jnp.bfloat16))
+    if choice.kernel.parts is None:
+        raise ValueError(f"{choice.kernel.name} adds its sums up itself")
+    with choice.scope():
+        return choice.kernel.parts(x, m, weights, scales, is_batch_invariant)
 
 
 def swiglu(
@@ -142,7 +140,7 @@ def swiglu(
     up_scale: Array,
     *,
     x_scale: Array | None = None,
-    implementation: Implementation | None = None,
+    implementation: str | Choice[Kernel] | None = None,
 ) -> tuple[Array, Array]:
     """silu(x @ gate.T) * (x @ up.T), quantised for the matmul that follows.
 
@@ -163,163 +161,28 @@ def swiglu(
         )
     if gate.shape[0] % reference.BLOCK:
         raise ValueError(f"out = {gate.shape[0]} must be a multiple of {reference.BLOCK}")
-    gate_scale, up_scale = (_without_one_group(each, gate) for each in (gate_scale, up_scale))
-    which = chosen(x, gate, gate_scale, None, implementation=implementation)
-    if which == "hopper_weight_only":
-        g, u = _weight_only(x, (gate, up), (gate_scale, up_scale), x_scale, False)
+    gate_scale, up_scale = (without_one_group(each, gate) for each in (gate_scale, up_scale))
+    choice = _chosen(implementation, x, gate, gate_scale, None)
+    with choice.scope():
+        if choice.kernel.swiglu:
+            return choice.kernel.swiglu(x, gate, gate_scale, up, up_scale, x_scale)
+        weights, scales = (gate, up), (gate_scale, up_scale)
+        g, u = fp8_matmuls(x, weights, scales, x_scale=x_scale, implementation=choice)
         return reference.quantize_groups(jax.nn.silu(g) * u)
-    if which == "hopper_fp8":
-        from pallas_kernels.fp8_matmul import hopper
-
-        assert x_scale is not None
-        return hopper.swiglu(x, gate, gate_scale, up, up_scale, x_scale)
-    if which == "cpu":
-        float32 = jnp.dtype(jnp.float32)
-        g, u = _on_cpu(x, (gate, up), (gate_scale, up_scale), x_scale, float32)
-        return reference.quantize_groups(jax.nn.silu(g) * u)
-    arguments = x, gate, gate_scale, up, up_scale, x_scale
-    if which == "reference":
-        return reference.swiglu(*arguments)
-    with _left_to_xla(implementation, x, gate, gate_scale, None):
-        return xla.swiglu(*arguments)
 
 
-def chosen(
+def _chosen(
+    implementation: str | Choice[Kernel] | None,
     x: Array | jax.ShapeDtypeStruct,
     weight: Array,
     weight_scale: Array,
     out_dtype: jnp.dtype | None,
     residual: Array | None = None,
-    *,
-    implementation: Implementation | None = None,
-) -> Implementation:
-    """What None or "hopper" stands for with these operands; any other name as it is. out_dtype:
-    None for `swiglu`.
-
-    Raises ValueError if what is named cannot run.
-    """
-    if implementation in ("reference", "xla"):
+) -> Choice[Kernel]:
+    if isinstance(implementation, Choice):
         return implementation
-    if implementation not in (None, "hopper", *_KERNELS):
-        raise ValueError(
-            f"no implementation {implementation!r}: take one of {get_args(Implementation)}, or None"
-        )
-    refusals = _refusals(
-        x, weight, weight_scale, out_dtype, residual, implementation=implementation
-    )
-    if which := next((each for each, refusal in refusals.items() if refusal is None), None):
-        return which
-    if implementation is None:
-        return "xla"
-    raise ValueError(f"implementation {implementation!r} cannot run: {_in_words(refusals)}")
-
-
-def _refusals(
-    x: Array | jax.ShapeDtypeStruct,
-    weight: Array,
-    weight_scale: Array,
-    out_dtype: jnp.dtype | None,
-    residual: Array | None,
-    *,
-    implementation: Implementation | None,
-) -> Mapping[Implementation, str | None]:
-    """Why the kernels that an implementation stands for cannot run, in order; None if they can."""
-    kernels = (implementation,) if implementation in _KERNELS else _KERNELS
-    if implementation == "hopper":
-        kernels = _HOPPER
-    weight_scale = _without_one_group(weight_scale, weight)
-    refusals: dict[Implementation, str | None] = {
-        "cpu": cpu.refusal(_wide(x), weight, weight_scale) if "cpu" in kernels else None
-    }
-    reason = device.not_hopper()
-    refusals |= dict.fromkeys(_HOPPER, reason)
-    if reason is None and implementation != "cpu":
-        # Mosaic GPU takes a third of JAX's own time to import: only where it may run.
-        from pallas_kernels.fp8_matmul import hopper, hopper_weight_only
-
-        result = jnp.dtype(jnp.float32) if out_dtype is None else out_dtype
-        refusals |= {
-            "hopper_weight_only": hopper_weight_only.refusal(
-                _wide(x), weight, weight_scale, result
-            ),
-            "hopper_fp8": hopper.refusal(x, weight, weight_scale, out_dtype, residual),
-        }
-    if implementation is None:
-        refusals["cpu"] = refusals["cpu"] or cpu.slower_than_xla(x.shape[0])
-        if reason := device.not_local():
-            refusals = {each: refusals[each] or reason for each in refusals}
-    return {each: refusals[each] for each in kernels}
-
-
-def _left_to_xla(
-    implementation: Implementation | None,
-    x: Array,
-    weight: Array,
-    weight_scale: Array,
-    out_dtype: jnp.dtype | None,
-    residual: Array | None = None,
-) -> AbstractContextManager[Any, None]:
-    """The scope of XLA's formulation, with the reason why no kernel runs."""
-    if implementation:
-        return device.left_to_xla(f"{implementation} was asked for")
     operands = x, weight, weight_scale, out_dtype, residual
-    return device.left_to_xla(_in_words(_refusals(*operands, implementation=None)))
-
-
-def _in_words(refusals: Mapping[Implementation, str | None]) -> str:
-    return "; ".join(dict.fromkeys(each for each in refusals.values() if each))
-
-
-_HOPPER: tuple[Implementation, ...] = ("hopper_weight_only", "hopper_fp8")
-_KERNELS: tuple[Implementation, ...] = (*_HOPPER, "cpu")
-
-
-def _weight_only(
-    x: Array,
-    weights: Sequence[Array],
-    weight_scales: Sequence[Array],
-    x_scale: Array | None,
-    is_batch_invariant: bool,
-) -> tuple[Array, ...]:
-    """float32 products from one launch. Codes fit bfloat16 exactly, and a scale per row waits."""
-    from pallas_kernels.fp8_matmul import hopper_weight_only
-
-    if x_scale is not None and reference.is_grouped(x_scale, x.shape[1]):
-        x, x_scale = reference.dequantize_activations(x, x_scale).astype(jnp.bfloat16), None
-    ys = hopper_weight_only.fp8_matmuls(
-        _widened(x), weights, weight_scales, jnp.dtype(jnp.float32),
-        is_batch_invariant=is_batch_invariant,
-    )  # fmt: skip
-    return ys if x_scale is None else tuple(y * x_scale for y in ys)
-
-
-def _on_cpu(
-    x: Array,
-    weights: Sequence[Array],
-    weight_scales: Sequence[Array],
-    x_scale: Array | None,
-    out_dtype: jnp.dtype,
-) -> tuple[Array, ...]:
-    """float32 products from one call."""
-    if x_scale is not None and reference.is_grouped(x_scale, x.shape[1]):
-        x, x_scale = xla.ungrouped(x, x_scale, out_dtype), None
-    ys = cpu.fp8_matmuls(_widened(x), weights, weight_scales)
-    return ys if x_scale is None else tuple(y * x_scale for y in ys)
-
-
-def _widened(x: Array) -> Array:
-    return x.astype(jnp.bfloat16) if x.dtype == e4m3.DTYPE else x
-
-
-def _wide(x: Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of x as weight-only kernels take it."""
-    return jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.dtype == e4m3.DTYPE else x.dtype)
-
-
-def _without_one_group(weight_scale: Array, weight: Array) -> Array:
-    """One group of columns, which a GPU may hold of several, is one scale per row."""
-    rows = weight.shape[0]
-    return weight_scale.reshape(rows) if weight_scale.shape == (rows, 1) else weight_scale
+    return choose(*operands, implementation=implementation)
 
 
 def _check(x: Array, weight: Array, weight_scale: Array, x_scale: Array | None) -> None:
@@ -344,3 +207,15 @@ def _check(x: Array, weight: Array, weight_scale: Array, x_scale: Array | None) 
         raise ValueError("x_scale goes with float8_e4m3fn activations and with no others")
     if x_scale is not None and x_scale.shape not in ((), (m, 1), (m, groups)):
         raise ValueError(f"x_scale must be [], {(m, 1)} or {(m, groups)}, got {x_scale.shape}")
+
+
+__all__ = [
+    "Choice",
+    "Kernel",
+    "choose",
+    "fp8_matmul",
+    "fp8_matmul_parts",
+    "fp8_matmuls",
+    "is_one_launch",
+    "swiglu",
+]

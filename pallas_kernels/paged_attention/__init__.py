@@ -1,15 +1,13 @@
 """Grouped-query attention of new tokens against a paged key/value cache."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any
 
 from jax import Array, lax
 
-from pallas_kernels import device
+from pallas_kernels import choice, device
+from pallas_kernels.choice import Choice, Kernel, never
 from pallas_kernels.paged_attention import reference, xla
-
-Implementation = Literal["reference", "xla", "hopper"]
 
 
 def paged_attention(
@@ -23,7 +21,7 @@ def paged_attention(
     k_scale: Array | float = 1.0,
     v_scale: Array | float = 1.0,
     is_batch_invariant: bool = False,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
 ) -> Array:
     """softmax(q k^T / sqrt(head_dim)) v, causal, in float32 sums.
 
@@ -36,8 +34,8 @@ def paged_attention(
     starts, lengths: int32 [batch]; a query sees positions <= its own and < lengths[b].
     k_scale, v_scale: float32 scalars that FP8 codes are multiplied by, positive.
     is_batch_invariant: a row's result is bit-equal alone and in any batch, at some cost on a GPU.
-    implementation: None for the best that takes these arrays on the platform lowered for;
-        `chosen` names it.
+    implementation: None for the best that takes these arrays on the platform lowered for, or
+        "hopper", "xla" or "reference"; `choose` says which it is, and why others refuse.
     Returns [batch, tokens, num_heads, head_dim] in q's dtype. The rows of a sequence of length 0,
     and tokens past its end, hold finite numbers without meaning.
     The work grows with max(lengths), not with the size of the pool.
@@ -50,37 +48,25 @@ def paged_attention(
     if page_table.shape[0] != batch or starts.shape != (batch,) or lengths.shape != (batch,):
         raise ValueError(f"page_table, starts and lengths must have {batch} rows")
     arrays = (q, k_pages, v_pages, page_table, starts, lengths, k_scale, v_scale)
-    match implementation or chosen(q, k_pages):
-        case "reference":
-            return reference.paged_attention(*arrays)
-        case "xla":
-            refusal = f"{implementation} was asked for" if implementation else _why_not(q, k_pages)
-            with device.left_to_xla(str(refusal)):
-                return xla.paged_attention(*arrays)
-        case "hopper" if implementation is None:
+    found = choose(q, k_pages, implementation)
+    run = partial(found.kernel.run, is_batch_invariant=is_batch_invariant)
+    with found.scope():
+        if found.kernel is HOPPER and implementation is None:
             # Beside a GPU, a program may still be lowered for the CPU.
-            kernels = _on_hopper(is_batch_invariant)
-            return lax.platform_dependent(*arrays, cuda=kernels, default=xla.paged_attention)
-        case "hopper":
-            if reason := _refusal(q, k_pages):
-                raise ValueError(f"paged_attention cannot run as 'hopper': {reason}")
-            return _on_hopper(is_batch_invariant)(*arrays)
-        case unknown:
-            raise ValueError(f"paged_attention has no implementation {unknown!r}")
+            return lax.platform_dependent(*arrays, cuda=run, default=xla.paged_attention)
+        return run(*arrays)
 
 
-def chosen(q: Array, k_pages: Array) -> Implementation:
-    """What `implementation=None` stands for where a program is lowered for JAX's default device;
-    given arrays or anything with their shape and dtype."""
-    return "xla" if _why_not(q, k_pages) else "hopper"
+def choose(q: Array, k_pages: Array, implementation: str | None = None) -> Choice[Kernel]:
+    """Which kernel takes these arrays, or anything with their shapes and dtypes, on what is lowered
+    for.
+
+    Raises ValueError if what is named cannot run.
+    """
+    return choice.choose("paged_attention", KERNELS, (q, k_pages), implementation)
 
 
-def _why_not(q: Array, k_pages: Array) -> str | None:
-    return _refusal(q, k_pages) or device.not_local()
-
-
-def _refusal(q: Array, k_pages: Array) -> str | None:
-    """Why the kernels cannot take these arrays on what is lowered for; None if they can."""
+def _hopper_refusal(q: Array, k_pages: Array) -> str | None:
     if reason := device.not_hopper():
         return reason
     # Mosaic GPU takes a third of JAX's own time to import: only where it may run.
@@ -89,7 +75,31 @@ def _refusal(q: Array, k_pages: Array) -> str | None:
     return hopper.refusal(q, k_pages)
 
 
-def _on_hopper(is_batch_invariant: bool) -> Callable[..., Array]:
+def _on_hopper(*arrays: Any, is_batch_invariant: bool) -> Array:
     from pallas_kernels.paged_attention import hopper
 
-    return partial(hopper.paged_attention, is_batch_invariant=is_batch_invariant)
+    return hopper.paged_attention(*arrays, is_batch_invariant=is_batch_invariant)
+
+
+def _through_xla(*arrays: Any, is_batch_invariant: bool) -> Array:
+    """A row never depends on the others here."""
+    return xla.paged_attention(*arrays)
+
+
+def _by_reference(*arrays: Any, is_batch_invariant: bool) -> Array:
+    return reference.paged_attention(*arrays)
+
+
+HOPPER = Kernel(
+    name="hopper",
+    run=_on_hopper,
+    refusal=_hopper_refusal,
+    launches={
+        "paged_attention_prefill": "16-bit tensor cores, 1/2 of FP8's rate",
+        "paged_attention_decode": "reads each key and value once",
+        "paged_attention_combine": "adds parts up",
+    },
+)
+XLA = Kernel(name="xla", run=_through_xla, refusal=never, unasked=never)
+REFERENCE = Kernel(name="reference", run=_by_reference, refusal=never, unasked=never)
+KERNELS: tuple[Kernel, ...] = (HOPPER, XLA, REFERENCE)

@@ -1,19 +1,17 @@
 """From the products of q_proj, k_proj and v_proj to attention: rotary embedding, and new keys and
 values into the paged cache."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from pallas_kernels import device
+from pallas_kernels import choice, device
+from pallas_kernels.choice import Choice, Kernel, never
 from pallas_kernels.rope_and_cache import reference, xla
 from pallas_kernels.rope_and_cache.projections import Projections
-
-Implementation = Literal["reference", "xla", "hopper"]
 
 
 def rope_and_cache(
@@ -30,7 +28,7 @@ def rope_and_cache(
     k_scale: Array | float = 1.0,
     v_scale: Array | float = 1.0,
     dtype: jnp.dtype,
-    implementation: Implementation | None = None,
+    implementation: str | None = None,
 ) -> tuple[Array, Array, Array]:
     """Rotate q and k, and store k and v of the new tokens of each sequence.
 
@@ -52,8 +50,9 @@ def rope_and_cache(
         its own k_scale, q is multiplied by it here.
     dtype: bfloat16 or float32, of q, and what the products are rounded to before anything else;
         "hopper" rounds only what it stores.
-    implementation: None for the best that takes these arrays on the platform lowered for;
-        `chosen` names it. "hopper" is one launch that writes into the pages as they lie.
+    implementation: None for the best that takes these arrays on the platform lowered for, or
+        "hopper", "xla" or "reference"; `choose` says which it is, and why others refuse. "hopper"
+        is one launch that writes into the pages as they lie.
     Returns q, [batch, tokens, num_heads, head_dim], and the pages.
     Raises ValueError for shapes that do not fit, and for a named implementation that cannot run.
     """
@@ -63,53 +62,43 @@ def rope_and_cache(
         jnp.asarray(k_scale), jnp.asarray(v_scale),
     )  # fmt: skip
     dtype = jnp.dtype(dtype)
-    through_xla = partial(xla.rope_and_cache, frequencies=frequencies, dtype=dtype)
-    match implementation or chosen(parts, k_pages, dtype):
-        case "reference":
-            return reference.rope_and_cache(*arrays, frequencies=frequencies, dtype=dtype)
-        case "xla":
-            asked = f"{implementation} was asked for" if implementation else None
-            with device.left_to_xla(str(asked or _why_not(parts, k_pages, dtype))):
-                return through_xla(*arrays)
-        case "hopper" if implementation is None:
+    settings = {"frequencies": frequencies, "dtype": dtype}
+    found = choose(parts, k_pages, dtype, implementation)
+    run = partial(found.kernel.run, **settings)
+    with found.scope():
+        if found.kernel is HOPPER and implementation is None:
             # Beside a GPU, a program may still be lowered for the CPU.
-            kernel = partial(_on_hopper(), frequencies=frequencies, dtype=dtype)
-            found: tuple[Array, Array, Array] = lax.platform_dependent(
-                *arrays, cuda=kernel, default=through_xla
-            )
-            return found
-        case "hopper":
-            if reason := _refusal(parts, k_pages, dtype):
-                raise ValueError(f"rope_and_cache cannot run as 'hopper': {reason}")
-            return _on_hopper()(*arrays, frequencies=frequencies, dtype=dtype)
-        case unknown:
-            raise ValueError(f"rope_and_cache has no implementation {unknown!r}")
+            run = partial(lax.platform_dependent, cuda=run, default=partial(XLA.run, **settings))
+        rotated: tuple[Array, Array, Array] = run(*arrays)
+    return rotated
 
 
-def chosen(parts: Projections, k_pages: Array, dtype: jnp.dtype) -> Implementation:
-    """What `implementation=None` stands for where a program is lowered for JAX's default device;
-    given arrays or anything with their shape and dtype."""
-    return "xla" if _why_not(parts, k_pages, dtype) else "hopper"
+def choose(
+    parts: Projections, k_pages: Array, dtype: jnp.dtype, implementation: str | None = None
+) -> Choice[Kernel]:
+    """Which kernel takes these arrays, or anything with their shapes and dtypes, on what is lowered
+    for.
+
+    Raises ValueError if what is named cannot run.
+    """
+    return choice.choose(
+        "rope_and_cache", KERNELS, (parts, k_pages, jnp.dtype(dtype)), implementation
+    )
 
 
-def _why_not(parts: Projections, k_pages: Array, dtype: jnp.dtype) -> str | None:
-    return _refusal(parts, k_pages, dtype) or device.not_local()
-
-
-def _refusal(parts: Projections, k_pages: Array, dtype: jnp.dtype) -> str | None:
-    """Why the kernel cannot take these arrays on what is lowered for; None if it can."""
+def _hopper_refusal(parts: Projections, k_pages: Array, dtype: jnp.dtype) -> str | None:
     if reason := device.not_hopper():
         return reason
     # Mosaic GPU takes a third of JAX's own time to import: only where it may run.
     from pallas_kernels.rope_and_cache import hopper
 
-    return hopper.refusal(parts, k_pages, jnp.dtype(dtype))
+    return hopper.refusal(parts, k_pages, dtype)
 
 
-def _on_hopper() -> Callable[..., tuple[Array, Array, Array]]:
+def _on_hopper(*arrays: Any, **settings: Any) -> tuple[Array, Array, Array]:
     from pallas_kernels.rope_and_cache import hopper
 
-    return hopper.rope_and_cache
+    return hopper.rope_and_cache(*arrays, **settings)
 
 
 def _check(
@@ -133,3 +122,14 @@ def _check(
         raise ValueError(f"frequencies must be [{heads[1] // 2}], got {frequencies.shape}")
     if page_table.shape[0] != batch or starts.shape != (batch,) or lengths.shape != (batch,):
         raise ValueError(f"page_table, starts and lengths must have {batch} rows")
+
+
+HOPPER = Kernel(
+    name="hopper",
+    run=_on_hopper,
+    refusal=_hopper_refusal,
+    launches={"rope_and_cache": "reads q, k and v once, writes k and v into their pages"},
+)
+XLA = Kernel(name="xla", run=xla.rope_and_cache, refusal=never, unasked=never)
+REFERENCE = Kernel(name="reference", run=reference.rope_and_cache, refusal=never, unasked=never)
+KERNELS: tuple[Kernel, ...] = (HOPPER, XLA, REFERENCE)

@@ -4,10 +4,14 @@ Both read products that are not summed up yet (`Parts`) and give activations in 
 (`Terms`), so that the products around them are a launch each and nothing else is.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels import device
+from pallas_kernels.choice import Choice, Kernel
 from pallas_kernels.fp8_matmul.terms import Parts, Terms
 from pallas_kernels.row_fusions import reference
 
@@ -22,16 +26,24 @@ def add_rms_norm(
     Face's Llama rounds x / rms(x) and that times the weight.
     Needs a Hopper GPU; d as `refusal` says.
     """
-    from pallas_kernels.row_fusions import hopper
-
-    return hopper.add_rms_norm(product, residual, weight, eps)
+    with Choice(ADD_RMS_NORM).scope():
+        summed, terms = ADD_RMS_NORM.run(product, residual, weight, eps)
+    return summed, terms
 
 
 def silu_and_mul(gate: Parts, up: Parts) -> Terms:
     """silu(gate) * up in terms, rounded to bfloat16 once. Both are [m, n]. Needs a Hopper GPU."""
-    from pallas_kernels.row_fusions import hopper
+    with Choice(SILU_AND_MUL).scope():
+        terms: Terms = SILU_AND_MUL.run(gate, up)
+    return terms
 
-    return hopper.silu_and_mul(gate, up)
+
+def why_not(residual: Array | jax.ShapeDtypeStruct, inner: int) -> str | None:
+    """Why the kernels cannot take these activations on what is lowered for; None if they can.
+
+    Operands as in `refusal`.
+    """
+    return device.not_hopper() or refusal(residual, inner) or device.not_local()
 
 
 def refusal(residual: Array | jax.ShapeDtypeStruct, inner: int) -> str | None:
@@ -47,6 +59,25 @@ def refusal(residual: Array | jax.ShapeDtypeStruct, inner: int) -> str | None:
     return None
 
 
+def _add_rms_norm(*operands: Any) -> tuple[Array, Terms]:
+    from pallas_kernels.row_fusions import hopper
+
+    return hopper.add_rms_norm(*operands)
+
+
+def _silu_and_mul(*operands: Any) -> Terms:
+    from pallas_kernels.row_fusions import hopper
+
+    return hopper.silu_and_mul(*operands)
+
+
 # A warpgroup's threads.
 MULTIPLE = 128
-__all__ = ["add_rms_norm", "reference", "refusal", "silu_and_mul"]
+_COST = "adds parts up, two terms in FP8 for the next product"
+ADD_RMS_NORM = Kernel(
+    name="hopper", run=_add_rms_norm, refusal=refusal, launches={"add_rms_norm": _COST}
+)
+SILU_AND_MUL = Kernel(
+    name="hopper", run=_silu_and_mul, refusal=refusal, launches={"silu_and_mul": _COST}
+)
+__all__ = ["add_rms_norm", "reference", "refusal", "silu_and_mul", "why_not"]
