@@ -6,12 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
-import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from converters.resolve import resolve
+from llama_jax import loading
 from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.checkpoint import store
 from llama_jax.checkpoint.generation_config import (
@@ -19,16 +18,15 @@ from llama_jax.checkpoint.generation_config import (
     read_settings,
     warn_of_fields_without_effect,
 )
-from llama_jax.engine import compile_cache, memory
+from llama_jax.engine import compile_cache
 from llama_jax.engine.compile_cache import CompileReport
 from llama_jax.engine.engine import Engine
 from llama_jax.engine.grammars import Grammars
 from llama_jax.engine.request import Request, Wanted
 from llama_jax.engine.sampling import check_ids
 from llama_jax.engine.scheduling import EngineOptions, Stats
-from llama_jax.engine.speculation import Speculation
-from llama_jax.errors import CheckpointError
-from llama_jax.model.config import LlamaConfig, token_ids
+from llama_jax.loading import sequence_limit
+from llama_jax.model.config import token_ids
 from llama_jax.model.kv_cache import KVDtype, storage_dtype
 from llama_jax.model.spec import Activations, Implementation, ModelSpec, Params
 from llama_jax.results import (
@@ -50,12 +48,10 @@ from llama_jax.scoring import (
 )
 from llama_jax.structured import StructuredOutput
 from llama_jax.text.chat import choose_template, encode_chat
-from llama_jax.text.chat_files import said_to_lie_in
-from llama_jax.text.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from llama_jax.text.tokenizer import StreamDecoder, Tokenizer
 from llama_jax.text.tools import ToolFormat, parse_tool_calls, tool_format
 from llama_jax.text.windows import rolling_windows, window_and_stride
 
-DEFAULT_MAX_SEQ_LEN = 8192
 DEFAULT_LOOKAHEAD = 4
 _log = logging.getLogger(__name__)
 
@@ -160,47 +156,29 @@ class LLM:
         anything is loaded, ValueError for settings.
         """
         compile_cache.enable()
-        directory = resolve(path_or_id)
-        manifest = store.read_manifest(directory)
-        config = manifest.config
-        tokenizer = _load_tokenizer(path_or_id, directory, config)
-        max_seq_len = sequence_limit(config, max_seq_len)
-        kv_storage = storage_dtype(kv_dtype, dtype)
-        spec = replace(manifest.spec(dtype, activations), implementation=implementation, mesh=mesh)
-        spec.check_runs()
-        draft_directory, draft_spec = None, None
+        model = loading.find(path_or_id, dtype, activations, implementation, mesh)
+        drafting = None
         if draft is not None:
-            draft_directory = resolve(draft)
-            draft_spec = store.read_manifest(draft_directory).spec(dtype, "auto")
-            draft_spec = replace(draft_spec, implementation=implementation, mesh=mesh)
+            drafting = loading.find(draft, dtype, "auto", implementation, mesh)
         if lookahead is None:
             lookahead = 0 if draft is None else DEFAULT_LOOKAHEAD
+        tokenizer, max_seq_len = model.tokenizer(), sequence_limit(model.spec.config, max_seq_len)
         options = EngineOptions(
             max_batch_size, max_seq_len, num_pages, prefill_chunk, prefill_budget, max_steps,
             lookahead, max_waiting, share_prefixes, batch_invariant,
         )  # fmt: skip
-        speculation = Speculation(lookahead, draft_spec)
-        speculation.check(config, max_seq_len)
-        options, planned = memory.fitted(spec, options, kv_storage, speculation)
+        options, planned = loading.plan(model, drafting, options, kv_dtype)
         if verbose:
             planned.print()
         planned.check()
-
-        def load(directory: Path, spec: ModelSpec) -> Params:
-            bits = jax.default_backend() == "cpu"
-            return store.load_params(directory, spec, bits=bits)
-
-        drafting = None
-        if draft_directory and draft_spec:
-            drafting = load(draft_directory, draft_spec), draft_spec
         return cls(
-            load(directory, spec),
-            spec,
+            model.load(),
+            model.spec,
             tokenizer,
-            manifest=manifest,
+            manifest=model.manifest,
             kv_dtype=kv_dtype,
             options=options,
-            draft=drafting,
+            draft=(drafting.load(), drafting.spec) if drafting else None,
         )
 
     @overload
@@ -514,7 +492,7 @@ class LLM:
         check_ids("logit_bias", sampling.logit_bias, vocab_size)
         check_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
         own = frozenset() if sampling.ignore_eos else self._stop_ids
-        names = self._stop_names(sampling.stop)
+        names = self.tokenizer.special_stops(sampling.stop)
         return Request(
             prompt,
             sampling,
@@ -525,22 +503,6 @@ class LLM:
             self._grammars.matcher(sampling.structured) if sampling.structured else None,
             is_streamed=is_streamed,
         )
-
-    def _stop_names(self, stops: Sequence[str]) -> dict[int, str]:
-        """The special tokens that stop strings name, by id.
-
-        Raises ValueError for such a name with text around it: the token leaves no text, so that
-        the string would never be found.
-        """
-        special, visible = self.tokenizer.special_tokens, self.tokenizer.visible_ids
-        for stop in stops:
-            for name, token_id in special.items():
-                if name in stop and stop not in special and token_id not in visible:
-                    raise ValueError(
-                        f"stop: {stop!r} contains the special token {name!r}, which leaves no text "
-                        "that it could be found in: name the token alone"
-                    )
-        return {special[stop]: stop for stop in stops if stop in special}
 
     def result(self, request: Request, is_chat: bool = False) -> Generation:
         """What has come of one request of a question, when it has ended; with the calls that it
@@ -620,33 +582,6 @@ class LLM:
                 + ". Shorten it, or load the model with a larger max_seq_len."
             )
         return list(ids)
-
-
-def _load_tokenizer(name: str | Path, directory: Path, config: LlamaConfig) -> Tokenizer:
-    """The tokenizer of a converted checkpoint; name: what the user calls it, messages too."""
-    try:
-        tokenizer = load_tokenizer(directory, config)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{name} has no tokenizer.json and no tokenizer.model; copy one of them from the "
-            "original checkpoint"
-        ) from error
-    main, others = tokenizer.chat_template, tokenizer.named_templates
-    return replace(
-        tokenizer,
-        chat_template=main and said_to_lie_in(name, main, directory),
-        named_templates={n: said_to_lie_in(name, each, directory) for n, each in others.items()},
-    )
-
-
-def sequence_limit(config: LlamaConfig, max_seq_len: int | None) -> int:
-    """`LLM.load`'s max_seq_len, or its default."""
-    limit = config.max_position_embeddings
-    if max_seq_len is None:
-        return min(limit, DEFAULT_MAX_SEQ_LEN)
-    if not 2 <= max_seq_len <= limit:
-        raise ValueError(f"max_seq_len must be in [2, {limit}], got {max_seq_len}")
-    return max_seq_len
 
 
 def _only(results: Sequence[Generation]) -> Generation:

@@ -126,7 +126,7 @@ def inspect(
         from converters.opened import open_checkpoint
         from llama_jax.engine.memory import capacity, plan_memory
         from llama_jax.engine.scheduling import EngineOptions
-        from llama_jax.llm import DEFAULT_MAX_SEQ_LEN
+        from llama_jax.loading import DEFAULT_MAX_SEQ_LEN
         from llama_jax.model.kv_cache import storage_dtype
     if preset:
         spec, title = options.preset_spec(preset, dtype, activations), preset

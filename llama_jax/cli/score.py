@@ -183,7 +183,7 @@ def score(
         assert num_lines is not None
         manifest = read_manifest(options.directory(model))
         scored = partial(score_lines, ray, actors, input, num_lines, model, asked, loading)
-    from llama_jax.llm import sequence_limit
+    from llama_jax.loading import sequence_limit
 
     max_seq_len = sequence_limit(manifest.config, max_seq_len)
     window_and_stride(window, stride, max_seq_len)  # says what is wrong with these

@@ -134,6 +134,22 @@ class Tokenizer:
             raise ValueError(f"token id {token_id} is negative")
         return self._bytes[token_id] if token_id < self.vocab_size else b""
 
+    def special_stops(self, stops: Sequence[str]) -> dict[int, str]:
+        """The special tokens that stop strings name, by id.
+
+        Raises ValueError for such a name with text around it: the token leaves no text, so that
+        the string would never be found.
+        """
+        for stop in stops:
+            for name, token_id in self.special_tokens.items():
+                is_hidden = token_id not in self.visible_ids
+                if name in stop and stop not in self.special_tokens and is_hidden:
+                    raise ValueError(
+                        f"stop: {stop!r} contains the special token {name!r}, which leaves no text "
+                        "that it could be found in: name the token alone"
+                    )
+        return {self.special_tokens[stop]: stop for stop in stops if stop in self.special_tokens}
+
 
 class StreamDecoder:
     """Decodes one token at a time; what `push` and the final `flush` return adds up to
