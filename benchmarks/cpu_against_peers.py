@@ -1,0 +1,404 @@
+"""Llama 3.2 1B's shape on a CPU, beside other engines: python benchmarks/cpu_against_peers.py
+
+The engines of `cpu_peers.py`, with the same random weights, two threads each, in a process of their
+own: this one with FP8 matrices and the rest in bfloat16, transformers in bfloat16 and float32,
+llama.cpp with Q8_0 and BF16 (in huge pages), OpenVINO with int8 weights. After a round to compile
+and to warm up, workloads go round the engines in turn, so that a change in the machine's speed
+meets all of them; rounds go on as long as there are minutes left. Figures are medians, a ratio is
+the median of those of each round. Reading memory alone takes its turn, too: bytes of weights over
+what it reaches are the floor of a decode step. The peak is the largest resident set of a process.
+How the logprobs of a prompt correlate with transformers' in float32 shows that it is one model.
+
+An engine that cannot be had, or fails, or finds too little memory, is named with the reason, and
+the others go on. llama-cpp-python compiles llama.cpp for the machine where there is no wheel.
+
+    pip install -e ".[peers]"
+    python benchmarks/cpu_against_peers.py --save benchmarks/results/cpu_against_peers
+"""
+
+import argparse
+import importlib
+import json
+import os
+import resource
+import select
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+import cpu_peers
+import numpy as np
+
+OURS = "llama-jax"
+TRANSFORMERS = ("transformers bf16", "transformers f32")
+LLAMA_CPP = ("llama.cpp Q8_0", "llama.cpp BF16")
+OPENVINO = "OpenVINO int8"
+READING = "reading"  # memory alone
+
+
+@dataclass(frozen=True)
+class Peer:
+    """write: makes what it loads. modules: without which it cannot run. gigabytes: that it takes at
+    most, with what it loads."""
+
+    load: Callable[[Path], cpu_peers.Engine]
+    modules: Sequence[str]
+    gigabytes: float
+    write: Callable[[Path], None] | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def _llama_cpp(kind: str, gigabytes: float) -> Peer:
+    return Peer(
+        partial(cpu_peers.LlamaCpp, file=f"{kind}.gguf"), ("llama_cpp", "gguf"), gigabytes,
+        partial(cpu_peers.write_gguf, file=f"{kind}.gguf"),
+        {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+    )  # fmt: skip
+
+
+PEERS: Mapping[str, Peer] = {
+    OURS: Peer(cpu_peers.LlamaJax, (), 2.5),
+    TRANSFORMERS[0]: Peer(
+        partial(cpu_peers.Transformers, dtype="bfloat16"), ("torch", "transformers"), 4.0
+    ),
+    TRANSFORMERS[1]: Peer(
+        partial(cpu_peers.Transformers, dtype="float32"), ("torch", "transformers"), 7.0
+    ),
+    LLAMA_CPP[0]: _llama_cpp("Q8_0", 3.0),
+    LLAMA_CPP[1]: _llama_cpp("BF16", 5.0),
+    OPENVINO: Peer(cpu_peers.OpenVINO, ("openvino",), 4.0, cpu_peers.write_openvino),
+}
+WORKLOADS: Mapping[str, Mapping[str, Any]] = {
+    "decode, batch 1": {"kind": "decode", "batch": 1, "steps": 12},
+    "decode, batch 8": {"kind": "decode", "batch": 8, "steps": 8},
+    "prefill, 512 tokens": {"kind": "prefill"},
+    "scoring, 512 tokens": {"kind": "score"},
+}
+# Of a workload: at least so many times the best of some engines.
+TARGETS: Sequence[tuple[str, Sequence[str], float]] = (
+    ("decode, batch 1", LLAMA_CPP[:1], 1.1),
+    ("decode, batch 8", (*LLAMA_CPP, OPENVINO), 1.0),
+    ("prefill, 512 tokens", TRANSFORMERS, 1.0),
+    ("prefill, 512 tokens", (OPENVINO,), 0.9),
+    ("scoring, 512 tokens", TRANSFORMERS, 1.0),
+    ("scoring, 512 tokens", (OPENVINO,), 0.9),
+)
+MOST_GIGABYTES = 1.8
+SECONDS_TO_ANSWER = 150.0
+
+
+# --- A worker: one engine, asked on stdin, answering on what was stdout.
+
+
+def work(name: str, directory: Path) -> None:
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: cpu_peers.THREADS])
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # engines print what they like
+    engine = PEERS[name].load(directory)
+    prompt = cpu_peers.prompts(1, cpu_peers.PROMPT)[0]
+    print(json.dumps({}), file=answers, flush=True)
+    for line in sys.stdin:
+        workload = WORKLOADS[line.strip()]
+        answer: dict[str, Any] = {}
+        if workload["kind"] == "decode":
+            batch = workload["batch"]
+            answer["rate"] = batch / engine.decode(batch, workload["steps"])
+        elif workload["kind"] == "prefill":
+            answer["rate"] = len(prompt) / engine.prefill(prompt)
+        else:
+            seconds, logprobs = engine.score(prompt)
+            answer |= {"rate": len(prompt) / seconds, "logprobs": logprobs.tolist()}
+        answer["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+class Failed(Exception):
+    """What an engine says last, or what it lacks."""
+
+
+class Worker:
+    def __init__(self, name: str, directory: Path) -> None:
+        self.name, self.log = name, directory / f"{name}.log"
+        peer = PEERS[name]
+        for module in peer.modules:
+            _check_module(module)
+        if (free := _free_gigabytes()) < peer.gigabytes:
+            raise Failed(f"it may take {peer.gigabytes} GB of memory, and {free:.1f} are free")
+        if peer.write:
+            self._write(directory)
+        self._process = self._start("--worker", directory)
+        self.ask(None)
+
+    def _start(self, role: str, directory: Path) -> subprocess.Popen[str]:
+        with self.log.open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, __file__, role, self.name, "--directory", str(directory)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                env=os.environ
+                | {"OMP_NUM_THREADS": str(cpu_peers.THREADS), "JAX_PLATFORMS": "cpu"}
+                | PEERS[self.name].environment,
+            )  # fmt: skip
+
+    def _write(self, directory: Path) -> None:
+        """In a process of its own, whose memory is not the engine's."""
+        writing = self._start("--write", directory)
+        try:
+            status = writing.wait(SECONDS_TO_ANSWER)
+        except subprocess.TimeoutExpired:
+            writing.kill()
+            status = writing.wait()
+        if status:
+            raise Failed(f"its files were not written: {self._last_words()}")
+
+    def ask(self, workload: str | None) -> dict[str, Any]:
+        """The answer to a workload; None waits until the engine is loaded."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin and stdout
+        try:
+            if workload:
+                print(workload, file=stdin, flush=True)
+            answer = _line(stdout, SECONDS_TO_ANSWER)
+        except OSError:
+            answer = ""
+        if answer:
+            found: dict[str, Any] = json.loads(answer)
+            return found
+        is_alive = self._process.poll() is None
+        self.close()
+        if is_alive:
+            raise Failed(f"no answer to {workload or 'loading'} in {SECONDS_TO_ANSWER:.0f} s")
+        raise Failed(f"it ended: {self._last_words()}")
+
+    def _last_words(self) -> str:
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        return lines[-1][:200] if lines else "without a word"
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def _line(stream: IO[str], seconds: float) -> str:
+    """The next line; empty at the end, or when none comes."""
+    ready, _, _ = select.select([stream], [], [], seconds)
+    return stream.readline() if ready else ""
+
+
+def _check_module(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise Failed(f"{name} cannot be imported ({error})") from error
+
+
+def _free_gigabytes() -> float:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024 / 1e9
+    raise OSError("/proc/meminfo does not say how much memory is available")
+
+
+# --- All of them in turn.
+
+
+@dataclass
+class Found:
+    """rates: {engine: {workload: tokens/s of each round}}, those of `READING` in bytes/s. missing:
+    why an engine is not among them."""
+
+    rates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)
+    agreement: dict[str, float] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    load: float = 0.0
+
+
+def compare(engines: Sequence[str], directory: Path, deadline: float) -> Found:
+    found, workers, logprobs = Found(), {}, {}
+    for name in engines:
+        print(f"{name}: loading", file=sys.stderr)
+        try:
+            workers[name] = Worker(name, directory)
+        except Failed as error:
+            found.missing[name] = str(error)
+    read = _reader()
+    rounds, began, longest = 0, time.monotonic(), 0.0
+    while rounds < 2 or began + longest < deadline:
+        for workload in WORKLOADS:
+            for name, worker in list(workers.items()):
+                try:
+                    answer = worker.ask(workload)
+                except Failed as error:
+                    found.missing[name] = str(error)
+                    del workers[name]
+                    continue
+                print(f"{rounds} {workload:20} {name:18} {answer['rate']:7.1f}", file=sys.stderr)
+                found.peaks[name] = answer["peak"]
+                logprobs[name] = answer.get("logprobs", logprobs.get(name))
+                if rounds:
+                    found.rates.setdefault(name, {}).setdefault(workload, []).append(answer["rate"])
+            if rounds:
+                found.rates.setdefault(READING, {}).setdefault(workload, []).append(read())
+        rounds, ended = rounds + 1, time.monotonic()
+        # The first round compiles, and says little of the others.
+        longest, began = max(longest, ended - began) if rounds > 1 else 0.0, ended
+    found.load = os.getloadavg()[0]
+    for worker in workers.values():
+        worker.close()
+    for name in found.missing:
+        found.rates.pop(name, None)
+    if (yardstick := logprobs.get(TRANSFORMERS[1]) or logprobs.get(TRANSFORMERS[0])) is not None:
+        for name in found.rates.keys() & logprobs.keys():
+            found.agreement[name] = float(np.corrcoef(yardstick, logprobs[name])[0, 1])
+    return found
+
+
+def _reader() -> Callable[[], float]:
+    """Bytes per second of reading 1 GB in huge pages."""
+    from cpu_fp8_matmul import read
+
+    from llama_jax.checkpoint.huge_pages import Room
+
+    memory = Room([1 << 30]).empty((1 << 30,), np.dtype(np.int8))
+    memory[:] = 1
+    run = read(memory, cpu_peers.THREADS)
+
+    def rate() -> float:
+        began = time.perf_counter()
+        run()
+        return memory.nbytes / (time.perf_counter() - began)
+
+    return lambda: max(rate() for _ in range(3))
+
+
+# --- The table.
+
+
+def ratios(found: Found, workload: str, others: Sequence[str]) -> list[float]:
+    """Ours over the best of the others, of each round; empty where one of them is missing."""
+    rates = [found.rates[name][workload] for name in others if name in found.rates]
+    if OURS not in found.rates or not rates:
+        return []
+    best = [max(each) for each in zip(*rates, strict=True)]
+    return [a / b for a, b in zip(found.rates[OURS][workload], best, strict=True)]
+
+
+def to_markdown(result: Mapping[str, Any]) -> str:
+    found, about = Found(**result["found"]), result["environment"]
+    names = [name for name in PEERS if name in found.rates]
+    rounds = len(next(iter(found.rates[READING].values())))
+    reading = statistics.median(chain.from_iterable(found.rates[READING].values()))
+    lines = [
+        f"`{result['command']}`",
+        "",
+        f"Random weights in the shape of Llama 3.2 1B, {cpu_peers.THREADS} threads of "
+        f"{about['device']} ({', '.join(about['instructions'])}; our kernel took "
+        f"{about['kernel']}); medians of {rounds} rounds; load of the machine {found.load:.1f}. "
+        + ", ".join(f"{name} {each}" for name, each in about["versions"].items())
+        + ".",
+        "",
+        f"| tokens/s | {' | '.join(names)} |",
+        f"|---|{'---|' * len(names)}",
+    ]
+    for workload in WORKLOADS:
+        cells = [f"{statistics.median(found.rates[name][workload]):.1f}" for name in names]
+        lines.append(f"| {workload} | {' | '.join(cells)} |")
+    lines.append(
+        f"| peak memory, GB | {' | '.join(f'{found.peaks[name] / 1e9:.2f}' for name in names)} |"
+    )
+    cells = [f"{found.agreement[n]:.3f}" if n in found.agreement else "-" for n in names]
+    lines += [f"| correlation of logprobs | {' | '.join(cells)} |", ""]
+    lines += ["| llama-jax over the best of | measured | target |", "|---|---|---|"]
+    for workload, others, target in TARGETS:
+        present = [name for name in others if name in names]
+        each = ratios(found, workload, present)
+        measured = f"{statistics.median(each):.2f}" if each else "not measured"
+        if missing := [name for name in others if name not in names]:
+            measured += f" (without {', '.join(missing)})"
+        lines.append(f"| {workload}: {', '.join(others)} | {measured} | {target} |")
+    if OURS in names:
+        peak = found.peaks[OURS] / 1e9
+        lines.append(f"| peak memory, GB | {peak:.2f} | at most {MOST_GIGABYTES} |")
+        floor = reading / about["weight_bytes"]
+        share = statistics.median(found.rates[OURS]["decode, batch 1"]) / floor
+        lines += [
+            "",
+            f"Reading alone reaches {reading / 1e9:.1f} GB/s. A token reads "
+            f"{about['weight_bytes'] / 1e9:.2f} GB of our weights, so {floor:.1f} tokens/s are the "
+            f"most at batch 1; decoding reaches {share:.0%} of it.",
+        ]
+    lines += [""] + [f"- {name} is missing: {why}" for name, why in found.missing.items()]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def environment() -> dict[str, Any]:
+    """Only after measuring: it loads JAX."""
+    from start import INSTRUCTIONS
+
+    from llama_jax import bench
+    from pallas_kernels.cpu import library
+
+    flags = Path("/proc/cpuinfo").read_text().split()
+    versions = {}
+    for name in ("jax", "torch", "transformers", "llama-cpp-python", "openvino"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    spec = bench.preset_spec(cpu_peers.CONFIG)
+    return {
+        "device": bench.environment().device,
+        "instructions": [each for each in INSTRUCTIONS if each in flags],
+        "kernel": library.why_not() or library.best(),
+        "weight_bytes": bench.decode_weight_bytes(spec, 1),
+        "versions": {"python": sys.version.split()[0]} | versions,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=5.5, help="all of it, if two rounds fit")
+    parser.add_argument("--engines", nargs="+", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--save", type=Path, help="writes PATH.json and PATH.md")
+    parser.add_argument("--directory", type=Path, help="for 5 GB of files; by default a new one")
+    parser.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
+    parser.add_argument("--write", choices=PEERS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options.worker, options.directory)
+        return
+    if options.write:
+        write = PEERS[options.write].write
+        assert write
+        write(options.directory)
+        return
+    deadline = time.monotonic() + 60 * options.minutes
+    directory = Path(tempfile.mkdtemp(dir=options.directory))
+    try:
+        found = compare(options.engines, directory, deadline)
+    finally:
+        shutil.rmtree(directory)
+    result = {
+        "command": f"python {' '.join(sys.argv)}",
+        "environment": environment(),
+        "found": vars(found),
+    }
+    print(to_markdown(result))
+    if options.save:
+        options.save.parent.mkdir(parents=True, exist_ok=True)
+        options.save.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        options.save.with_suffix(".md").write_text(to_markdown(result))
+
+
+if __name__ == "__main__":
+    main()

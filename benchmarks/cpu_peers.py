@@ -1,0 +1,515 @@
+"""Other engines, and this one, with the same random Llama: what `cpu_against_peers.py` measures.
+
+All matrices are cut from one ring of random numbers, so that each engine holds the same model, up
+to the rounding of its format: FP8 with a scale per row here, int8 with a scale per 32 weights
+(llama.cpp's Q8_0) or per row (OpenVINO), bfloat16, float32. The ring's length is a prime number of
+blocks of 32, so that no two rows of a matrix are equal.
+"""
+
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from llama_jax.model.config import PRESETS, LlamaConfig
+from llama_jax.model.rope import rope_frequencies
+
+CONFIG: LlamaConfig = PRESETS["llama-3.2-1b"]
+THREADS = 2
+BLOCK = 32  # of Q8_0
+_BLOCKS, _SPREAD = 131_071, 0.02
+CONTEXT = 64  # tokens before those that are decoded
+PROMPT = 512  # tokens that are prefilled or scored
+BATCHES = (1, 8)
+
+
+class Engine(Protocol):
+    """How long an engine takes. Prompts are int64 arrays of token ids."""
+
+    def decode(self, batch: int, steps: int) -> float:
+        """Seconds of a step that draws the likeliest token for each of `batch` sequences."""
+
+    def prefill(self, prompt: np.ndarray) -> float:
+        """Seconds until the first token after the prompt is known."""
+
+    def score(self, prompt: np.ndarray) -> tuple[float, np.ndarray]:
+        """Seconds, and the logprobs of all tokens of the prompt but the first."""
+
+
+def prompts(batch: int, tokens: int) -> np.ndarray:
+    """int64 [batch, tokens]"""
+    return np.random.default_rng(0).integers(0, CONFIG.vocab_size, (batch, tokens))
+
+
+# --- The weights.
+
+
+def ring() -> np.ndarray:
+    """float32 [_BLOCKS, BLOCK], values of bfloat16."""
+    numbers = np.random.default_rng(1).standard_normal((_BLOCKS, BLOCK), np.float32) * _SPREAD
+    return (numbers.view(np.uint32) & 0xFFFF0000).view(np.float32)
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Every parameter by its name in Hugging Face's checkpoints; vectors are ones."""
+    c, found = CONFIG, {"model.embed_tokens.weight": (CONFIG.vocab_size, CONFIG.hidden_size)}
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    matrices = {
+        "self_attn.q_proj": (q, c.hidden_size), "self_attn.k_proj": (kv, c.hidden_size),
+        "self_attn.v_proj": (kv, c.hidden_size), "self_attn.o_proj": (c.hidden_size, q),
+        "mlp.gate_proj": (c.intermediate_size, c.hidden_size),
+        "mlp.up_proj": (c.intermediate_size, c.hidden_size),
+        "mlp.down_proj": (c.hidden_size, c.intermediate_size),
+    }  # fmt: skip
+    norms = {"input_layernorm": (c.hidden_size,), "post_attention_layernorm": (c.hidden_size,)}
+    for layer in range(c.num_layers):
+        for name, shape in (matrices | norms).items():
+            found[f"model.layers.{layer}.{name}.weight"] = shape
+    return found | {"model.norm.weight": (c.hidden_size,)}
+
+
+def fill(into: np.ndarray, of_ring: np.ndarray, name: str) -> np.ndarray:
+    """A parameter from a ring of a format, [_BLOCKS, ...], which may hold blocks in any way."""
+    blocks = into.reshape(-1, *of_ring.shape[1:])
+    position = list(shapes()).index(name) * 7919 % _BLOCKS
+    done = 0
+    while done < len(blocks):
+        part = of_ring[position : position + len(blocks) - done]
+        blocks[done : done + len(part)] = part
+        done, position = done + len(part), 0
+    return into
+
+
+# --- This engine.
+
+
+class LlamaJax:
+    def __init__(self, directory: Path) -> None:
+        import sys
+
+        # As where jax is installed for a CPU: the GPU's libraries would take 0.35 GB.
+        sys.modules["jax_plugins.xla_cuda13"] = None  # type: ignore[assignment]
+        import jax
+
+        from llama_jax import bench
+        from llama_jax.engine import compile_cache
+        from llama_jax.engine.memory import share_one_arena
+
+        share_one_arena()  # as the commands do
+        compile_cache.enable()
+        self.spec = bench.preset_spec(CONFIG)
+        self.params = self._params()
+        self.engines: dict[tuple[int, int], Any] = {}
+        jax.block_until_ready(self.params)
+
+    def _params(self) -> Any:
+        import jax
+        import jax.numpy as jnp
+
+        from llama_jax.checkpoint.huge_pages import Room
+        from llama_jax.model.params import abstract_params
+
+        numbers, abstract = ring(), abstract_params(self.spec)
+        scale = _SPREAD / 64
+        codes = (numbers / scale).astype(jnp.float8_e4m3fn).view(np.int8)
+        half = numbers.astype(jnp.bfloat16)
+        room = Room(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+
+        def make(path: tuple[Any, ...], leaf: Any) -> Any:
+            keys = [key.key.replace("layers_", "layers.") for key in path]
+            if keys[-1] == "weight" and len(leaf.shape) == 2:
+                of_ring = codes if leaf.dtype.itemsize == 1 else half
+                found = fill(
+                    room.empty(leaf.shape, of_ring.dtype), of_ring, ".".join(["model", *keys])
+                )
+                return jax.device_put(found, may_alias=True)
+            return jnp.full(leaf.shape, scale if keys[-1] == "weight_scale" else 1, leaf.dtype)
+
+        return jax.tree_util.tree_map_with_path(make, abstract)
+
+    def _engine(self, batch: int, shares_prefixes: bool) -> Any:
+        import jax.numpy as jnp
+
+        from llama_jax.engine.engine import Engine
+        from llama_jax.engine.scheduling import EngineOptions
+
+        length = 2 * CONTEXT if shares_prefixes else PROMPT + CONTEXT
+        if (key := (batch, shares_prefixes)) not in self.engines:
+            options = EngineOptions(
+                max_batch_size=batch, max_seq_len=length, share_prefixes=shares_prefixes
+            )
+            self.engines[key] = Engine(self.params, self.spec, options, jnp.dtype("bfloat16"))
+        return self.engines[key]
+
+    def decode(self, batch: int, steps: int) -> float:
+        """The difference between outputs of two lengths. The prompts' pages are shared with the
+        runs before, so that they are computed once."""
+        from llama_jax import bench
+
+        engine = self._engine(batch, True)
+        sizes = bench.Workload(batch, CONTEXT, steps + 9)
+        short, long = (bench.run_once(engine, sizes, n).seconds for n in (9, steps + 9))
+        return (long - short) / steps
+
+    def prefill(self, prompt: np.ndarray) -> float:
+        from llama_jax.engine.request import Request
+        from llama_jax.sampling_params import SamplingParams
+
+        greedy = SamplingParams(temperature=0.0, seed=0, max_new_tokens=1)
+        return self._run(Request(prompt.tolist(), greedy))
+
+    def score(self, prompt: np.ndarray) -> tuple[float, np.ndarray]:
+        from llama_jax.engine.request import Request
+
+        request = Request(prompt.tolist(), wanted="logprobs")
+        return self._run(request), request.prompt_logprobs
+
+    def _run(self, request: Any) -> float:
+        engine = self._engine(1, False)
+        began = time.perf_counter()
+        for _ in engine.run([request]):
+            pass
+        return time.perf_counter() - began
+
+
+# --- Engines that are asked for logits.
+
+
+class ByLogits:
+    """An engine of which `begin` starts empty sequences and `extend` appends to all of them.
+
+    `extend` takes int64 [batch, tokens] and gives the likeliest next token of each, int64 [batch];
+    `logprobs` takes [tokens] and gives those of all but the first.
+    """
+
+    def __init__(self) -> None:
+        self._batch = 0
+        self._last = np.zeros(0, np.int64)
+
+    def begin(self, batch: int) -> None:
+        raise NotImplementedError
+
+    def extend(self, tokens: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def logprobs(self, tokens: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def decode(self, batch: int, steps: int) -> float:
+        self.begin(batch)
+        last = self.extend(prompts(batch, CONTEXT))
+        began = time.perf_counter()
+        for _ in range(steps):
+            last = self.extend(last[:, None])
+        return (time.perf_counter() - began) / steps
+
+    def prefill(self, prompt: np.ndarray) -> float:
+        self.begin(1)
+        began = time.perf_counter()
+        self.extend(prompt[None])
+        return time.perf_counter() - began
+
+    def score(self, prompt: np.ndarray) -> tuple[float, np.ndarray]:
+        self.begin(1)
+        began = time.perf_counter()
+        found = self.logprobs(prompt)
+        return time.perf_counter() - began, found
+
+
+class Transformers(ByLogits):
+    def __init__(self, directory: Path, *, dtype: str) -> None:
+        super().__init__()
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers import LlamaConfig as HFConfig
+        from transformers.initialization import no_init_weights
+
+        torch.set_num_threads(THREADS)
+        torch.set_grad_enabled(False)
+        with no_init_weights():
+            self.model = AutoModelForCausalLM.from_config(
+                HFConfig.from_dict(CONFIG.to_hf()), dtype=getattr(torch, dtype)
+            ).eval()
+        of_ring = torch.from_numpy(ring()).to(getattr(torch, dtype))
+        as_bits = {"bfloat16": torch.int16, "float32": torch.float32}[dtype]
+        self.model.tie_weights()
+        for name, parameter in self.model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1)
+            else:
+                fill(parameter.view(as_bits).numpy(), of_ring.view(as_bits).numpy(), name)
+
+    def begin(self, batch: int) -> None:
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache()
+
+    def extend(self, tokens: np.ndarray) -> np.ndarray:
+        import torch
+
+        logits = self.model(
+            torch.from_numpy(tokens), past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        ).logits
+        return logits[:, -1].argmax(-1).numpy()
+
+    def logprobs(self, tokens: np.ndarray) -> np.ndarray:
+        import torch
+
+        ids = torch.from_numpy(tokens)
+        found = torch.log_softmax(self.model(ids[None], use_cache=False).logits[0, :-1].float(), -1)
+        return found.gather(1, ids[1:, None])[:, 0].numpy()
+
+
+class LlamaCpp(ByLogits):
+    def __init__(self, directory: Path, *, file: str) -> None:
+        super().__init__()
+        import llama_cpp
+
+        self.lib = llama_cpp
+        llama_cpp.llama_backend_init()
+        options = llama_cpp.llama_model_default_params()
+        # Read into memory of its own, which may be in huge pages, where it is a quarter faster.
+        if hasattr(options, "load_mode"):
+            options.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+        else:
+            options.use_mmap = False
+        self.model = llama_cpp.llama_model_load_from_file(str(directory / file).encode(), options)
+        if not self.model:
+            raise RuntimeError(f"llama.cpp does not load {file}")
+        self.context: Any = None
+        self.capacity = 0
+
+    def begin(self, batch: int) -> None:
+        lib = self.lib
+        if self.context is None:
+            options = lib.llama_context_default_params()
+            options.n_ctx = max(BATCHES) * 2 * CONTEXT + PROMPT
+            options.n_batch = options.n_ubatch = max(BATCHES) * CONTEXT
+            options.n_seq_max = max(BATCHES)
+            options.n_threads = options.n_threads_batch = THREADS
+            options.kv_unified = True
+            self.context = lib.llama_init_from_model(self.model, options)
+            self.batch = lib.llama_batch_init(options.n_batch, 0, 1)
+        memory = lib.llama_get_memory(self.context)
+        for sequence in range(max(BATCHES)):
+            lib.llama_memory_seq_rm(memory, sequence, -1, -1)
+        self.length = 0
+
+    def _logits(self, tokens: np.ndarray, of_all: bool) -> np.ndarray:
+        """float32, one row for each sequence, or of_all tokens."""
+        batch, (rows, count) = self.batch, tokens.shape
+        for row in range(rows):
+            for i in range(count):
+                at = row * count + i
+                batch.token[at], batch.pos[at] = int(tokens[row, i]), self.length + i
+                batch.n_seq_id[at], batch.seq_id[at][0] = 1, row
+                batch.logits[at] = of_all or i == count - 1
+        batch.n_tokens = rows * count
+        if status := self.lib.llama_decode(self.context, batch):
+            raise RuntimeError(f"llama_decode: {status}")
+        self.length += count
+        outputs = rows * count if of_all else rows
+        found = self.lib.llama_get_logits(self.context)
+        return np.ctypeslib.as_array(found, (outputs, CONFIG.vocab_size))
+
+    def extend(self, tokens: np.ndarray) -> np.ndarray:
+        return self._logits(tokens, False).argmax(-1)
+
+    def logprobs(self, tokens: np.ndarray) -> np.ndarray:
+        return _logprobs(self._logits(tokens[None], True)[:-1], tokens[1:])
+
+
+class OpenVINO(ByLogits):
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        import openvino as ov
+
+        core = ov.Core()
+        options = {"INFERENCE_NUM_THREADS": THREADS, "PERFORMANCE_HINT": "LATENCY"}
+        model = core.compile_model(directory / OPENVINO_FILE, "CPU", options)
+        self.request = model.create_infer_request()
+
+    def begin(self, batch: int) -> None:
+        self.request.reset_state()
+        self.length = 0
+
+    def _logits(self, tokens: np.ndarray, of_all: bool) -> np.ndarray:
+        batch, count = tokens.shape
+        self.request.infer({
+            "input_ids": tokens,
+            "position_ids": np.tile(np.arange(self.length, self.length + count), (batch, 1)),
+            "beam_idx": np.arange(batch, dtype=np.int32),
+            "wanted": np.arange(count) if of_all else np.array([count - 1]),
+        })  # fmt: skip
+        self.length += count
+        found: np.ndarray = self.request.get_output_tensor(0).data
+        return found
+
+    def extend(self, tokens: np.ndarray) -> np.ndarray:
+        return self._logits(tokens, False)[:, -1].argmax(-1)
+
+    def logprobs(self, tokens: np.ndarray) -> np.ndarray:
+        return _logprobs(self._logits(tokens[None], True)[0, :-1], tokens[1:])
+
+
+def _logprobs(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Of tokens [n], in place of logits [n, vocab]."""
+    logits = logits - logits.max(-1, keepdims=True)
+    chosen = np.take_along_axis(logits, tokens[:, None], -1)[:, 0]
+    return chosen - np.log(np.exp(logits, out=logits).sum(-1))
+
+
+# --- The files that peers read.
+
+OPENVINO_FILE = "openvino.xml"
+_GGUF_NAMES = {
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm", "model.layers": "blk",
+}  # fmt: skip
+
+
+def write_gguf(directory: Path, *, file: str) -> None:
+    """llama.cpp's file, with matrices in the format that `file` is named for, without words."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType[Path(file).stem]
+    of_ring = gguf.quants.quantize(ring(), kind)  # [_BLOCKS, bytes]
+    writer = gguf.GGUFWriter(directory / file, "llama", use_temp_file=False)
+    c = CONFIG
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_context_length(c.max_position_embeddings)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_block_count(c.num_layers)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_heads)
+    writer.add_head_count_kv(c.num_kv_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_freq_base(c.rope_theta)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+    plain = np.float32(c.rope_theta) ** -(np.arange(0, c.head_dim, 2) / np.float32(c.head_dim))
+    writer.add_tensor("rope_freqs.weight", (plain / rope_frequencies(c)).astype(np.float32))
+    for name, shape in shapes().items():
+        found = name
+        for theirs, ours in _GGUF_NAMES.items():
+            found = found.replace(theirs, ours)
+        if len(shape) == 1:
+            writer.add_tensor(found, np.ones(shape, np.float32))
+            continue
+        row_bytes = shape[1] // BLOCK * of_ring.shape[1]
+        matrix = fill(np.empty((shape[0], row_bytes), np.uint8), of_ring.view(np.uint8), name)
+        if "q_proj" in name or "k_proj" in name:  # pairs of rotary embedding beside each other
+            pairs = matrix.reshape(-1, 2, c.head_dim // 2, row_bytes)
+            matrix = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(shape[0], row_bytes)
+        writer.add_tensor(found, matrix, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_openvino(directory: Path) -> None:
+    """OpenVINO's files: the graph as its exporters make it, with a cache in variables, and
+    matrices in uint8 with a zero point and a scale per row, as NNCF's INT8_ASYM writes them."""
+    import openvino as ov
+    from openvino import opset13 as op
+    from openvino.op.util import Variable, VariableInfo
+
+    c, numbers = CONFIG, ring()
+    scale = np.float32(np.abs(numbers).max() / 127)
+    codes = (np.rint(numbers / scale) + 128).astype(np.uint8)
+
+    def constant(value: Any, dtype: Any = np.int64) -> Any:
+        return op.constant(np.array(value, dtype))
+
+    def matrix(name: str) -> Any:
+        shape = shapes()[name]
+        stored = op.constant(fill(np.empty(shape, np.uint8), codes, name), shared_memory=True)
+        rows = (shape[0], 1)
+        zero = op.convert(op.constant(np.full(rows, 128, np.uint8)), "f16")
+        centred = op.subtract(op.convert(stored, "f16"), zero)
+        scaled = op.multiply(centred, op.constant(np.full(rows, scale, np.float16)))
+        return op.convert(scaled, "f32")
+
+    def linear(x: Any, name: str) -> Any:
+        return op.matmul(x, matrix(f"{name}.weight"), False, True)
+
+    def norm(x: Any) -> Any:
+        square = op.reduce_mean(op.power(x, constant(2, np.float32)), constant([-1]), True)
+        root = op.sqrt(op.add(square, constant(c.rms_norm_eps, np.float32)))
+        unit = op.multiply(x, op.divide(constant(1, np.float32), root))
+        return op.multiply(unit, op.constant(np.ones(c.hidden_size, np.float32)))
+
+    ids = op.parameter([-1, -1], np.int64, name="input_ids")
+    positions = op.parameter([-1, -1], np.int64, name="position_ids")
+    beams = op.parameter([-1], np.int32, name="beam_idx")
+    wanted = op.parameter([-1], np.int64, name="wanted")
+    frequencies = op.constant(rope_frequencies(c).reshape(1, -1, 1))
+    of_positions = op.convert(op.unsqueeze(positions, constant(1)), "f32")
+    halves = op.transpose(op.matmul(frequencies, of_positions, False, False), constant([0, 2, 1]))
+    angles = op.concat([halves, halves], -1)
+    cos, sin = (op.unsqueeze(each(angles), constant(1)) for each in (op.cos, op.sin))
+
+    def heads(x: Any, count: int) -> Any:
+        split = op.reshape(x, constant([0, 0, count, c.head_dim]), True)
+        return op.transpose(split, constant([0, 2, 1, 3]))
+
+    def rotated(x: Any) -> Any:
+        half = c.head_dim // 2
+        first, second = op.variadic_split(x, constant(3), constant([half, half])).outputs()
+        turned = op.concat([op.multiply(second, constant(-1, np.float32)), first], -1)
+        return op.add(op.multiply(x, cos), op.multiply(turned, sin))
+
+    sinks: list[Any] = []
+    batch = op.gather(op.shape_of(ids), constant([0]), constant(0))
+
+    def appended(x: Any, name: str) -> Any:
+        """The cache's heads, each for all query heads that share it."""
+        info = VariableInfo()
+        info.data_shape = ov.PartialShape([-1, c.num_kv_heads, -1, c.head_dim])
+        info.data_type, info.variable_id = ov.Type.f32, name
+        variable = Variable(info)
+        sizes = [constant([each]) for each in (c.num_kv_heads, 0, c.head_dim)]
+        empty = op.broadcast(constant(0, np.float32), op.concat([batch, *sizes], 0))
+        past = op.gather(op.read_value(empty, variable), beams, constant(0))
+        whole = op.concat([past, x], -2)
+        sinks.append(op.assign(whole, variable))
+        # In this form the plugin fuses the cache, the heads that share it, and attention.
+        ones = np.ones((1, 1, c.num_heads // c.num_kv_heads, 1, 1), np.float32)
+        repeated = op.multiply(op.unsqueeze(whole, constant(2)), op.constant(ones))
+        return op.reshape(repeated, constant([0, c.num_heads, -1, c.head_dim]), True)
+
+    x = op.gather(matrix("model.embed_tokens.weight"), ids, constant(0))
+    # Additive, float32 [1, 1, tokens, all tokens]: 0 for positions that are not behind a token's.
+    first = op.squeeze(op.gather(positions, constant([0]), constant(0)), constant(0))
+    length = op.add(op.reduce_max(first, constant([0])), constant(1))
+    keys = op.range(constant(0), length, constant(1), "i64")
+    seen = op.less_equal(op.unsqueeze(keys, constant(0)), op.unsqueeze(first, constant(1)))
+    mask = op.select(seen, constant(0, np.float32), constant(-3e38, np.float32))
+    mask = op.unsqueeze(mask, constant([0, 1]))
+    for layer in range(c.num_layers):
+        at = f"model.layers.{layer}"
+        h = norm(x)
+        q = rotated(heads(linear(h, f"{at}.self_attn.q_proj"), c.num_heads))
+        k = rotated(heads(linear(h, f"{at}.self_attn.k_proj"), c.num_kv_heads))
+        v = heads(linear(h, f"{at}.self_attn.v_proj"), c.num_kv_heads)
+        y = op.scaled_dot_product_attention(
+            q, appended(k, f"past.{layer}.key"), appended(v, f"past.{layer}.value"), mask
+        )
+        y = op.reshape(op.transpose(y, constant([0, 2, 1, 3])), constant([0, 0, -1]), True)
+        x = op.add(x, linear(y, f"{at}.self_attn.o_proj"))
+        h = norm(x)
+        inner = op.multiply(
+            op.swish(linear(h, f"{at}.mlp.gate_proj")), linear(h, f"{at}.mlp.up_proj")
+        )
+        x = op.add(x, linear(inner, f"{at}.mlp.down_proj"))
+    logits = linear(op.gather(norm(x), wanted, constant(1)), "model.embed_tokens")
+    results = [op.result(logits)]
+    model = ov.Model(results, sinks, [ids, positions, beams, wanted], "llama")
+    ov.save_model(model, directory / OPENVINO_FILE, compress_to_fp16=False)
