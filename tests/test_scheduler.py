@@ -243,7 +243,8 @@ class Device:
                         assert missing == max(0, pages - len(each.pages))
         plan = self.plans[-1]
         new = sum(call.num_new_tokens for call in plan.prefills)
-        assert new < self.options.prefill_budget + self.options.prefill_chunk
+        steps = max((call.steps for call in plan.decodes), default=1)
+        assert new < self.options.prefill_budget * steps + self.options.prefill_chunk
         if any(each.request.is_streamed for each in scheduler.running):
             assert all(call.steps == 1 for call in plan.decodes) or len(plan.admissions)
 
@@ -395,6 +396,33 @@ def test_launches_of_fixed_length_take_one_step_or_all() -> None:
     invariant.submit(ask(text(5), 12))
     invariant.finish()
     assert set(steps_of(invariant)) == {1}
+
+
+def test_requests_that_come_and_go_one_by_one_leave_launches_long() -> None:
+    """32 slots, of which one is free at every other step, and somebody always waiting for it."""
+    device = Device(stops_early=False, max_batch_size=32, max_steps=8, num_pages=128)
+    device.submit(*(ask(text(10, seed=i), 2 + 2 * i) for i in range(32)))
+    device.submit(*(ask(text(10, seed=i), 64) for i in range(32, 400)))
+    for _ in range(60):
+        device.round()
+    assert steps_of(device)[-50:] == [8] * 50
+    plans = device.plans[-50:]
+    assert sum(len(plan.admissions) for plan in plans) == pytest.approx(50 * 8 / 2, rel=0.25)
+    drawing = [np.count_nonzero(call.draws.max_counts) for plan in plans for call in plan.decodes]
+    assert np.mean(drawing) >= 32 * (1 - 1 / 4)
+
+
+def test_launches_are_short_where_many_slots_would_idle() -> None:
+    device = Device(stops_early=False, max_batch_size=8, max_steps=4, num_pages=32)
+    device.submit(*(ask(text(10, seed=i), 40) for i in range(4)))
+    device.round()  # the prompts
+    device.round()  # first tokens are on their way
+    device.round()
+    device.submit(*(ask(text(10, seed=i), 40) for i in range(4, 7)))
+    device.round()  # three of seven have a prompt to go through
+    device.round()  # and wait for their first token
+    device.round()
+    assert steps_of(device) == [1, 4, 1, 1, 4]
 
 
 def test_a_structured_reply_goes_step_by_step() -> None:

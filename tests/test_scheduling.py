@@ -1,11 +1,20 @@
 """Which prompts go through which calls, without a model, and options that make no sense."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_jax.engine.scheduling import MAX_TOKENS_PER_CALL, EngineOptions, Stats, prefill_calls
+from llama_jax.engine.scheduling import (
+    MAX_TOKENS_PER_CALL,
+    MIN_TOKENS_PER_CALL,
+    MIN_TOKENS_PER_CALL_ON_CPU,
+    EngineOptions,
+    Stats,
+    prefill_calls,
+)
 from llama_jax.model.kv_cache import PAGE_SIZE
 
 
@@ -13,15 +22,16 @@ from llama_jax.model.kv_cache import PAGE_SIZE
     left=st.lists(st.integers(1, 3000), max_size=70),
     max_batch_size=st.integers(1, 300),
     prefill_chunk=st.sampled_from([1, 5, 512, 8192]),
+    min_tokens=st.sampled_from([1, MIN_TOKENS_PER_CALL_ON_CPU, MIN_TOKENS_PER_CALL]),
     batch_invariant=st.booleans(),
 )
 def test_every_prompt_is_in_one_call_that_holds_it(
-    left: list[int], max_batch_size: int, prefill_chunk: int, batch_invariant: bool
+    left: list[int], max_batch_size: int, prefill_chunk: int, min_tokens: int, batch_invariant: bool
 ) -> None:
     options = EngineOptions(
         max_batch_size, prefill_chunk=prefill_chunk, batch_invariant=batch_invariant
     )
-    calls = prefill_calls(left, options.call_shapes)
+    calls = prefill_calls(left, options.call_shapes, min_tokens)
     assert sorted(i for members, _ in calls for i in members) == list(range(len(left)))
     for members, shape in calls:
         assert shape in options.call_shapes and len(members) <= shape[0]
@@ -33,14 +43,19 @@ def test_few_programs_are_compiled() -> None:
     assert all(len(EngineOptions(size).call_shapes) <= 8 for size in range(1, 1025))
 
 
-def computed_per_token(lengths: np.ndarray, max_batch_size: int) -> float:
-    """Tokens that calls compute for each prompt token, `max_batch_size` prompts at a time."""
+def cost_per_token(
+    lengths: np.ndarray, max_batch_size: int, planned: int, min_tokens: int = 0
+) -> float:
+    """Tokens that calls compute for each prompt token, `max_batch_size` prompts at a time.
+
+    planned: what a call costs at least, in the plan; min_tokens: in truth.
+    """
     shapes, computed = EngineOptions(max_batch_size).call_shapes, 0
     for start in range(0, len(lengths), max_batch_size):
         left = lengths[start : start + max_batch_size].tolist()
         while left:
-            for members, (prompts, tokens) in prefill_calls(left, shapes):
-                computed += prompts * tokens
+            for members, (prompts, tokens) in prefill_calls(left, shapes, planned):
+                computed += max(prompts * tokens, min_tokens)
                 for i in members:
                     left[i] = max(0, left[i] - tokens)
             left = [count for count in left if count]
@@ -51,10 +66,24 @@ def computed_per_token(lengths: np.ndarray, max_batch_size: int) -> float:
 def test_little_is_computed_for_nothing(max_batch_size: int) -> None:
     rng, count = np.random.default_rng(0), 4 * max_batch_size
     chats = np.clip(rng.lognormal(5.5, 1, count), 8, 4000).astype(int)
-    assert computed_per_token(chats, max_batch_size) < 1.15  # padding to fours: 1.4
-    assert computed_per_token(rng.integers(1, 513, count), max_batch_size) < 1.2
-    assert computed_per_token(np.full(count, 128), max_batch_size) == 1
-    assert computed_per_token(rng.integers(5, 40, count), max_batch_size) < 2  # 32 is the least
+    cost = partial(cost_per_token, max_batch_size=max_batch_size)
+    least = MIN_TOKENS_PER_CALL_ON_CPU
+    assert cost(chats, planned=least) < 1.15  # padding to fours: 1.4
+    assert cost(rng.integers(1, 513, count), planned=least) < 1.2
+    assert cost(np.full(count, 128), planned=least) == 1
+    assert cost(rng.integers(5, 40, count), planned=least) < 2  # 32 is the least
+
+
+@pytest.mark.parametrize("max_batch_size", [8, 64, 256])
+def test_few_calls_are_small_where_calls_are_dear(max_batch_size: int) -> None:
+    rng, count = np.random.default_rng(0), 4 * max_batch_size
+    chats = np.clip(rng.lognormal(5.5, 1, count), 8, 4000).astype(int)
+    for lengths in (chats, rng.integers(1, 513, count), rng.integers(5, 140, count)):
+        costs = [
+            cost_per_token(lengths, max_batch_size, planned, MIN_TOKENS_PER_CALL)
+            for planned in (MIN_TOKENS_PER_CALL, MIN_TOKENS_PER_CALL_ON_CPU)
+        ]
+        assert costs[0] <= costs[1]
 
 
 def test_what_happened_in_words_and_in_between() -> None:

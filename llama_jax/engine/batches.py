@@ -37,7 +37,7 @@ from llama_jax.model.spec import ModelSpec, Params
 from llama_jax.sampling_params import SamplingParams
 
 # How many requests are admitted by one call, unless their settings need arrays over the vocabulary.
-_ADMITTED_PER_CALL = 8
+_ADMITTED_PER_CALL = 32
 
 
 @dataclass(frozen=True, eq=False)

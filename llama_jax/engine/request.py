@@ -104,6 +104,10 @@ class Request:
 
         limit: tokens that may be drawn in all.
         """
+        goes_on = len(self.token_ids) + len(token_ids) < limit and not self._is_followed
+        if goes_on and self.stop_ids.isdisjoint(token_ids):
+            self.token_ids += token_ids
+            return len(token_ids)
         for count, token_id in enumerate(token_ids, 1):
             self._append(token_id, limit)
             if self.finish_reason:

@@ -22,14 +22,21 @@ from llama_jax.engine.draw_kinds import KINDS, Kind, kind_of
 from llama_jax.engine.pages import Match, PagePool, extend_block_hashes
 from llama_jax.engine.plan import Admission, Chunk, DecodeCall, Plan, PrefillCall
 from llama_jax.engine.request import Request, Wanted
-from llama_jax.engine.scheduling import EngineCounts, EngineOptions, prefill_calls
+from llama_jax.engine.scheduling import (
+    MIN_TOKENS_PER_CALL,
+    MIN_TOKENS_PER_CALL_ON_CPU,
+    EngineCounts,
+    EngineOptions,
+    prefill_calls,
+)
 from llama_jax.engine.slots import RunningSequence, Slots
 from llama_jax.model.config import PAGE_SIZE
 
 # How many waiting requests are looked at in a round.
 _MAX_EXAMINED = 64
-# The part of a launch's draws that may be left unused for the sake of fewer launches.
-_MAX_IDLE = 1 / 8
+# The part of the slots that may idle in a launch, on average, for the sake of fewer launches: on a
+# GPU the host takes about as long for a launch as the device for a step.
+_MAX_IDLE = 1 / 4
 
 
 class QueueFullError(RuntimeError):
@@ -142,7 +149,7 @@ class Scheduler:
         decodes = self._decode(results_are_coming)
         if decodes is None:
             return None
-        prefills = self._prefill()
+        prefills = self._prefill(max((each.steps for each in decodes), default=1))
         table = self.slots.page_table.copy()
         plan = Plan(tuple(self._admissions), decodes, prefills, tuple(self._failed), table)
         self._admissions, self._failed = [], []
@@ -263,8 +270,8 @@ class Scheduler:
         return DecodeCall(self.slots.launch(counts), steps, kind, wants_logprobs, structured)
 
     def _num_steps(self) -> int:
-        """How many tokens to draw before the host looks again: the most for which few slots idle
-        meanwhile, and 1 where somebody waits for each token."""
+        """How many tokens to draw before the host looks again: as many as leave few slots idle, but
+        1 where somebody waits for each token."""
         slots = self.slots
         remaining = slots.min_remaining[slots.min_remaining > 0]
         if not remaining.size:
@@ -276,15 +283,15 @@ class Scheduler:
         return max(n for n in possible if n == 1 or (n <= most and self._few_idle(n, remaining)))
 
     def _few_idle(self, steps: int, remaining: np.ndarray) -> bool:
-        """Whether few of the draws that a launch of so many steps has room for are left unused.
+        """Whether few slots idle in a launch of so many steps, and few first tokens wait for it.
 
-        A sequence that ends in it leaves its slot idle, if another waits for that; so does one
-        whose prompt is not through, and one whose first token would reach the host sooner.
-        remaining: of the slots that draw.
+        A slot idles where the prompt is not through, and where a sequence ends that another one
+        waits for. remaining: tokens left, of the slots that draw.
         """
-        early = len(self.slots.prefilling) + (not self._stops_early) * len(self.slots.starting)
-        ended = int(np.maximum(steps - remaining, 0).sum()) if self._waiting else 0
-        return steps * early + ended <= _MAX_IDLE * steps * len(self.running)
+        most = 0 if self._stops_early else _MAX_IDLE * len(self.running)
+        ended = int(np.maximum(steps - remaining, 0).sum()) / steps if self._waiting else 0
+        is_early = not self._stops_early and len(self.slots.starting) > most
+        return len(self.slots.prefilling) + ended <= most and not is_early
 
     def _kind(self, needed: Kind) -> Kind:
         """The least kind of draw that there is a program for."""
@@ -292,10 +299,14 @@ class Scheduler:
 
     # Prefill.
 
-    def _prefill(self) -> tuple[PrefillCall, ...]:
-        """Chunks of prompts, first those admitted first, until the round's budget is spent."""
+    def _prefill(self, steps: int) -> tuple[PrefillCall, ...]:
+        """Chunks of prompts, first those admitted first, until the round's budget is spent.
+
+        steps: tokens that each sequence draws in this round.
+        """
         calls: list[PrefillCall] = []
-        budget = self.options.prefill_budget
+        budget = self.options.prefill_budget * steps
+        min_tokens = MIN_TOKENS_PER_CALL_ON_CPU if self._stops_early else MIN_TOKENS_PER_CALL
         while budget > 0:
             chosen = []
             for sequence in self.slots.prefilling:
@@ -307,7 +318,8 @@ class Scheduler:
             for wanted in dict.fromkeys(each.request.wanted for each in chosen):
                 group = [each for each in chosen if each.request.wanted == wanted]
                 remaining = [each.remaining for each in group]
-                for members, shape in prefill_calls(remaining, self.call_shapes(wanted)):
+                shapes = self.call_shapes(wanted)
+                for members, shape in prefill_calls(remaining, shapes, min_tokens):
                     calls.append(self._prefill_call(wanted, [group[i] for i in members], shape))
         return tuple(calls)
 

@@ -9,11 +9,11 @@ from llama_jax.model.config import PAGE_SIZE
 # Tokens that go through one call of a prefill program, at most, unless one chunk is longer: with
 # that many a GPU computes near its peak, and the temporaries stay small.
 MAX_TOKENS_PER_CALL = 4096
-# What a call of a prefill program costs besides its tokens, as a number of tokens: reading the
-# weights takes about as long as computing with them for so many.
-_TOKENS_PER_CALL = 128
+# What a call of a prefill program costs, at least, as a number of tokens: on a CPU, reading the
+# weights takes as long as computing with them for so many; on a GPU, launching its kernels does.
+MIN_TOKENS_PER_CALL_ON_CPU, MIN_TOKENS_PER_CALL = 128, 512
 # How many prompts one call may take.
-_PROMPTS_PER_CALL = (1, 8, 64)
+_PROMPTS_PER_CALL = (1, 8, 32)
 # Tokens that a grammar forces and that go through the model together, without speculation.
 _MAX_FORCED = 4
 
@@ -26,7 +26,8 @@ class EngineOptions:
     max_seq_len: tokens that prompt and output may have together.
     num_pages: of the cache, by default enough for all slots at full length; at least one slot's.
     prefill_chunk: tokens of one prompt that go through at once; longer ones take several calls.
-    prefill_budget: prompt tokens per round, so that sequences that are decoding do not wait long.
+    prefill_budget: prompt tokens in a round for each token that its sequences draw, so that those
+        that are decoding do not wait long.
     max_steps: tokens drawn per sequence in one round while nobody streams.
     lookahead: draft tokens proposed per sequence and step, which the model then checks together; 0
         for none.
@@ -88,13 +89,13 @@ class EngineOptions:
 
 
 def prefill_calls(
-    remaining: Sequence[int], shapes: Sequence[tuple[int, int]]
+    remaining: Sequence[int], shapes: Sequence[tuple[int, int]], min_tokens: int
 ) -> list[tuple[list[int], tuple[int, int]]]:
     """Decide which prompts go through calls of which shapes: (indices into `remaining`, shape).
 
-    remaining: how many tokens of each prompt remain. Each prompt is in one call, the longest first,
-    which takes all of it or a chunk. The one of the shapes (`EngineOptions.call_shapes`) is taken
-    that wastes the least on padding and on reading the weights.
+    remaining: how many tokens of each prompt remain. min_tokens: what a call costs at least. Each
+    prompt is in one call, the longest first, which takes all of it or a chunk. The one of the
+    shapes (`EngineOptions.call_shapes`) is taken that wastes the least on padding and small calls.
     """
     order = sorted(range(len(remaining)), key=lambda i: -remaining[i])
     calls = []
@@ -103,7 +104,7 @@ def prefill_calls(
         def gain(shape: tuple[int, int], order: list[int] = order) -> tuple[float, int]:
             prompts, tokens = shape
             useful = sum(min(remaining[i], tokens) for i in order[:prompts])
-            return useful / max(prompts * tokens, _TOKENS_PER_CALL), useful
+            return useful / max(prompts * tokens, min_tokens), useful
 
         shape = max(shapes, key=gain)
         calls.append((order[: shape[0]], shape))

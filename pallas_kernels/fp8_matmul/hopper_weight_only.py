@@ -308,8 +308,8 @@ class _Problem:
 
 class _Operands(NamedTuple):
     """Arrays outside of the kernel, references within. x: [m, k], or in terms [2 rows, k], with
-    units [groups, rows] and perhaps mean_squares [parts, rows]; weights: each [n, k]; block_scales: each [n / 128, k / 128], or none
-    at all if scales are per row."""
+    units [groups, rows] and perhaps mean_squares [parts, rows]; weights: each [n, k];
+    block_scales: each [n / 128, k / 128], or none at all if scales are per row."""
 
     x: Any
     units: Any

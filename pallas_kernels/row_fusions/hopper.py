@@ -45,9 +45,7 @@ def add_rms_norm(
     m, d = residual.shape
     rows, size = padded_rows(m), group_size(d)
 
-    def kernel(
-        refs: Any, residual_out: Ref, codes: Ref, units: Ref, mean_squares: Ref
-    ) -> None:
+    def kernel(refs: Any, residual_out: Ref, codes: Ref, units: Ref, mean_squares: Ref) -> None:
         group, row = lax.axis_index("group"), lax.axis_index("row")
         columns = pl.ds(group * size, size)
         x = _load(refs["residual"].at[row, columns], size).astype(jnp.float32)
