@@ -245,6 +245,31 @@ def test_a_row_is_bit_equal_alone_and_in_any_tiling(promote):
     assert np.any(together != run(WIDE, *steps_reversed(*arrays)))  # another order, other numbers
 
 
+@pytest.mark.parametrize(
+    ("x_layout", "weight_layout", "config"),
+    [
+        ("row", "row", PAIRED),
+        pytest.param("grouped", "block", WIDE, marks=pytest.mark.slow),
+        pytest.param("static", "row", NARROW, marks=pytest.mark.slow),
+    ],
+)
+def test_several_weights_in_one_launch_are_bit_equal_to_one_each(x_layout, weight_layout, config):
+    """Widths that end within a tile, so that the next weight begins with another one."""
+    m, k, ns = (60, 256, (96, 64, 160)) if config is NARROW else (200, 256, (144, 64, 208))
+    x, _, _, x_scale = operands(m, 8, k, x_layout)
+    weights, weight_scales = zip(
+        *(operands(1, n, k, weight_layout=weight_layout, seed=n)[1:3] for n in ns), strict=True
+    )
+    ys = simulate(hopper.fp8_matmuls, x, weights, weight_scales, x_scale, BF16, config=config)
+    for y, weight, weight_scale in zip(ys, weights, weight_scales, strict=True):
+        alone = simulate(hopper.fp8_matmul, x, weight, weight_scale, x_scale, BF16, config=config)
+        np.testing.assert_array_equal(np.asarray(y), np.asarray(alone))
+        expected = exact(x, weight, weight_scale, x_scale)
+        np.testing.assert_allclose(
+            np.asarray(y, np.float64), expected, rtol=2**-8, atol=2**-8 * np.abs(expected).max()
+        )
+
+
 @pytest.mark.slow
 def test_a_row_of_swiglu_is_bit_equal_alone_and_in_a_batch():
     x, gate, gate_scale, x_scale = rounding_along_k(130, 128)
@@ -265,7 +290,7 @@ def test_a_row_of_swiglu_is_bit_equal_alone_and_in_a_batch():
 def test_the_heuristic_fits_a_multiprocessor(m, promote):
     for linear in shapes.linears():
         for weights in (1, 2):
-            config = hopper_config.heuristic(m, linear.n, promote=promote, weights=weights)
+            config = hopper_config.heuristic(m, (linear.n,), promote=promote, weights=weights)
             assert hopper_config.unfit(config, promote=promote, weights=weights) is None
             tiles = config.tile_m + weights * config.tile_n
             bytes_in_flight = config.stages * tiles * hopper_config.TILE_K

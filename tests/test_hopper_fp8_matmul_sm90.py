@@ -39,7 +39,7 @@ def specialisations():
     for promote in (False, True):
         for linear in linears():
             for m in ROWS:
-                config = hopper_config.heuristic(m, linear.n, promote=promote)
+                config = hopper_config.heuristic(m, (linear.n,), promote=promote)
                 width = math.gcd(linear.n, 64)
                 seen.setdefault((config, width, promote), (linear, m))
     return [
@@ -100,7 +100,7 @@ def test_residual(dtype):
 @pytest.mark.parametrize("is_added", [False, True])
 def test_float32_beside_a_long_ring_and_scales_of_x(is_added):
     structs = arguments(512, 1024, 3584, x_layout="grouped")
-    assert hopper_config.heuristic(512, 1024, promote=True).stages == hopper_config.MAX_STAGES
+    assert hopper_config.heuristic(512, (1024,), promote=True).stages == hopper_config.MAX_STAGES
     residual = [jax.ShapeDtypeStruct((512, 1024), F32)] if is_added else []
     check(lambda *a: hopper.fp8_matmul(*a[:4], F32, *a[4:]), *structs, *residual)
 

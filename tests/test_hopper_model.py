@@ -52,7 +52,8 @@ def simulated(monkeypatch):
     """Kernels run in the simulator, as if on a Hopper GPU."""
     monkeypatch.setattr(device, "not_hopper", lambda: None)
     for module, name in (
-        (hopper, "fp8_matmul"), (hopper, "swiglu"), (hopper_weight_only, "fp8_matmuls"),
+        (hopper, "fp8_matmul"), (hopper, "fp8_matmuls"), (hopper, "swiglu"),
+        (hopper_weight_only, "fp8_matmuls"),
         (hopper_weight_only, "parts"), (hopper_attention, "paged_attention"),
         (row_fusions_hopper, "add_rms_norm"), (row_fusions_hopper, "silu_and_mul"),
         (hopper_rope, "rope_and_cache"),
@@ -125,7 +126,7 @@ DECODE = Counter([
 ])  # fmt: skip
 UNFUSED = Counter({call: n for call, n in DECODE.items() if call[1] not in ROW_FUSIONS})
 PREFILL = Counter([
-    ("q_proj", "fp8_matmul"), ("k_proj", "fp8_matmul"), ("v_proj", "fp8_matmul"),
+    ("q_proj+k_proj+v_proj", "fp8_matmul"),
     ("", "rope_and_cache"), ("", "paged_attention_prefill"), ("o_proj", "fp8_matmul"),
     ("gate_proj+up_proj", "fp8_swiglu"), ("down_proj", "fp8_matmul"),
 ])  # fmt: skip

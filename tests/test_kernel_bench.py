@@ -230,7 +230,7 @@ def test_the_heuristic_is_among_what_is_tried(m):
             (cases.swiglu(linear, m, "row"), False, 2),
         ):
             assert (
-                hopper_config.heuristic(m, linear.n, promote=promote, weights=weights)
+                hopper_config.heuristic(m, (linear.n,), promote=promote, weights=weights)
                 in case.configs
             )
 
@@ -277,16 +277,16 @@ def test_tuned_configurations_are_taken_where_they_were_measured(few_inputs, tab
     monkeypatch.setattr(tune, "kind", lambda: "NVIDIA H200")
     monkeypatch.setattr(tune, "tune", partial(tune.tune, measure=measure))
     monkeypatch.setattr(bench, "cases", lambda rows, only: iter([case, case]))
-    configure = partial(hopper_config.configure, 64, TINY.n, TINY.k)
-    heuristic = hopper_config.heuristic(64, TINY.n, promote=False)
+    configure = partial(hopper_config.configure, 64, (TINY.n,), TINY.k)
+    heuristic = hopper_config.heuristic(64, (TINY.n,), promote=False)
     with jax.sharding.use_abstract_mesh(sm90.H200):
         assert configure(promote=False) == heuristic != FAST
         tune.main([])
         tune.main([])
         assert measured == [case.name]  # the second time it is in the table
         assert configure(promote=False) == FAST
-        assert hopper_config.configure(1, TINY.n, TINY.k, promote=False) == FAST  # up to 64 rows
-        assert configure(promote=True) == hopper_config.heuristic(64, TINY.n, promote=True)
+        assert hopper_config.configure(1, (TINY.n,), TINY.k, promote=False) == FAST  # up to 64 rows
+        assert configure(promote=True) == hopper_config.heuristic(64, (TINY.n,), promote=True)
         tune.main(["--again"])
         assert measured == [case.name] * 2
     assert configure(promote=False) == heuristic  # no H200

@@ -107,7 +107,7 @@ def _case(
 
     structs = jax.eval_shape(arguments, jax.random.key(0))
     return Case(
-        problem=hopper_config.tuned_as(m, n, k, promote=promote),
+        problem=hopper_config.tuned_as(m, (n,), k, promote=promote),
         name=f"{linear} m={m} {layout}{after}",
         operations=2 * m * n * k * weights,
         bytes=sum(each.size * each.dtype.itemsize for each in structs) + result_bytes,

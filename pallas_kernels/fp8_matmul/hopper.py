@@ -27,6 +27,8 @@ on the other rows nor on the configuration, `promote` aside.
 """
 
 import functools
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,17 +75,28 @@ def fp8_matmul(
     interpret: plgpu.InterpretGPUParams, to run in the simulator.
     Raises ValueError for a configuration that cannot work.
     """
-    rows, x = x.shape[0], in_whole_boxes(x)
-    residual = None if residual is None else in_whole_boxes(residual)
-    problem = _problem(x, x_scale, weight, weight_scale, config)
-    (y,) = _launch(
-        problem,
-        _operands(problem, x, x_scale, (weight,), (weight_scale,), residual),
-        Store(problem, out_dtype, has_residual=residual is not None),
-        name="fp8_matmul",
-        interpret=interpret,
-    )
-    return y[:rows]
+    (y,) = _matmuls(
+        x, (weight,), (weight_scale,), x_scale, out_dtype, residual, config, interpret
+    )  # fmt: skip
+    return y
+
+
+@functools.partial(jax.jit, static_argnames=("out_dtype", "config", "interpret"))
+def fp8_matmuls(
+    x: Array,
+    weights: Sequence[Array],
+    weight_scales: Sequence[Array],
+    x_scale: Array,
+    out_dtype: jnp.dtype,
+    *,
+    config: Config | None = None,
+    interpret: Any = None,
+) -> tuple[Array, ...]:
+    """Compute `fp8_matmul` of one x and several weights [n_i, k], in one launch.
+
+    weight_scales: of one kind, all per row or all per block.
+    """
+    return _matmuls(x, weights, weight_scales, x_scale, out_dtype, None, config, interpret)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
@@ -103,7 +116,7 @@ def swiglu(
     config, interpret: as in `fp8_matmul`.
     """
     rows, x = x.shape[0], in_whole_boxes(x)
-    problem = _problem(x, x_scale, gate, gate_scale, config, weights=2)
+    problem = _problem(x, x_scale, gate.shape[:1], gate_scale, config, weights=2)
     codes, scales = _launch(
         problem,
         _operands(problem, x, x_scale, (gate, up), (gate_scale, up_scale)),
@@ -144,30 +157,55 @@ def refusal(
     return None
 
 
+def _matmuls(
+    x: Array,
+    weights: Sequence[Array],
+    weight_scales: Sequence[Array],
+    x_scale: Array,
+    out_dtype: jnp.dtype,
+    residual: Array | None,
+    config: Config | None,
+    interpret: Any,
+) -> tuple[Array, ...]:
+    rows, x = x.shape[0], in_whole_boxes(x)
+    residual = None if residual is None else in_whole_boxes(residual)
+    ns = tuple(weight.shape[0] for weight in weights)
+    problem = _problem(x, x_scale, ns, weight_scales[0], config)
+    ys = _launch(
+        problem,
+        _operands(problem, x, x_scale, weights, weight_scales, residual),
+        Store(problem, out_dtype, has_residual=residual is not None),
+        name="fp8_matmul",
+        interpret=interpret,
+    )
+    return tuple(y[:rows] for y in ys)
+
+
 def _problem(
     x: Array,
     x_scale: Array,
-    weight: Array,
+    ns: tuple[int, ...],
     weight_scale: Array,
     config: Config | None,
     weights: int = 1,
 ) -> Problem:
-    (m, k), n = x.shape, weight.shape[0]
+    """Describe a launch. weights: of each product."""
+    m, k = x.shape
     x_grouped, w_grouped = is_grouped(x_scale, k), weight_scale.ndim == 2
     promote = x_grouped or w_grouped
     if config is None:
-        config = configure(m, n, k, promote=promote, weights=weights)
+        config = configure(m, ns, k, promote=promote, weights=weights)
     if reason := unfit(config, promote=promote or config.promote, weights=weights):
         raise ValueError(f"{config} cannot work: {reason}")
-    return Problem(m, n, k, config, x_grouped, w_grouped)
+    return Problem(m, ns, k, config, x_grouped, w_grouped)
 
 
 def _operands(
     problem: Problem,
     x: Array,
     x_scale: Array,
-    weights: tuple[Array, ...],
-    weight_scales: tuple[Array, ...],
+    weights: Sequence[Array],
+    weight_scales: Sequence[Array],
     residual: Array | None = None,
 ) -> Operands:
     """Put the scales into the shapes that the kernel reads."""
@@ -179,7 +217,7 @@ def _operands(
         x_scale = _padded(per_row, 0, rows)
     step = pl.cdiv(config.tile_n, BLOCK) if problem.w_grouped else config.tile_n
     weight_scales = tuple(_padded(each, 0, step) for each in weight_scales)
-    return Operands(x, x_scale, weights, weight_scales, residual)
+    return Operands(x, x_scale, tuple(weights), weight_scales, residual)
 
 
 def _padded(scale: Array, axis: int, multiple: int) -> Array:
@@ -214,7 +252,7 @@ def _launch(
         kernel,
         out_type=epilogue.out_type,
         scratch_types={
-            "ring": _ring_types(problem, len(operands.weights)),
+            "ring": _ring_types(problem, len(operands.weights) // len(problem.ns)),
             "scratch": epilogue.scratch_types,
         },
         grid=(clusters,),
@@ -279,21 +317,25 @@ def _load_tiles(schedule: _Schedule, gmem: Operands, ring: Ring) -> None:
     def load_tile(visit: Array) -> None:
         tile_m, tile_n = schedule.locate(visit)
         rows = pl.ds(tile_m * config.tile_m, config.tile_m)
-        columns = pl.ds(tile_n * config.tile_n, config.tile_n)
 
-        @pl.loop(0, problem.steps)
-        def load_step(k: Array) -> None:
-            slot = ring.acquire(visit * problem.steps + k)
-            filled = ring.filled.at[slot]
-            ks = pl.ds(k * TILE_K, TILE_K)
-            plgpu.copy_gmem_to_smem(gmem.x.at[rows, ks], smem.x.at[slot], filled)
-            for weight_gmem, weight_smem in zip(gmem.weights, smem.weights, strict=True):
-                plgpu.copy_gmem_to_smem(
-                    weight_gmem.at[columns, ks], weight_smem.at[slot], filled,
-                    collective_axes=_shared_axes(config),
-                )  # fmt: skip
-            if problem.x_grouped:
-                plgpu.copy_gmem_to_smem(gmem.x_scale.at[k, rows], smem.x_scale.at[slot], filled)
+        def load_product(gmem: Operands, _: Any, tile_n: Array) -> None:
+            columns = pl.ds(tile_n * config.tile_n, config.tile_n)
+
+            @pl.loop(0, problem.steps)
+            def load_step(k: Array) -> None:
+                slot = ring.acquire(visit * problem.steps + k)
+                filled = ring.filled.at[slot]
+                ks = pl.ds(k * TILE_K, TILE_K)
+                plgpu.copy_gmem_to_smem(gmem.x.at[rows, ks], smem.x.at[slot], filled)
+                for weight_gmem, weight_smem in zip(gmem.weights, smem.weights, strict=True):
+                    plgpu.copy_gmem_to_smem(
+                        weight_gmem.at[columns, ks], weight_smem.at[slot], filled,
+                        collective_axes=_shared_axes(config),
+                    )  # fmt: skip
+                if problem.x_grouped:
+                    plgpu.copy_gmem_to_smem(gmem.x_scale.at[k, rows], smem.x_scale.at[slot], filled)
+
+        _for_product_of(problem, tile_n, gmem, (), load_product)
 
     ring.drain(schedule.visits * problem.steps)
 
@@ -313,9 +355,32 @@ def _compute_tiles(
 
     @pl.loop(0, schedule.visits)
     def compute_tile(visit: Array) -> None:
-        tile = tile_of(problem.config, warpgroup, *schedule.locate(visit))
-        epilogue.begin(tile, gmem, scratch)
-        sums = hopper_mainloop.sums(problem, gmem, ring, tile, visit * problem.steps)
-        epilogue.finish(tile, sums, gmem, outputs_gmem, scratch)
+        tile_m, tile_n = schedule.locate(visit)
+
+        def compute_product(gmem: Operands, outputs_gmem: Sequence[Any], tile_n: Array) -> None:
+            tile = tile_of(problem.config, warpgroup, tile_m, tile_n)
+            epilogue.begin(tile, gmem, scratch)
+            sums = hopper_mainloop.sums(problem, gmem, ring, tile, visit * problem.steps)
+            epilogue.finish(tile, sums, gmem, outputs_gmem, scratch)
+
+        _for_product_of(problem, tile_n, gmem, outputs_gmem, compute_product)
 
     plgpu.wait_smem_to_gmem(0)
+
+
+def _for_product_of(
+    problem: Problem,
+    tile_n: Array,
+    gmem: Operands,
+    outputs_gmem: Sequence[Any],
+    use: Callable[[Operands, Sequence[Any], Array], None],
+) -> None:
+    """Call use(its operands, its outputs, its own number) for the product that a tile is of."""
+    if len(problem.ns) == 1:
+        use(gmem, outputs_gmem, tile_n)
+        return
+    for i, (first, end) in enumerate(itertools.pairwise([0, *problem.ends])):
+        one = slice(i, i + 1)
+        own = gmem._replace(weights=gmem.weights[one], weight_scales=gmem.weight_scales[one])
+        here = functools.partial(use, own, outputs_gmem[one], tile_n - first)
+        pl.when((first <= tile_n) & (tile_n < end))(here)

@@ -1,5 +1,6 @@
 """How an FP8 x FP8 matmul is cut into tiles on Hopper: the configuration, and how it is chosen."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jax.experimental import pallas as pl
@@ -41,20 +42,23 @@ class Config:
         return self.tile_n * self.tile_m // (2 * WARPGROUP_ROWS)
 
 
-def configure(m: int, n: int, k: int, *, promote: bool, weights: int = 1) -> Config:
-    """Return the tuned configuration of the GPU in use, or else the heuristic's."""
+def configure(m: int, ns: Sequence[int], k: int, *, promote: bool, weights: int = 1) -> Config:
+    """Return the tuned configuration of the GPU in use, or else the heuristic's.
+
+    ns: of each product of the launch. weights: of each product.
+    """
     kernel = "fp8_matmul" if weights == 1 else "fp8_swiglu"
-    found = tuned.find(kernel, tuned_as(m, n, k, promote=promote))
-    return heuristic(m, n, promote=promote, weights=weights) if found is None else Config(**found)
+    found = tuned.find(kernel, tuned_as(m, ns, k, promote=promote))
+    return heuristic(m, ns, promote=promote, weights=weights) if found is None else Config(**found)
 
 
-def tuned_as(m: int, n: int, k: int, *, promote: bool) -> str:
+def tuned_as(m: int, ns: Sequence[int], k: int, *, promote: bool) -> str:
     """Name the problems that share a tuned configuration: m is rounded up to a power of two."""
     rows = max(WARPGROUP_ROWS, 1 << (m - 1).bit_length())
-    return f"m<={rows} n={n} k={k}" + (" promote" if promote else "")
+    return f"m<={rows} n={'+'.join(map(str, ns))} k={k}" + (" promote" if promote else "")
 
 
-def heuristic(m: int, n: int, *, promote: bool, weights: int = 1) -> Config:
+def heuristic(m: int, ns: Sequence[int], *, promote: bool, weights: int = 1) -> Config:
     """Return a configuration that no GPU has measured.
 
     It takes the width whose tiles need the fewest cycles, if an SM does 4096 products a cycle and
@@ -67,7 +71,8 @@ def heuristic(m: int, n: int, *, promote: bool, weights: int = 1) -> Config:
     groups = multiprocessors() // cluster
 
     def cycles(tile_n: int) -> int:
-        rounds = pl.cdiv(pl.cdiv(m, tile_m * cluster) * pl.cdiv(n, tile_n), groups)
+        tiles = pl.cdiv(m, tile_m * cluster) * sum(pl.cdiv(n, tile_n) for n in ns)
+        rounds = pl.cdiv(tiles, groups)
         loaded = (tile_m + tile_n // cluster) * TILE_K
         return rounds * max(tile_m * tile_n * TILE_K // 4096, loaded // 32)
 

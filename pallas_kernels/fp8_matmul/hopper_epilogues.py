@@ -44,7 +44,9 @@ class Store:
     @property
     def width(self) -> int:
         """Columns of a part: as many as a swizzle spans, and a divisor of n, as TMA demands."""
-        return math.gcd(self.problem.config.columns, 128 // self.out_dtype.itemsize, self.problem.n)
+        return math.gcd(
+            self.problem.config.columns, 128 // self.out_dtype.itemsize, *self.problem.ns
+        )
 
     @property
     def parts(self) -> int:
@@ -59,7 +61,7 @@ class Store:
 
     @property
     def out_type(self) -> Sequence[jax.ShapeDtypeStruct]:
-        return [jax.ShapeDtypeStruct((self.problem.m, self.problem.n), self.out_dtype)]
+        return [jax.ShapeDtypeStruct((self.problem.m, n), self.out_dtype) for n in self.problem.ns]
 
     @property
     def scratch_types(self) -> dict[str, Any]:
@@ -137,8 +139,8 @@ class Swiglu:
         problem = self.problem
         rows = pl.cdiv(problem.m, problem.rows_per_step) * problem.rows_per_step
         return [
-            jax.ShapeDtypeStruct((problem.m, problem.n), e4m3.DTYPE),
-            jax.ShapeDtypeStruct((problem.n // BLOCK, rows), jnp.float32),
+            jax.ShapeDtypeStruct((problem.m, *problem.ns), e4m3.DTYPE),
+            jax.ShapeDtypeStruct((problem.ns[0] // BLOCK, rows), jnp.float32),
         ]
 
     @property

@@ -10,6 +10,7 @@ There are three ways to add up, all of them in the order of K:
       registers             | promote step 0  | promote step 1  | ...
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -31,14 +32,15 @@ PER_ROW, PER_COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
 
 @dataclass(frozen=True)
 class Problem:
-    """What is static about a matmul.
+    """What is static about a launch.
 
-    m, n, k: of x [m, k] and each weight [n, k]; m is up to 8, or a multiple of it.
+    m, k: of x [m, k]; m is up to 8, or a multiple of it. ns: of each product [m, n]; their tiles
+    are counted one product after the other.
     x_grouped, w_grouped: whether scales of x, of the weights, change along K, every 128.
     """
 
     m: int
-    n: int
+    ns: tuple[int, ...]
     k: int
     config: Config
     x_grouped: bool
@@ -61,15 +63,20 @@ class Problem:
     @property
     def grid(self) -> tuple[int, int]:
         """Tiles along M, each of a whole cluster, and along N."""
-        return pl.cdiv(self.m, self.rows_per_step), pl.cdiv(self.n, self.config.tile_n)
+        return pl.cdiv(self.m, self.rows_per_step), self.ends[-1]
+
+    @property
+    def ends(self) -> list[int]:
+        """The first tile along N that is not each product's any more."""
+        return list(itertools.accumulate(pl.cdiv(n, self.config.tile_n) for n in self.ns))
 
 
 class Operands(NamedTuple):
     """Arrays outside of the kernel, references to global memory within.
 
     x: [m, k]; x_scale: [padded m], or [k / 128, padded m] where it is grouped;
-    weights: each [n, k]; weight_scales: each [padded n] or [n blocks, k blocks];
-    residual: [m, n] or None.
+    weights: each [n, k], one for each product, or two for `swiglu`'s; weight_scales: each
+    [padded n] or [n blocks, k blocks]; residual: [m, n] or None.
     """
 
     x: Any

@@ -150,8 +150,10 @@ def _fp8(
 ) -> tuple[Array, ...]:
     from pallas_kernels.fp8_matmul import hopper
 
-    (weight,), (weight_scale,) = weights, weight_scales
     assert x_scale is not None  # float8 activations, which `refusal` demands, have one
+    if len(weights) > 1:
+        return hopper.fp8_matmuls(x, weights, weight_scales, x_scale, out_dtype)
+    (weight,), (weight_scale,) = weights, weight_scales
     return (hopper.fp8_matmul(x, weight, weight_scale, x_scale, out_dtype, residual),)
 
 
@@ -238,6 +240,7 @@ HOPPER_FP8 = Kernel(
     run=_fp8,
     refusal=_fp8_refusal,
     not_here=lambda: device.not_hopper(),
+    takes_several=True,
     adds_residual=True,
     swiglu=_fp8_swiglu,
     launches={"fp8_matmul": _FP8, "fp8_swiglu": _FP8},
