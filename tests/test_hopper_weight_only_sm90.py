@@ -9,8 +9,8 @@ import pytest
 
 from pallas_kernels import e4m3
 from pallas_kernels.dev import sm90
+from pallas_kernels.dev.shapes import launches
 from pallas_kernels.fp8_matmul import hopper_weight_only
-from pallas_kernels.fp8_matmul.weight_only_cases import launches
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 
 pytestmark = [

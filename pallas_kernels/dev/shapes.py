@@ -57,6 +57,32 @@ def linears() -> Iterator[Linear]:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """One x times several weights: ns are the rows of each, k is what they have in common."""
+
+    name: str
+    ns: tuple[int, ...]
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.name} {'+'.join(map(str, self.ns))}x{self.k}"
+
+
+def launches() -> Iterator[Launch]:
+    """Of every layer of every model: q, k and v are one, and gate and up."""
+    found = {(each.model, each.tensor_parallel, each.name): each for each in linears()}
+    for (model, parts, name), linear in found.items():
+        prefix, n = f"{model} TP{parts}", linear.n
+        if name == "q_proj":
+            kv = found[model, parts, "k_proj"].n
+            yield Launch(f"{prefix} qkv_proj", (n, kv, kv), linear.k)
+        elif name == "gate_proj":
+            yield Launch(f"{prefix} gate_up_proj", (n, n), linear.k)
+        elif name != "k_proj":
+            yield Launch(f"{prefix} {name}", (n,), linear.k)
+
+
+@dataclass(frozen=True)
 class Heads:
     """Of a layer on one GPU: num_heads of queries, num_kv_heads of keys and values."""
 

@@ -1,7 +1,7 @@
 """What `pallas_kernels.dev.bench` and `pallas_kernels.dev.tune` run of the FP8 x FP8 kernels."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from jax import Array
 
 from pallas_kernels import e4m3
 from pallas_kernels.dev.case import FP8_OPERATIONS_PER_SECOND, Case
-from pallas_kernels.dev.shapes import Linear, linears
+from pallas_kernels.dev.shapes import Launch, Linear, launches, linears
 from pallas_kernels.fp8_matmul import hopper, hopper_config, reference, xla
 from pallas_kernels.fp8_matmul.hopper_config import Config
 from pallas_kernels.fp8_matmul.reference import BLOCK
@@ -28,7 +28,10 @@ SWIGLU_TOLERANCE = 0.04
 
 def cases(rows: Sequence[int]) -> Iterator[Case]:
     """Every linear of every model; gate_proj also together with up_proj, down_proj also with the
-    scales that `swiglu` gives."""
+    scales that `swiglu` gives; and q, k and v in one launch."""
+    for launch, layout, m in itertools.product(launches(), LAYOUTS, rows):
+        if len(set(launch.ns)) > 1:
+            yield matmuls(launch, m, layout)
     for linear, layout, m in itertools.product(linears(), LAYOUTS, rows):
         yield matmul(linear, m, layout)
         if linear.name == "down_proj":
@@ -43,14 +46,19 @@ def tiny_cases() -> Iterator[Case]:
     yield matmul(tiny, 1, "row")
     yield matmul(tiny, 65, "block")
     yield matmul(tiny, 130, "row", x_grouped=True)
+    yield matmuls(Launch("tiny two", (256, 64), 384), 65, "row")
     yield swiglu(tiny, 65, "row")
 
 
 def matmul(linear: Linear, m: int, layout: Layout, *, x_grouped: bool = False) -> Case:
     """x [m, k] with a scale per row or, x_grouped, per row and 128 columns; a bfloat16 result."""
+    n, k = linear.n, linear.k
+    x_groups = k // BLOCK if x_grouped else 1
     return _case(
-        linear, m, layout, weights=1, x_grouped=x_grouped,
-        kernel="fp8_matmul", after=" after swiglu" if x_grouped else "",
+        m, (n,), k, lambda key: _arguments(key, m, (n,), k, layout, x_groups),
+        promote=x_grouped or layout == "block", weights=1,
+        kernel="fp8_matmul",
+        name=f"{linear} m={m} {layout}" + (" after swiglu" if x_grouped else ""),
         result_bytes=m * linear.n * BF16.itemsize,
         run=partial(hopper.fp8_matmul, out_dtype=BF16),
         rivals={"xla": partial(xla.fp8_matmul, out_dtype=BF16)},
@@ -60,11 +68,42 @@ def matmul(linear: Linear, m: int, layout: Layout, *, x_grouped: bool = False) -
     )  # fmt: skip
 
 
+def matmuls(launch: Launch, m: int, layout: Layout) -> Case:
+    """x [m, k] with a scale per row, and several weights; bfloat16 results."""
+
+    def each(multiply: Callable[..., Array], dtype: jnp.dtype) -> Callable[..., list[Array]]:
+        def run(
+            x: Array, weights: Sequence[Array], weight_scales: Sequence[Array], x_scale: Array
+        ) -> list[Array]:
+            pairs = zip(weights, weight_scales, strict=True)
+            return [multiply(x, *pair, x_scale, out_dtype=dtype) for pair in pairs]
+
+        return run
+
+    def arguments(key: Array) -> tuple[Any, ...]:
+        x, *pairs, x_scale = _arguments(key, m, launch.ns, launch.k, layout, x_groups=1)
+        return x, tuple(pairs[::2]), tuple(pairs[1::2]), x_scale
+
+    return _case(
+        m, launch.ns, launch.k, arguments,
+        promote=layout == "block", weights=1,
+        kernel="fp8_matmul", name=f"{launch} m={m} {layout}",
+        result_bytes=m * sum(launch.ns) * BF16.itemsize,
+        run=partial(hopper.fp8_matmuls, out_dtype=BF16),
+        rivals={"xla": each(xla.fp8_matmul, BF16)},
+        reference=each(reference.fp8_matmul, FLOAT32),
+        value=lambda ys: jnp.concatenate(ys, axis=1),
+        tolerance=TOLERANCE,
+    )  # fmt: skip
+
+
 def swiglu(linear: Linear, m: int, layout: Layout) -> Case:
     """linear: gate_proj, and an up_proj like it."""
+    n, k = linear.n, linear.k
     return _case(
-        linear, m, layout, weights=2, x_grouped=False,
-        kernel="fp8_swiglu", after=" swiglu",
+        m, (n,), k, lambda key: _arguments(key, m, (n, n), k, layout, x_groups=1),
+        promote=layout == "block", weights=2,
+        kernel="fp8_swiglu", name=f"{linear} m={m} {layout} swiglu",
         result_bytes=m * linear.n + m * linear.n // BLOCK * FLOAT32.itemsize,
         run=hopper.swiglu,
         rivals={"xla": xla.swiglu},
@@ -75,47 +114,48 @@ def swiglu(linear: Linear, m: int, layout: Layout) -> Case:
 
 
 def _case(
-    linear: Linear,
     m: int,
-    layout: Layout,
+    ns: Sequence[int],
+    k: int,
+    arguments: Callable[[Array], tuple[Any, ...]],
     *,
+    promote: bool,
     weights: int,
-    x_grouped: bool,
-    after: str,
     result_bytes: int,
     **rest: Any,
 ) -> Case:
-    n, k = linear.n, linear.k
-    promote = x_grouped or layout == "block"
-    weight_scale = (n,) if layout == "row" else (-(-n // BLOCK), k // BLOCK)
-    x_scale = (m, k // BLOCK if x_grouped else 1)
-
-    def arguments(key: Array) -> tuple[Array, ...]:
-        """x, a weight and its scale or two, x_scale; results of order 1."""
-        keys = iter(jax.random.split(key, 6))
-
-        def codes(*shape: int) -> Array:
-            return e4m3.cast(32 * jax.random.normal(next(keys), shape, BF16))
-
-        def scale(*shape: int) -> Array:
-            size = k**-0.25 / 32
-            return jax.random.uniform(next(keys), shape, minval=size / 2, maxval=size * 2)
-
-        x = codes(m, k)
-        pairs = [(codes(n, k), scale(*weight_scale)) for _ in range(weights)]
-        return x, *itertools.chain(*pairs), scale(*x_scale)
-
-    structs = jax.eval_shape(arguments, jax.random.key(0))
+    """ns: of each product of the launch. weights: of each product."""
+    structs = jax.tree.leaves(jax.eval_shape(arguments, jax.random.key(0)))
     return Case(
-        problem=hopper_config.tuned_as(m, (n,), k, promote=promote),
-        name=f"{linear} m={m} {layout}{after}",
-        operations=2 * m * n * k * weights,
+        problem=hopper_config.tuned_as(m, ns, k, promote=promote),
+        operations=2 * m * sum(ns) * k * weights,
         bytes=sum(each.size * each.dtype.itemsize for each in structs) + result_bytes,
         peak=FP8_OPERATIONS_PER_SECOND,
         arguments=arguments,
         configs=_configs(m, promote=promote, weights=weights),
         **rest,
     )
+
+
+def _arguments(
+    key: Array, m: int, ns: Sequence[int], k: int, layout: Layout, x_groups: int
+) -> tuple[Array, ...]:
+    """x, each weight and its scale, x_scale; results of order 1."""
+    keys = iter(jax.random.split(key, 2 + 2 * len(ns)))
+
+    def codes(*shape: int) -> Array:
+        return e4m3.cast(32 * jax.random.normal(next(keys), shape, BF16))
+
+    def scale(*shape: int) -> Array:
+        size = k**-0.25 / 32
+        return jax.random.uniform(next(keys), shape, minval=size / 2, maxval=size * 2)
+
+    x = codes(m, k)
+    pairs = [
+        (codes(n, k), scale(*((n,) if layout == "row" else (-(-n // BLOCK), k // BLOCK))))
+        for n in ns
+    ]
+    return x, *itertools.chain(*pairs), scale(m, x_groups)
 
 
 def _configs(m: int, *, promote: bool, weights: int) -> list[Config]:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from jax import Array
 
 from pallas_kernels import e4m3
 from pallas_kernels.dev.case import BF16_OPERATIONS_PER_SECOND, Case
-from pallas_kernels.dev.shapes import linears
+from pallas_kernels.dev.shapes import Launch, launches
 from pallas_kernels.fp8_matmul import (
     hopper_weight_only,
     reference,
@@ -35,32 +35,6 @@ BF16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 TOLERANCE = 2**-9
 # Splits are worth a try up to this multiple of the best one's estimate.
 WORTH_A_TRY = 1.3
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One x times several weights: ns are the rows of each, k is what they have in common."""
-
-    name: str
-    ns: tuple[int, ...]
-    k: int
-
-    def __str__(self) -> str:
-        return f"{self.name} {'+'.join(map(str, self.ns))}x{self.k}"
-
-
-def launches() -> Iterator[Launch]:
-    """Of every layer of every model: q, k and v are one, and gate and up."""
-    found = {(each.model, each.tensor_parallel, each.name): each for each in linears()}
-    for (model, parts, name), linear in found.items():
-        prefix, n = f"{model} TP{parts}", linear.n
-        if name == "q_proj":
-            kv = found[model, parts, "k_proj"].n
-            yield Launch(f"{prefix} qkv_proj", (n, kv, kv), linear.k)
-        elif name == "gate_proj":
-            yield Launch(f"{prefix} gate_up_proj", (n, n), linear.k)
-        elif name != "k_proj":
-            yield Launch(f"{prefix} {name}", (n,), linear.k)
 
 
 def cases(rows: Sequence[int]) -> Iterator[Case]:
