@@ -247,7 +247,7 @@ def main() -> None:
     option = options.add_argument
     option("--preset", choices=PRESETS, default=PUBLISHED_FOR, help="whose shapes")
     option("--lengths", type=workload, nargs="+", metavar="IN/OUT", help="tokens per request")
-    option("--max-batch-size", type=int, default=256, help="rows (8 with --tiny)")
+    option("--max-batch-size", type=int, default=512, help="rows (8 with --tiny)")
     option("--seconds", type=float, default=300, help="for all workloads, once all is compiled")
     option("--json", type=Path, help="also write the results to this file")
     option("--tiny", action="store_true", help="a model and lengths for any machine")
