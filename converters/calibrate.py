@@ -1,13 +1,13 @@
-"""Calibration on text: how large activations become, and smoothing, which moves their outliers.
+"""Calibration on text: measures how large activations become, and smooths their outliers.
 
 Smoothing is SmoothQuant's (Xiao et al. 2022, equation 4, https://arxiv.org/abs/2211.10438): channel
-j of a matrix' input is divided by
+j of a matrix's input is divided by
 
     s_j = max|X_j| ** alpha / max|W_j| ** (1 - alpha)
 
 in whatever makes that input (a norm's weight, or rows of the matrix before it), and column j of the
-matrix is multiplied by it. Factors are powers of two, so folding them in rounds nothing and the
-model computes what it did before, up to the order of sums.
+matrix is multiplied by it. The factors are powers of two, so folding them in rounds nothing, and
+the model computes what it did before, up to the order of sums.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ from llama_jax.model.spec import ModelSpec, Params
 from pallas_kernels import e4m3
 
 _V_PROJ = "self_attn/v_proj"
-# What makes an input, and the matrices that take it, within a layer.
+# What makes an input within a layer, and the matrices that take it.
 _FOLDS = (
     ("input_layernorm", ("self_attn/q_proj", "self_attn/k_proj", "self_attn/v_proj")),
     (_V_PROJ, ("self_attn/o_proj",)),
@@ -41,10 +41,10 @@ _FOLDS = (
 
 @dataclass(frozen=True)
 class Ranges:
-    """Largest magnitudes of activations, float32.
+    """The largest magnitudes of activations, float32.
 
-    inputs: [in], of each channel that enters a matrix, by its path ("layers_0/mlp/up_proj").
-    k, v: [kv_heads, head_dim] of each layer, what an FP8 cache has to hold (k after rotation).
+    inputs: [in] for each matrix, one per channel of its input, by path ("layers_0/mlp/up_proj").
+    k, v: [kv_heads, head_dim] for each layer, of what an FP8 cache has to hold (k after rotation).
     """
 
     inputs: Mapping[str, np.ndarray]
@@ -52,11 +52,11 @@ class Ranges:
     v: tuple[np.ndarray, ...]
 
     def input_scale(self, path: str) -> np.float32:
-        """The static scale of a matrix' input: absmax / 448."""
+        """Return the static scale of a matrix's input: absmax / 448."""
         return _scale(self.inputs[path])
 
     def kv_scales(self) -> tuple[tuple[float, float], ...]:
-        """(k, v) of each layer, absmax / 448."""
+        """Return the scales (k, v) of each layer's cache: absmax / 448."""
         pairs = zip(self.k, self.v, strict=True)
         return tuple((float(_scale(k)), float(_scale(v))) for k, v in pairs)
 
@@ -67,9 +67,11 @@ def calibrate(
     tokens: np.ndarray,
     advance: Callable[[int], object] = lambda count: None,
 ) -> Ranges:
-    """The ranges that a model's activations take over tokens, int [sequences, length].
+    """Measure the ranges that a model's activations take over a text.
 
-    plan: its parameters, unquantised. advance: as in `layerwise.final_hidden`.
+    plan: the model's parameters, unquantised.
+    tokens: int [sequences, length].
+    advance: as in `layerwise.final_hidden`.
     """
     hidden, observed = final_hidden(plan, spec, tokens, observe=_absmax, advance=advance)
     layers = [jax.tree.map(lambda *parts: np.max(parts, axis=0), *seen) for seen in observed]
@@ -87,10 +89,12 @@ def calibrate(
 
 
 def smooth(plan: Plan, config: LlamaConfig, ranges: Ranges, alpha: float) -> tuple[Plan, Ranges]:
-    """The same function with smoother inputs: a plan with factors folded in, and its ranges.
+    """Fold smoothing factors into a plan. Returns the plan and its ranges.
 
-    alpha: 0 to 1; the more, the more of the outliers moves from activations into weights. Weights
-    keep their dtype, except that float16 becomes float32, since float16 has too few exponents.
+    The model computes the same as before, from inputs with smaller outliers. Weights keep their
+    dtype, except that float16 becomes float32, since float16 has too few exponents.
+
+    alpha: 0 to 1; the larger, the more of the outliers moves from activations into weights.
     """
     rows: dict[str, np.ndarray] = {}
     columns: dict[str, np.ndarray] = {}
@@ -98,7 +102,7 @@ def smooth(plan: Plan, config: LlamaConfig, ranges: Ranges, alpha: float) -> tup
         for maker, takers in _FOLDS:
             paths = [f"layers_{layer}/{name}" for name in takers]
             weights = [column_absmax(plan.modules[path].arrays["weight"]) for path in paths]
-            # Channels of the input that share a channel of what makes it, on axis 1: each kv head
+            # On axis 1, channels of the input that share a channel of what makes it: each kv head
             # makes the input of o_proj for a group of heads.
             groups = (config.num_kv_heads, -1, config.head_dim) if maker == _V_PROJ else (-1, 1)
             x = ranges.inputs[paths[0]].reshape(groups)
@@ -120,7 +124,7 @@ def smooth(plan: Plan, config: LlamaConfig, ranges: Ranges, alpha: float) -> tup
 
 
 def _absmax(inputs: Mapping[str, Array], pages: LayerCache, params: Params) -> dict[str, Any]:
-    """An `Observe`."""
+    """Return the largest magnitudes within a layer; an `Observe`."""
     return {
         "inputs": {name: _channel_absmax(x) for name, x in inputs.items()},
         "k": jnp.max(jnp.abs(pages.k), axis=(0, 1)).astype(jnp.float32),
@@ -137,14 +141,14 @@ def _scale(absmax: np.ndarray) -> np.float32:
 
 
 def _power_of_two(x: np.ndarray, w: np.ndarray, alpha: float) -> np.ndarray:
-    """The factors s rounded to powers of two; 1 for a channel that is always zero."""
+    """Return the factors s rounded to powers of two, 1 for a channel that is always zero."""
     alive = (x > 0) & (w > 0)
     x, w = np.where(alive, x, 1), np.where(alive, w, 1)
     return np.exp2(np.round(alpha * np.log2(x) - (1 - alpha) * np.log2(w))).astype(np.float32)
 
 
 def column_absmax(weight: LazyArray) -> np.ndarray:
-    """The largest magnitude in each column of an (out, in) matrix, float32 [in]."""
+    """Return the largest magnitude in each column of an (out, in) matrix, float32 [in]."""
     return np.max([_columns(part) for part in pieces(weight)], axis=0)
 
 
@@ -154,7 +158,7 @@ def _columns(weight: Array) -> Array:
 
 
 def _folded(module: Module, row: np.ndarray | None, column: np.ndarray | None) -> Module:
-    """The module with its weight's rows and columns multiplied by these factors."""
+    """Return the module with its weight's rows and columns multiplied by these factors."""
     if row is None and column is None:
         return module
     source = module.arrays["weight"]

@@ -1,7 +1,7 @@
-"""How far two models' predictions are apart on a text, token by token.
+"""Compares two models' predictions on a text, token by token.
 
-The models run one after the other, layer by layer (`converters.layerwise`); of both only the hidden
-states and the output matrix are ever in memory together.
+The models run one after the other, layer by layer (`converters.layerwise`). Only their hidden
+states and output matrices are ever in memory together.
 """
 
 from collections.abc import Callable
@@ -33,11 +33,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What each position says about the token after it; all arrays [sequences, length - 1].
+    """What two models predict at each position; all arrays are [sequences, length - 1].
 
-    kl: float32, KL(A || B) in nats. log_likelihood_a, log_likelihood_b: float32, of the text's next
-    token. same_top: bool, the likeliest token is the same. shared_top: float32, the share of A's
-    five likeliest tokens that are among B's.
+    kl: float32, KL(A || B) in nats.
+    log_likelihood_a, log_likelihood_b: float32, of the text's next token.
+    same_top: bool, whether the likeliest token is the same.
+    shared_top: float32, the share of A's five likeliest tokens that are among B's five.
     """
 
     kl: np.ndarray
@@ -48,18 +49,18 @@ class Comparison:
 
     @property
     def perplexities(self) -> tuple[float, float]:
-        """Of A and of B."""
+        """Return the perplexities of A and of B."""
         a, b = self.log_likelihood_a, self.log_likelihood_b
         return float(np.exp(-a.mean(dtype=np.float64))), float(np.exp(-b.mean(dtype=np.float64)))
 
     def worst(self, count: int) -> list[tuple[int, int]]:
-        """Where the KL is largest: (sequence, index of the token that was to be predicted)."""
+        """Return where KL is largest, as (sequence, index of the token that was predicted)."""
         order = np.argsort(-self.kl, axis=None, kind="stable")[:count]
         places = np.unravel_index(order, self.kl.shape)
         return [(int(i), int(j) + 1) for i, j in zip(*places, strict=True)]
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary: KL in nats, shares from 0 to 1."""
+        """Return the summary: KL in nats, shares from 0 to 1."""
         kl = self.kl.astype(np.float64)
         a, b = self.perplexities
         return {
@@ -111,7 +112,7 @@ def compare(
 
 @jax.jit
 def _compare(a: Array, b: Array, targets: Array) -> tuple[Array, ...]:
-    """The fields of `Comparison` for logits [tokens, vocab] and the tokens that followed."""
+    """Return the fields of `Comparison` for logits [tokens, vocab] and the tokens that followed."""
     log_a, log_b = jax.nn.log_softmax(a), jax.nn.log_softmax(b)
     kl = jnp.sum(jnp.exp(log_a) * (log_a - log_b), axis=1)
     top_a, top_b = (jax.lax.top_k(each, min(_TOP, a.shape[1]))[1] for each in (a, b))

@@ -1,4 +1,4 @@
-"""FP8 weights in the terms of compressed-tensors, format `float-quantized`.
+"""Writes FP8 weights as compressed-tensors does, in its format `float-quantized`.
 
 Source: `QuantizationConfig`, `QuantizationScheme` and `QuantizationArgs` in compressed-tensors, and
 what llm-compressor writes with them.
@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 def compressed_tensors(plan: Plan) -> tuple[dict[str, LazyArray], dict[str, Any]]:
-    """The tensors by Hugging Face's names, and the quantization_config that goes with them.
+    """Return the tensors by Hugging Face's names, and the quantization_config for them.
 
     Modules with the same kind of scales are one group. Weight scales are float32 [1] (strategy
     "tensor") where each matrix of the group has a single one, else [out, 1] ("channel"), or one per
@@ -96,7 +96,7 @@ def _check_expressible(path: str, module: Module) -> None:
 
 
 def _weight_scales(layout: str, modules: dict[str, Module]) -> tuple[str, list[np.ndarray]]:
-    """The strategy of a group, and each matrix's scales in its shape."""
+    """Return the strategy of a group, and each matrix's scales in the shape that it demands."""
     scales = [module.arrays["weight_scale"].whole() for module in modules.values()]
     if layout == "block":
         return "block", scales
@@ -106,7 +106,10 @@ def _weight_scales(layout: str, modules: dict[str, Module]) -> tuple[str, list[n
 
 
 def _unquantized(plan: Plan) -> list[str]:
-    """Names of the `Linear` modules that are not quantised; lm_head is one even if it is tied."""
+    """Return the names of the `Linear` modules that are not quantised.
+
+    lm_head is one, even if it is tied.
+    """
     linears = [path for path in plan.modules if is_linear(path) and path != "lm_head"]
     formats = {path: module.format for path, module in plan.modules.items()}
     return [
@@ -117,7 +120,7 @@ def _unquantized(plan: Plan) -> list[str]:
 
 
 def _arguments(strategy: str, *, dynamic: bool) -> dict[str, Any]:
-    """compressed-tensors' `QuantizationArgs`."""
+    """Return compressed-tensors' `QuantizationArgs`."""
     return {
         "num_bits": 8,
         "type": "float",

@@ -1,4 +1,4 @@
-"""Back out: any checkpoint that can be read becomes a Hugging Face directory.
+"""Exports any checkpoint that can be read to a Hugging Face directory.
 
 In bf16 a quantised matrix is written as code * scale, rounded once. In fp8 codes and scales are
 written as they are, with a `quantization_config` of compressed-tensors (format `float-quantized`),
@@ -36,7 +36,7 @@ from pallas_kernels.fp8_matmul.reference import BLOCK
 
 ExportFormat = Literal["bf16", "fp8"]
 
-# Where an export says who wrote it, in config.json: nothing else is ever replaced.
+# The field of config.json by which an export is known: nothing else is ever replaced.
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,13 @@ def export(
     """Write a Hugging Face directory: config.json, safetensors of 5 GB, the tokenizer's files.
 
     source: a converted checkpoint, or a published one of any dialect.
-    target: appears when it is whole; with `overwrite` an earlier export stays until then.
+    target: appears when it is whole. With `overwrite`, an earlier export stays until then.
     format: "bf16" writes code * scale, rounded once to bfloat16, where a matrix is quantised, and
         drops scales of activations and of the cache. "fp8" keeps them: activations are static where
         the checkpoint has input scales, and otherwise dynamic (per token; per 128 features where
         weights have block scales), as engines expect. Unquantised weights keep their dtype in both.
-    Raises `CheckpointError` or `ConfigError` for a source that cannot be read or, as fp8, not be
-    expressed; FileExistsError for a target that may not be replaced; OSError when the disk is full.
+    Raises `CheckpointError` or `ConfigError` for a source that cannot be read, or cannot be written
+    as fp8; FileExistsError for a target that may not be replaced; OSError when the disk is full.
     """
     directory, target = Path(source).resolve(), Path(target).absolute()
     check_export(directory, target, overwrite)
@@ -94,7 +94,7 @@ def export(
 
 
 def dequantized_tensors(plan: Plan) -> dict[str, LazyArray]:
-    """The weights under Hugging Face's names, quantised ones as code * scale in bfloat16."""
+    """Return the weights by Hugging Face's names, quantised ones as code * scale in bfloat16."""
     return {
         f"{source_name(path)}.weight": _dequantized(module)
         if module.format.scale

@@ -1,4 +1,4 @@
-"""Whether an array holds NaN or infinity, at the speed of memory, for any float type.
+"""Finds NaN and infinity in an array of any float type, at the speed of memory.
 
 A float is not finite when its exponent bits are all ones (for float8_e4m3fn, which has no infinity:
 exponent and mantissa). Without the sign, these are the largest of all bit patterns.
@@ -17,7 +17,10 @@ _PIECE = 256 * 1024  # bytes: small enough for a cache
 
 
 def has_nonfinite(array: np.ndarray) -> bool:
-    """array: C-contiguous, float32, float16, bfloat16 or float8_e4m3fn."""
+    """Return whether an array holds NaN or infinity.
+
+    array: C-contiguous, float32, float16, bfloat16 or float8_e4m3fn.
+    """
     unsigned, magnitude, least = _BITS[array.dtype.name]
     bits = array.reshape(-1).view(unsigned)
     step = _PIECE // bits.itemsize

@@ -65,7 +65,7 @@ def main(
 
 
 def summary(manifest: Manifest, target: Path) -> str:
-    """A few lines about a finished conversion."""
+    """Describe a finished conversion in a few lines."""
     stored = Counter(
         f"{form.dtype} with a scale per {form.scale}" if form.scale else form.dtype
         for form in manifest.formats.values()

@@ -1,9 +1,9 @@
-"""What a conversion has finished, so that the same one continues after a kill.
+"""Records what a conversion has finished, so that the same one can continue after a kill.
 
-A text file in the staging directory: a fingerprint of the conversion, then a line of JSON for each
-module, `[path, {array: sha256}]`, appended once its arrays are on the disk. Nothing hangs on these
-lines being there or being whole: arrays are checked before they are trusted, and what is missing is
-done again.
+The journal is a text file in the staging directory: a fingerprint of the conversion, then a line of
+JSON for each module, `[path, {array: sha256}]`, appended once its arrays are on the disk. A line
+may be missing or cut short without harm: arrays are checked before they are trusted, and what is
+missing is done again.
 """
 
 import json
@@ -17,9 +17,9 @@ Checksums = Mapping[str, str]
 
 
 def resume(work: Path, fingerprint: str) -> dict[str, Checksums]:
-    """What an interrupted run recorded, by module path; a journal to continue is there afterwards.
+    """Return what an interrupted run recorded, by module path, and leave a journal to continue.
 
-    What another conversion than that of this fingerprint left in `work` is removed.
+    If `work` holds what a conversion with another fingerprint left, that is removed.
     """
     recorded = _read(work / JOURNAL, fingerprint)
     if not recorded:
@@ -32,7 +32,7 @@ def resume(work: Path, fingerprint: str) -> dict[str, Checksums]:
 
 
 def record(work: Path, path: str, checksums: Checksums) -> None:
-    """Note that a module's arrays are written, with their checksums by name."""
+    """Record that a module's arrays are written. checksums: by the arrays' names."""
     with (work / JOURNAL).open("a") as journal:
         journal.write(f"{json.dumps([path, checksums])}\n")
 

@@ -1,9 +1,9 @@
-"""A model run over whole texts one layer at a time, straight from a checkpoint on disk.
+"""Runs a model over whole texts one layer at a time, straight from a checkpoint on disk.
 
-A model larger than memory can be calibrated, scored and compared this way: what is held at once is
-one layer's weights beside the hidden states of all tokens. Each layer runs as a model one layer
-deep, by the model's own code (`llama_jax.model.llama.Llama`) with a cache, so layers that are
-stored alike share one compiled program.
+A model larger than memory can be calibrated, scored and compared this way: only one layer's weights
+and the hidden states of all tokens are held at once. Each layer runs as a model one layer deep, by
+the model's own code (`llama_jax.model.llama.Llama`) with a cache, so layers that are stored alike
+share one compiled program.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -41,7 +41,7 @@ from pallas_kernels import e4m3
 # Tokens that go through a layer at once, and tokens whose logits exist at once.
 _BATCH_TOKENS = 2048
 _LOGIT_TOKENS = 256
-# A token takes fewer characters than this in any text worth calibrating on.
+# In any text worth calibrating on, a token has fewer characters than this on average.
 _CHARS_PER_TOKEN = 16
 
 # Called inside the compiled layer with the inputs of its matrices by name ("mlp/up_proj"), each
@@ -52,9 +52,10 @@ Observe = Callable[[Mapping[str, Array], LayerCache, Params], Any]
 def read_sequences(
     path: Path, tokenizer: Tokenizer, config: LlamaConfig, tokens: int, length: int
 ) -> np.ndarray:
-    """The first `tokens` tokens of a text as int32 [sequences, length], each begun by BOS.
+    """Read the first `tokens` tokens of a text.
 
     Only whole sequences count; a text shorter than one is one sequence of its own length.
+    Returns int32 [sequences, length]; each sequence begins with BOS.
     Raises ValueError for a text without two tokens, or one that is not UTF-8, and for a length
     beyond the model's context.
     """
@@ -95,9 +96,9 @@ def final_hidden(
     """Run all layers over tokens, int [sequences, length], each sequence from its beginning.
 
     plan: the parameters, in the formats of `spec`. kv_dtype: of the cache, with the plan's scales.
-    observe: `Observe`, a function at module level. advance: told the tokens that a layer has done,
-    num_layers * tokens.size in all.
-    Returns the final hidden states, normed, as batches [b, length, d] of `spec.dtype` in order; and
+    observe: an `Observe`; a function at module level.
+    advance: called with the tokens that a layer has done, num_layers * tokens.size in all.
+    Returns the final hidden states, normed, as batches [b, length, d] of `spec.dtype` in order, and
     what was observed, [layer][batch].
     """
     batch = _batch_size(*tokens.shape)
@@ -125,9 +126,11 @@ def final_hidden(
 
 
 def logits(plan: Plan, spec: ModelSpec, hidden: list[Array]) -> Iterator[Array]:
-    """float32 [tokens, vocab] for the states of `final_hidden`, up to 256 tokens at a time.
+    """Yield logits, float32 [tokens, vocab], up to 256 tokens at a time.
 
-    The last token of each sequence is left out: nothing follows it that it could be compared with.
+    The last token of each sequence is left out, since nothing follows that it could predict.
+
+    hidden: the states of `final_hidden`.
     """
     name = "embed_tokens" if spec.config.tie_word_embeddings else "lm_head"
     params = {name: read_module(plan, name)}
@@ -141,9 +144,10 @@ def logits(plan: Plan, spec: ModelSpec, hidden: list[Array]) -> Iterator[Array]:
 def log_likelihoods(
     plan: Plan, spec: ModelSpec, tokens: np.ndarray, hidden: list[Array]
 ) -> np.ndarray:
-    """The natural log of each token's probability after those before it.
+    """Return the natural log of each token's probability given those before it.
 
-    tokens: int [sequences, length], which gave `hidden`. Returns float32 [sequences, length - 1].
+    tokens: int [sequences, length], from which `hidden` was made.
+    Returns float32 [sequences, length - 1].
     """
     targets = tokens[:, 1:].reshape(-1)
     found, start = [], 0
@@ -154,7 +158,7 @@ def log_likelihoods(
 
 
 class _Tokens(ProgressColumn):
-    """Tokens done and their rate; a task counts each once for every one of its `layers`."""
+    """Shows the tokens done and their rate; a task counts each token once for each layer."""
 
     def render(self, task: Task) -> Text:
         layers = task.fields["layers"]
@@ -167,9 +171,9 @@ class _Tokens(ProgressColumn):
 def token_progress(
     description: str, tokens: int, layers: int, shown: bool
 ) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr with rate and time left; the function it gives is an `advance` of these.
+    """Show a bar on stderr with rate and time left. Gives an `advance` for the functions above.
 
-    tokens: how many go through how many layers.
+    tokens, layers: how many tokens go through how many layers.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), _Tokens(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
@@ -177,7 +181,7 @@ def token_progress(
 
 
 def layer_spec(spec: ModelSpec, layer: int) -> ModelSpec:
-    """The model that consists of this layer alone, as its layer 0."""
+    """Return the spec of a model that consists of this layer alone, as its layer 0."""
     prefix = f"layers_{layer}/"
     formats = {
         "layers_0/" + path.removeprefix(prefix): stored
@@ -188,7 +192,7 @@ def layer_spec(spec: ModelSpec, layer: int) -> ModelSpec:
 
 
 def read_layer(plan: Plan, layer: int) -> Params:
-    """The parameters of a layer, nested by module name; FP8 codes as `read_module` gives them."""
+    """Read the parameters of a layer, nested by module name; see `read_module`."""
     prefix = f"layers_{layer}/"
     tree = {
         path.removeprefix(prefix): read_module(plan, path)
@@ -199,7 +203,7 @@ def read_layer(plan: Plan, layer: int) -> Params:
 
 
 def read_module(plan: Plan, path: str) -> dict[str, np.ndarray]:
-    """The arrays of a module; on a CPU FP8 codes come as int8 bits, as `load_params` has them."""
+    """Read the arrays of a module. On a CPU, FP8 codes come as int8 bits, as from `load_params`."""
     on_cpu = jax.default_backend() == "cpu"
     arrays = {}
     for name, lazy in plan.modules[path].arrays.items():
@@ -210,7 +214,7 @@ def read_module(plan: Plan, path: str) -> dict[str, np.ndarray]:
 
 
 def _batch_size(sequences: int, length: int) -> int:
-    """Sequences at a time: the most within `_BATCH_TOKENS` that divide them evenly."""
+    """Return the most sequences within `_BATCH_TOKENS` that divide all of them evenly."""
     limit = max(1, _BATCH_TOKENS // length)
     return max(size for size in range(1, limit + 1) if sequences % size == 0)
 

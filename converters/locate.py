@@ -1,4 +1,7 @@
-"""Where a checkpoint is that somebody names. Needs no JAX, so that a wrong name is told at once."""
+"""Finds the directory of a checkpoint by its name.
+
+Needs no JAX, so that a wrong name is told at once.
+"""
 
 import re
 from pathlib import Path
@@ -9,14 +12,15 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def locate(path_or_id: str | Path) -> Path:
-    """The directory that a name means: the one at this path, or that of a hub id ("org/name"),
-    which is downloaded unless it was before.
+    """Return the directory at a path, or that of a hub id ("org/name").
+
+    A hub id is downloaded, unless it was before.
 
     Raises `CheckpointError` for a name that is neither, and for an id that cannot be downloaded.
     """
     try:
         path = Path(path_or_id).expanduser()
-    except RuntimeError as error:  # "~name" of nobody
+    except RuntimeError as error:  # "~name" where nobody has that name
         raise CheckpointError(f"{path_or_id}: {error}") from error
     return path if path.exists() else _download(str(path_or_id))
 

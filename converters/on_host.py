@@ -1,4 +1,4 @@
-"""Arithmetic on pieces of weights: compiled, but on the host's CPU whatever else is there."""
+"""Compiles arithmetic on pieces of weights for the host's CPU, whatever other devices there are."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,10 @@ import numpy as np
 
 
 def on_host(function: Callable[..., Any], static: tuple[str, ...] = ()) -> Callable[..., Any]:
-    """`function` compiled for the CPU, NumPy arrays in and out; static: names of arguments."""
+    """Compile a function for the CPU, with NumPy arrays in and out.
+
+    static: names of arguments that are static.
+    """
     compiled = jax.jit(function, static_argnames=static)
 
     def call(*args: Any, **kwargs: Any) -> Any:

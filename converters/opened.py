@@ -1,4 +1,4 @@
-"""Any checkpoint that can be read, published or converted, in the same terms."""
+"""Opens any checkpoint that can be read, published or converted, in the same terms."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,8 +21,10 @@ from llama_jax.text.tokenizer import Tokenizer
 class Opened:
     """A checkpoint of which no weight has been read yet.
 
-    dialect: the layout it was published in. generation: the contents of generation_config.json, {}
-    without one. tokenizer_files: names of files in `directory`. weight_files: where `plan` reads.
+    dialect: the layout it was published in.
+    generation: the contents of generation_config.json, {} without one.
+    tokenizer_files: names of files in `directory`.
+    weight_files: the files that `plan` reads from.
     tokenizer: None where there is none.
     """
 
@@ -36,11 +38,11 @@ class Opened:
     tokenizer: Tokenizer | None = None
 
     def tokenizer_paths(self) -> list[Path]:
-        """The tokenizer's files; raises `CheckpointError` for one that lies outside `directory`."""
+        """Return the tokenizer's files. Raises `CheckpointError` for one outside `directory`."""
         return [tokenizer_path(self.directory, name) for name in self.tokenizer_files]
 
     def spec(self, dtype: str = "bfloat16", activations: Activations = "bf16") -> ModelSpec:
-        """The model that these parameters belong to."""
+        """Return the spec of the model that these parameters belong to."""
         formats = {path: module.format for path, module in self.plan.modules.items()}
         return ModelSpec(self.config, formats, dtype, activations)
 

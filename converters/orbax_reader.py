@@ -1,4 +1,4 @@
-"""A converted checkpoint as a `Plan`, so that it can be read like any published one."""
+"""Presents a converted checkpoint as a `Plan`, so that it can be read like any published one."""
 
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from llama_jax.model.params import abstract_params
 
 
 def converted_plan(directory: Path, manifest: Manifest) -> Plan:
-    """The parameters of a converted checkpoint, read when asked for, by rows.
+    """Return the parameters of a converted checkpoint, which are read when asked for, by rows.
 
     directory: a converted checkpoint; manifest: what `read_manifest` says of it.
     Raises `CheckpointError` unless all of them are there.

@@ -1,7 +1,7 @@
-"""The files that make a directory of arrays one Orbax PyTree checkpoint.
+"""Writes the files that make a directory of arrays an Orbax PyTree checkpoint.
 
-Orbax saves a tree that is wholly in memory. What it writes without OCDBT is simple enough to stream
-instead: for each array a zarr directory named by its path with dots
+Orbax saves a tree that is wholly in memory. What it writes without OCDBT is simple enough to be
+streamed: for each array a zarr directory named by its path with dots
 (`llama_jax.checkpoint.array_file` writes them), and a `_METADATA` file that lists the tree.
 """
 
@@ -13,9 +13,9 @@ _HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheck
 
 
 def tree_metadata(shapes: Mapping[tuple[str, ...], tuple[int, ...]]) -> dict[str, str]:
-    """Contents by name of the two files beside the arrays of nested dictionaries.
+    """Return the contents, by name, of the two files beside the arrays of nested dictionaries.
 
-    shapes: of each array, by its path in the tree.
+    shapes: the shape of each array, by its path in the tree.
     """
     tree = {
         str(path): {

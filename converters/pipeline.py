@@ -1,7 +1,7 @@
-"""Conversion of any supported checkpoint into an Orbax directory, several modules at a time.
+"""Converts any supported checkpoint to an Orbax directory, several modules at a time.
 
-Each worker holds a few pieces of one array, so memory does not grow with the model. Whatever is
-finished is written down (`converters.journal`): after a kill the same call continues.
+Each worker holds a few pieces of one array, so memory does not grow with the model. What is
+finished is recorded (`converters.journal`), so that the same call continues after a kill.
 """
 
 import hashlib
@@ -53,9 +53,9 @@ def convert(
     source: config.json, safetensors (one file, or shards with an index) and tokenizer files; Meta's
         params.json, consolidated.*.pth and tokenizer.model; or a converted checkpoint, to quantise
         it.
-    target: appears when it is whole; until then nothing is there, and with `overwrite` a converted
-        checkpoint that was there stays. What a killed or interrupted call had finished is kept
-        beside it, and the same call continues from there to the same bytes.
+    target: appears when it is whole. Until then nothing is there or, with `overwrite`, the
+        converted checkpoint that was there before. What a killed or interrupted call had finished
+        is kept beside it, and the same call continues from there to the same bytes.
     quantize: None keeps weights as they are; "row", "tensor" or "block" quantises the matrices of
         the decoder layers to float8_e4m3fn with a scale per output row, per matrix or per 128x128
         block, and lm_head too with `quantize_lm_head`. `QuantizeOptions` calibrate, smooth and
@@ -120,7 +120,7 @@ def _nbytes(module: Module) -> int:
 
 
 def _array_path(path: str, leaf: str) -> str:
-    """Where an array lies in the directory, as Orbax wants it."""
+    """Return where an array lies in the directory, as Orbax wants it."""
     return f"{PARAMS}/{path.replace('/', '.')}.{leaf}"
 
 
@@ -133,7 +133,7 @@ def _shapes(plan: Plan) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 
 def _fingerprint(source: Opened, manifest: Manifest, options: QuantizeOptions | None) -> str:
-    """A hash of all that the result depends on: versions, options, and the files' identities."""
+    """Hash all that the result depends on: versions, options, and the files' identities."""
     paths = source.weight_files | {source.directory / name for name in source.tokenizer_files}
     if options:
         paths |= {path for path in (options.calibrate, options.text) if path}
@@ -147,7 +147,7 @@ def _fingerprint(source: Opened, manifest: Manifest, options: QuantizeOptions | 
 def _write_modules(
     plan: Plan, work: Path, recorded: Mapping[str, Checksums], advance: Advance
 ) -> dict[str, str]:
-    """Write every array and return their checksums, the largest modules first."""
+    """Write every array, the largest modules first. Returns their checksums."""
     (work / PARAMS).mkdir(exist_ok=True)
     stopping = threading.Event()
 
@@ -182,7 +182,7 @@ def _write_modules(
 def _write_module(
     path: str, module: Module, work: Path, recorded: Checksums | None, advance: Advance
 ) -> Checksums:
-    """Write a module's arrays, unless they are there as recorded; checksums by array."""
+    """Write a module's arrays, unless they are there as recorded. Returns checksums by array."""
     arrays = {_array_path(path, leaf): array for leaf, array in module.arrays.items()}
     if recorded and all(
         holds(work / name, array.dtype, array.shape, recorded.get(name, ""), lambda size: None)
@@ -197,7 +197,7 @@ def _write_module(
 
 
 def _file_checksums(work: Path) -> dict[str, str]:
-    """Of every file beside the arrays, by path."""
+    """Return the checksum of every file beside the arrays, by path."""
     files = [path for parent in (work, work / PARAMS) for path in parent.iterdir()]
     return {
         path.relative_to(work).as_posix(): file_sha256(path)

@@ -1,4 +1,4 @@
-"""State dicts that PyTorch saved (.pth, .pt, .bin): where their tensors lie, for `read_rows`.
+"""Finds where the tensors of PyTorch's state dicts (.pth, .pt, .bin) lie, for `read_rows`.
 
 Such a file is a zip archive of uncompressed members: `data.pkl`, which `torch_pickle` reads, and
 the raw bytes of each storage. Format: `torch.save` since PyTorch 1.6 (torch/serialization.py).
@@ -18,7 +18,8 @@ from converters.safetensors_reader import StoredTensor, read_shards, shard_path
 from converters.torch_pickle import MAX_PROGRAM, Tensor, described_tensors
 from llama_jax.checkpoint.store import CheckpointError
 
-# Signature, then, after what the archive's directory repeats, the lengths of name and extra field.
+# The signature and, after fields that the archive's directory repeats, the lengths of the name and
+# of the extra field.
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _ENCRYPTED = 0x1
 _MAX_DIMENSIONS, _MAX_LENGTH = 8, 2**48
@@ -27,10 +28,10 @@ _SCALES = re.compile(r"fp8_scales_(\d+)\.pt")
 
 
 def read_state_dict(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file, by name.
+    """Return the tensors of one file, by name.
 
-    Raises `CheckpointError` naming the file for anything that is not a state dict of plain tensors
-    in PyTorch's zip format, is damaged, or stores a tensor otherwise than row by row.
+    Raises `CheckpointError`, which names the file, for anything that is not a state dict of plain
+    tensors in PyTorch's zip format, is damaged, or does not store a tensor row by row.
     """
     with path.open("rb") as file:
         try:
@@ -51,7 +52,7 @@ def read_state_dict(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_bin_checkpoint(directory: Path) -> dict[str, StoredTensor]:
-    """All tensors of a Hugging Face directory with `pytorch_model.bin` or its shards, by name.
+    """Return all tensors of a directory with `pytorch_model.bin` or its shards, by name.
 
     Raises `CheckpointError` as `read_state_dict` and `safetensors_reader.read_checkpoint` do.
     """
@@ -59,7 +60,7 @@ def read_bin_checkpoint(directory: Path) -> dict[str, StoredTensor]:
 
 
 def read_consolidated(directory: Path) -> dict[str, StoredTensor]:
-    """All tensors of Meta's `consolidated.*.pth`, and of `fp8_scales_*.pt` where they are.
+    """Return all tensors of Meta's `consolidated.*.pth`, and of `fp8_scales_*.pt` if there are any.
 
     Each file holds the part of one rank under the same names, so a tensor is found by its file and
     its name: "consolidated.00/norm.weight", "fp8_scales_0/1_feed_forward.w1_0".
@@ -76,7 +77,7 @@ def read_consolidated(directory: Path) -> dict[str, StoredTensor]:
 
 
 def _ranks(directory: Path, pattern: re.Pattern[str]) -> list[str]:
-    """The files of all ranks, in their order."""
+    """Return the names of all ranks' files, in the order of the ranks."""
     found = sorted(
         (int(match[1]), match[0])
         for match in (pattern.fullmatch(path.name) for path in directory.iterdir())
@@ -105,7 +106,7 @@ def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
 
 
 def _program(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo]) -> tuple[str, bytes]:
-    """The archive's one folder, and the pickle in it."""
+    """Return the name of the archive's one folder, and the pickle in it."""
     roots = [name.removesuffix("/data.pkl") for name in members if name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise CheckpointError("is a zip archive, but none of torch.save: it needs one data.pkl")
@@ -128,7 +129,7 @@ def _data(root: str, tensor: Tensor) -> str:
 def _stored(
     name: str, tensor: Tensor, path: Path, file: BinaryIO, member: zipfile.ZipInfo | None
 ) -> StoredTensor:
-    """A tensor's place in the file, after everything about it has been checked."""
+    """Return a tensor's place in the file, after checking everything about it."""
     storage, itemsize = tensor.storage, tensor.dtype.itemsize
     if member is None:
         raise CheckpointError(f"the storage {storage.key!r} of {name} is missing")
@@ -154,7 +155,10 @@ def _stored(
 
 
 def _is_contiguous(tensor: Tensor) -> bool:
-    """Whether rows lie one after the other; the stride of a dimension of length 1 says nothing."""
+    """Return whether rows lie one after the other.
+
+    The stride of a dimension of length 1 may be anything.
+    """
     if len(tensor.strides) != len(tensor.shape):
         return False
     if 0 in tensor.shape:
@@ -168,7 +172,7 @@ def _is_contiguous(tensor: Tensor) -> bool:
 
 
 def _start(file: BinaryIO, member: zipfile.ZipInfo) -> int:
-    """Where a member's bytes start: behind a header of its own, which has to be the right one."""
+    """Return where a member's bytes start, after checking the header before them."""
     file.seek(member.header_offset)
     signature, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
     name = file.read(name_length).decode()

@@ -1,5 +1,4 @@
-"""What quantising did to a checkpoint: the error of each matrix, and the perplexity before and
-after."""
+"""Measures what quantising did: the error of each matrix, and the perplexity before and after."""
 
 import json
 import math
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REPORT = "quantization_report.json"
-# Up to here a value rounds to the largest code, 448; beyond, it is clipped.
+# Values up to this one round to the largest code, 448; larger ones are clipped.
 _LARGEST_ROUNDED = 464.0
 _WORST_ROWS = 3
 # The order in which a model uses them.
@@ -41,11 +40,12 @@ _KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 class MatrixError:
     """How far a quantised matrix is from the original.
 
-    path: "layers_0/mlp/up_proj". relative_error: of Frobenius norms, |quantised - original| /
-    |original|. clipped: share of the weights that are beyond the largest code. worst_rows: the
-    three rows with the largest relative errors, as (row, error). inputs_clipped: the share of the
-    activations that enter it and are beyond the largest code under its static scale; None without
-    one, or without a text.
+    path: such as "layers_0/mlp/up_proj".
+    relative_error: |quantised - original| / |original|, of Frobenius norms.
+    clipped: the share of the weights that are beyond the largest code.
+    worst_rows: the three rows with the largest relative errors, as (row, error).
+    inputs_clipped: the share of its input that is beyond the largest code under its static scale;
+        None without such a scale, or without a text.
     """
 
     path: str
@@ -56,26 +56,29 @@ class MatrixError:
 
     @property
     def kind(self) -> str:
-        """The matrix' name without its layer: "up_proj"."""
+        """The matrix's name without its layer, such as "up_proj"."""
         return self.path.rpartition("/")[2]
 
     @property
     def layer(self) -> int | None:
-        """None for lm_head."""
+        """The matrix's layer, None for lm_head."""
         layer = self.path.partition("/")[0]
         return None if layer == "lm_head" else int(layer.removeprefix("layers_"))
 
     @property
     def snr(self) -> float:
-        """Signal to noise ratio in dB."""
+        """The signal-to-noise ratio in dB."""
         return -20 * math.log10(self.relative_error) if self.relative_error else math.inf
 
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """matrices: in the order of the model. perplexity: of `scored_tokens` tokens of a text, by what
-    was run: "original", and FP8 weights with activations "bf16", "dynamic" and, where there are
-    scales, "static"; empty without a text.
+    """The errors of all matrices, and perplexities.
+
+    matrices: in the order of the model.
+    perplexity: over `scored_tokens` tokens of a text, by what was run: "original", or with FP8
+        weights the activations "bf16", "dynamic" and, where there are scales, "static". Empty
+        without a text.
     """
 
     matrices: tuple[MatrixError, ...]
@@ -87,9 +90,9 @@ class QuantizationReport:
 
 
 def measure(original: Plan, quantized: Plan) -> QuantizationReport:
-    """The errors of all matrices that are FP8 in `quantized` and are not in `original`.
+    """Measure the errors of all matrices that are FP8 in `quantized` but not in `original`.
 
-    Weights are read a piece at a time. With smoothing the original has to be the smoothed one.
+    Weights are read a piece at a time. With smoothing, the original has to be the smoothed one.
     """
     matrices = [
         _matrix_error(path, original.modules[path].arrays["weight"], module)
@@ -109,10 +112,11 @@ def with_perplexity(
     tokens: np.ndarray,
     advance: Callable[[int], object] = lambda count: None,
 ) -> QuantizationReport:
-    """The report with what takes running the model: perplexities, and shares of clipped inputs.
+    """Run the models, and add perplexities and shares of clipped inputs to a report.
 
     tokens: int [sequences, length], from `layerwise.read_sequences`.
-    dtype: of activations that are not FP8. advance: as in `layerwise.final_hidden`, for each run.
+    dtype: the dtype of activations that are not FP8.
+    advance: as in `layerwise.final_hidden`, for each run.
     """
     formats = {path: module.format for path, module in quantized.modules.items()}
     before = {path: module.format for path, module in original.modules.items()}
@@ -129,14 +133,14 @@ def with_perplexity(
 
 
 def activations_of(plan: Plan) -> tuple[Activations, ...]:
-    """The settings that an FP8 checkpoint can be run with."""
+    """Return the settings of activations that an FP8 checkpoint can be run with."""
     stored = [module.format for module in plan.modules.values() if module.format.scale]
     static = all(form.input_scale for form in stored)
     return ("bf16", "dynamic", "static") if static else ("bf16", "dynamic")
 
 
 def read_report(directory: Path) -> QuantizationReport:
-    """The report that lies beside a checkpoint's weights; raises `CheckpointError` without one."""
+    """Read the report beside a checkpoint's weights. Raises `CheckpointError` if there is none."""
     path = directory / REPORT
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -154,7 +158,7 @@ def read_report(directory: Path) -> QuantizationReport:
 
 
 def tables(report: QuantizationReport, worst: int = 8) -> list[Table]:
-    """For a terminal: a line per kind of matrix, one per layer, the `worst` rows, perplexities."""
+    """Make tables for a terminal: by kind of matrix, by layer, the `worst` rows, perplexities."""
     kinds = _summary("kind", report.matrices, lambda m: m.kind)
     layers = _summary(
         "layer", report.matrices, lambda m: m.kind if m.layer is None else str(m.layer)
@@ -181,7 +185,7 @@ def tables(report: QuantizationReport, worst: int = 8) -> list[Table]:
 def _summary(
     name: str, matrices: Sequence[MatrixError], group: Callable[[MatrixError], str]
 ) -> Table:
-    """A line per group: means over its matrices, and the largest error."""
+    """Make a table with a line per group: means over its matrices, and the largest error."""
     table = Table(title=f"Errors of the weights by {name}", title_justify="left")
     columns = ("matrices", "relative error", "largest", "SNR", "clipped", "inputs clipped")
     for column in (name, *columns):
@@ -200,7 +204,7 @@ def _summary(
 
 
 def write_report(report: QuantizationReport, path: Path) -> None:
-    """Write a .json file, or a plot of the errors (.png, .pdf or .svg)."""
+    """Write a report as a .json file, or as a plot of the errors (.png, .pdf or .svg)."""
     check_report_path(path)
     if path.suffix == ".json":
         path.write_text(report.to_json(), encoding="utf-8")
@@ -209,7 +213,7 @@ def write_report(report: QuantizationReport, path: Path) -> None:
 
 
 def plot(report: QuantizationReport) -> "Figure":
-    """Over layers, a line for each kind of matrix: SNR, relative errors, clipped shares."""
+    """Plot SNR, relative errors and clipped shares over layers, a line for each kind of matrix."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -267,7 +271,7 @@ def _matrix_error(path: str, original: LazyArray, module: Module) -> MatrixError
 
 @on_host
 def _errors(original: Array, codes: Array, scale: Array) -> Array:
-    """Of each row: the squared error, the squared norm, and how many values were clipped."""
+    """Return each row's squared error, squared norm, and number of clipped values."""
     wide = original.astype(jnp.float32)
     limit = expand_scale(scale, (codes.shape[0], codes.shape[1])) * _LARGEST_ROUNDED
     return jnp.stack(
@@ -282,7 +286,7 @@ def _errors(original: Array, codes: Array, scale: Array) -> Array:
 def _perplexity(
     plan: Plan, spec: ModelSpec, tokens: np.ndarray, advance: Callable[[int], object]
 ) -> tuple[float, Mapping[str, float]]:
-    """The perplexity, and the share of clipped inputs of each matrix that has an input scale."""
+    """Return the perplexity, and the share of clipped inputs of matrices with an input scale."""
     hidden, observed = final_hidden(plan, spec, tokens, observe=_clipped, advance=advance)
     perplexity = float(np.exp(-log_likelihoods(plan, spec, tokens, hidden).mean(dtype=np.float64)))
     shares: dict[str, float] = {}
@@ -297,7 +301,7 @@ def _perplexity(
 
 
 def _clipped(inputs: Mapping[str, Array], pages: LayerCache, params: Params) -> dict[str, Array]:
-    """An `Observe`."""
+    """Count a layer's clipped inputs; an `Observe`."""
     shares = {}
     for name, x in inputs.items():
         block, matrix = name.split("/")

@@ -1,8 +1,7 @@
-"""Quantising unquantised matrices to FP8 while they are converted.
+"""Quantises matrices to FP8 while they are converted.
 
 Nothing is stored on the way: codes and scales are computed from the source's rows each time they
-are read, so they can be read in any order, by any number of threads, and again after an
-interruption, and are the same.
+are read. So they are the same in any order, in any number of threads, and after an interruption.
 """
 
 from dataclasses import replace
@@ -36,8 +35,8 @@ def quantize(
 ) -> tuple[Plan, Plan]:
     """Quantise the matrices of the decoder layers, and perhaps lm_head.
 
-    Embeddings and norms stay as they are. progress: show the calibration's on stderr.
-    Returns what is quantised (smoothed, if that is asked) and the quantised plan.
+    Embeddings and norms stay as they are. progress: show the calibration's progress on stderr.
+    Returns the plan that is quantised (smoothed, if `options` ask for that), and the result.
     Raises `CheckpointError` if the checkpoint has FP8 weights already, or no lm_head where one is
     to be quantised; ValueError for a text that cannot be used.
     """
@@ -62,9 +61,9 @@ def report(
     quantized: Plan,
     progress: bool = True,
 ) -> QuantizationReport:
-    """What `quantize` did: errors and, where there is a text, perplexities.
+    """Report what `quantize` did: errors and, where there is a text, perplexities.
 
-    original, quantized: its plans, or the same modules read from elsewhere.
+    original, quantized: the plans that it returned, or the same modules read from elsewhere.
     """
     errors = measure(original, quantized)
     text = options.text or options.calibrate
@@ -86,14 +85,14 @@ def _read(checkpoint: Opened, options: QuantizeOptions, text: Path) -> np.ndarra
 
 
 def _dtype(checkpoint: Opened) -> str:
-    """Of activations, where the model is calibrated or scored: as it is served."""
+    """Return the dtype of activations when the model is calibrated or scored: as it is served."""
     return "float32" if checkpoint.config.dtype == "float32" else "bfloat16"
 
 
 def quantize_plan(
     plan: Plan, layout: Layout, lm_head: bool = False, ranges: Ranges | None = None
 ) -> Plan:
-    """The plan with its matrices quantised; with ranges, static input and KV scales too.
+    """Quantise the matrices of a plan. With `ranges`, it gets static input and KV scales, too.
 
     Raises `CheckpointError` as `quantize` does.
     """

@@ -1,4 +1,4 @@
-"""What can be asked of quantisation. Needs no JAX, so that a mistake is told at once."""
+"""The options of quantisation. Needs no JAX, so that a mistake is told at once."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,16 +12,19 @@ Layout = Literal["row", "tensor", "block"]
 class QuantizeOptions:
     """What to quantise, and how.
 
+        QuantizeOptions("row", calibrate=Path("book.txt"), smooth=0.5)
+
     layout: a scale per output "row", per matrix ("tensor"), or per 128x128 "block".
-    lm_head: the output matrix too, besides the matrices of the decoder layers.
+    lm_head: whether to quantise the output matrix, besides the matrices of the decoder layers.
     calibrate: a UTF-8 text to run the model over. It gives static scales for FP8 activations and
         scales for an FP8 key/value cache. Names of special tokens in it become those tokens, so it
         may hold chats.
     smooth: the strength alpha of SmoothQuant, 0 to 1 (see `converters.calibrate`); needs
-        `calibrate`. None: weights stay as they are.
-    report: measure the errors and keep them beside the weights (`converters.quantization_report`),
-        with the perplexity of `text`, or else of `calibrate`, before and after.
-    tokens, sequence_length: how much of the texts is read, and in which pieces.
+        `calibrate`. None leaves weights as they are.
+    report: whether to measure the errors and keep them beside the weights
+        (`converters.quantization_report`), with the perplexity before and after.
+    text: what the report's perplexity is measured on; None takes `calibrate`.
+    tokens, sequence_length: how much of the texts is read, and in sequences of which length.
     Raises ValueError for settings that do not go together.
     """
 

@@ -1,4 +1,4 @@
-"""From whatever names a checkpoint to a converted directory: convert once, find it again later."""
+"""Turns whatever names a checkpoint into a converted directory: converts once, then finds it."""
 
 import hashlib
 import os
@@ -21,14 +21,16 @@ def resolve(
     quantize: "Layout | None" = None,
     progress: bool = True,
 ) -> Path:
-    """The converted directory for a converted or a published directory, or a hub id.
+    """Return the converted directory for a converted or a published directory, or a hub id.
+
+        resolve("meta-llama/Llama-3.1-8B-Instruct")    # ~/.cache/llama_jax/...
 
     A directory of Hugging Face's or Meta's files is converted once into `cache_dir` (default
     `$LLAMA_JAX_CACHE`, or else `~/.cache/llama_jax`) and found there as long as its files keep
     their sizes and times. A hub id ("org/name") is downloaded first. Processes that ask for the
     same checkpoint at the same time share one conversion.
-    Raises `CheckpointError` for a path that is nothing of this, for an id that cannot be
-    downloaded, and for whatever `convert` refuses.
+    Raises `CheckpointError` for a path that is none of these, for an id that cannot be downloaded,
+    and for whatever `convert` refuses.
     """
     path = locate(path_or_id)
     if is_converted(path):
@@ -41,7 +43,7 @@ def resolve(
     name = published_name(path.resolve()).rpartition("/")[2]
     target = _cache(cache_dir) / f"{name}-{_fingerprint(path, quantize)}"
     if not target.exists():
-        from converters.pipeline import convert  # much to import, for what is seldom needed
+        from converters.pipeline import convert  # slow to import, and seldom needed
 
         try:
             convert(path, target, quantize=quantize, progress=progress)
@@ -65,7 +67,7 @@ def _cache(cache_dir: str | Path | None) -> Path:
 
 
 def _fingerprint(directory: Path, quantize: str | None) -> str:
-    """A hash of what the conversion depends on: its version, its options, the files' identities."""
+    """Hash what the conversion depends on: its version, its options, the files' identities."""
     wanted = [path for pattern in [*WANTED_FILES, *OLDER_FILES] for path in directory.glob(pattern)]
     parts = [f"{CONVERTER_VERSION} {quantize}"]
     for path in sorted(wanted):

@@ -1,4 +1,4 @@
-"""Strict, memory-mapped reading of safetensors checkpoints: one file, or shards with an index.
+"""Reads safetensors checkpoints, one file or shards with an index, strictly and by memory maps.
 
 Format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes back to back
 (https://github.com/huggingface/safetensors). Views go through ml_dtypes because the safetensors
@@ -42,14 +42,15 @@ DTYPES: Mapping[str, np.dtype] = MappingProxyType(
 )
 _MAX_AXES = 32
 _MAX_ELEMENTS = 2**60
-# What the config says anyhow; old versions and ColossalAI store it, and indexes name it without it.
+# The config says all that these say; old versions and ColossalAI store them, and an index may name
+# them although they are not stored.
 ROTARY_CONSTANT = re.compile(r"\.rotary_emb\.(?:inv_freq|cos_cached|sin_cached)$")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: `offset` in bytes from the start of the file `path`."""
+    """A tensor's place: `offset` bytes from the start of the file `path`."""
 
     name: str
     dtype: np.dtype
@@ -63,10 +64,10 @@ class StoredTensor:
 
 
 def read_rows(tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
-    """Rows [start, stop) of a tensor as a read-only view of the file; a scalar has one row.
+    """Return rows [start, stop) of a tensor as a read-only view of the file.
 
-    Each call maps only the bytes it returns, and the mapping ends with the array, so a process that
-    lets go of what it has read does not grow with the checkpoint.
+    A scalar has one row. Each call maps only the bytes it returns, and the mapping ends with the
+    array, so a process that drops what it has read does not grow with the checkpoint.
     """
     rows, *rest = tensor.shape or (1,)
     row_bytes = math.prod(rest) * tensor.dtype.itemsize
@@ -87,10 +88,10 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, by name.
+    """Return the tensors of one safetensors file, by name.
 
-    Raises `CheckpointError` naming the file for a header that is cut short, is not JSON, or whose
-    offsets do not fill the file exactly, and for dtypes that are not known.
+    Raises `CheckpointError`, which names the file, for a header that is cut short or is not JSON,
+    for offsets that do not fill the file exactly, and for unknown dtypes.
     """
     header, end = _read_json(path)
     _metadata(header, path)
@@ -114,19 +115,20 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The texts that a safetensors file's header holds beside the tensors, {} without any.
+    """Return the metadata in a safetensors file's header, {} without any.
 
-    Raises `CheckpointError` for a header that is damaged, or where they are not texts.
+    Raises `CheckpointError` for a damaged header, and for metadata that are not strings.
     """
     return _metadata(_read_json(path)[0], path)
 
 
 def read_checkpoint(directory: Path) -> dict[str, StoredTensor]:
-    """All tensors of a Hugging Face directory, by name.
+    """Return all tensors of a Hugging Face directory, by name.
 
-    Read are `model.safetensors`, or the shards that `model.safetensors.index.json` names, or, with
-    neither, whatever complete set of `*.safetensors` is there. Raises `CheckpointError` for a
-    missing or escaping shard, a tensor found twice, and an index that differs from the shards.
+    They are in `model.safetensors`, or in the shards that `model.safetensors.index.json` names, or,
+    with neither, in whatever complete set of `*.safetensors` is there.
+    Raises `CheckpointError` for a missing shard, one outside the directory, a tensor found twice,
+    and an index that differs from the shards.
     """
     return read_shards(directory, "model.safetensors", "*.safetensors", read_header)
 
@@ -134,10 +136,11 @@ def read_checkpoint(directory: Path) -> dict[str, StoredTensor]:
 def read_shards(
     directory: Path, whole: str, shards: str, read: Callable[[Path], Mapping[str, StoredTensor]]
 ) -> dict[str, StoredTensor]:
-    """What `read_checkpoint` does, for files of any format.
+    """Do what `read_checkpoint` does, for files of any format.
 
-    whole: the name of the file that holds everything, where there is one; it also gives the index
-    its name. shards: a pattern of the others' names. read: reads one file.
+    whole: the name of the file that holds everything, if there is one; the index is named after it.
+    shards: a pattern of the shards' names.
+    read: reads one file.
     """
     directory = directory.resolve()
     index = directory / f"{whole}.index.json"
@@ -173,11 +176,13 @@ def read_shards(
 
 
 def shard_path(directory: Path, name: str) -> Path:
-    """A shard, or another file of a checkpoint, refused where it leads out of the directory.
+    """Return the path of a checkpoint's file, and refuse one that leads out of the directory.
 
-    directory: resolved. A link may stay inside it, or go to the `blobs` of the Hugging Face hub
-    cache (`models--org--name/snapshots/<revision>/<file> -> ../../blobs/<hash>`), in which Meta's
-    files lie a folder or two further down.
+    A link may stay inside the directory, or go to the `blobs` of the Hugging Face hub's cache
+    (`models--org--name/snapshots/<revision>/<file> -> ../../blobs/<hash>`), where Meta's files lie
+    a folder or two further down.
+
+    directory: resolved.
     """
     if name != Path(name).name or name in ("", ".", "..") or not name.isprintable():
         raise CheckpointError(
@@ -202,7 +207,7 @@ def shard_path(directory: Path, name: str) -> Path:
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], int]:
-    """A file's header, and the byte where it ends and the first tensor starts."""
+    """Return a file's header, and the byte where it ends and the first tensor starts."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)

@@ -1,4 +1,4 @@
-"""Hugging Face's safetensors files, written a piece of a tensor at a time.
+"""Writes Hugging Face's safetensors files, a piece of a tensor at a time.
 
 Format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes back to back
 (https://github.com/huggingface/safetensors). As there, tensors of wider types come first and the
@@ -26,8 +26,9 @@ def write_checkpoint(
 ) -> tuple[str, ...]:
     """Write `model.safetensors`, or numbered shards with `model.safetensors.index.json`.
 
-    Shards are filled in the order of `tensors` up to `shard_bytes`; a larger tensor has one of its
-    own. written: told the bytes of each piece. Returns the names of the safetensors files.
+    Shards are filled in the order of `tensors` up to `shard_bytes`; a larger tensor gets a shard of
+    its own. written: called with the number of bytes of each piece.
+    Returns the names of the safetensors files.
     """
     shards = _shards(tensors, shard_bytes)
     if len(shards) == 1:

@@ -1,4 +1,4 @@
-"""What lies in a checkpoint directory as somebody published it, before any weight is read."""
+"""Reads what a published checkpoint's directory holds, except for the weights."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from llama_jax.model.config_files import GENERATION_KEYS, read_params
 from llama_jax.text.chat_files import TEMPLATE_DIRECTORY
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
-# Counted up when the same source would convert to something else.
+# To be raised when the same source would convert to something else.
 CONVERTER_VERSION = 4
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -29,7 +29,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Weights: what transformers writes, and wrote until 2023 (both with their indexes); Meta's.
+# Weights: what transformers writes, what it wrote until 2023 (each with its index), and Meta's.
 SAFETENSORS = "*.safetensors*"
 BIN_FILES = "pytorch_model*.bin*"
 META_FILES = "consolidated.*.pth"
@@ -37,7 +37,7 @@ META_SCALES = "fp8_scales_*.pt"
 META_CONFIG = "params.json"
 # modelopt's.
 QUANTIZATION_FILE = "hf_quant_config.json"
-# Globs of what a conversion may read, and of the same weights again where there are safetensors.
+# Globs of what a conversion may read, and of weights that safetensors hold too where there are any.
 WANTED_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -48,7 +48,7 @@ WANTED_FILES = (
     f"{TEMPLATE_DIRECTORY}/*.jinja",
 )
 OLDER_FILES = (BIN_FILES, META_FILES, META_CONFIG, META_SCALES)
-# modelopt's name for what config.json calls otherwise.
+# modelopt's names, and what config.json calls the same.
 _RENAMED = {"exclude_modules": "ignore"}
 # Where config.json may say how the weights are quantised; the second is compressed-tensors' oldest.
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
@@ -58,12 +58,14 @@ _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 class Source:
     """A published checkpoint.
 
-    hf_config: the contents of config.json, {} for Meta's files. quantization: what it, or else
-    hf_quant_config.json, says about quantised weights, {} if nothing. tensors: by the names they
-    are stored under (Meta's: see `pth_reader.read_consolidated`). generation: the contents of
-    generation_config.json, or what config.json says of it, {} if neither does. tokenizer_files:
-    names of files in `directory`; tokenizer: what they say, None where there is no vocabulary among
-    them.
+    hf_config: the contents of config.json, {} for Meta's files.
+    quantization: what config.json, or else hf_quant_config.json, says about quantised weights, {}
+        if neither says anything.
+    tensors: by the names they are stored under (Meta's: see `pth_reader.read_consolidated`).
+    generation: the contents of generation_config.json, or else what config.json says about it, {}
+        if neither does.
+    tokenizer_files: names of files in `directory`.
+    tokenizer: what these hold, None if there is no vocabulary among them.
     """
 
     directory: Path
@@ -106,7 +108,7 @@ def read_source(directory: Path) -> Source:
 
 
 def read_tokenizer(directory: Path, config: LlamaConfig | None) -> Tokenizer | None:
-    """A checkpoint's tokenizer, as it is loaded with the model; None where there is none.
+    """Read a checkpoint's tokenizer as it will be loaded with the model; None if there is none.
 
     Raises `CheckpointError` for one that cannot be used, or that lies outside `directory`.
     """
@@ -119,7 +121,7 @@ def read_tokenizer(directory: Path, config: LlamaConfig | None) -> Tokenizer | N
 
 
 def tokenizer_path(directory: Path, name: str) -> Path:
-    """A file of `tokenizer_files`, refused where it leads out of the directory."""
+    """Return the path of one of `tokenizer_files`; refuse one that leads out of the directory."""
     template = name.removeprefix(f"{TEMPLATE_DIRECTORY}/")
     if template == name:
         return shard_path(directory.resolve(), name)
@@ -130,7 +132,7 @@ def tokenizer_path(directory: Path, name: str) -> Path:
 
 
 def published_name(directory: Path) -> str:
-    """Its own, or that of the repository ("org/name") whose snapshot it is in the hub's cache."""
+    """Return a directory's name, or the hub id ("org/name") if it is a snapshot in its cache."""
     repository = directory.parent.parent.name
     if directory.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/")
@@ -138,15 +140,18 @@ def published_name(directory: Path) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; raises `CheckpointError` naming the file if it is none, or if it
-    is a link that leads out of the directory."""
+    """Read a JSON object from a file.
+
+    Raises `CheckpointError`, which names the file, for anything else, and for a link that leads out
+    of the directory.
+    """
     if path.is_symlink():
         shard_path(path.parent.resolve(), path.name)
     return json_file.read_object(path)
 
 
 def as_object(fields: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    """An object inside a config, {} if it is null or absent."""
+    """Return an object inside a config, {} if it is null or absent."""
     found = fields.get(key)
     if not isinstance(found, dict | None):
         raise CheckpointError(f"{where}: {key} must be an object, got {json_file.shown(found)}")
@@ -154,7 +159,7 @@ def as_object(fields: Mapping[str, Any], key: str, where: str) -> Mapping[str, A
 
 
 def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
-    """Whether two tensors are equal bit for bit; of different ones, little is read."""
+    """Return whether two tensors are equal bit for bit; reading stops where they differ."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     rows = (a.shape or (1,))[0]
@@ -178,11 +183,11 @@ def _is_meta(directory: Path) -> bool:
 
 
 def _read_meta(directory: Path) -> Source:
-    """Meta's files. What params.json does not say comes from the tensors and the tokenizer.
+    """Read Meta's files. What params.json does not say comes from the tensors and the tokenizer.
 
-    The output matrix is the embedding where it has the same bytes, or is in no file. That a model
-    is an Instruct one is said nowhere: every token that ends a turn ends its texts, and a base
-    model writes but one of them.
+    The output matrix is tied to the embedding if it has the same bytes, or is in no file. Nothing
+    says whether a model is an Instruct one, so every token that ends a turn ends its texts; a base
+    model writes only one of them.
     """
     path = directory / META_CONFIG
     if not path.is_file():
@@ -217,14 +222,14 @@ def _read_meta(directory: Path) -> Source:
 
 
 def _split(tensors: Mapping[str, StoredTensor], name: str) -> list[StoredTensor]:
-    """A tensor's parts, in the order of Meta's files."""
+    """Return a tensor's parts, in the order of Meta's files."""
     return [tensor for key, tensor in tensors.items() if key.partition("/")[2] == name]
 
 
 def _generation(
     directory: Path, hf_config: Mapping[str, Any], vocab_size: int
 ) -> Mapping[str, Any]:
-    """The contents of generation_config.json, or else what an older config.json says of it."""
+    """Return the contents of generation_config.json, or what an older config.json says instead."""
     path = directory / "generation_config.json"
     if json_file.is_there(path):
         values: Mapping[str, Any] = read_object(path)
@@ -244,7 +249,7 @@ def _tokenizer_files(directory: Path) -> tuple[str, ...]:
 
 
 def _read_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Of safetensors, or else of the pickles that transformers wrote before."""
+    """Read the tensors' headers, of safetensors or of the pickles that transformers once wrote."""
     if any(directory.glob(BIN_FILES)) and not any(directory.glob(SAFETENSORS)):
         return read_bin_checkpoint(directory)
     return read_checkpoint(directory)

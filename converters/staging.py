@@ -1,7 +1,8 @@
-"""A directory that appears whole or not at all, whoever else is writing the same one.
+"""Makes a directory appear whole or not at all, even if several processes write the same one.
 
-The work happens in `.<name>.converting` beside the target, whose file lock says that its writer
-lives. What a killed writer left behind is unlocked; the next one clears it away, or continues.
+The work happens in `.<name>.converting` beside the target. A file lock there says that its writer
+is alive. What a killed writer left behind is unlocked; the next writer clears it away, or
+continues.
 """
 
 import fcntl
@@ -19,14 +20,16 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def staged(target: Path, overwrite: bool, journal: str | None = None) -> Iterator[Path]:
-    """A directory to fill, which becomes `target` when the block ends without an error.
+    """Give a directory to fill, which becomes `target` if the block ends without an error.
 
     Waits for another process that is writing the same target. An existing target is replaced only
-    then; an empty directory needs no `overwrite`. The directory to fill is empty, unless there is a
-    `journal`, the name of the file in it that says what is done: then it is as a killed writer left
-    it, is kept when this one is interrupted (Ctrl-C), and loses the journal at the end.
-    Raises FileExistsError if the target holds anything and `overwrite` is false, and if its place
-    or the directory's is taken by a link.
+    at the end; an empty directory needs no `overwrite`.
+
+    journal: the name of a file in the directory that says what is done. With one, the directory
+        is as a killed writer left it, is kept if this writer is interrupted (Ctrl-C), and loses
+        the journal at the end. Without one, the directory is empty at first.
+    Raises FileExistsError if the target holds anything and `overwrite` is false, and if a link is
+    in the place of the target or of the directory.
     """
     if target.is_symlink():
         raise FileExistsError(f"{target} is a link: give the directory itself, or remove the link")
@@ -64,7 +67,7 @@ def staged(target: Path, overwrite: bool, journal: str | None = None) -> Iterato
 
 
 def clear(directory: Path) -> None:
-    """Remove what is in a directory."""
+    """Remove everything in a directory."""
     for entry in directory.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

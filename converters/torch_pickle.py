@@ -1,8 +1,8 @@
-"""What a state dict's pickle describes, found out without unpickling it.
+"""Finds out what a state dict's pickle describes, without unpickling it.
 
 A pickle is a program that may import and call whatever it likes. This interpreter knows the few
-instructions of which `torch.save` composes state dicts. It imports nothing and calls nothing: the
-names in the program are compared with a list, and what they would build is written down.
+instructions that `torch.save` uses for state dicts. It imports nothing and calls nothing: it
+compares the names in the program with a list, and notes what they would build.
 
 Source: the instructions in pickletools; `torch._utils._rebuild_tensor_v2`, `_rebuild_tensor_v3`
 and `persistent_id` in torch/serialization.py.
@@ -19,7 +19,7 @@ import numpy as np
 
 from llama_jax.checkpoint.store import CheckpointError
 
-# Llama 3.1 405B's pickles have a quarter of a megabyte.
+# The pickles of Llama 3.1 405B are a quarter of a megabyte.
 MAX_PROGRAM = 4 * 1024 * 1024
 
 _STORAGES: Mapping[str, np.dtype] = MappingProxyType(
@@ -54,7 +54,10 @@ _LITERALS = {
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes beside the pickle. key: their name. length: in elements of dtype, in bytes if None."""
+    """Bytes beside the pickle.
+
+    key: their name. length: in elements of dtype, or in bytes if dtype is None.
+    """
 
     key: str
     dtype: np.dtype | None
@@ -63,7 +66,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A view of a storage; offset and strides in elements. Nothing of it has been checked."""
+    """A view of a storage, unchecked. offset, strides: in elements."""
 
     storage: Storage
     dtype: np.dtype
@@ -80,10 +83,10 @@ class _Name:
 
 
 def described_tensors(program: bytes) -> dict[str, Tensor]:
-    """The tensors of a pickled state dict, by name.
+    """Return the tensors of a pickled state dict, by name.
 
-    Raises `CheckpointError` for a program that does anything else than describe a flat dictionary
-    of plain tensors, naming what it wants.
+    Raises `CheckpointError` for a program that does anything but describe a flat dictionary of
+    plain tensors; it names what the program wants.
     """
     if len(program) > MAX_PROGRAM:
         raise CheckpointError(f"a pickle of {len(program)} bytes is no state dict")

@@ -1,4 +1,4 @@
-"""What every writer of a checkpoint needs: a target it may write, room for it, a bar of bytes."""
+"""Checks a writer's target and the room for it, and shows its progress."""
 
 import errno
 import shutil
@@ -23,20 +23,22 @@ from llama_jax.checkpoint.converted import is_converted
 from llama_jax.errors import CheckpointError
 from llama_jax.json_file import read_object
 
-# Room beside the arrays: file system metadata and the rounding up to blocks.
+# Bytes beside the arrays: the file system's metadata, and rounding up to blocks.
 _SPARE_BYTES = 16 * 1024 * 1024
-# A field of the config.json that an export has.
+# The field of config.json by which an export is known.
 EXPORT_MARK = "llama_jax_version"
 
 
 def check_paths(
     source: Path, target: Path, overwrite: bool, kind: str, is_kind: Callable[[Path], bool]
 ) -> None:
-    """Refuse a target around or inside the source, and one that exists, unless it is empty, or
-    `overwrite` is given and it is of our making.
+    """Refuse a target around or inside the source, and one that exists.
 
-    source: resolved. kind: what a target to be replaced has to be, in words; is_kind: whether it
-    is. Raises `CheckpointError` or FileExistsError.
+    An existing target may be empty or, with `overwrite`, something that this project wrote.
+
+    source: resolved.
+    kind: what a target to be replaced has to be, in words; is_kind: checks whether it is.
+    Raises `CheckpointError` or FileExistsError.
     """
     if source.is_relative_to(target.resolve()):
         raise CheckpointError(f"{target} holds the source {source}: choose another target")
@@ -56,12 +58,12 @@ def check_paths(
 
 
 def check_conversion(source: Path, target: Path, overwrite: bool) -> None:
-    """`check_paths` of a conversion."""
+    """Call `check_paths` for a conversion."""
     check_paths(source, target, overwrite, "a converted checkpoint", is_converted)
 
 
 def check_export(source: Path, target: Path, overwrite: bool) -> None:
-    """`check_paths` of an export."""
+    """Call `check_paths` for an export."""
     check_paths(source, target, overwrite, "an export of llama-jax", _is_export)
 
 
@@ -73,7 +75,7 @@ def _is_export(directory: Path) -> bool:
 
 
 def is_empty(directory: Path) -> bool:
-    """Whether this is a directory with nothing in it, which a target may be."""
+    """Return whether this is a directory with nothing in it, as a target may be."""
     return directory.is_dir() and not any(directory.iterdir())
 
 
@@ -90,7 +92,7 @@ def check_space(target: Path, needed: int) -> None:
 
 @contextmanager
 def full_disk_explained(target: Path, needed: int) -> Iterator[None]:
-    """An OSError of a disk that fills up in this block says what is to be done."""
+    """Make the OSError of a disk that fills up in this block say what to do."""
     try:
         yield
     except OSError as error:
@@ -106,7 +108,7 @@ def full_disk_explained(target: Path, needed: int) -> Iterator[None]:
 
 @contextmanager
 def byte_progress(description: str, total: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr with size, rate and time left; the function it gives is told of new bytes."""
+    """Show a bar on stderr with size, rate and time left. Gives a function that new bytes go to."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -119,7 +121,7 @@ def byte_progress(description: str, total: int, shown: bool) -> Iterator[Callabl
 
 
 def package_version() -> str:
-    """Of this project, for the files it writes."""
+    """Return this project's version, for the files it writes."""
     try:
         return version("llama-jax")
     except PackageNotFoundError:  # run from a source tree that is not installed

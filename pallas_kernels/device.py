@@ -1,4 +1,4 @@
-"""What a program is being lowered for, as far as it is known while it is traced."""
+"""Tells what a program is being lowered for, as far as that is known while it is traced."""
 
 import jax
 
@@ -8,9 +8,9 @@ H200_MULTIPROCESSORS = 132
 
 
 def not_hopper() -> str | None:
-    """Why kernels for Hopper cannot run on what is lowered for; None if they can.
+    """Say why kernels for Hopper cannot run on the device that is lowered for; None if they can.
 
-    That is the abstract device of the mesh in use (`pallas_kernels.dev.sm90` sets one), or else
+    That device is the abstract one of the mesh in use (`pallas_kernels.dev.sm90` sets one), or else
     JAX's default device.
     """
     if (abstract := jax.sharding.get_abstract_mesh().abstract_device) is not None:
@@ -26,7 +26,7 @@ def not_hopper() -> str | None:
 
 
 def has_fp8_tensor_cores() -> bool:
-    """Whether what is lowered for multiplies FP8 by FP8, as GPUs do since Ada and Hopper."""
+    """Return whether the device multiplies FP8 by FP8, as GPUs do since Ada and Hopper."""
     if jax.sharding.get_abstract_mesh().abstract_device is not None:
         return not_hopper() is None
     if jax.default_backend() != "gpu":
@@ -35,21 +35,21 @@ def has_fp8_tensor_cores() -> bool:
 
 
 def platform() -> str:
-    """ "gpu" or "cpu", say, that is lowered for."""
+    """Return the platform that is lowered for, such as "gpu" or "cpu"."""
     if (abstract := jax.sharding.get_abstract_mesh().abstract_device) is not None:
         return str(abstract.platform)
     return jax.default_backend()
 
 
 def kind() -> str | None:
-    """The GPU's name, "NVIDIA H200" say, that is lowered for; None where no GPU is known."""
+    """Return the name of the GPU that is lowered for, such as "NVIDIA H200"; None for no GPU."""
     if (abstract := jax.sharding.get_abstract_mesh().abstract_device) is not None:
         return str(abstract.device_kind)
     return jax.devices()[0].device_kind if jax.default_backend() == "gpu" else None
 
 
 def is_local() -> bool:
-    """Whether arrays are whole where they are used: one device, or inside of shard_map.
+    """Return whether arrays are whole where they are used: on one device, or inside shard_map.
 
     XLA cannot divide a Pallas kernel over devices; it would gather its operands first.
     """
@@ -57,12 +57,12 @@ def is_local() -> bool:
 
 
 def not_local() -> str | None:
-    """Why kernels cannot take the arrays as they lie, see `is_local`; None if they can."""
+    """Say why kernels cannot take the arrays as they lie (see `is_local`); None if they can."""
     return None if is_local() else "arrays may be divided over devices: call it inside of shard_map"
 
 
 def multiprocessors() -> int:
-    """How many the GPU has that is lowered for; an H200's number where no GPU is known."""
+    """Return the number of SMs of the GPU that is lowered for, an H200's where none is known."""
     if (abstract := jax.sharding.get_abstract_mesh().abstract_device) is not None:
         return int(abstract.num_cores)
     if jax.default_backend() == "gpu":

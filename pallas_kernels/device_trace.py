@@ -1,8 +1,8 @@
-"""What a GPU did while a function ran: its own record of kernels and copies, with their times.
+"""Reads what a GPU did while a function ran: its own record of kernels and copies, with times.
 
 JAX's profiler writes a trace; `record` reads the device's streams out of it. XLA keeps parts of a
-program out of CUDA graphs while a profiler runs, so take the time of a whole step from runs without
-one, and from here what its parts are.
+program out of CUDA graphs while a profiler runs. So use this for the parts of a step, and take the
+time of a whole step without a profiler.
 
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
@@ -25,8 +25,11 @@ from jax.profiler import ProfileData
 
 @dataclass(frozen=True)
 class Event:
-    """A kernel or copy on the device. start, duration: in seconds; start counts from an arbitrary
-    moment that all events of a trace share."""
+    """A kernel or copy on the device.
+
+    start: seconds from an arbitrary moment that all events of a trace share.
+    duration: seconds.
+    """
 
     name: str
     start: float
@@ -35,7 +38,10 @@ class Event:
 
 @dataclass(frozen=True)
 class KernelTime:
-    """All events of one name. total, median: seconds of all together, and of the middle one."""
+    """All events of one name.
+
+    count: how many. total: seconds of all together. median: seconds of the middle one.
+    """
 
     name: str
     count: int
@@ -48,14 +54,14 @@ class KernelTime:
 
 
 def is_kept() -> bool:
-    """Whether the default device keeps a record: a GPU does, a CPU does not."""
+    """Return whether the default device keeps a record: a GPU does, a CPU does not."""
     return jax.default_backend() == "gpu"
 
 
 def record(function: Callable[[], Any]) -> list[Event]:
     """Run a function, wait for what it returns, and read what the device did meanwhile.
 
-    Returns the events by their start; none where the device keeps no record, as a CPU does.
+    Returns the events in the order of their starts, none if the device keeps no record.
     """
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
@@ -70,7 +76,7 @@ def read_events(directory: str | Path) -> list[Event]:
 
 
 def events_of(profile: ProfileData) -> list[Event]:
-    """The events of all GPUs' streams in a profile, by their start.
+    """Return the events of all GPUs' streams in a profile, in the order of their starts.
 
     A GPU's plane is called "/device:GPU:0" and has a line for each stream, whose events are kernels
     and copies; its other lines repeat them, summed up by operation and by module.
@@ -87,7 +93,10 @@ def events_of(profile: ProfileData) -> list[Event]:
 
 
 def busy_seconds(events: Sequence[Event]) -> float:
-    """The time in which at least one event was under way. events: by their start."""
+    """Return the time in which at least one event was under way, in seconds.
+
+    events: in the order of their starts.
+    """
     busy, until = 0.0, float("-inf")
     for event in events:
         end = event.start + event.duration
@@ -97,7 +106,7 @@ def busy_seconds(events: Sequence[Event]) -> float:
 
 
 def by_name(events: Iterable[Event]) -> list[KernelTime]:
-    """The events summed up by name, what took longest first."""
+    """Sum up the events by name, the longest first."""
     durations = defaultdict(list)
     for event in events:
         durations[event.name].append(event.duration)

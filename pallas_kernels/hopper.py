@@ -8,14 +8,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # Per block (CUDA C++ programming guide, compute capability 9.0).
 SHARED_MEMORY_BYTES = 232_448
-# TMA copies a matrix to and from swizzled tiles in boxes of so many rows; fewer are one box.
+# TMA copies a matrix to and from swizzled tiles in boxes of this many rows; fewer rows are one box.
 BOX_ROWS = 8
 
 
 def swizzled(dtype: jnp.dtype, columns: int) -> tuple[Any, ...]:
-    """Transforms of a shared-memory tile that TMA and wgmma access without bank conflicts.
+    """Return the transforms of a shared-memory tile for access without bank conflicts.
 
-    columns: the length of the tile's last dimension, in bytes a multiple of 16.
+    columns: the length of the tile's last dimension, a multiple of 16 bytes.
     """
     bits = jnp.dtype(dtype).itemsize * 8
     swizzle = plgpu.find_swizzle(columns * bits)
@@ -24,14 +24,14 @@ def swizzled(dtype: jnp.dtype, columns: int) -> tuple[Any, ...]:
 
 
 def tile(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
-    """Scratch in shared memory that TMA writes and wgmma reads."""
+    """Return the scratch type of a tile in shared memory that TMA writes and wgmma reads."""
     return plgpu.SMEM(shape, dtype, transforms=swizzled(dtype, shape[-1]))
 
 
 def in_whole_boxes(x: Array, axis: int = 0) -> Array:
-    """x with rows of zeros along `axis` up to a multiple of `BOX_ROWS`, if it has more than those.
+    """Pad x with zeros along `axis` to a multiple of `BOX_ROWS`, if it has more rows than that.
 
-    Results have as many rows, of which callers drop the last. XLA fuses the zeros into what makes
+    Results have as many rows, and callers drop the last ones. XLA fuses the padding into what makes
     x, and the dropping into what reads the result.
     """
     rows = x.shape[axis]

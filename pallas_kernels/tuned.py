@@ -1,7 +1,7 @@
-"""Configurations that were measured: one table per kind of GPU, tuned/<device>.json.
+"""Reads and writes measured configurations: one table per kind of GPU, tuned/<device>.json.
 
-`python -m pallas_kernels.dev.tune` writes the table of the GPU that it runs on; kernels look up
-theirs when they are lowered, and have a heuristic for what no table holds.
+`python -m pallas_kernels.dev.tune` writes the table of the GPU that it runs on. Kernels look up
+their configurations when they are lowered, and have a heuristic for what no table holds.
 """
 
 import json
@@ -16,7 +16,7 @@ FOLDER = Path(__file__).with_name("tuned")
 
 
 def find(kernel: str, problem: str) -> Mapping[str, Any] | None:
-    """The fields of a kernel's configuration for a problem on the GPU in use, if it was tuned."""
+    """Return the fields of a kernel's configuration for a problem on the GPU in use, if tuned."""
     kind = device.kind()
     entry = read(kind).get(kernel, {}).get(problem) if kind else None
     return entry["config"] if entry else None
@@ -24,7 +24,7 @@ def find(kernel: str, problem: str) -> Mapping[str, Any] | None:
 
 @cache
 def read(kind: str) -> Mapping[str, Any]:
-    """A GPU's table: kernel to problem to {"config": fields, and what was measured}."""
+    """Read a GPU's table: kernel to problem to {"config": fields, and what was measured}."""
     path = path_of(kind)
     return json.loads(path.read_text()) if path.exists() else {}
 

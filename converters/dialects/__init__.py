@@ -30,7 +30,7 @@ _UNSUPPORTED = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "m
 
 
 def make_plan(source: Source) -> tuple[Plan, str]:
-    """Every module of the model with where its arrays come from, and the dialect's name.
+    """Return every module of the model with where its arrays come from, and the dialect's name.
 
     Raises `CheckpointError` if a tensor is missing, malformed, or left over.
     """
@@ -53,9 +53,9 @@ def make_plan(source: Source) -> tuple[Plan, str]:
 
 
 def detect(source: Source) -> Dialect:
-    """The one dialect that a checkpoint's configs and tensors belong to.
+    """Return the one dialect that a checkpoint's configs and tensors belong to.
 
-    Raises `CheckpointError` with what was found and what is supported.
+    Raises `CheckpointError`, which says what was found and what is supported, for none or several.
     """
     fitting = [dialect for dialect in DIALECTS if dialect.applies(source)]
     if len(fitting) == 1:
@@ -72,7 +72,10 @@ def detect(source: Source) -> Dialect:
 
 
 def _check_layers(source: Source) -> None:
-    """Before the layers of the config are built: there may be a billion of them."""
+    """Compare the config's number of layers with the tensors before anything is built for each.
+
+    A config may ask for a billion of them.
+    """
     numbers = (match for name in source.tensors if (match := _LAYER.search(name)))
     stored = len({match[1] for match in numbers})
     if stored < source.config.num_layers:

@@ -15,7 +15,7 @@ from converters.source import Source
 from llama_jax.checkpoint.store import CheckpointError
 from llama_jax.json_file import shown
 
-# What transformers takes where the config is silent.
+# What transformers takes if the config does not say.
 _DEFAULT_UPPER_BOUND = 1200.0
 
 

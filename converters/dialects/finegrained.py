@@ -45,7 +45,7 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
             "weight_block_size": None,
             "scale_fmt": ("float", "ue8m0", None),
             "fmt": ("e4m3", None),
-            "expert_dtype": None,  # of experts, which Llama has none of
+            "expert_dtype": None,  # Llama has no experts
             "dequantize": None,
             "modules_to_not_convert": None,
             "ignored_layers": None,
@@ -81,7 +81,10 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
 
 
 def _is_ragged_and_plain(source: Source, name: str) -> bool:
-    """transformers leaves a matrix unquantised that does not consist of whole blocks."""
+    """Return whether a matrix is unquantised because it does not consist of whole blocks.
+
+    transformers leaves such a matrix as it is.
+    """
     weight = source.tensors.get(f"{name}.weight")
     return (
         weight is not None

@@ -25,7 +25,10 @@ Tensors = Mapping[str, StoredTensor]
 
 @dataclass(frozen=True)
 class LazyArray:
-    """A canonical array. `rows(start, stop)` reads that part of axis 0; a scalar has one row."""
+    """A canonical array that is read when asked for.
+
+    rows(start, stop): reads that part of axis 0; a scalar has one row.
+    """
 
     dtype: np.dtype
     shape: Shape
@@ -40,7 +43,10 @@ class LazyArray:
 
 
 def piece_rows(shape: Shape, itemsize: int) -> int:
-    """Rows read at a time: about `PIECE_BYTES`, all of a small array, else a multiple of 128."""
+    """Return how many rows to read at a time: about `PIECE_BYTES`.
+
+    That is all of a small array, else a multiple of 128.
+    """
     if not shape:
         return 1
     rows = PIECE_BYTES // max(1, math.prod(shape[1:]) * itemsize)
@@ -48,7 +54,7 @@ def piece_rows(shape: Shape, itemsize: int) -> int:
 
 
 def pieces(array: LazyArray) -> Iterator[np.ndarray]:
-    """The array from its first row to its last, `piece_rows` at a time."""
+    """Yield the array from its first row to its last, `piece_rows` at a time."""
     rows = (array.shape or (1,))[0]
     step = piece_rows(array.shape, array.dtype.itemsize)
     for start in range(0, rows, step):
@@ -57,7 +63,7 @@ def pieces(array: LazyArray) -> Iterator[np.ndarray]:
 
 @dataclass(frozen=True)
 class Module:
-    """One module's arrays by leaf name (weight, weight_scale, input_scale), and their format."""
+    """A module's arrays by leaf name (weight, weight_scale, input_scale), and their format."""
 
     format: WeightFormat
     arrays: Mapping[str, LazyArray]
@@ -67,8 +73,9 @@ class Module:
 class Plan:
     """A checkpoint in canonical terms.
 
-    modules: by module path ("layers_0/mlp/up_proj"). used: names of the source's tensors that went
-    into them. kv_scales: for an FP8 cache, None if there are none.
+    modules: by module path ("layers_0/mlp/up_proj").
+    used: names of the source's tensors that they are made of.
+    kv_scales: scales for an FP8 cache, None if there are none.
     """
 
     modules: Mapping[str, Module]
@@ -80,9 +87,9 @@ class Plan:
 class Dialect:
     """One tool's layout.
 
-    applies(source): whether a checkpoint is of this kind, by its configs and tensors alone.
-    plan(source, weights): the checkpoint in canonical terms; weights is the shape of each module's
-        weight by module path.
+    applies(source): tells, by its configs and tensors alone, whether a checkpoint is of this kind.
+    plan(source, weights): presents the checkpoint in canonical terms. weights: the shape of each
+        module's weight, by module path.
     """
 
     name: str
@@ -92,14 +99,17 @@ class Dialect:
 
 
 def source_name(path: str) -> str:
-    """Hugging Face's name of a module: "layers_0/mlp/up_proj" -> "model.layers.0.mlp.up_proj"."""
+    """Return Hugging Face's name of a module.
+
+    source_name("layers_0/mlp/up_proj")    # "model.layers.0.mlp.up_proj"
+    """
     name = path.replace("layers_", "layers.").replace("/", ".")
     return name if name == "lm_head" else f"model.{name}"
 
 
 def take(tensors: Tensors, name: str, shapes: tuple[Shape, ...], dtypes: tuple[str, ...]
          ) -> StoredTensor:  # fmt: skip
-    """The tensor `name`, which must be there with one of these shapes and (numpy) dtypes."""
+    """Return the tensor `name`, which must have one of these shapes and (numpy) dtypes."""
     if name not in tensors:
         raise CheckpointError(f"{name} is missing from the checkpoint")
     tensor = tensors[name]
@@ -114,7 +124,7 @@ def take(tensors: Tensors, name: str, shapes: tuple[Shape, ...], dtypes: tuple[s
 
 
 def as_stored(tensor: StoredTensor) -> LazyArray:
-    """The tensor as it is."""
+    """Return the tensor as it is."""
     return LazyArray(
         tensor.dtype, tensor.shape, lambda start, stop: finite_rows(tensor, start, stop)
     )
@@ -123,7 +133,10 @@ def as_stored(tensor: StoredTensor) -> LazyArray:
 def finite_rows(
     tensor: StoredTensor, start: int, stop: int, dtype: np.dtype | None = None
 ) -> np.ndarray:
-    """`read_rows`, seen as `dtype`; raises `CheckpointError` for NaN and infinity."""
+    """Call `read_rows` and view the result as `dtype`.
+
+    Raises `CheckpointError` for NaN and infinity.
+    """
     rows = read_rows(tensor, start, stop)
     rows = rows if dtype is None else rows.view(dtype)
     if has_nonfinite(rows):
@@ -135,18 +148,18 @@ def finite_rows(
 
 
 def dense_module(tensors: Tensors, path: str, shape: Shape) -> Module:
-    """An unquantised weight, kept in the dtype it has."""
+    """Return a module with an unquantised weight, in the dtype that it has."""
     tensor = take(tensors, f"{source_name(path)}.weight", (shape,), PARAM_DTYPES)
     return Module(WeightFormat(tensor.dtype.name), {"weight": as_stored(tensor)})
 
 
 def is_linear(path: str) -> bool:
-    """Whether the module at this path is a matrix that tools quantise."""
+    """Return whether the module at this path is a matrix that tools quantise."""
     return path == "lm_head" or path.endswith("_proj")
 
 
 def bits_as_e4m3(tensor: StoredTensor) -> LazyArray:
-    """float8_e4m3fn codes that are stored as such or as bytes of another 8-bit type."""
+    """Return float8_e4m3fn codes that are stored as such, or as bytes of another 8-bit type."""
     dtype = np.dtype(ml_dtypes.float8_e4m3fn)
     return LazyArray(
         dtype, tensor.shape, lambda start, stop: finite_rows(tensor, start, stop, dtype)
@@ -154,7 +167,7 @@ def bits_as_e4m3(tensor: StoredTensor) -> LazyArray:
 
 
 def constant(values: np.ndarray) -> LazyArray:
-    """An array that is in memory already."""
+    """Return an array that is in memory already."""
     return LazyArray(
         values.dtype,
         values.shape,

@@ -1,12 +1,12 @@
 """Meta's own checkpoints: params.json and consolidated.*.pth, one file for each part of the model.
 
-All files have the same names. A matrix is split along its rows or its columns, so that each file
-has as many of them; norms are in every file. Meta rotates the pairs (2j, 2j + 1) of a head where
-the canonical tree rotates (j, j + head_dim / 2), so the rows of wq and wk change places.
+All files have tensors of the same names. A matrix is divided evenly along its rows or its columns;
+norms are in every file. Meta rotates the pairs (2j, 2j + 1) of a head where
+the canonical tree rotates (j, j + head_dim / 2), so the rows of wq and wk are reordered.
 
-Llama 3.1 405B exists with FP8 codes in its feed-forward matrices, all but those of the first and
-the last layer. The scales of a file's part, one per row, are in its fp8_scales_*.pt. The parts of
-w2 are columns, so there each row has a scale for every part (`WeightFormat.column_groups`).
+Llama 3.1 405B exists with FP8 codes in its feed-forward matrices, except in the first and the last
+layer. The scales of a file's part, one per row, are in its fp8_scales_*.pt. The parts of w2 are
+columns, so each of its rows has a scale for every part (`WeightFormat.column_groups`).
 
 Source: meta-llama/llama-models (`models/llama3/model.py`, `models/checkpoint.py`,
 `models/llama3/quantization/loader.py`); transformers' `convert_llama_weights_to_hf.py`.
@@ -35,10 +35,10 @@ from llama_jax.model.config import PARAM_DTYPES
 from llama_jax.model.fp8 import WeightFormat
 
 _CODES = "float8_e4m3fn"
-# What `convert_to_fp8_quantized_model` in Meta's loader takes.
+# The bound that `convert_to_fp8_quantized_model` in Meta's loader takes.
 _UPPER_BOUND = 1200.0
-# Meta's names, and the axes along which a module may be split: none for a norm, either for the
-# embeddings, whose rows Llama 3 splits and Llama 2 the columns.
+# Meta's names, and the axes along which a module may be split: none for a norm, either one for the
+# embeddings, of which Llama 3 splits the rows and Llama 2 the columns.
 _MODULES: Mapping[str, tuple[str, tuple[int, ...]]] = {
     "embed_tokens": ("tok_embeddings", (0, 1)),
     "self_attn/q_proj": ("attention.wq", (0,)),
@@ -65,7 +65,7 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
     files = list(dict.fromkeys(name.partition("/")[0] for name in names))
     _check_count(source, files)
     modules: dict[str, Module] = {}
-    # Constants that old versions stored.
+    # Old versions stored these constants.
     used = {name for name in names if name.endswith("rope.freqs")}
     if config.tie_word_embeddings:
         used.update(f"{file}/output.weight" for file in files)
@@ -92,11 +92,11 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
 
 
 def _check_count(source: Source, files: Sequence[str]) -> None:
-    """Whether as many files are there as the model was split into."""
+    """Refuse a directory with fewer or more files than the model was split into."""
     width = source.config.hidden_size
     first = source.tensors.get(f"{files[0]}/layers.0.attention.wq.weight")
     if first is None or first.shape[1:] != (width,) or not first.shape[0]:
-        return  # `take` tells what is wrong with it
+        return  # `take` says what is wrong with it
     parts, rest = divmod(width, first.shape[0])
     if parts != len(files) and not rest:
         raise CheckpointError(
@@ -109,7 +109,7 @@ def _check_count(source: Source, files: Sequence[str]) -> None:
 def _parts(
     tensors: Tensors, files: Sequence[str], name: str, shape: Shape, axes: tuple[int, ...]
 ) -> tuple[list[StoredTensor], int]:
-    """A weight's part in each file, and the axis along which to put them together.
+    """Return a weight's part in each file, and the axis along which to put them together.
 
     A norm is the same in all files and counts as one part.
     """
@@ -143,7 +143,7 @@ def _part_shape(name: str, shape: Shape, axis: int, parts: int) -> Shape:
 
 
 def _joined(parts: Sequence[LazyArray], shape: Shape, axis: int) -> LazyArray:
-    """The whole matrix, of which nothing but the rows asked for is read."""
+    """Return the whole matrix, of which only the rows asked for are read."""
     if len(parts) == 1:
         return parts[0]
     height = parts[0].shape[0]
@@ -164,7 +164,7 @@ def _joined(parts: Sequence[LazyArray], shape: Shape, axis: int) -> LazyArray:
 
 
 def _half_split(weight: LazyArray, head_dim: int) -> LazyArray:
-    """Each head's rows in another order: those of even number first, then the odd ones."""
+    """Reorder each head's rows: first the even ones, then the odd ones."""
     order = np.arange(head_dim).reshape(-1, 2).T.reshape(-1)
 
     def rows(start: int, stop: int) -> np.ndarray:
@@ -177,7 +177,7 @@ def _half_split(weight: LazyArray, head_dim: int) -> LazyArray:
 
 
 def _scales(tensors: Tensors, parts: Sequence[StoredTensor], name: str) -> list[StoredTensor]:
-    """The scales of each file's part of a matrix; name: such as "3_feed_forward.w1"."""
+    """Return the scales of each file's part of a matrix. name: such as "3_feed_forward.w1"."""
     found = []
     for rank, part in enumerate(parts):
         key = f"fp8_scales_{rank}/{name}_{rank}"
@@ -192,7 +192,7 @@ def _scales(tensors: Tensors, parts: Sequence[StoredTensor], name: str) -> list[
 
 
 def _joined_scales(scales: Sequence[StoredTensor], axis: int) -> np.ndarray:
-    """float32 [out] of parts with some rows each, [out, parts] of those with some columns."""
+    """Join scales: float32 [out] if the parts are rows, [out, parts] if they are columns."""
     values = [scale_values(scale).reshape(-1) for scale in scales]
     if axis == 0 or len(values) == 1:
         return np.concatenate(values)

@@ -3,10 +3,10 @@
 - `quant_algo: FP8`: float8_e4m3fn `weight`, one float32 `weight_scale` and one `input_scale`.
 - `FP8_PER_CHANNEL_PER_TOKEN`: `weight_scale` [out], activations dynamic.
 - `FP8_PB_WO`: `weight_scale` per 128x128 block, [blocks, 1, blocks, 1] or without the ones.
-- `MIXED_PRECISION`: `quantized_layers` has the `quant_algo` of each matrix; the others are plain.
+- `MIXED_PRECISION`: `quantized_layers` has the `quant_algo` of each matrix; others are unquantised.
 
 Scales of the KV cache lie under the projections, `k_proj.k_scale` and `v_proj.v_scale`. The lists
-of modules that are left out may hold wildcards.
+of modules that are not quantised may have wildcards.
 
 Source: modelopt 0.47's export; vLLM's and sglang's readers.
 """
@@ -31,7 +31,7 @@ _SCHEMES: Mapping[str, Scheme] = {
     "FP8": Scheme(static=True),
     "FP8_PER_CHANNEL_PER_TOKEN": Scheme(),
     "FP8_PB_WO": Scheme(layout="block"),
-    "FP8_PB_REAL": Scheme(layout="block"),  # the same, written while it was not simulated
+    "FP8_PB_REAL": Scheme(layout="block"),  # the same, where it was not simulated
 }
 _CACHE_FIELDS = ("kv_cache_scheme", "kv_cache_quant_algo")
 
@@ -56,7 +56,7 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
             "quantized_layers": None,
         },
     )
-    # What modelopt calls dynamic of activations follows from the algorithm only where it is FP8.
+    # Only for FP8 does the algorithm tell whether modelopt's activations are dynamic.
     dynamic = (False,) if quantization["quant_algo"] == "FP8" else None
     _check_numbers(quantization, "kv_cache_scheme", _WHERE, (False,))
     groups = as_object(quantization, "config_groups", _WHERE)
@@ -91,7 +91,7 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
 
 
 def _algorithm(fields: Mapping[str, Any]) -> Any:
-    """By its name in capitals, in which modelopt does not write all of them."""
+    """Return the algorithm's name in capitals; modelopt does not write all of them so."""
     found = fields.get("quant_algo")
     return found.upper() if isinstance(found, str) else found
 

@@ -1,7 +1,7 @@
-"""What the FP8 dialects share: a config says how matrices are stored, the tensors have to agree.
+"""What the FP8 dialects share: a config says how matrices are stored, and the tensors must agree.
 
 A dialect turns its `quantization_config` into a `Scheme` for each matrix; everything else is here.
-What the tensors hold decides; a config that says otherwise is an error that names both.
+A config that contradicts the tensors is an error, which names both.
 """
 
 import logging
@@ -40,7 +40,7 @@ from llama_jax.model.kv_cache import KVScales, Scale
 
 _log = logging.getLogger(__name__)
 SCALE_DTYPES = (*PARAM_DTYPES, "float8_e8m0fnu")
-# Where a layer's scales of its cached keys and values may be, older tools' names last.
+# Names of the scales of a layer's cached keys and values, older tools' names last.
 _CACHE_SCALES = {
     x: (f"{x}_scale", f"{x}_proj.{x}_scale", f"{x}_proj.output_scale", "kv_scale") for x in "kv"
 }
@@ -48,11 +48,12 @@ _CACHE_SCALES = {
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a config says that a matrix is stored, and under which names beside its module's.
+    """How a config says that a matrix is stored, and the names of its tensors below the module's.
 
     layout: "row" for one scale per tensor or per output row, "block" for one per 128x128 block.
-    static: a calibrated scale of the activations is stored. activation_scale_ub, activation_group:
-    see `WeightFormat`. codes, scale_dtypes: the dtypes that the weight and its scales may have.
+    static: whether a calibrated scale of the activations is stored.
+    activation_scale_ub, activation_group: see `WeightFormat`.
+    codes, scale_dtypes: the dtypes that the weight and its scales may have.
     """
 
     layout: ScaleLayout = "row"
@@ -74,9 +75,9 @@ def quantized_plan(
     *,
     cache_scales_promised_by: str | None = None,
 ) -> Plan:
-    """The plan of a checkpoint with Hugging Face's names whose matrices are partly FP8.
+    """Plan a checkpoint with Hugging Face's names, some of whose matrices are FP8.
 
-    scheme_of: how the matrix of a module (by Hugging Face's name) is stored, None if plainly.
+    scheme_of: tells how a module's matrix (by Hugging Face's name) is stored, None if unquantised.
     decided_by: the config's fields behind `scheme_of`, for messages.
     Raises `CheckpointError` where tensors and config contradict each other.
     """
@@ -86,7 +87,7 @@ def quantized_plan(
         name = source_name(path)
         scheme = scheme_of(name) if is_linear(path) else None
         if path == "lm_head" and _is_plain(source.tensors.get(f"{name}.weight")):
-            scheme = None  # tools leave it out without saying so
+            scheme = None  # tools do not quantise it, and do not say so
         stored = source.tensors.get(f"{name}.{scheme.weight if scheme else 'weight'}")
         is_plain = _is_plain(stored)
         if stored is not None and is_linear(path) and is_plain != (scheme is None):
@@ -107,9 +108,9 @@ def quantized_plan(
 def check_fields(
     fields: Mapping[str, Any], where: str, allowed: Mapping[str, tuple[Any, ...] | None]
 ) -> None:
-    """Refuse a field that has none of its allowed values (None: any will do), or is not known.
+    """Refuse an unknown field, and one with a value that is not allowed (None: any value is).
 
-    An unknown field that is empty or false asks for nothing, so it may stand.
+    An unknown field that is empty or false asks for nothing, so it is let through.
     """
     for key, value in fields.items():
         if key not in allowed and value:
@@ -126,7 +127,7 @@ def check_fields(
 
 
 def name_list(fields: Mapping[str, Any], key: str, where: str = "quantization_config") -> list[str]:
-    """A list of module names or patterns from a config, [] if it is null or absent."""
+    """Return a list of module names or patterns from a config, [] if it is null or absent."""
     names = fields.get(key) or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{where}.{key} must be a list of names, got {shown(names)}")
@@ -134,7 +135,10 @@ def name_list(fields: Mapping[str, Any], key: str, where: str = "quantization_co
 
 
 def is_named(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a list means this module: by its name, one around it, its last parts, or with `*`."""
+    """Return whether a list means this module.
+
+    A list may have its name, that of a module around it, the last parts of its name, or `*` in it.
+    """
     return any(
         f".{name}".endswith(f".{pattern}")
         or name.startswith(f"{pattern}.")
@@ -150,7 +154,7 @@ def _is_plain(stored: StoredTensor | None) -> bool:
 def _fp8_module(
     tensors: Tensors, name: str, shape: Shape, scheme: Scheme
 ) -> tuple[Module, list[str]]:
-    """A quantised matrix as it is, and the names of the tensors that it consists of."""
+    """Return a quantised matrix as it is stored, and the names of its tensors."""
     weight = take(tensors, f"{name}.{scheme.weight}", (shape,), scheme.codes)
     names = [weight.name, f"{name}.{scheme.weight_scale}"]
     if names[1] not in tensors:
@@ -161,7 +165,7 @@ def _fp8_module(
         scale = row_scale(tensors, names[1], shape[0], scheme.scale_dtypes)
     else:
         blocks = scale_shape((shape[0], shape[1]), "block")
-        is_spread = len(tensors[names[1]].shape) == 4  # as modelopt has them
+        is_spread = len(tensors[names[1]].shape) == 4  # as modelopt stores them
         expected = (blocks[0], 1, blocks[1], 1) if is_spread else blocks
         stored = take(tensors, names[1], (expected,), scheme.scale_dtypes)
         scale = scale_values(stored).reshape(blocks)
@@ -192,10 +196,10 @@ def _fp8_module(
 
 
 def _cache_scales(source: Source, promised_by: str | None) -> tuple[KVScales | None, list[str]]:
-    """(k, v) of each layer, None if there are none; and the names of their tensors.
+    """Return the scales (k, v) of each layer, None if there are none, and their tensors' names.
 
-    A layer that has none gets 1.0, as in vLLM. Scales of queries are for attention in FP8, which
-    this project does not compute: they are checked and left.
+    A layer without scales gets 1.0, as in vLLM. Scales of queries are for attention in FP8, which
+    this project does not compute: they are checked and ignored.
     """
     tensors, used = source.tensors, []
     heads = source.config.num_kv_heads
@@ -234,7 +238,7 @@ def _cache_scales(source: Source, promised_by: str | None) -> tuple[KVScales | N
 
 
 def _cache_scale(tensors: Tensors, name: str, heads: int) -> Scale:
-    """A layer's scale, or one for each of its heads, [heads, 1, 1] or [heads]."""
+    """Return a layer's scale, or one for each of its heads: stored as [heads, 1, 1] or [heads]."""
     scales = activation_scales(tensors, name, ((), (1,), (1, 1), (heads, 1, 1), (heads,)))
     return float(scales[0]) if scales.size == 1 else tuple(map(float, scales))
 

@@ -1,9 +1,9 @@
-"""Scales as a checkpoint has them: read as float32, refused where what they give is no number.
+"""Reads a checkpoint's scales as float32, and refuses those that would give NaN or infinity.
 
-A scale is finite and positive. For what is all zero, tools write some other number: llm-compressor
-the dtype's epsilon, FBGEMM and AutoFP8 the least that they divide by, transformers and modelopt 1
-(torchao 0, beside codes that are NaN). So a scale of 0 is read where all of its codes are 0, which
-it does not change, and nowhere else.
+A scale is finite and positive. Tools differ in what they write for weights that are all zero:
+llm-compressor the dtype's epsilon, FBGEMM and AutoFP8 the least that they divide by, transformers
+and modelopt 1 (torchao 0, beside codes that are NaN). So a scale of 0 is accepted if all of its
+codes are 0, and only then.
 """
 
 import ml_dtypes
@@ -17,25 +17,25 @@ from llama_jax.model.fp8 import ScaleLayout
 from pallas_kernels import e4m3
 from pallas_kernels.fp8_matmul.reference import BLOCK
 
-# What products are computed in, bfloat16 or float32, has to hold them.
+# The largest product that both bfloat16 and float32, in which products are computed, can hold.
 _LARGEST = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
 
 
 def row_scale(
     tensors: Tensors, name: str, rows: int, dtypes: tuple[str, ...] = PARAM_DTYPES
 ) -> np.ndarray:
-    """Scales of a matrix's rows, float32 [rows], from one per tensor or one per row.
+    """Return the scales of a matrix's rows, float32 [rows], from one per tensor or one per row.
 
-    Raises `CheckpointError` where one is not finite or negative.
+    Raises `CheckpointError` for one that is negative or not finite.
     """
     tensor = take(tensors, name, ((), (1,), (1, 1), (rows,), (rows, 1)), dtypes)
     return np.broadcast_to(scale_values(tensor).reshape(-1), (rows,))
 
 
 def activation_scales(tensors: Tensors, name: str, shapes: tuple[Shape, ...]) -> np.ndarray:
-    """Scales that activations are divided by, float32 [n].
+    """Return scales that activations are divided by, float32 [n].
 
-    Raises `CheckpointError` unless they are positive, and their products with any code finite.
+    Raises `CheckpointError` unless they are positive and their products with all codes are finite.
     """
     values = scale_values(take(tensors, name, shapes, PARAM_DTYPES)).reshape(-1)
     if (values == 0).any():
@@ -46,9 +46,9 @@ def activation_scales(tensors: Tensors, name: str, shapes: tuple[Shape, ...]) ->
 
 
 def scale_values(tensor: StoredTensor) -> np.ndarray:
-    """Scales as float32; bytes are exponents of two (`ue8m0`).
+    """Return scales as float32; bytes are exponents of two (`ue8m0`).
 
-    Raises `CheckpointError` where one is not finite or negative.
+    Raises `CheckpointError` for one that is negative or not finite.
     """
     stored = read_rows(tensor, 0, (tensor.shape or (1,))[0])
     if stored.dtype == np.uint8:
@@ -73,10 +73,12 @@ def check_zeros(tensor: StoredTensor) -> None:
 def check_products(
     codes: LazyArray, scale: np.ndarray, layout: ScaleLayout, weight_name: str, scale_name: str
 ) -> None:
-    """Refuse a scale of 0 for codes that are not, and one whose products overflow.
+    """Refuse a scale of 0 for codes that are not 0, and one whose products overflow.
 
-    scale: as in `fp8.scale_shape`. Codes are only read if a scale is 0 or very large, which is
-    hardly ever. Raises `CheckpointError` naming both tensors and the row.
+    Codes are read only if a scale is 0 or very large, which is rare.
+
+    scale: in the shape of `fp8.scale_shape`.
+    Raises `CheckpointError`, which names both tensors and the row.
     """
     scale = scale.reshape(len(scale), -1)
     if not ((scale == 0) | (scale > _LARGEST / e4m3.MAX)).any():

@@ -2,9 +2,9 @@
 
 A quantised weight is a tensor subclass that was taken apart: `_weight_qdata`, float8_e4m3fn, and
 `_weight_scale`, one per output row ([out, 1], `PerRow`), one ([1, 1], `PerTensor`), or one per
-128x128 block (`PerBlock`). The header's metadata describes it under the name of the weight; what it
-says decides what is quantised, also where the config is one for each module (`FqnToConfig`).
-Activations are dynamic, beside blocks by 128 features, or not quantised at all.
+128x128 block (`PerBlock`). The header's metadata describes it under the name of the weight, and
+decides what is quantised, even if the config has an entry for each module (`FqnToConfig`).
+Activations are not quantised, or dynamic: per token or, next to blocks, per 128 features.
 
 Source: torchao 0.18, `prototype/safetensors`; transformers' `TorchAoConfig`.
 """
@@ -35,9 +35,9 @@ _CONFIGS = (
     "ModuleFqnToConfig",
 )
 _PLAIN, _FLOAT8 = "Tensor", "Float8Tensor"
-# Of a Float8Tensor's attributes: what it computes with, not what it holds.
+# Attributes of a Float8Tensor that say how it computes, not what it holds.
 _IRRELEVANT = ("act_quant_kwargs", "dtype", "mm_config", "kernel_preference")
-_BOUNDS = ("hp_value_lb", "hp_value_ub")  # of the activations
+_BOUNDS = ("hp_value_lb", "hp_value_ub")  # bounds of the activations
 _BLOCKS, _IN_GROUPS = [BLOCK, BLOCK], {"block_size": [1, BLOCK]}
 _SCHEME = Scheme(weight="_weight_qdata", weight_scale="_weight_scale")
 
@@ -89,13 +89,13 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
 
 
 def _metadata(source: Source) -> Mapping[str, str]:
-    """The metadata of all shards together."""
+    """Return the metadata of all shards together."""
     files = {tensor.path for tensor in source.tensors.values()}
     return {key: text for file in sorted(files) for key, text in read_metadata(file).items()}
 
 
 def _description(metadata: Mapping[str, str], name: str) -> tuple[str, Mapping[str, Any]]:
-    """What the metadata says that a tensor is, and how it was taken apart."""
+    """Return what a tensor is according to the metadata, and how it was taken apart."""
     try:
         description = json.loads(metadata.get(name, "{}"))
         kind = description.get("_type", _PLAIN)
@@ -107,7 +107,7 @@ def _description(metadata: Mapping[str, str], name: str) -> tuple[str, Mapping[s
 
 
 def _described(description: Mapping[str, Any], where: str, shape: Shape) -> Scheme:
-    """How a Float8Tensor of this shape is stored, by its attributes."""
+    """Return how a Float8Tensor of this shape is stored, by its attributes."""
     rows, columns = shape
     attributes = as_object(description, "_data", where)
     check_fields(

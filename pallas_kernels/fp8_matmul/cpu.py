@@ -1,9 +1,9 @@
-"""Weight-only FP8 matmul on a CPU: codes are widened in registers, so that reading them is all the
-memory traffic of a weight. The C++ stands in `pallas_kernels/cpu`.
+"""Weight-only FP8 matmul on a CPU, in C++ (`pallas_kernels/cpu`).
 
-A result depends on its row of x and its row of the weight alone, whatever the number of rows of x:
-sums are added in one order. With AVX-512's bfloat16 instructions, bfloat16 x is multiplied as it
-is, and products are added in float32 by pairs of columns; everything else is done in float32.
+Codes are upcast in registers, so reading them is all the memory traffic of a weight. A result
+depends only on its row of x and its row of the weight, whatever the number of rows of x, since sums
+are added in one order. With AVX-512's bfloat16 instructions, bfloat16 x is multiplied as it is, and
+products are added in float32 by pairs of columns. Everything else is done in float32.
 """
 
 from collections.abc import Sequence
@@ -34,24 +34,26 @@ def fp8_matmuls(
     *,
     instructions: library.Instructions | None = None,
 ) -> tuple[Array, ...]:
-    """float32 x @ dequantised(weight).T for each weight, for what `refusal` does not refuse.
+    """Compute x @ dequantised(weight).T in float32 for each weight.
 
-    x: [m, k], bfloat16 or float32. weights: each [n_i, k], float8_e4m3fn, its int8 bits, or
-    bfloat16. weight_scales: as in `fp8_matmul`, of one kind. instructions: for tests; None takes
-    the best.
+    x: [m, k], bfloat16 or float32.
+    weights: each [n_i, k], float8_e4m3fn, its int8 bits, or bfloat16.
+    weight_scales: as in `fp8_matmul`, of one kind.
+    instructions: for tests; None takes the best.
+    Takes what `refusal` does not refuse.
     """
     return _products(x, tuple(weights), tuple(weight_scales), instructions)
 
 
 def dense(x: Array, weight: Array) -> Array:
-    """The same for one bfloat16 weight without scales."""
+    """Compute the same for one bfloat16 weight without scales."""
     return _products(x, (weight,), (None,), None)[0]
 
 
 def refusal(
     x: Array | jax.ShapeDtypeStruct, weight: Array, weight_scale: Array | None
 ) -> str | None:
-    """Why the kernel cannot take these operands on what is lowered for; None if it can."""
+    """Say why the kernel cannot take these operands; None if it can."""
     if device.platform() != "cpu":
         return not_here()
     if x.dtype not in (jnp.bfloat16, jnp.float32):
@@ -67,14 +69,14 @@ def refusal(
 
 
 def not_here() -> str | None:
-    """Why the kernel cannot run on what is lowered for, whatever the operands; None if it can."""
+    """Say why the kernel cannot run on what is lowered for at all; None if it can."""
     if device.platform() != "cpu":
         return f"JAX runs on {device.platform()}, not on a CPU"
     return library.why_not()
 
 
 def slower_than_xla(rows: int) -> str | None:
-    """Why x of so many rows is better left to XLA; None where it is not."""
+    """Say why x of this many rows is better left to XLA; None if it is not."""
     if library.best() == "portable":
         return "without AVX2 XLA's code is faster"
     if library.best() == "avx2" and rows > MAX_ROWS_WITH_AVX2:
@@ -83,8 +85,10 @@ def slower_than_xla(rows: int) -> str | None:
 
 
 def instructions_here() -> library.Instructions | None:
-    """What decides which products go through the kernel on what is lowered for; None where it
-    cannot run."""
+    """Return the instructions that decide which products go through the kernel.
+
+    Returns None if it cannot run on what is lowered for.
+    """
     return None if not_here() else library.best()
 
 
@@ -114,7 +118,7 @@ def _products(
 def _products_jvp(
     _: library.Instructions | None, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """Derivatives are XLA's."""
+    """Differentiate XLA's form instead."""
 
     def by_xla(
         x: Array, weights: tuple[Array, ...], scales: tuple[Array | None, ...]
@@ -125,7 +129,7 @@ def _products_jvp(
 
 
 def _extent(weight: Array, scale: Array | None) -> tuple[int, int]:
-    """Rows and columns of a weight that one scale is for."""
+    """Return how many rows and columns of a weight share a scale."""
     if scale is None or scale.ndim == 1:
         return 1, weight.shape[1]
     if is_per_block(scale, (weight.shape[0], weight.shape[1])):

@@ -1,4 +1,4 @@
-"""What the kernels take, for those who ask before Mosaic GPU is imported, as the kernels do."""
+"""Limits of the kernels, for those who ask before Mosaic GPU is imported."""
 
-# Of x, that "hopper_weight_only" takes.
+# Rows of x that "hopper_weight_only" takes.
 MAX_WEIGHT_ONLY_ROWS = 64

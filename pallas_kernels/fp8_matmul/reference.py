@@ -7,12 +7,12 @@ from jax import Array, lax
 from pallas_kernels import e4m3
 
 BLOCK = 128
-# Scales below float32's smallest normal number are zero to a GPU, and cannot be divided by.
+# A GPU takes scales below float32's smallest normal number for zero, and cannot divide by them.
 MIN_ABSMAX = e4m3.MAX * float(jnp.finfo(jnp.float32).tiny)
 
 
 def expand_scale(scale: Array, shape: tuple[int, int]) -> Array:
-    """Scales broadcastable to an (out, in) matrix of `shape`: (out, 1) or (out, in).
+    """Make scales broadcastable to an (out, in) matrix of `shape`: (out, 1) or (out, in).
 
     scale: [out], one per row; [out, groups], one per row and group of columns, all of one size; or
         [ceil(out / 128), ceil(in / 128)], one per block.
@@ -26,17 +26,17 @@ def expand_scale(scale: Array, shape: tuple[int, int]) -> Array:
 
 
 def is_per_block(scale: Array, shape: tuple[int, int]) -> bool:
-    """Whether the scales of an (out, in) matrix are one per 128x128 block."""
+    """Return whether the scales of an (out, in) matrix are one per 128x128 block."""
     return scale.shape == (-(-shape[0] // BLOCK), -(-shape[1] // BLOCK))
 
 
 def is_grouped(x_scale: Array, columns: int) -> bool:
-    """Whether activations [m, columns] have a scale per 128 columns, [m, ceil(columns / 128)]."""
+    """Return whether activations [m, columns] have scales [m, ceil(columns / 128)]."""
     return x_scale.ndim == 2 and x_scale.shape[1] == -(-columns // BLOCK) != 1
 
 
 def dequantize_activations(x: Array, x_scale: Array) -> Array:
-    """float32 [m, in] of codes [m, in] and scales [m, ceil(in / 128)], [m, 1] or []."""
+    """Return float32 [m, in] of codes [m, in] and scales [m, ceil(in / 128)], [m, 1] or []."""
     if is_grouped(x_scale, x.shape[1]):
         x_scale = jnp.repeat(x_scale, BLOCK, axis=1)[:, : x.shape[1]]
     return x.astype(jnp.float32) * x_scale
@@ -59,8 +59,11 @@ def fp8_matmul(
 
 
 def quantize_groups(h: Array) -> tuple[Array, Array]:
-    """[m, n] to float8_e4m3fn codes [m, n] and float32 scales [m, n / 128], absmax / 448 of each
-    row's 128 columns; 1 where all are zero, or so small (`MIN_ABSMAX`) that they become it."""
+    """Quantise h [m, n] by rows and groups of 128 columns.
+
+    Returns float8_e4m3fn codes [m, n] and float32 scales [m, n / 128]: absmax / 448, or 1 where all
+    of the group is zero, or so small (`MIN_ABSMAX`) that it becomes zero.
+    """
     groups = h.astype(jnp.float32).reshape(h.shape[0], -1, BLOCK)
     absmax = jnp.max(jnp.abs(groups), axis=2)
     scale = jnp.where(absmax < MIN_ABSMAX, 1.0, absmax / e4m3.MAX)

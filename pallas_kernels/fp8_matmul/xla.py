@@ -1,12 +1,10 @@
-"""`fp8_matmul` as XLA runs it fast: on the tensor cores as FP8, elsewhere by blocks of rows.
+"""`fp8_matmul` in the forms that XLA runs fast: FP8 on tensor cores, or block by block of rows.
 
-Two formulations:
-
-- FP8 activations, enough of them, and one scale per row: a float8 x float8 dot, which XLA's GPU
-  backend hands to cuBLASLt's FP8 matmul.
-- Everything else: a loop that widens some rows of the weight (`block_rows`), multiplies, and goes
-  on, so that no more than a block ever exists in a wider type. On a GPU that is bfloat16 wherever
-  activations fit it, for its tensor cores: in float32 it multiplies at a fifteenth of their rate.
+- With FP8 activations, enough rows, and one scale per row, it is a float8 x float8 dot, which XLA's
+  GPU backend hands to cuBLASLt's FP8 matmul.
+- Otherwise a loop upcasts some rows of the weight (`block_rows`) and multiplies, so that only one
+  block at a time exists in a wider type. On a GPU that is bfloat16 wherever activations fit it, for
+  the tensor cores: in float32 a GPU multiplies at a fifteenth of their rate.
 """
 
 import operator
@@ -26,13 +24,13 @@ from pallas_kernels.fp8_matmul.reference import (
     quantize_groups,
 )
 
-# What is widened at a time: in float32, what the level-2 caches of a few cores hold; on a GPU, in
-# bfloat16, what its level-2 cache does (50 MB of an H200's), and enough for its multiprocessors.
+# How much is upcast at a time: in float32, what the L2 caches of a few cores hold; on a GPU, in
+# bfloat16, what its L2 cache holds (50 MB on an H200), which is enough for its SMs.
 _BLOCK_ELEMENTS, _BLOCK_ELEMENTS_ON_GPU = 1 << 20, 1 << 24
-# From this many activation rows on, XLA multiplies in bf16 faster than in float32 on a CPU that has
-# bf16 dot products; before, putting the weight into their order takes longer than the product.
+# From this many activation rows on, XLA multiplies faster in bf16 than in float32 on a CPU that has
+# bf16 dot products; with fewer, bringing the weight into their order takes longer than the product.
 MIN_ROWS_FOR_BF16 = 9
-# cuBLASLt's FP8 matmul is taken from this many rows on; with fewer, XLA widens the weight instead.
+# From this many rows on, XLA takes cuBLASLt's FP8 matmul; with fewer, it upcasts the weight.
 MIN_ROWS_FOR_FP8_DOT = 16
 
 
@@ -60,7 +58,10 @@ def fp8_matmul(
 
 
 def ungrouped(x: Array, x_scale: Array, out_dtype: jnp.dtype) -> Array:
-    """x times its scales per token and 128 columns; bfloat16, or float32 if the result is."""
+    """Multiply x by its scales per token and 128 columns.
+
+    Returns bfloat16, or float32 if the result is.
+    """
     wide = jnp.float32 if out_dtype == jnp.float32 else jnp.bfloat16
     return dequantize_activations(x, x_scale).astype(wide)
 
@@ -74,18 +75,21 @@ def swiglu(
 
 
 def block_rows(columns: int) -> int:
-    """Rows of a weight of so many columns that are widened at a time, a multiple of 128."""
+    """Return how many rows of a weight are upcast at a time, a multiple of 128."""
     elements = _BLOCK_ELEMENTS_ON_GPU if device.platform() == "gpu" else _BLOCK_ELEMENTS
     return max(1, elements // columns // BLOCK) * BLOCK
 
 
 def by_row_blocks(x: Array, weight: Array, weight_scale: Array | None) -> Array:
-    """x @ weight.T in float32, widening at most `block_rows` rows of the weight at a time.
+    """Compute x @ weight.T, upcasting at most `block_rows` rows of the weight at a time.
 
-    x: [m, in]; weight: [out, in] of any float dtype or e4m3fn bits; weight_scale: as in
-    `fp8_matmul`, None for a weight without scales. Products are taken in bfloat16 on a GPU where x
-    fits it, even if code * block scale has to be rounded, and on a CPU where both sides are, or
-    fit, bfloat16 and there are enough rows; in float32 otherwise. Returns float32 [m, out].
+    On a GPU products are bfloat16 where x fits it, even if code * block scale has to be rounded. On
+    a CPU they are if both sides fit it and there are enough rows. Otherwise they are float32.
+
+    x: [m, in].
+    weight: [out, in], of any float dtype, or e4m3fn bits.
+    weight_scale: as in `fp8_matmul`; None for a weight without scales.
+    Returns float32 [m, out].
     """
     rows, columns = weight.shape
     per_block = weight_scale is not None and is_per_block(weight_scale, (rows, columns))
@@ -116,8 +120,8 @@ def by_row_blocks(x: Array, weight: Array, weight_scale: Array | None) -> Array:
         products = (product_with(*pair) for pair in zip(*groups, strict=True))
         return reduce(operator.add, map(operator.mul, products, scales))
 
-    # What does not depend on x, XLA would do for all layers of a model at its beginning, and keep
-    # until it is needed; behind the barrier it does.
+    # XLA would hoist work that does not depend on x to the start of the program for all layers, and
+    # keep the results live; the barrier ties it to x.
     shape = (rows, x.shape[0]) if weight_first else (x.shape[0], rows)
     y, weight, x = lax.optimization_barrier((jnp.zeros(shape), weight, x))
     axis = 0 if weight_first else 1
@@ -139,7 +143,10 @@ def by_row_blocks(x: Array, weight: Array, weight_scale: Array | None) -> Array:
 
 
 def dot(x: Array, weight: Array) -> Array:
-    """x [m, in] @ weight [out, in].T in float32, both of one dtype; the order is the CPU's."""
+    """Compute x [m, in] @ weight [out, in].T in float32, in the order that a CPU is fastest at.
+
+    Both have the same dtype.
+    """
     if not _is_weight_first(x):
         return _dot(x, weight)
     # XLA would turn a transposed product into one with the operands exchanged.
@@ -147,13 +154,16 @@ def dot(x: Array, weight: Array) -> Array:
 
 
 def _is_weight_first(x: Array) -> bool:
-    """Whether weight x activations is faster than the reverse: the second operand is copied into
-    another order first, and tiles have more rows than columns."""
+    """Return whether weight x activations is faster than the reverse.
+
+    XLA copies the second operand into another order first, and its tiles have more rows than
+    columns.
+    """
     return x.shape[0] <= 128 and (x.dtype == jnp.float32 or x.shape[0] >= 24)
 
 
 def _dot(a: Array, b: Array) -> Array:
-    """[m, k] x [n, k] -> float32 [m, n], products in their dtype."""
+    """Multiply [m, k] by [n, k], in their dtype. Returns float32 [m, n]."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return lax.dot_general(
         a, b, (((1,), (1,)), ((), ())),
