@@ -1,18 +1,19 @@
-"""How fast the kernels are, by the GPU's own clock, against the hardware's floor.
+"""Times the kernels by the GPU's own clock, against the hardware's floor.
 
     python -m pallas_kernels.dev.bench                     the 8B model on one GPU
     python -m pallas_kernels.dev.bench --only "70B TP4"    cases by their names
-    python -m pallas_kernels.dev.bench --rivals "m=2048"   cases of that name also beside XLA's path
-    python -m pallas_kernels.dev.bench --check             results alone, no times
-    python -m pallas_kernels.dev.bench --simulate          the same of tiny shapes, on any machine
+    python -m pallas_kernels.dev.bench --rivals "m=2048"   cases of that name also as XLA runs them
+    python -m pallas_kernels.dev.bench --check             results only, no times
+    python -m pallas_kernels.dev.bench --simulate          results of tiny shapes, on any machine
 
-All programs are compiled first, in threads. Then a case's result is compared with a float32
+All programs are compiled first, in threads. Then each case's result is compared with a float32
 reference, and its calls run under the profiler, over inputs that together exceed the L2 cache
-several times. What a call takes is what its kernels and copies take in the device's record
-(`device_trace`), each by its median. The floor is what a problem's operations take at the tensor
-cores' published peak, or its bytes at the bandwidth of a copy in this run, whichever is longer.
-XLA's own path is cuBLASLt's FP8 matmul where that applies, and cuDNN's attention for whole prompts:
-"x xla" compares all that it launches, "x kernel" the longest of its kernels with ours.
+several times. The time of a call is that of its kernels and copies in the device's record
+(`device_trace`), the median of each. The floor is the time of a problem's operations at the tensor
+cores' published peak, or of its bytes at the bandwidth of a copy in this run, whichever is longer.
+The baselines are what XLA runs, which is cuBLASLt's FP8 matmul where that applies, and cuDNN's
+attention for whole prompts. "x xla" compares all that a baseline launches with all that we launch,
+"x kernel" the longest kernel of each.
 """
 
 import argparse
@@ -51,15 +52,18 @@ RIVALS = ("xla", "cudnn")
 
 ROWS = (1, 16, 64, 512, 2048, 8192)
 L2_BYTES = 50 * 2**20
-# Inputs of one call after another: they exceed the L2 cache four times, and leave room in memory.
+# Calls take different inputs in turn, which exceed the L2 cache four times, but not the memory.
 MAX_INPUTS, MAX_INPUT_BYTES = 24, 16 * 2**30
-# What is recorded of a program: about so many seconds.
+# A program is recorded for about this long.
 RECORDED_SECONDS = 0.03
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel or copy in a call: how often, and what all of them take."""
+    """A kernel or copy in a call.
+
+    count: how often a call launches it. seconds: of all of these together.
+    """
 
     name: str
     count: float
@@ -68,21 +72,24 @@ class Launch:
 
 @dataclass(frozen=True)
 class Timing:
-    """A call of a program. seconds: all that it launches. launches: the longest first; empty where
-    the device keeps no record and the time is the host's."""
+    """The time of a call of a program.
+
+    seconds: of all that it launches.
+    launches: the longest first; empty if the device keeps no record, and the time is the host's.
+    """
 
     seconds: float
     launches: tuple[Launch, ...] = ()
 
     @property
     def kernel_seconds(self) -> float:
-        """Of the longest kernel alone, without what is launched around it."""
+        """The time of the longest kernel, without what is launched around it."""
         return self.launches[0].seconds if self.launches else self.seconds
 
 
 @dataclass(frozen=True)
 class Result:
-    """floor_seconds: of one call. error: as in `Case`."""
+    """What was measured of a case. floor_seconds: of one call. error: as in `Case`."""
 
     name: str
     timing: Timing
@@ -114,7 +121,7 @@ HEADER = (
 
 
 def cases(rows: Sequence[int] = ROWS, only: str = "") -> Iterator[Case]:
-    """The cases of all families in whose name the regular expression `only` is found."""
+    """Yield the cases of all families in whose names the regular expression `only` is found."""
     for family in FAMILIES:
         for case in import_module(family).cases(rows):
             if re.search(only, case.name):
@@ -122,7 +129,7 @@ def cases(rows: Sequence[int] = ROWS, only: str = "") -> Iterator[Case]:
 
 
 def tiny_cases(only: str = "") -> Iterator[Case]:
-    """As `cases`, some of each family that are small enough for the simulator."""
+    """Yield some cases of each family that are small enough for the simulator."""
     for family in FAMILIES:
         for case in import_module(family).tiny_cases():
             if re.search(only, case.name):
@@ -132,7 +139,10 @@ def tiny_cases(only: str = "") -> Iterator[Case]:
 def measure(
     functions: Mapping[Any, Callable[..., Any]], inputs: Sequence[tuple[Array, ...]]
 ) -> dict[Any, float]:
-    """Seconds of a call of each function, which are compiled in threads before any is timed."""
+    """Return the seconds of a call of each function.
+
+    The functions are compiled in threads before any is timed.
+    """
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return jax.jit(function).lower(*inputs[0]).compile()
@@ -143,7 +153,7 @@ def measure(
 
 
 def timed(program: Callable[..., Any], inputs: Sequence[tuple[Array, ...]]) -> Timing:
-    """What a call of a compiled program takes. inputs: the arguments of one call after another."""
+    """Time a compiled program. inputs: the arguments of one call after another."""
 
     def calls(rounds: int) -> Any:
         for _ in range(rounds):
@@ -169,26 +179,26 @@ def timed(program: Callable[..., Any], inputs: Sequence[tuple[Array, ...]]) -> T
 
 
 def num_inputs(case: Case) -> int:
-    """For enough calls that none finds its own arguments in the L2 cache."""
+    """Return how many inputs it takes that no call finds its own arguments in the L2 cache."""
     least = 1 + 4 * L2_BYTES // case.bytes
     return max(1, min(least, MAX_INPUTS, MAX_INPUT_BYTES // case.bytes))
 
 
 def inputs_of(case: Case, make: Callable[..., Any] | None = None) -> list[tuple[Array, ...]]:
-    """Arguments for `num_inputs` calls. make: `case.arguments`, compiled."""
+    """Make arguments for `num_inputs` calls. make: `case.arguments`, compiled."""
     keys = jax.random.split(jax.random.key(0), num_inputs(case))
     return [(make or jax.jit(case.arguments))(key) for key in keys]
 
 
 def copy_bandwidth(size: int = 2**30) -> float:
-    """Bytes read and written per second by a copy of so many."""
+    """Return the bytes that a copy of `size` bytes reads and writes per second."""
     inputs = [(jnp.full(size // 4, i, jnp.int32),) for i in range(2)]
     (seconds,) = measure({"copy": lambda x: x + 1}, inputs).values()
     return 2 * inputs[0][0].nbytes / seconds
 
 
 def checked(case: Case, error: float) -> float:
-    """The error. Raises ValueError if it is above the tolerance, or not a number."""
+    """Return the error. Raises ValueError if it is above the tolerance, or not a number."""
     if not error <= case.tolerance:
         raise ValueError(
             f"{case.kernel} is wrong for {case.name}: its error is {error:.1e} of the result, "
@@ -199,7 +209,7 @@ def checked(case: Case, error: float) -> float:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A case's compiled programs. rivals: those that compile here."""
+    """A case's compiled programs. rivals: the baselines that compile here."""
 
     case: Case
     arguments: Callable[..., Any]
@@ -209,7 +219,10 @@ class Prepared:
 
 
 def prepare(case: Case, with_rivals: bool) -> Prepared:
-    """Compile all that a case needs. cuDNN may be missing, or too old: that is said, no error."""
+    """Compile all that a case needs.
+
+    A baseline that does not compile is no error, but is reported: cuDNN may be missing or too old.
+    """
     key = jax.random.key(0)
     structs = jax.eval_shape(case.arguments, key)
     rivals = {}
@@ -238,20 +251,20 @@ def run(prepared: Prepared, bytes_per_second: float) -> Result:
 
 
 def on_simulator(case: Case) -> Case:
-    """The case with its kernel in JAX's GPU simulator."""
+    """Return the case with its kernel in JAX's GPU simulator."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     return replace(case, run=partial(case.run, interpret=plgpu.InterpretGPUParams()))
 
 
 def check(case: Case) -> str:
-    """A row of the table of errors. Raises ValueError if the result is wrong."""
+    """Check a case. Returns a row of the table of errors. Raises ValueError for a wrong result."""
     error = checked(case, case.error(jax.jit(case.run), case.arguments(jax.random.key(0))))
     return f"{case.kernel:<24}{case.name:<64}{error:>10.1e}"
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The arguments that choose cases."""
+    """Return a parser of the arguments that choose cases."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument(
         "--only", default="8B TP1|^tiny", help="a regular expression, found in their names"
@@ -263,8 +276,10 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def in_time(cases: Iterable[Case], seconds: float, start: float | None = None) -> Iterator[Case]:
-    """Those whose turn comes within so many seconds from `start`, by default now; what is left out
-    is said."""
+    """Yield the cases whose turn comes within `seconds` from `start`, by default now.
+
+    Prints a line if some are left out.
+    """
     start = time.monotonic() if start is None else start
     for case in cases:
         if time.monotonic() - start > seconds:
@@ -274,7 +289,10 @@ def in_time(cases: Iterable[Case], seconds: float, start: float | None = None) -
 
 
 def each(cases: Iterable[Case], do: Callable[[Case], Any]) -> tuple[list[Any], list[str]]:
-    """Print what `do` gives for each case. Returns that, and what went wrong, without stopping."""
+    """Print what `do` returns for each case; a failure does not stop the others.
+
+    Returns the results and the failures.
+    """
     done, failures = [], []
     for case in cases:
         try:
@@ -316,9 +334,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure_all(
     cases: Sequence[Case], rivals: str | None, seconds: float, json_path: Path | None
 ) -> list[str]:
-    """Print and, if there is a path, write results. Returns what went wrong.
+    """Print results and, if there is a path, write them. Returns the failures.
 
-    rivals: a regular expression for the names of the cases that are put beside XLA's path.
+    rivals: a regular expression for the names of the cases whose baselines are timed too; None for
+        no case.
     """
     start = time.monotonic()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -333,7 +352,7 @@ def measure_all(
     print(HEADER)
 
     def measured(case: Case) -> Result:
-        # Let go of afterwards: a case's programs and their memory.
+        # Popped, so that a case's programs and their memory are freed afterwards.
         return run(prepared.pop(case.name).result(), bandwidth)
 
     results, failures = each(in_time(cases, seconds, start), measured)

@@ -1,4 +1,4 @@
-"""What `pallas_kernels.dev.bench` checks and times, and what `pallas_kernels.dev.tune` tunes."""
+"""A case: a problem that `pallas_kernels.dev` checks, times and tunes a kernel on."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +17,18 @@ BF16_OPERATIONS_PER_SECOND = 989e12
 class Case:
     """A kernel and a problem for it.
 
-    kernel, problem: what its tuned configurations are filed under.
+    kernel, problem: what its tuned configuration is filed under.
     name: what people call it.
-    operations, bytes: what cannot be done without; an addition and a product are two operations.
+    operations, bytes: the least that any kernel has to do and to move; a multiply-add is two
+        operations.
     peak: operations per second of the unit that does them.
-    arguments: random ones, for a key.
-    run: the kernel, with the keyword arguments config and interpret. reference: the same for the
-        same arguments.
-    rivals: what does the same work for these arguments, by name: "xla", "cudnn".
-    value: what `run` returns as one array of numbers.
-    tolerance: of the error's norm over the reference's.
-    configs: to try for tuning.
+    arguments: makes random arguments from a key.
+    run: the kernel, with keyword arguments config and interpret.
+    reference: computes the same from the same arguments.
+    rivals: baselines, which do the same work for these arguments, by name: "xla", "cudnn".
+    value: brings what `run` returns into one array of numbers.
+    tolerance: the largest ratio of the error's norm to the reference's.
+    configs: the configurations to try.
     """
 
     kernel: str
@@ -45,11 +46,11 @@ class Case:
     configs: Sequence[Any]
 
     def floor(self, bytes_per_second: float) -> float:
-        """Seconds that no kernel can go below."""
+        """Return the seconds that no kernel can go below."""
         return max(self.operations / self.peak, self.bytes / bytes_per_second)
 
     def expected(self, *arguments: Any) -> Array:
-        """What the reference gives, as `value`."""
+        """Return the reference's `value`."""
         return self.value(self.reference(*arguments))
 
     def error(
@@ -58,7 +59,7 @@ class Case:
         arguments: tuple[Array, ...],
         expected: Callable[..., Array] | None = None,
     ) -> float:
-        """The norm of the difference to the reference, over the reference's norm.
+        """Return the norm of the difference to the reference, over the reference's norm.
 
         expected: the method of that name, compiled.
         """

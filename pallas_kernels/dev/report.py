@@ -1,9 +1,9 @@
-"""What the compiler makes of the kernels: registers, shared memory, instructions. Needs no GPU.
+"""Reports what the compiler makes of the kernels: registers, shared memory, instructions.
 
     python -m pallas_kernels.dev.report                    kernels of the 8B model
     python -m pallas_kernels.dev.report --only "70B TP4"   of other cases of `dev.bench`
 
-Kernels of one machine code are one row. Needs the extra `aot`.
+Kernels with the same machine code are one row. Needs the extra `aot`, but no GPU.
 """
 
 import argparse
@@ -24,17 +24,19 @@ ONLY = (
 )
 ROWS = (1, 16, 64, 512, 8192)
 MATRIX_OPCODES = ("QGMMA", "HGMMA")
-# CUDA C++ programming guide, compute capability 9.0: of a multiprocessor.
+# Of an SM (CUDA C++ programming guide, compute capability 9.0).
 REGISTERS, SHARED_BYTES, SHARED_BYTES_PER_BLOCK = 65_536, 233_472, 1024
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cuda-nvcc")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel. case: the first it was compiled for.
+    """One kernel.
 
-    blocks: that a multiprocessor has room for. loop: instructions of the shortest loop with a
-    matrix instruction, none if there is no such loop; instructions: of all. See `sm90.Kernel`.
+    case: the first one that it was compiled for.
+    blocks: how many an SM has room for.
+    instructions: counts in the whole kernel. loop: counts in the shortest loop with a matrix
+        instruction, empty if there is none. See `sm90.Kernel`.
     """
 
     kernel: str
@@ -63,7 +65,7 @@ HEADER = (
 
 
 def rows(cases: Iterable[Case]) -> Iterator[Row]:
-    """Of each kernel that is not the same as an earlier one."""
+    """Yield a row for each kernel that differs from all earlier ones."""
     seen = set()
     for case in cases:
         arguments = jax.eval_shape(case.arguments, jax.random.key(0))

@@ -9,7 +9,10 @@ HEAD_DIM = 128
 
 @dataclass(frozen=True)
 class Model:
-    """tensor_parallel: over how many GPUs its layers are commonly spread."""
+    """A model's sizes.
+
+    tensor_parallel: numbers of GPUs over which its layers are commonly spread.
+    """
 
     hidden: int
     intermediate: int
@@ -40,7 +43,7 @@ class Linear:
 
 
 def linears() -> Iterator[Linear]:
-    """Every matrix of every model: heads, inner features and vocabulary are what is divided."""
+    """Yield every matrix of every model; heads, the FFN dim and the vocabulary are divided."""
     for name, model in MODELS.items():
         for parts in model.tensor_parallel:
             queries = model.heads * HEAD_DIM // parts
@@ -58,7 +61,7 @@ def linears() -> Iterator[Linear]:
 
 @dataclass(frozen=True)
 class Launch:
-    """One x times several weights: ns are the rows of each, k is what they have in common."""
+    """One x times several weights [n_i, k]. ns: the rows of each weight."""
 
     name: str
     ns: tuple[int, ...]
@@ -84,7 +87,7 @@ def launches() -> Iterator[Launch]:
 
 @dataclass(frozen=True)
 class Heads:
-    """Of a layer on one GPU: num_heads of queries, num_kv_heads of keys and values."""
+    """The heads of a layer on one GPU: num_heads of queries, num_kv_heads of keys and values."""
 
     model: str
     tensor_parallel: int
@@ -98,7 +101,7 @@ class Heads:
 
 
 def heads() -> Iterator[Heads]:
-    """Of every model, and of Llama 3.2 1B, where they are half as wide."""
+    """Yield the heads of every model, and those of Llama 3.2 1B, which are half as wide."""
     for name, model in MODELS.items():
         for parts in model.tensor_parallel:
             yield Heads(name, parts, model.heads // parts, model.kv_heads // parts, HEAD_DIM)

@@ -1,11 +1,12 @@
-"""Compile for an H200 on a machine without one, and read what the compiler did with each kernel.
+"""Compiles for an H200 on a machine without one, and reads what the compiler did with each kernel.
 
     compiled = sm90.compile(step, spec, cache)         # whole graphs: memory, aliasing, HLO text
     for kernel in sm90.kernels(fp8_matmul, x, weight): # Mosaic GPU kernels: registers, SASS
         assert kernel.spill_bytes == 0 and kernel.count("QGMMA")
 
-Arguments are arrays or `jax.ShapeDtypeStruct`s; nothing is run. Needs the extra `aot` (the CUDA
-plugin of jax, ptxas, libdevice and nvdisasm; no driver). `unavailable()` says what is missing.
+Arguments are arrays or `jax.ShapeDtypeStruct`s, and nothing is run. This needs the extra `aot` (the
+CUDA plugin of jax, ptxas, libdevice and nvdisasm), but no driver. `unavailable()` says what is
+missing.
 """
 
 import collections
@@ -24,7 +25,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
-# What XLA asks of a device when it compiles for it: the published limits of compute capability 9.0
+# What XLA has to know of a device to compile for it: the published limits of compute capability 9.0
 # (CUDA C++ programming guide, "Technical specifications per compute capability") and of the H200.
 _H200 = """
 platform_name: "CUDA"
@@ -63,8 +64,8 @@ gpu_device_info {
 """
 
 
-# Under `jax.sharding.use_abstract_mesh(H200)` lowering, which is not told the target, takes an
-# H200's kernels and knows how many multiprocessors there are.
+# Lowering is not told its target. Under `jax.sharding.use_abstract_mesh(H200)` it takes the kernels
+# of an H200, and knows the number of SMs.
 H200 = AbstractMesh(
     (), (), abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
 )
@@ -74,14 +75,14 @@ H200 = AbstractMesh(
 class Kernel:
     """One compiled Mosaic GPU kernel.
 
-    threads: of a block. registers: per thread, what ptxas allots before warpgroups redistribute
-        them.
+    threads: of a block.
+    registers: per thread, as ptxas allots them before warpgroups redistribute them.
     spill_bytes: stores and loads of registers that did not fit, together.
-    shared_bytes: dynamic shared memory of a block, barriers included.
-    instructions: SASS opcode without its suffixes to the number of its occurrences in the listing
-        (a loop's body counts once). QGMMA is a warpgroup's FP8 matrix instruction, HGMMA the 16-bit
-        one; UTMALDG and UTMASTG are TMA loads and stores; HMMA or FFMA in a matrix kernel mean a
-        slow path, LDL and STL spills.
+    shared_bytes: dynamic shared memory of a block, with barriers.
+    instructions: how often each SASS opcode, without its suffixes, occurs in the listing (a loop's
+        body counts once). QGMMA is a warpgroup's FP8 matrix instruction, HGMMA the 16-bit one;
+        UTMALDG and UTMASTG are TMA loads and stores. HMMA or FFMA in a matrix kernel mean a slow
+        path, LDL and STL spills.
     losses: ptxas' remarks on performance, such as matrix instructions that it had to serialise.
     ptx, sass: the listings; sass has the scheduler's control codes in front.
     """
@@ -100,13 +101,13 @@ class Kernel:
         return self.instructions.get(opcode, 0)
 
     def loop(self, opcode: str) -> Mapping[str, int]:
-        """As `instructions`, of the shortest loop that `opcode` is in; empty if it is in none."""
+        """Count the instructions of the shortest loop with `opcode`; empty if it is in none."""
         found = (_counted(loop) for loop in _loops(self.sass.splitlines()))
         return min((each for each in found if opcode in each), key=lambda c: c.total(), default={})
 
 
 def unavailable() -> str | None:
-    """Why nothing can be compiled for sm_90a here; None if it can."""
+    """Say why nothing can be compiled for sm_90a here; None if it can."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         return "the CUDA plugin of jax is missing: install the extra aot"
     for tool in ("ptxas", "nvdisasm"):
@@ -117,7 +118,7 @@ def unavailable() -> str | None:
 
 @cache
 def devices(count: int = 1) -> tuple[jax.Device, ...]:
-    """Descriptions of the H200s of one host, for shardings of arguments; nothing runs on them.
+    """Return descriptions of the H200s of one host, for arguments' shardings; nothing runs on them.
 
     Raises RuntimeError if `unavailable()`.
     """
@@ -131,7 +132,7 @@ def devices(count: int = 1) -> tuple[jax.Device, ...]:
 
 
 def compile(function: Callable[..., Any], *args: Any, **jit_options: Any) -> jax.stages.Compiled:
-    """`jax.jit(function, **jit_options)` compiled for an H200.
+    """Compile `jax.jit(function, **jit_options)` for an H200.
 
     args: trees of arrays or ShapeDtypeStructs. Structs without a sharding, and arrays, go to one
     H200; for several, give structs shardings over a mesh of `devices(count)`.
@@ -148,13 +149,13 @@ def compile(function: Callable[..., Any], *args: Any, **jit_options: Any) -> jax
 
 
 def kernels(function: Callable[..., Any], *args: Any) -> list[Kernel]:
-    """The Mosaic GPU kernels of `function`, in the order in which they were compiled.
+    """Return the Mosaic GPU kernels of `function`, in the order in which they were compiled.
 
     args: as in `compile`.
     """
     with tempfile.TemporaryDirectory() as folder:
         with _dumps_in(folder):
-            # A kernel that this process compiled before would not be compiled, and dumped, again.
+            # A kernel in JAX's caches would not be compiled, and dumped, again.
             jax.clear_caches()
             compile(function, *args)
         ptx = sorted(Path(folder).glob("*.ptx"), key=lambda path: path.stat().st_mtime_ns)
@@ -162,7 +163,7 @@ def kernels(function: Callable[..., Any], *args: Any) -> list[Kernel]:
 
 
 def _cuda_root() -> Path:
-    """Where Mosaic GPU looks for ptxas."""
+    """Return the directory where Mosaic GPU looks for ptxas."""
     from jax.experimental.mosaic.gpu import core
 
     return Path(core.cuda_root)
@@ -170,7 +171,7 @@ def _cuda_root() -> Path:
 
 @contextlib.contextmanager
 def _dumps_in(folder: str) -> Iterator[None]:
-    """Mosaic GPU reads the variable each time that it compiles a kernel."""
+    """Have kernels dumped; Mosaic GPU reads the variable each time that it compiles one."""
     os.environ["MOSAIC_GPU_DUMP_TO"] = folder
     try:
         yield
@@ -196,7 +197,7 @@ def _read(ptx: Path) -> Kernel:
 
 
 def _loops(sass: list[str]) -> Iterator[list[str]]:
-    """Bodies of natural loops: what reaches a jump back without passing the loop's head."""
+    """Yield the bodies of natural loops: what reaches a jump back without passing the head."""
     blocks: list[list[str]] = [[]]
     labels = {}
     for line in sass:
@@ -212,7 +213,7 @@ def _loops(sass: list[str]) -> Iterator[list[str]]:
         last = block[-1] if block else ""
         if to := re.search(r"BRA\S* .*`\((\S+)\)", last):
             before[labels[to.group(1)]].add(i)
-        if not re.search(r"\*/\s+(BRA `|EXIT)", last):  # neither is there a condition
+        if not re.search(r"\*/\s+(BRA `|EXIT)", last):  # it may go on with the next block
             before[i + 1].add(i)
     for head in range(1, len(blocks)):
         for end in (each for each in before[head] if each >= head):

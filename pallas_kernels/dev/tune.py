@@ -1,7 +1,7 @@
-"""Measure configurations of the kernels, and keep the fastest: python -m pallas_kernels.dev.tune.
+"""Measures configurations of the kernels and keeps the fastest: python -m pallas_kernels.dev.tune.
 
 Writes the table that `pallas_kernels.tuned` reads, tuned/<device>.json, after each problem, so that
-a run may be stopped; problems that it holds are measured again with `--again` alone.
+a run may be stopped. Problems that it has already are only measured again with `--again`.
 """
 
 import sys
@@ -20,8 +20,9 @@ ROWS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 def tune(case: Case, measure: Callable[..., Mapping[Any, float]] = bench.measure) -> dict[str, Any]:
-    """The fastest of a case's configurations: its fields, its time and that of the slowest.
+    """Find the fastest of a case's configurations.
 
+    Returns its fields, its time and that of the slowest.
     Raises ValueError if a configuration gives wrong results.
     """
     inputs = bench.inputs_of(case)
@@ -35,7 +36,7 @@ def tune(case: Case, measure: Callable[..., Mapping[Any, float]] = bench.measure
 
 
 def checked_runs(case: Case, arguments: tuple[Any, ...]) -> Mapping[Any, Callable[..., Any]]:
-    """A case's kernel by configuration. Raises ValueError if one gives wrong results."""
+    """Return a case's kernel by configuration. Raises ValueError if one gives wrong results."""
     runs = {config: partial(case.run, config=config) for config in case.configs}
     for function in runs.values():
         bench.checked(case, case.error(jax.jit(function), arguments))

@@ -1,4 +1,4 @@
-"""What `pallas_kernels.dev.bench` and `pallas_kernels.dev.tune` run of the FP8 x FP8 kernels."""
+"""The problems that `pallas_kernels.dev` checks, times and tunes the FP8 x FP8 kernels on."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -19,16 +19,18 @@ from pallas_kernels.fp8_matmul.reference import BLOCK
 Layout = Literal["row", "block"]
 LAYOUTS: tuple[Layout, ...] = ("row", "block")
 BF16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
-# Tensor cores add with about 14 bits: a sum of 14,336 products is 448 additions, each off by up to
-# 2^-14 of what has been added up so far.
+# Tensor cores add with about 14 bits. A sum of 14,336 products takes 448 additions, each off by up
+# to 2^-14 of the sum so far.
 TOLERANCE = 0.02
-# A code that is rounded the other way is off by a step of e4m3fn, 2^-3 of its value at most.
+# A code that is rounded the other way is off by a step of e4m3fn, at most 2^-3 of its value.
 SWIGLU_TOLERANCE = 0.04
 
 
 def cases(rows: Sequence[int]) -> Iterator[Case]:
-    """Every linear of every model; gate_proj also together with up_proj, down_proj also with the
-    scales that `swiglu` gives; and q, k and v in one launch."""
+    """Yield every linear layer of every model, and q, k and v in one launch.
+
+    gate_proj comes alone and with up_proj, down_proj also with scales as `swiglu` makes them.
+    """
     for launch, layout, m in itertools.product(launches(), LAYOUTS, rows):
         if len(set(launch.ns)) > 1:
             yield matmuls(launch, m, layout)
@@ -41,7 +43,7 @@ def cases(rows: Sequence[int]) -> Iterator[Case]:
 
 
 def tiny_cases() -> Iterator[Case]:
-    """For the simulator."""
+    """Yield cases for the simulator."""
     tiny = Linear("tiny", 1, "linear", 256, 384)
     yield matmul(tiny, 1, "row")
     yield matmul(tiny, 65, "block")
@@ -51,7 +53,10 @@ def tiny_cases() -> Iterator[Case]:
 
 
 def matmul(linear: Linear, m: int, layout: Layout, *, x_grouped: bool = False) -> Case:
-    """x [m, k] with a scale per row or, x_grouped, per row and 128 columns; a bfloat16 result."""
+    """Return a matmul with a bfloat16 result.
+
+    x_grouped: x [m, k] has a scale per row and 128 columns, instead of one per row.
+    """
     n, k = linear.n, linear.k
     x_groups = k // BLOCK if x_grouped else 1
     return _case(
@@ -69,7 +74,7 @@ def matmul(linear: Linear, m: int, layout: Layout, *, x_grouped: bool = False) -
 
 
 def matmuls(launch: Launch, m: int, layout: Layout) -> Case:
-    """x [m, k] with a scale per row, and several weights; bfloat16 results."""
+    """Return a launch of several weights with bfloat16 results; x [m, k] has a scale per row."""
 
     def each(multiply: Callable[..., Array], dtype: jnp.dtype) -> Callable[..., list[Array]]:
         def run(
@@ -98,7 +103,7 @@ def matmuls(launch: Launch, m: int, layout: Layout) -> Case:
 
 
 def swiglu(linear: Linear, m: int, layout: Layout) -> Case:
-    """linear: gate_proj, and an up_proj like it."""
+    """Return a `swiglu`. linear: gate_proj, and an up_proj like it."""
     n, k = linear.n, linear.k
     return _case(
         m, (n,), k, lambda key: _arguments(key, m, (n, n), k, layout, x_groups=1),
@@ -124,7 +129,7 @@ def _case(
     result_bytes: int,
     **rest: Any,
 ) -> Case:
-    """ns: of each product of the launch. weights: of each product."""
+    """Return a case. ns: rows of each product's weight. weights: how many each product has."""
     structs = jax.tree.leaves(jax.eval_shape(arguments, jax.random.key(0)))
     return Case(
         problem=hopper_config.tuned_as(m, ns, k, promote=promote),
@@ -140,7 +145,7 @@ def _case(
 def _arguments(
     key: Array, m: int, ns: Sequence[int], k: int, layout: Layout, x_groups: int
 ) -> tuple[Array, ...]:
-    """x, each weight and its scale, x_scale; results of order 1."""
+    """Return x, each weight and its scale, and x_scale; results are of order 1."""
     keys = iter(jax.random.split(key, 2 + 2 * len(ns)))
 
     def codes(*shape: int) -> Array:
@@ -159,8 +164,8 @@ def _arguments(
 
 
 def _configs(m: int, *, promote: bool, weights: int) -> list[Config]:
-    """What may be fastest: each tile with the deepest ring that fits, and the deepest one whose
-    slots a mask finds."""
+    """Return what may be fastest: each tile with the deepest ring that fits, and with the deepest
+    one whose slots are a power of two, so that a mask finds them."""
     tiles = itertools.product((64, 128), (64, 128, 256), (1, 2))
     found = []
     for tile_m, tile_n, cluster in tiles:

@@ -1,4 +1,4 @@
-"""What `pallas_kernels.dev.bench` and `pallas_kernels.dev.tune` run of the weight-only kernel."""
+"""The problems that `pallas_kernels.dev` checks, times and tunes the weight-only kernel on."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -31,14 +31,14 @@ from pallas_kernels.fp8_matmul.terms import Parts, Terms, two_terms
 Layout = Literal["row", "block"]
 LAYOUTS: tuple[Layout, ...] = ("row", "block")
 BF16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
-# Results are rounded to bfloat16, by 2^-9 at most.
+# Results are rounded to bfloat16, which is off by at most 2^-9.
 TOLERANCE = 2**-9
-# Splits are worth a try up to this multiple of the best one's estimate.
+# Splits are worth a try if their estimate is at most this multiple of the best one's.
 WORTH_A_TRY = 1.3
 
 
 def cases(rows: Sequence[int]) -> Iterator[Case]:
-    """Every launch, for those rows that the kernel takes: x in bfloat16, and as decoding has it."""
+    """Yield every launch for the rows that the kernel takes, with x in bfloat16 and in terms."""
     few = [m for m in rows if m <= MAX_WEIGHT_ONLY_ROWS]
     for launch, layout, m in itertools.product(launches(), LAYOUTS, few):
         yield matmuls(launch, m, layout)
@@ -46,7 +46,7 @@ def cases(rows: Sequence[int]) -> Iterator[Case]:
 
 
 def tiny_cases() -> Iterator[Case]:
-    """For the simulator."""
+    """Yield cases for the simulator."""
     yield matmuls(Launch("tiny one", (160,), 384), 1, "row")
     yield matmuls(Launch("tiny two", (160, 32), 384), 17, "block")
     yield in_terms(Launch("tiny one", (160,), 384), 9, "row")
@@ -56,7 +56,7 @@ def matmuls(launch: Launch, m: int, layout: Layout) -> Case:
     ns, k = launch.ns, launch.k
 
     def arguments(key: Array) -> tuple[Any, ...]:
-        """x, the weights and their scales; results of order 1."""
+        """Return x, the weights and their scales; results are of order 1."""
         keys = iter(jax.random.split(key, 1 + 2 * len(ns)))
         size = k**-0.5 / 32
         x = jax.random.normal(next(keys), (m, k), BF16)
@@ -100,7 +100,7 @@ def matmuls(launch: Launch, m: int, layout: Layout) -> Case:
 
 
 def in_terms(launch: Launch, m: int, layout: Layout) -> Case:
-    """x in two float8 terms, products that are not summed up: what a decode step launches."""
+    """Return what a decode step launches: x in two float8 terms, sums over splits left apart."""
     case = matmuls(launch, m, layout)
 
     def arguments(key: Array) -> tuple[Any, ...]:
@@ -128,8 +128,10 @@ def in_terms(launch: Launch, m: int, layout: Layout) -> Case:
 
 
 def _configs(m: int, ns: Sequence[int], k: int) -> list[Config]:
-    """What may be fastest: only splits and what is multiplied in are looked up again, the rest
-    follows from m."""
+    """Return what may be fastest.
+
+    Only the splits and `in_fp8` vary, since a tuned table has only these; the rest follows from m.
+    """
     default = configure(m, ns, k)
     rows = typical_rows(m)
     costs = {splits: heuristic_cost(ns, k, rows, splits) for splits in range(1, k // BLOCK + 1)}

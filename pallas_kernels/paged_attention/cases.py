@@ -1,4 +1,4 @@
-"""What `pallas_kernels.dev.bench` and `pallas_kernels.dev.tune` run of the attention kernels."""
+"""The problems that `pallas_kernels.dev` checks, times and tunes the attention kernels on."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,21 +17,24 @@ from pallas_kernels.paged_attention.hopper_loop import PAGE_SIZE
 
 BF16 = jnp.dtype(jnp.bfloat16)
 KV_DTYPES = {"bf16": BF16, "fp8": jnp.dtype(e4m3.DTYPE)}
-# Weights and results are rounded to 16 bits, by 2^-9 of them at most.
+# Weights and results are rounded to 16 bits, each off by at most 2^-9.
 TOLERANCE = 2**-8
 K_SCALE, V_SCALE = 0.5, 2.0
 PREFILL_TOKENS = (4096, 8192, 16_384, 32_768)
 CHUNK, CACHED = 2048, 30_720
 CONTEXTS, BATCHES = (1024, 8192, 32_768), (1, 8, 32, 128)
-SEVERAL_TOKENS = 4  # of a step that checks guesses
+SEVERAL_TOKENS = 4  # of a step that checks draft tokens
 MAX_CACHE_BYTES = 16 * 2**30
-# Tokens whose scores the reference holds at a time.
+# The reference holds the scores of this many tokens at a time.
 REFERENCE_TOKENS = 256
 
 
 def cases(_rows: Sequence[int]) -> Iterator[Case]:
-    """Heads of every model. Prefill: of whole prompts, and of a chunk against a cache. Decode: of
-    one token a sequence and of several. Caches as large as fit beside others on a GPU."""
+    """Yield prefill and decode with the heads of every model.
+
+    Prefill is of whole prompts, and of a chunk against a cache; decode of one token per sequence,
+    and of several. Caches are as large as fit on a GPU beside others.
+    """
     for each, dtype in product(heads(), KV_DTYPES):
         yield prefill(each, dtype, CHUNK, start=CACHED)
         for tokens in reversed(PREFILL_TOKENS):  # the last is what tiles are tuned for
@@ -44,7 +47,7 @@ def cases(_rows: Sequence[int]) -> Iterator[Case]:
 
 
 def tiny_cases() -> Iterator[Case]:
-    """For the simulator."""
+    """Yield cases for the simulator."""
     yield prefill(Heads("tiny", 1, 4, 1, 64), "bf16", 40)
     yield prefill(Heads("tiny", 1, 8, 1, 128), "fp8", 20, start=50)
     yield decode(Heads("tiny", 1, 6, 2, 64), "bf16", [1, 63, 64, 200], 1)
@@ -52,14 +55,14 @@ def tiny_cases() -> Iterator[Case]:
 
 
 def prefill(shape: Heads, dtype: str, tokens: int, *, start: int = 0) -> Case:
-    """One sequence's tokens, of which the first `start` are in the cache already."""
+    """Return prefill of `tokens` tokens of one sequence, after `start` that are cached already."""
     q, pool, table = _structs(shape, dtype, 1, start + tokens, tokens)
     stages = range(2, hopper_prefill.MAX_STAGES + 1)
     in_fp8 = (False, True) if dtype == "fp8" else (False,)
     configs = [hopper_prefill.Config(*each) for each in product((64, 128), stages, in_fp8)]
 
     def cudnn(q: Array, k: Array, v: Array, *_: Any) -> Array:
-        """Of pages in the pool's order: other numbers, but as many."""
+        """Attend to the pages in the pool's order: to other numbers, but to as many."""
         k, v = (each.reshape(1, -1, *each.shape[2:]) for each in (k, v))
         return jax.nn.dot_product_attention(
             q, k[:, :tokens], v[:, :tokens], is_causal=True, implementation="cudnn"
@@ -71,14 +74,14 @@ def prefill(shape: Heads, dtype: str, tokens: int, *, start: int = 0) -> Case:
         problem=hopper_prefill.tuned_as(shape.num_heads, pool),
         name=f"{shape} T={tokens}{f' after {start}' if start else ''} {dtype} prefill attention",
         run=hopper_prefill.paged_attention,
-        # cuDNN's has no FP8 cache, and its diagonal starts at the first key.
+        # cuDNN's attention has no FP8 cache, and its diagonal starts at the first key.
         rivals={"cudnn": cudnn} if dtype == "bf16" and not start else {},
         configs=[each for each in configs if hopper_prefill.unfit(each, pool) is None],
     )  # fmt: skip
 
 
 def decode(shape: Heads, dtype: str, lengths: Sequence[int], tokens: int) -> Case:
-    """The last `tokens` of sequences of `lengths`."""
+    """Return decode of the last `tokens` tokens of sequences of these lengths."""
     q, pool, table = _structs(shape, dtype, len(lengths), max(lengths), tokens)
     capacity = table.shape[1] * PAGE_SIZE
     heuristic = hopper_decode.heuristic(q, pool, capacity, False)
@@ -100,7 +103,7 @@ def decode(shape: Heads, dtype: str, lengths: Sequence[int], tokens: int) -> Cas
 
 
 def _structs(shape: Heads, dtype: str, batch: int, length: int, tokens: int) -> Any:
-    """q, one of the two pools, and the page table."""
+    """Return the types of q, of one of the two pools, and of the page table."""
     pages = -(-length // PAGE_SIZE)
     pool = batch * pages, PAGE_SIZE, shape.num_kv_heads, shape.head_dim
     struct = jax.ShapeDtypeStruct
@@ -123,7 +126,7 @@ def _case(
     scales = (K_SCALE, V_SCALE) if dtype == "fp8" else (1.0, 1.0)
 
     def arguments(key: Array) -> tuple[Array, ...]:
-        """q, both pools, the page table in random order, starts and lengths."""
+        """Return q, both pools, the page table in random order, starts and lengths."""
         keys = jax.random.split(key, 4)
         made = (jax.random.normal(each, pool.shape, BF16).astype(pool.dtype) for each in keys[:2])
         pages = jax.random.permutation(keys[2], table.size).astype(jnp.int32)
@@ -154,7 +157,7 @@ def by_parts(
     q: Array, k_pages: Array, v_pages: Array, page_table: Array, starts: Array, lengths: Array,
     k_scale: float, v_scale: float,
 ) -> Array:  # fmt: skip
-    """The reference in float32, of a sequence and some of its tokens at a time."""
+    """Compute the reference in float32, of one sequence and some of its tokens at a time."""
     part = math.gcd(q.shape[1], REFERENCE_TOKENS)
 
     def of_row(row: tuple[Array, ...]) -> Array:

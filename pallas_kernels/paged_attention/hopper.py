@@ -1,4 +1,4 @@
-"""`paged_attention` on Hopper: which of its two kernels runs, and what neither takes."""
+"""`paged_attention` on Hopper: chooses one of its two kernels, and refuses what neither takes."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ from pallas_kernels.paged_attention import hopper_decode, hopper_prefill
 from pallas_kernels.paged_attention.hopper_loop import PAGE_SIZE
 
 HEAD_DIMS = (64, 128)
-# With up to this many new tokens a sequence, reading the cache costs more than multiplying.
+# With up to this many new tokens per sequence, reading the cache takes longer than multiplying.
 MAX_DECODE_TOKENS = 8
 # ptxas of CUDA 12.8.0 to 12.9.0 miscompiles causal attention; 12.9.1 has V12.9.86.
 MISCOMPILES_FROM, MISCOMPILES_BEFORE = (12, 8, 0), (12, 9, 86)
@@ -34,10 +34,13 @@ def paged_attention(
     is_batch_invariant: bool = False,
     interpret: Any = None,
 ) -> Array:
-    """As the package's, for bfloat16 q of head_dim 64 or 128 and pages of 64 bfloat16 or
-    float8_e4m3fn tokens; k_scale is positive. Weights are rounded to bfloat16, next to FP8 pages
-    to float16, where elements of q beyond 2^20 count as 2^20. interpret: a
-    plgpu.InterpretGPUParams to run in the simulator.
+    """Compute `pallas_kernels.paged_attention.paged_attention`, for what `refusal` does not refuse.
+
+    Arguments are as there, for bfloat16 q of head_dim 64 or 128 and pages of 64 tokens, bfloat16 or
+    float8_e4m3fn. Weights are rounded to bfloat16 or, next to FP8 pages, to float16; there,
+    elements of q beyond 2^20 count as 2^20.
+
+    interpret: plgpu.InterpretGPUParams, to run in the simulator.
     """
     arrays = (q, k_pages, v_pages, page_table, starts, lengths, k_scale, v_scale)
     if q.shape[1] > MAX_DECODE_TOKENS:
@@ -48,7 +51,7 @@ def paged_attention(
 
 
 def refusal(q: Array, k_pages: Array) -> str | None:
-    """Why neither kernel can take these arrays, or be compiled; None if one can."""
+    """Say why neither kernel can take these arrays, or be compiled; None if one can."""
     if q.dtype != jnp.bfloat16:
         return f"q must be bfloat16, got {q.dtype}"
     if k_pages.dtype not in (jnp.bfloat16, e4m3.DTYPE):
@@ -64,7 +67,7 @@ def refusal(q: Array, k_pages: Array) -> str | None:
 
 @cache
 def _ptxas_version() -> tuple[int, ...] | None:
-    """Of the ptxas that Mosaic GPU runs; None where there is none to ask."""
+    """Return the version of the ptxas that Mosaic GPU runs; None if there is none to ask."""
     ptxas = Path(mosaic_gpu.core.cuda_root) / "bin" / "ptxas"
     if not ptxas.exists():
         return None

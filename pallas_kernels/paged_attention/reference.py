@@ -1,4 +1,4 @@
-"""The meaning of `paged_attention`: gather every page, one softmax in float32."""
+"""The meaning of `paged_attention`: gathers every page, and takes one softmax in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,10 @@ from pallas_kernels import e4m3
 
 
 def load_pages(pages: Array, ids: Array) -> Array:
-    """Pages ids [batch, n] as float32 [batch, n * page_size, num_kv_heads, head_dim]."""
+    """Gather pages. ids: [batch, n].
+
+    Returns float32 [batch, n * page_size, num_kv_heads, head_dim].
+    """
     blocks = jnp.take(pages, ids, axis=0, mode="clip")
     blocks = blocks.reshape(ids.shape[0], -1, *pages.shape[2:])
     if pages.dtype in (e4m3.DTYPE, jnp.int8):

@@ -1,8 +1,8 @@
 """`paged_attention` for XLA: a loop over blocks of keys with a running softmax.
 
-The loop's trip count follows the longest row at run time, so one compiled program serves every
-length, and neither time nor memory grows with the page pool. Blocks past a row's end contribute
-exactly nothing to it, so a row's result does not depend on how long its neighbours are.
+The loop's trip count follows the longest sequence at run time, so one compiled program serves every
+length, and neither time nor memory grows with the page pool. Blocks past a sequence's end add
+exactly nothing, so its result does not depend on how long the others are.
 
 Algorithm: FlashAttention (Dao et al., 2022), online softmax (Milakov and Gimelshein, 2018).
 """
@@ -58,7 +58,8 @@ def paged_attention(
 
     shape = queries.shape[:3]
     carry = (jnp.zeros_like(queries), jnp.zeros(shape), jnp.full(shape, _MASKED))
-    # As in fp8_matmul: the zeros are to be made here, not at the beginning of the model.
+    # As in fp8_matmul, the barrier ties the zeros to the queries: XLA would hoist them to the start
+    # of the program.
     carry, queries = lax.optimization_barrier((carry, queries))
     blocks = -(-jnp.max(lengths) // block)
     out, total, _ = lax.fori_loop(0, blocks, body, carry)
