@@ -12,8 +12,8 @@ multiplies while the other is in its softmax.
     warpgroup 0    Q K   | softmax | P V, Q K | softmax  | P V, Q K | ...
     warpgroup 1          | Q K     | softmax  | P V, Q K | softmax  | ...
 
-FP8 keys can be multiplied as they are, with queries as the sum of two float8 terms: two FP8
-products take the time of one of 16 bits, and the loader has only values to upcast.
+FP8 keys are multiplied as they are (`Config.in_fp8`), with queries as the sum of two float8 terms:
+two FP8 products take the time of one of 16 bits, and the loader has only values to upcast.
 
 Algorithm: FlashAttention-3 (Shah et al., 2024); online softmax (Milakov and Gimelshein, 2018).
 """
