@@ -40,7 +40,7 @@ def few_inputs(monkeypatch):
 
 def on_cpu(case, **changes):
     """The case with XLA's path in place of the kernel, whatever the configuration."""
-    return replace(case, run=lambda *a, config=None: case.rivals["xla"](*a), **changes)
+    return replace(case, run=lambda *a, config=None: case.baselines["xla"](*a), **changes)
 
 
 @pytest.mark.parametrize("main", [bench.main, tune.main], ids=["bench", "tune"])
@@ -53,7 +53,7 @@ def test_without_a_gpu_it_says_so(main, capsys):
 
 def test_a_wrong_result_fails_the_check(monkeypatch, capsys):
     case = cases.matmul(TINY, 64, "row")
-    wrong = replace(case, run=lambda *a, interpret: case.rivals["xla"](*a) * 2)
+    wrong = replace(case, run=lambda *a, interpret: case.baselines["xla"](*a) * 2)
     monkeypatch.setattr(bench, "tiny_cases", lambda only: [on_cpu(case, name="right"), wrong])
     monkeypatch.setattr(bench, "on_simulator", lambda case: replace(case, run=partial(
         case.run, **({} if case.name == "right" else {"interpret": None}))))  # fmt: skip
@@ -66,22 +66,22 @@ def test_a_wrong_result_fails_the_check(monkeypatch, capsys):
 
 def test_a_measurement_is_checked_and_put_beside_the_floor(few_inputs):
     case = on_cpu(cases.matmul(TINY, 64, "row"))
-    result = bench.run(bench.prepare(case, with_rivals=True), bytes_per_second=1e9)
-    assert result.timing.seconds > 0 and result.rivals["xla"].seconds > 0
+    result = bench.run(bench.prepare(case, with_baselines=True), bytes_per_second=1e9)
+    assert result.timing.seconds > 0 and result.baselines["xla"].seconds > 0
     assert result.timing.launches == ()  # a CPU keeps no record of what it launches
     assert result.timing.kernel_seconds == result.timing.seconds
     assert result.error < 0.01
     assert result.floor_seconds == case.bytes / 1e9  # few operations
     assert len(str(result)) == len(bench.HEADER)
-    alone = bench.run(bench.prepare(case, with_rivals=False), bytes_per_second=1e9)
-    assert not alone.rivals and len(str(alone)) == len(bench.HEADER)
+    alone = bench.run(bench.prepare(case, with_baselines=False), bytes_per_second=1e9)
+    assert not alone.baselines and len(str(alone)) == len(bench.HEADER)
 
 
 def test_what_cannot_run_is_not_put_beside_it(few_inputs, capsys):
     case = attention_cases.prefill(Heads("tiny", 1, 4, 1, 64), "bf16", 40)
-    prepared = bench.prepare(on_cpu(case), with_rivals=True)  # cuDNN needs a GPU
+    prepared = bench.prepare(on_cpu(case), with_baselines=True)  # cuDNN needs a GPU
     result = bench.run(prepared, bytes_per_second=1e9)
-    assert list(result.rivals) == ["xla"]
+    assert list(result.baselines) == ["xla"]
     assert capsys.readouterr().err.startswith("cudnn does not run: ")
     assert len(str(result)) == len(bench.HEADER)
 
@@ -89,8 +89,8 @@ def test_what_cannot_run_is_not_put_beside_it(few_inputs, capsys):
 @pytest.mark.parametrize("factor", [1.1, float("nan")])
 def test_a_wrong_kernel_is_not_timed(few_inputs, factor):
     case = cases.matmul(TINY, 64, "row")
-    wrong = replace(case, run=lambda *a: case.rivals["xla"](*a) * jnp.bfloat16(factor))
-    prepared = bench.prepare(wrong, with_rivals=False)
+    wrong = replace(case, run=lambda *a: case.baselines["xla"](*a) * jnp.bfloat16(factor))
+    prepared = bench.prepare(wrong, with_baselines=False)
     with pytest.raises(ValueError, match="fp8_matmul is wrong for tiny TP1 linear 256x384 m=64"):
         bench.run(prepared, bytes_per_second=1e9)
 
@@ -121,11 +121,11 @@ def test_all_programs_are_compiled_before_any_is_timed(few_inputs, tmp_path, mon
     prepare, run = bench.prepare, bench.run
     matmul = cases.matmul(TINY, 64, "row")
     chosen = [on_cpu(matmul, name=name) for name in ("first", "second", "third")]
-    chosen[1] = replace(chosen[1], run=lambda *a: matmul.rivals["xla"](*a) * 2)
+    chosen[1] = replace(chosen[1], run=lambda *a: matmul.baselines["xla"](*a) * 2)
 
-    def prepared(case, with_rivals):
+    def prepared(case, with_baselines):
         done.append(f"{case.name} compiled")
-        return prepare(case, with_rivals)
+        return prepare(case, with_baselines)
 
     def timed(prepared, bandwidth):
         done.append(f"{prepared.case.name} timed")
@@ -140,7 +140,9 @@ def test_all_programs_are_compiled_before_any_is_timed(few_inputs, tmp_path, mon
     assert done[3:] == ["first timed", "second timed", "third timed"]
     assert len(failures) == 1 and failures[0].startswith("second: fp8_matmul is wrong")
     first, third = json.loads(path.read_text())["results"]
-    assert (first["name"], first["rivals"]) == ("first", {}) and list(third["rivals"]) == ["xla"]
+    assert (first["name"], first["baselines"]) == ("first", {}) and list(third["baselines"]) == [
+        "xla"
+    ]
     assert "3 cases compiled in" in capsys.readouterr().out
     done.clear()
     assert bench.measure_all(chosen, None, 0, None) == []
@@ -193,7 +195,7 @@ def test_the_least_work_of_a_case():
 def test_the_least_work_of_attention():
     whole = attention_cases.prefill(HEADS, "bf16", 4096)
     assert whole.operations == 4 * 32 * 128 * 4096 * 4097 // 2
-    assert list(whole.rivals) == ["xla", "cudnn"]
+    assert list(whole.baselines) == ["xla", "cudnn"]
     chunk = attention_cases.prefill(HEADS, "fp8", 64, start=128)
     assert chunk.operations == 4 * 32 * 128 * sum(range(129, 193))
     assert chunk.bytes == 2 * 192 * 8 * 128 + 2 * 64 * 32 * 128 * 2 + 4 * 3 + 8
@@ -337,7 +339,7 @@ def test_attention_refuses_configurations_that_cannot_work(config, reason):
 
 def test_a_configuration_with_wrong_results_stops_the_tuner(few_inputs):
     case = cases.matmul(TINY, 64, "row")
-    wrong = replace(case, run=lambda *a, config: case.rivals["xla"](*a) * (1 + (config == SLOW)),
+    wrong = replace(case, run=lambda *a, config: case.baselines["xla"](*a) * (1 + (config == SLOW)),
                     configs=[FAST, SLOW])  # fmt: skip
     with pytest.raises(ValueError, match="fp8_matmul is wrong"):
         tune.tune(wrong)

@@ -2,7 +2,7 @@
 
     python -m pallas_kernels.dev.bench                     the 8B model on one GPU
     python -m pallas_kernels.dev.bench --only "70B TP4"    cases by their names
-    python -m pallas_kernels.dev.bench --rivals "m=2048"   cases of that name also as XLA runs them
+    python -m pallas_kernels.dev.bench --baselines m=2048  cases of that name also as XLA runs them
     python -m pallas_kernels.dev.bench --check             results only, no times
     python -m pallas_kernels.dev.bench --simulate          results of tiny shapes, on any machine
 
@@ -48,7 +48,7 @@ FAMILIES = (
     "pallas_kernels.rope_and_cache.cases",
     "pallas_kernels.row_fusions.cases",
 )
-RIVALS = ("xla", "cudnn")
+BASELINES = ("xla", "cudnn")
 
 ROWS = (1, 16, 64, 512, 2048, 8192)
 L2_BYTES = 50 * 2**20
@@ -93,7 +93,7 @@ class Result:
 
     name: str
     timing: Timing
-    rivals: Mapping[str, Timing]
+    baselines: Mapping[str, Timing]
     floor_seconds: float
     operations: int
     bytes: int
@@ -102,10 +102,12 @@ class Result:
     def __str__(self) -> str:
         seconds = self.timing.seconds
         ratios = ""
-        for name in RIVALS:
-            rival = self.rivals.get(name)
-            kernel = rival and rival.kernel_seconds / self.timing.kernel_seconds
-            ratios += f"{rival.seconds / seconds:>8.2f}{kernel:>9.2f}" if rival else f"{'':>17}"
+        for name in BASELINES:
+            baseline = self.baselines.get(name)
+            kernel = baseline and baseline.kernel_seconds / self.timing.kernel_seconds
+            ratios += (
+                f"{baseline.seconds / seconds:>8.2f}{kernel:>9.2f}" if baseline else f"{'':>17}"
+            )
         return (
             f"{self.name:<64}{seconds * 1e6:>9.1f}"
             f"{self.operations / seconds / 1e12:>9.0f}{self.bytes / seconds / 1e9:>8.0f}"
@@ -115,7 +117,7 @@ class Result:
 
 HEADER = (
     f"{'':<64}{'us':>9}{'TFLOP/s':>9}{'GB/s':>8}{'floor':>8}"
-    + "".join(f"{'x ' + name:>8}{'x kernel':>9}" for name in RIVALS)
+    + "".join(f"{'x ' + name:>8}{'x kernel':>9}" for name in BASELINES)
     + f"{'error':>10}"
 )
 
@@ -209,26 +211,26 @@ def checked(case: Case, error: float) -> float:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A case's compiled programs. rivals: the baselines that compile here."""
+    """A case's compiled programs. baselines: those that compile here."""
 
     case: Case
     arguments: Callable[..., Any]
     run: Callable[..., Any]
     reference: Callable[..., Any]
-    rivals: Mapping[str, Callable[..., Any]]
+    baselines: Mapping[str, Callable[..., Any]]
 
 
-def prepare(case: Case, with_rivals: bool) -> Prepared:
+def prepare(case: Case, with_baselines: bool) -> Prepared:
     """Compile all that a case needs.
 
     A baseline that does not compile is no error, but is reported: cuDNN may be missing or too old.
     """
     key = jax.random.key(0)
     structs = jax.eval_shape(case.arguments, key)
-    rivals = {}
-    for name, rival in case.rivals.items() if with_rivals else ():
+    baselines = {}
+    for name, baseline in case.baselines.items() if with_baselines else ():
         try:
-            rivals[name] = jax.jit(rival).lower(*structs).compile()
+            baselines[name] = jax.jit(baseline).lower(*structs).compile()
         except Exception as error:
             print(f"{name} does not run: {str(error).splitlines()[0]}", file=sys.stderr)
     return Prepared(
@@ -236,7 +238,7 @@ def prepare(case: Case, with_rivals: bool) -> Prepared:
         jax.jit(case.arguments).lower(key).compile(),
         jax.jit(case.run).lower(*structs).compile(),
         jax.jit(case.expected).lower(*structs).compile(),
-        rivals,
+        baselines,
     )
 
 
@@ -245,9 +247,9 @@ def run(prepared: Prepared, bytes_per_second: float) -> Result:
     case, inputs = prepared.case, inputs_of(prepared.case, prepared.arguments)
     error = checked(case, case.error(prepared.run, inputs[0], prepared.reference))
     timing = timed(prepared.run, inputs)
-    rivals = {name: timed(rival, inputs) for name, rival in prepared.rivals.items()}
+    baselines = {name: timed(baseline, inputs) for name, baseline in prepared.baselines.items()}
     floor = case.floor(bytes_per_second)
-    return Result(case.name, timing, rivals, floor, case.operations, case.bytes, error)
+    return Result(case.name, timing, baselines, floor, case.operations, case.bytes, error)
 
 
 def on_simulator(case: Case) -> Case:
@@ -308,11 +310,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser("Time the kernels against XLA's path and the hardware's floor.")
     options.add_argument("--check", action="store_true", help="results alone, no times")
     options.add_argument(
+        "--baselines",
         "--rivals",
         nargs="?",
         const="",
         metavar="REGEX",
-        help="also time XLA's path (in cases so named)",
+        help="also time XLA's path (in cases so named); --rivals is the old spelling",
     )
     options.add_argument("--json", type=Path, help="also write the results to this file")
     chosen = options.parse_args(arguments)
@@ -326,25 +329,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found = in_time(found, chosen.seconds)
             _, failures = each(itertools.chain(tiny_cases(), found), check)
         else:
-            failures = measure_all(list(found), chosen.rivals, chosen.seconds, chosen.json)
+            failures = measure_all(list(found), chosen.baselines, chosen.seconds, chosen.json)
     if failures:
         sys.exit(1)
 
 
 def measure_all(
-    cases: Sequence[Case], rivals: str | None, seconds: float, json_path: Path | None
+    cases: Sequence[Case], baselines: str | None, seconds: float, json_path: Path | None
 ) -> list[str]:
     """Print results and, if there is a path, write them. Returns the failures.
 
-    rivals: a regular expression for the names of the cases whose baselines are timed too; None for
-        no case.
+    baselines: a regular expression for the names of the cases whose baselines are timed too; None
+        for no case.
     """
     start = time.monotonic()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         prepared: dict[str, Future[Prepared]] = {}
         for case in cases:
-            with_rivals = rivals is not None and bool(re.search(rivals, case.name))
-            prepared[case.name] = pool.submit(prepare, case, with_rivals)
+            with_baselines = baselines is not None and bool(re.search(baselines, case.name))
+            prepared[case.name] = pool.submit(prepare, case, with_baselines)
     bandwidth = copy_bandwidth()
     device = jax.devices()[0].device_kind
     print(f"{device}, jax {jax.__version__}, a copy reads and writes {bandwidth / 1e9:.0f} GB/s")

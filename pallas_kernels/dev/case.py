@@ -25,7 +25,7 @@ class Case:
     arguments: makes random arguments from a key.
     run: the kernel, with keyword arguments config and interpret.
     reference: computes the same from the same arguments.
-    rivals: baselines, which do the same work for these arguments, by name: "xla", "cudnn".
+    baselines: what does the same work for these arguments, by name: "xla", "cudnn".
     value: brings what `run` returns into one array of numbers.
     tolerance: the largest ratio of the error's norm to the reference's.
     configs: the configurations to try.
@@ -39,7 +39,7 @@ class Case:
     peak: float
     arguments: Callable[[Array], tuple[Array, ...]]
     run: Callable[..., Any]
-    rivals: Mapping[str, Callable[..., Any]]
+    baselines: Mapping[str, Callable[..., Any]]
     reference: Callable[..., Any]
     value: Callable[[Any], Array]
     tolerance: float

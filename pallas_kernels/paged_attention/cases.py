@@ -75,7 +75,7 @@ def prefill(shape: Heads, dtype: str, tokens: int, *, start: int = 0) -> Case:
         name=f"{shape} T={tokens}{f' after {start}' if start else ''} {dtype} prefill attention",
         run=hopper_prefill.paged_attention,
         # cuDNN's attention has no FP8 cache, and its diagonal starts at the first key.
-        rivals={"cudnn": cudnn} if dtype == "bf16" and not start else {},
+        baselines={"cudnn": cudnn} if dtype == "bf16" and not start else {},
         configs=[each for each in configs if hopper_prefill.unfit(each, pool) is None],
     )  # fmt: skip
 
@@ -97,7 +97,7 @@ def decode(shape: Heads, dtype: str, lengths: Sequence[int], tokens: int) -> Cas
         problem=hopper_decode.tuned_as(q, pool, capacity),
         name=f"{shape} B={len(lengths)} S={max(lengths)} tokens={tokens} {dtype} decode attention",
         run=hopper_decode.paged_attention,
-        rivals={},
+        baselines={},
         configs=[each for each in configs if not hopper_decode.unfit(each, pool, capacity)],
     )  # fmt: skip
 
@@ -118,7 +118,7 @@ def _case(
     lengths: Sequence[int],
     *,
     run: Callable[..., Array],
-    rivals: Mapping[str, Callable[..., Array]],
+    baselines: Mapping[str, Callable[..., Array]],
     **rest: Any,
 ) -> Case:
     q, pool, table = structs
@@ -145,7 +145,7 @@ def _case(
         peak=BF16_OPERATIONS_PER_SECOND,
         arguments=arguments,
         run=scaled(run),
-        rivals={"xla": scaled(xla.paged_attention), **rivals},
+        baselines={"xla": scaled(xla.paged_attention), **baselines},
         reference=scaled(by_parts),
         value=lambda y: y,
         tolerance=TOLERANCE,

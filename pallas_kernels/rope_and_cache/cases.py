@@ -120,7 +120,7 @@ def _case(shape: Heads, dtype: str, batch: int, tokens: int, parts: int, name: s
         peak=BF16_OPERATIONS_PER_SECOND,
         arguments=arguments,
         run=of(hopper.rope_and_cache, BF16),
-        rivals={"xla": of(xla.rope_and_cache, BF16)},
+        baselines={"xla": of(xla.rope_and_cache, BF16)},
         reference=of(reference.rope_and_cache, FP32),
         value=value,
         tolerance=TOLERANCE if dtype == "bf16" else 2**-4,

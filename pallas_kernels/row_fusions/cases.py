@@ -84,7 +84,7 @@ def _case(name: str, kernel: str, m: int, n: int, arguments: Any, run: Any, expe
         peak=BF16_OPERATIONS_PER_SECOND,
         arguments=arguments,
         run=lambda *args, config=None, interpret=None: run(*args, interpret=interpret),
-        rivals={"xla": expected},
+        baselines={"xla": expected},
         reference=expected,
         value=value,
         tolerance=TOLERANCE,
