@@ -75,7 +75,7 @@ def find(
 def plan(
     model: Stored, draft: Stored | None, options: EngineOptions, kv_dtype: KVDtype
 ) -> tuple[EngineOptions, memory.MemoryPlan]:
-    """The options with a number of pages that fits, and the memory that everything needs.
+    """Return the options with a number of pages that fits, and the memory that everything needs.
 
     Raises ValueError for a draft model that does not go with the model.
     """
@@ -86,7 +86,7 @@ def plan(
 
 
 def sequence_limit(config: LlamaConfig, max_seq_len: int | None) -> int:
-    """`LLM.load`'s max_seq_len, or its default."""
+    """Return `LLM.load`'s max_seq_len, checked, or its default."""
     limit = config.max_position_embeddings
     if max_seq_len is None:
         return min(limit, DEFAULT_MAX_SEQ_LEN)

@@ -19,6 +19,7 @@ from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.cli import output
 from llama_jax.model.kv_cache import PAGE_SIZE
 from tests import tiny_checkpoints as tiny
+from tests import tiny_meta
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -34,7 +35,7 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
     "friendli dynamic": lambda path: tiny.write(
         path, tiny.friendli(dynamic=True), tiny.FRIENDLI_DYNAMIC
     ),
-    "meta": lambda path: tiny.write_meta(path, tiny.meta_parts(tiny.meta(), 2)),
+    "meta": lambda path: tiny_meta.write_meta(path, tiny_meta.meta_parts(tiny_meta.meta(), 2)),
     **{name: tiny.VARIANTS[name].write for name in VARIANTS},
 }
 GENUINE = (

@@ -27,6 +27,7 @@ from llama_jax.checkpoint.store import CheckpointError, load_params, read_manife
 from llama_jax.model import fp8
 from llama_jax.model.fp8 import WeightFormat
 from tests import tiny_checkpoints as tiny
+from tests import tiny_meta
 
 Arrays = dict[str, np.ndarray]
 Q = "model.layers.1.self_attn.q_proj"
@@ -410,7 +411,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_scripts_run_as_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tiny.write_meta(tmp_path / "s", tiny.meta_parts(tiny.meta(), 2))
+    source = tiny_meta.write_meta(tmp_path / "s", tiny_meta.meta_parts(tiny_meta.meta(), 2))
     converted, exported, again = (str(tmp_path / name) for name in ("o", "e", "a"))
     for module, arguments in (
         ("meta_to_orbax", [str(source), converted, "--quantize", "row"]),

@@ -9,7 +9,8 @@ from converters.dialects import make_plan
 from converters.source import read_source
 from llama_jax.checkpoint.store import CheckpointError
 from tests import tiny_checkpoints as tiny
-from tests.test_dialects import E4M3, planned, same_bytes
+from tests.plans import planned_as_published
+from tests.test_dialects import E4M3, same_bytes
 from tests.tiny_checkpoints import VARIANTS, Q
 
 CANNOT = {
@@ -93,7 +94,7 @@ def test_a_scale_of_zero_is_read_where_all_its_codes_are(tmp_path: Path, name: s
     scale[part] = 0
     codes[part] = -0.0
     arrays |= {f"{Q}.{variant.weight}": codes, f"{Q}.{variant.weight_scale}": scale}
-    _, found = planned(variant.write(tmp_path, arrays))
+    _, found = planned_as_published(variant.write(tmp_path, arrays))
     assert same_bytes(found[f"{Q}.weight"], codes)
     assert (found[f"{Q}.weight_scale"][part] == 0).all()
 
@@ -103,11 +104,11 @@ def test_large_scales_are_read_where_no_product_overflows(tmp_path: Path) -> Non
     variant, arrays = VARIANTS["autofp8 dynamic"], VARIANTS["autofp8 dynamic"].arrays()
     arrays[f"{Q}.weight_scale"] = np.full(1, 2.0**125, np.float32)
     arrays[f"{Q}.weight"] = np.full((64, 64), 7.0, E4M3)
-    _, found = planned(variant.write(tmp_path / "read", arrays))
+    _, found = planned_as_published(variant.write(tmp_path / "read", arrays))
     assert found[f"{Q}.weight_scale"][0] == 2.0**125
     arrays[f"{Q}.weight"][40, 3] = -8.0
     with pytest.raises(CheckpointError, match=rf"codes of {Q}.weight that overflow .*from row 40"):
-        planned(variant.write(tmp_path / "refused", arrays))
+        planned_as_published(variant.write(tmp_path / "refused", arrays))
 
 
 def test_zero_points_of_attention_have_to_be_zero(tmp_path: Path) -> None:

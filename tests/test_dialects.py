@@ -11,8 +11,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from converters.dialects import make_plan
-from converters.dialects.layout import pieces
 from converters.pipeline import convert
 from converters.source import read_source
 from llama_jax.checkpoint.store import CheckpointError, load_params, read_manifest
@@ -20,24 +18,11 @@ from llama_jax.model.forward import prefill
 from llama_jax.model.fp8 import WeightFormat, dequantize
 from llama_jax.model.kv_cache import init_cache
 from tests import tiny_checkpoints as tiny
+from tests.plans import planned_as_published
 from tests.tiny_checkpoints import DOWN, VARIANTS, Arrays, Q, Variant
 
 E4M3 = ml_dtypes.float8_e4m3fn
 FNUZ = ml_dtypes.float8_e4m3fnuz
-
-
-def planned(directory: Path) -> tuple[dict[str, WeightFormat], dict[str, np.ndarray]]:
-    """Formats and canonical arrays by Hugging Face's module names, without writing them."""
-    plan, _ = make_plan(read_source(directory))
-    formats, arrays = {}, {}
-    for path, module in plan.modules.items():
-        name = "lm_head" if path == "lm_head" else f"model.{path}"
-        name = name.replace("layers_", "layers.").replace("/", ".")
-        formats[name] = module.format
-        for leaf, array in module.arrays.items():
-            parts = list(pieces(array))
-            arrays[f"{name}.{leaf}"] = np.concatenate(parts) if array.shape else parts[0]
-    return formats, arrays
 
 
 def same_bytes(found: np.ndarray, expected: np.ndarray) -> bool:
@@ -62,7 +47,7 @@ def test_codes_and_scales_are_kept_bit_for_bit(tmp_path: Path, name: str) -> Non
         "float8_e4m3fn", layout, variant.input_scale is not None, bound,
         activation_group=variant.activation_group,
     )  # fmt: skip
-    formats, found = planned(directory)
+    formats, found = planned_as_published(directory)
     for module, (rows, _) in tiny.LINEARS.items():
         if module in variant.plain:
             assert formats[module] == WeightFormat("bfloat16")
@@ -106,7 +91,7 @@ def test_the_manifest_says_what_it_was(tmp_path: Path, name: str) -> None:
 def test_fbgemm_without_a_bound_has_that_of_transformers(tmp_path: Path) -> None:
     config = tiny.fbgemm()
     del config["quantization_config"]["activation_scale_ub"]
-    formats, _ = planned(replace(VARIANTS["fbgemm"], config=config).write(tmp_path))
+    formats, _ = planned_as_published(replace(VARIANTS["fbgemm"], config=config).write(tmp_path))
     assert formats[Q].activation_scale_ub == 1200.0
 
 
@@ -117,7 +102,7 @@ def test_lm_head_may_be_quantised(tmp_path: Path) -> None:
     arrays = variant.arrays()
     arrays["lm_head.weight"] = arrays["lm_head.weight"].astype(np.float32).astype(E4M3)
     arrays["lm_head.weight_scale"] = np.float32(0.5).reshape(1)
-    formats, found = planned(variant.write(tmp_path, arrays))
+    formats, found = planned_as_published(variant.write(tmp_path, arrays))
     assert formats["lm_head"] == WeightFormat("float8_e4m3fn", "row")
     assert same_bytes(found["lm_head.weight_scale"], np.full(96, 0.5, np.float32))
 
@@ -130,7 +115,7 @@ def test_the_closest_target_decides(tmp_path: Path) -> None:
     variant = Variant(
         "compressed-tensors", tiny.compressed(static, dynamic, weight_only), scale="column"
     )
-    formats, _ = planned(variant.write(tmp_path))
+    formats, _ = planned_as_published(variant.write(tmp_path))
     assert not formats[Q].input_scale and not formats[DOWN].input_scale
 
 
@@ -163,7 +148,7 @@ def test_e4m3fnuz_is_converted_exactly(tmp_path: Path, scale: str) -> None:
     config = {"blocks": tiny.compressed(tiny.group(tiny.IN_BLOCKS, None))}.get(
         scale, tiny.compressed(tiny.group(tiny.numbers("channel"), None))
     )
-    formats, found = planned(tiny.write(tmp_path, arrays, config))
+    formats, found = planned_as_published(tiny.write(tmp_path, arrays, config))
     for i, (name, shape) in enumerate(tiny.LINEARS.items()):
         values = arrays[f"{name}.weight"].astype(np.float32)
         stored = jnp.asarray(arrays[f"{name}.weight_scale"])
@@ -187,7 +172,7 @@ def test_static_scales_of_e4m3fnuz_activations_stay(tmp_path: Path) -> None:
     arrays |= {
         name: array for name, array in fnuz("scalar").items() if name.endswith("_proj.weight")
     }
-    _, found = planned(variant.write(tmp_path, arrays))
+    _, found = planned_as_published(variant.write(tmp_path, arrays))
     assert same_bytes(found[f"{Q}.input_scale"], arrays[f"{Q}.input_scale"])
 
 
@@ -195,7 +180,7 @@ def test_nan_of_e4m3fnuz_is_refused(tmp_path: Path) -> None:
     arrays = fnuz("scalar")
     arrays[f"{Q}.weight"].view(np.uint8)[9, 1] = 0x80
     with pytest.raises(CheckpointError, match=rf"{Q}.weight has NaN in row 9"):
-        planned(tiny.write(tmp_path, arrays, tiny.autofp8("dynamic")))
+        planned_as_published(tiny.write(tmp_path, arrays, tiny.autofp8("dynamic")))
 
 
 @pytest.mark.parametrize("activations", ["bf16", "dynamic"])
@@ -322,7 +307,7 @@ def test_tensors_that_contradict_the_config(tmp_path: Path, case: str) -> None:
     arrays = VARIANTS[name].arrays()
     spoil(arrays)
     with pytest.raises(CheckpointError, match=match):
-        planned(VARIANTS[name].write(tmp_path, arrays))
+        planned_as_published(VARIANTS[name].write(tmp_path, arrays))
 
 
 def test_the_last_of_groups_with_one_target_counts(tmp_path: Path) -> None:
@@ -330,7 +315,7 @@ def test_the_last_of_groups_with_one_target_counts(tmp_path: Path) -> None:
     static = tiny.group(tiny.numbers("channel"), tiny.numbers("tensor"))
     dynamic = tiny.group(tiny.numbers("channel"), tiny.TOKEN)
     variant = Variant("compressed-tensors", tiny.compressed(static, dynamic), scale="column")
-    formats, _ = planned(variant.write(tmp_path))
+    formats, _ = planned_as_published(variant.write(tmp_path))
     assert not formats[Q].input_scale
 
 
@@ -528,7 +513,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
 def test_what_is_refused_is_named(tmp_path: Path, case: str) -> None:
     name, config, match = REFUSED[case]
     with pytest.raises(CheckpointError, match=match):
-        planned(replace(VARIANTS[name], config=config).write(tmp_path))
+        planned_as_published(replace(VARIANTS[name], config=config).write(tmp_path))
 
 
 def described_as(**changes: Any) -> dict[str, str]:
@@ -555,13 +540,13 @@ def test_what_torchao_says_of_its_tensors_is_checked(
 ) -> None:
     variant = VARIANTS["torchao per row"]
     with pytest.raises(CheckpointError, match=match):
-        planned(variant.write(tmp_path, metadata=dict(variant.metadata) | text))
+        planned_as_published(variant.write(tmp_path, metadata=dict(variant.metadata) | text))
 
 
 def test_metadata_that_is_no_text_is_refused(tmp_path: Path) -> None:
     directory = VARIANTS["torchao per row"].write(tmp_path, metadata={"a": 1})
     with pytest.raises(CheckpointError, match="__metadata__ in the header must map names to texts"):
-        planned(directory)
+        planned_as_published(directory)
 
 
 @pytest.mark.parametrize(
@@ -591,7 +576,7 @@ def test_two_quantisation_configs_have_to_agree(
     tmp_path: Path, name: str, files: dict[str, Any], match: str
 ) -> None:
     with pytest.raises(CheckpointError, match=match):
-        planned(VARIANTS[name].write(tmp_path, files=files))
+        planned_as_published(VARIANTS[name].write(tmp_path, files=files))
 
 
 def test_gguf_is_refused_by_name(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from converters.dialects import make_plan
 from converters.source import read_source
 from llama_jax.model.fp8 import dequantize
 from tests import tiny_checkpoints as tiny
-from tests.test_dialects import planned
+from tests.plans import planned_as_published
 from tests.tiny_checkpoints import VARIANTS
 
 pytestmark = pytest.mark.parity
@@ -40,7 +40,7 @@ def test_compressed_tensors_decompresses_to_the_same(tmp_path: Path, name: str) 
         quantization_config=CompressedTensorsConfig(run_compressed=False),
     )
     theirs = model.state_dict()
-    formats, found = planned(directory)
+    formats, found = planned_as_published(directory)
     for module, stored in formats.items():
         ours = jnp.asarray(found[f"{module}.weight"])
         if stored.scale:

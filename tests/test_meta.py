@@ -1,10 +1,9 @@
-"""Meta's own checkpoints, and Hugging Face's pickled ones, through the converter.
+"""Meta's own checkpoints through the converter.
 
 The reference computes with Meta's weights as they are, in float64 and with Meta's formulas: pairs
 of neighbours rotated as complex numbers, each file's part multiplied on its own.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,20 +17,21 @@ import typer
 
 from converters import resolve as resolving
 from converters.dialects import make_plan
-from converters.dialects.layout import pieces
 from converters.hf_to_orbax import main
 from converters.pipeline import convert
 from converters.source import read_source
 from llama_jax.checkpoint import store
 from llama_jax.checkpoint.store import CheckpointError, load_params, read_manifest
 from llama_jax.llm import LLM
-from llama_jax.model.config import PRESETS, ConfigError, LlamaConfig
+from llama_jax.model.config import PRESETS, LlamaConfig
 from llama_jax.model.fp8 import WeightFormat
 from llama_jax.model.llama import Llama
 from llama_jax.sampling_params import SamplingParams
 from tests import tiny_checkpoints as tiny
-from tests import torch_files
-from tests.tiny_checkpoints import META_PARAMS, Arrays
+from tests import tiny_meta
+from tests.plans import assert_same, planned
+from tests.tiny_checkpoints import Arrays
+from tests.tiny_meta import META_PARAMS
 
 E4M3 = ml_dtypes.float8_e4m3fn
 BF16 = ml_dtypes.bfloat16
@@ -85,32 +85,15 @@ def as_hugging_face(arrays: Arrays) -> Arrays:
     return renamed
 
 
-def planned(directory: Path) -> tuple[dict[str, WeightFormat], Arrays]:
-    """Formats and canonical arrays by path, without writing them."""
-    plan, _ = make_plan(read_source(directory))
-    arrays = {
-        f"{path}/{leaf}": np.concatenate(list(pieces(array)))
-        for path, module in plan.modules.items()
-        for leaf, array in module.arrays.items()
-    }
-    return {path: module.format for path, module in plan.modules.items()}, arrays
-
-
-def assert_same(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
-    for name, array in found.items():
-        other = expected[name]
-        assert (array.shape, array.dtype) == (other.shape, other.dtype), name
-        assert array.tobytes() == other.tobytes(), name
-
-
 @pytest.mark.parametrize("embedding_axis", [0, 1], ids=["llama3", "llama2"])
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_any_number_of_files_is_the_same_model_as_hugging_faces(
     tmp_path: Path, count: int, embedding_axis: int
 ) -> None:
-    arrays = tiny.meta()
-    meta = tiny.write_meta(tmp_path / "meta", tiny.meta_parts(arrays, count, embedding_axis))
+    arrays = tiny_meta.meta()
+    meta = tiny_meta.write_meta(
+        tmp_path / "meta", tiny_meta.meta_parts(arrays, count, embedding_axis)
+    )
     hf = tiny.write(tmp_path / "hf", as_hugging_face(arrays), HF_CONFIG)
     assert read_source(meta).config == read_source(hf).config
     assert make_plan(read_source(meta))[1] == "meta"
@@ -121,7 +104,7 @@ def test_any_number_of_files_is_the_same_model_as_hugging_faces(
 
 def test_any_rows_can_be_read_alone(tmp_path: Path) -> None:
     """Within a head, across heads, across files."""
-    directory = tiny.write_meta(tmp_path, tiny.meta_parts(tiny.meta(), 4))
+    directory = tiny_meta.write_meta(tmp_path, tiny_meta.meta_parts(tiny_meta.meta(), 4))
     plan, _ = make_plan(read_source(directory))
     for path in ("layers_0/self_attn/k_proj", "layers_0/self_attn/o_proj", "embed_tokens"):
         weight = plan.modules[path].arrays["weight"]
@@ -210,23 +193,23 @@ LLAMA2_PARAMS = {
 
 
 def test_logits_are_those_of_metas_formulas(tmp_path: Path) -> None:
-    parts = tiny.meta_parts(tiny.meta(), 2)
-    ours = our_logits(tiny.write_meta(tmp_path / "s", parts), tmp_path / "o")
+    parts = tiny_meta.meta_parts(tiny_meta.meta(), 2)
+    ours = our_logits(tiny_meta.write_meta(tmp_path / "s", parts), tmp_path / "o")
     np.testing.assert_allclose(ours, meta_logits(in_float64(parts), META_PARAMS, IDS), atol=1e-4)
 
 
 def test_logits_of_llama_2(tmp_path: Path) -> None:
     """Its columns of embeddings, a head of keys for each of queries, constants stored beside."""
-    arrays = tiny.meta(np.float16)
+    arrays = tiny_meta.meta(np.float16)
     for layer in range(4):
         for name in ("wk", "wv"):
             key = f"layers.{layer}.attention.{name}.weight"
             arrays[key] = np.concatenate([arrays[key], arrays[key][::-1] * np.float16(0.5)])
-    parts = tiny.meta_parts(arrays, 2, embedding_axis=1)
+    parts = tiny_meta.meta_parts(arrays, 2, embedding_axis=1)
     for part in parts:
         part["rope.freqs"] = np.ones(4, np.float32)
         part["layers.0.attention.inner_attention.rope.freqs"] = np.ones(4, np.float32)
-    source = tiny.write_meta(tmp_path / "s", parts, LLAMA2_PARAMS)
+    source = tiny_meta.write_meta(tmp_path / "s", parts, LLAMA2_PARAMS)
     ours = our_logits(source, tmp_path / "o")
     expected = meta_logits(in_float64(parts), LLAMA2_PARAMS, IDS, embedding_axis=1)
     np.testing.assert_allclose(ours, expected, atol=1e-4)
@@ -247,9 +230,9 @@ def dequantized(parts: Sequence[Arrays], scales: Sequence[Arrays]) -> list[Array
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_fp8_codes_and_the_scales_of_each_file_are_kept(tmp_path: Path, count: int) -> None:
-    parts = tiny.meta_parts(tiny.meta(), count)
-    scales = tiny.meta_fp8(parts)
-    directory = tiny.write_meta(tmp_path / "s", parts, scales=scales)
+    parts = tiny_meta.meta_parts(tiny_meta.meta(), count)
+    scales = tiny_meta.meta_fp8(parts)
+    directory = tiny_meta.write_meta(tmp_path / "s", parts, scales=scales)
     formats, found = planned(directory)
     by_row = WeightFormat("float8_e4m3fn", "row", activation_scale_ub=1200.0)
     quantized = {
@@ -293,28 +276,28 @@ def test_fp8_codes_and_the_scales_of_each_file_are_kept(tmp_path: Path, count: i
     ],
 )
 def test_scales_that_make_no_number_are_refused(tmp_path: Path, value: float, match: str) -> None:
-    parts = tiny.meta_parts(tiny.meta(), 2)
-    scales = tiny.meta_fp8(parts)
+    parts = tiny_meta.meta_parts(tiny_meta.meta(), 2)
+    scales = tiny_meta.meta_fp8(parts)
     scales[1]["2_feed_forward.w2_1"][3] = value
     with pytest.raises(CheckpointError, match=match):
-        planned(tiny.write_meta(tmp_path, parts, scales=scales))
+        planned(tiny_meta.write_meta(tmp_path, parts, scales=scales))
 
 
 def test_logits_of_fp8_are_those_of_the_values(tmp_path: Path) -> None:
     """Without rounded activations, so that nothing but the order of sums differs."""
-    parts = tiny.meta_parts(tiny.meta(), 2)
-    scales = tiny.meta_fp8(parts)
-    ours = our_logits(tiny.write_meta(tmp_path / "s", parts, scales=scales), tmp_path / "o")
+    parts = tiny_meta.meta_parts(tiny_meta.meta(), 2)
+    scales = tiny_meta.meta_fp8(parts)
+    ours = our_logits(tiny_meta.write_meta(tmp_path / "s", parts, scales=scales), tmp_path / "o")
     expected = meta_logits(dequantized(parts, scales), META_PARAMS, IDS)
     np.testing.assert_allclose(ours, expected, atol=1e-4)
 
 
 def test_scales_may_be_columns(tmp_path: Path) -> None:
-    parts = tiny.meta_parts(tiny.meta(), 2)
-    scales = tiny.meta_fp8(parts)
+    parts = tiny_meta.meta_parts(tiny_meta.meta(), 2)
+    scales = tiny_meta.meta_fp8(parts)
     columns = [{name: scale[:, None] for name, scale in part.items()} for part in scales]
-    _, found = planned(tiny.write_meta(tmp_path / "a", parts, scales=scales))
-    _, expected = planned(tiny.write_meta(tmp_path / "b", parts, scales=columns))
+    _, found = planned(tiny_meta.write_meta(tmp_path / "a", parts, scales=scales))
+    _, expected = planned(tiny_meta.write_meta(tmp_path / "b", parts, scales=columns))
     assert_same(found, expected)
 
 
@@ -334,10 +317,10 @@ def no_output(arrays: Arrays) -> None:
 @pytest.mark.parametrize("tie", [shared_output, copied_output, no_output])
 def test_tied_embeddings(tmp_path: Path, tie: Callable[[Arrays], None], count: int) -> None:
     """As one storage under two names, as an equal copy, or as one tensor alone."""
-    parts = tiny.meta_parts(tiny.meta(), count)
+    parts = tiny_meta.meta_parts(tiny_meta.meta(), count)
     for part in parts:
         tie(part)
-    directory = tiny.write_meta(tmp_path, parts)
+    directory = tiny_meta.write_meta(tmp_path, parts)
     assert read_source(directory).config.tie_word_embeddings
     formats, found = planned(directory)
     assert "lm_head" not in formats
@@ -346,10 +329,10 @@ def test_tied_embeddings(tmp_path: Path, tie: Callable[[Arrays], None], count: i
 
 
 def test_an_output_that_differs_in_its_last_row_is_not_tied(tmp_path: Path) -> None:
-    [part] = tiny.meta_parts(tiny.meta(), 1)
+    [part] = tiny_meta.meta_parts(tiny_meta.meta(), 1)
     copied_output(part)
     part["output.weight"][-1, -1] += 1
-    directory = tiny.write_meta(tmp_path, [part])
+    directory = tiny_meta.write_meta(tmp_path, [part])
     assert not read_source(directory).config.tie_word_embeddings
     assert_same({"": planned(directory)[1]["lm_head/weight"]}, {"": part["output.weight"]})
 
@@ -379,21 +362,21 @@ def test_code_llamas_context() -> None:
 
 def test_special_tokens_are_the_tokenizers(tmp_path: Path, shared_data: Path) -> None:
     """Whether the model answers or continues cannot be told: every end of a turn ends a text."""
-    arrays = tiny.meta()
+    arrays = tiny_meta.meta()
     for name in ("tok_embeddings.weight", "output.weight"):
         arrays[name] = np.resize(arrays[name], (128256, 64))
-    parts = tiny.meta_parts(arrays, 1)
+    parts = tiny_meta.meta_parts(arrays, 1)
     params = {**META_PARAMS, "vocab_size": -1}
     for kind, ids in (("llama3", (128000, (128001, 128008, 128009))), ("llama2", (1, (2,)))):
         tokenizer = (shared_data / f"{kind}_tokenizer" / "tokenizer.model").read_bytes()
-        directory = tiny.write_meta(tmp_path / kind, parts, params, tokenizer=tokenizer)
+        directory = tiny_meta.write_meta(tmp_path / kind, parts, params, tokenizer=tokenizer)
         config = read_source(directory).config
         assert (config.bos_token_id, config.eos_token_ids) == ids
         assert read_source(directory).tokenizer_files == ("tokenizer.model",)
 
 
 def test_without_a_tokenizer_there_are_no_special_tokens(tmp_path: Path) -> None:
-    directory = tiny.write_meta(tmp_path, tiny.meta_parts(tiny.meta(), 1))
+    directory = tiny_meta.write_meta(tmp_path, tiny_meta.meta_parts(tiny_meta.meta(), 1))
     (directory / "special_tokens_map.json").write_text("{}")
     config = read_source(directory).config
     assert (config.bos_token_id, config.eos_token_ids) == (None, ())
@@ -402,15 +385,15 @@ def test_without_a_tokenizer_there_are_no_special_tokens(tmp_path: Path) -> None
 @pytest.fixture(scope="module")
 def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with a tokenizer of bytes."""
-    arrays = tiny.meta()
+    arrays = tiny_meta.meta()
     rng = np.random.default_rng(7)
     for name in ("tok_embeddings.weight", "output.weight"):
         arrays[name] = rng.normal(0, 0.2, (512, 64)).astype(BF16)
-    return tiny.write_meta(
+    return tiny_meta.write_meta(
         tmp_path_factory.mktemp("talking") / "Llama3.1-tiny-Instruct",
-        tiny.meta_parts(arrays, 2),
+        tiny_meta.meta_parts(arrays, 2),
         META_PARAMS | {"vocab_size": 512},
-        tokenizer=tiny.byte_tokenizer(),
+        tokenizer=tiny_meta.byte_tokenizer(),
     )
 
 
@@ -443,9 +426,11 @@ def test_the_scripts_convert_it(talking: Path, tmp_path: Path, capsys: Any) -> N
     ["consolidated.01.pth", "params.json", "tokenizer.model", "fp8_scales_1.pt"],
 )
 def test_the_cache_notices_every_file(tmp_path: Path, name: str) -> None:
-    parts = tiny.meta_parts(tiny.meta(), 2)
-    scales = tiny.meta_fp8(parts)
-    source = tiny.write_meta(tmp_path / "s", parts, scales=scales, tokenizer=tiny.byte_tokenizer())
+    parts = tiny_meta.meta_parts(tiny_meta.meta(), 2)
+    scales = tiny_meta.meta_fp8(parts)
+    source = tiny_meta.write_meta(
+        tmp_path / "s", parts, scales=scales, tokenizer=tiny_meta.byte_tokenizer()
+    )
     before = resolving._fingerprint(source, None)
     assert resolving._fingerprint(source, None) == before
     (source / name).write_bytes((source / name).read_bytes() + b" ")
@@ -471,7 +456,7 @@ def hub(contents: Mapping[str, bytes], root: Path, monkeypatch: pytest.MonkeyPat
 def test_older_files_are_downloaded_only_where_there_are_no_safetensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    meta = tiny.write_meta(tmp_path / "meta", tiny.meta_parts(tiny.meta(), 2))
+    meta = tiny_meta.write_meta(tmp_path / "meta", tiny_meta.meta_parts(tiny_meta.meta(), 2))
     files = {path.name: path.read_bytes() for path in meta.iterdir()}
     hub(files, tmp_path / "hub", monkeypatch)
     found = resolving.resolve("org/meta", tmp_path / "cache", progress=False)
@@ -494,194 +479,14 @@ def test_a_genuine_checkpoint(shared_data: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(ours, reference["logits"], atol=1e-4)
 
 
-Files = dict[str, Any]
-
-
-def files(fp8: bool = False) -> Files:
-    parts = tiny.meta_parts(tiny.meta(), 2)
-    scales = tiny.meta_fp8(parts) if fp8 else []
-    return {"parts": parts, "scales": scales, "params": dict(META_PARAMS)}
-
-
-def params(**changes: Any) -> Callable[[Files], None]:
-    return lambda found: found["params"].update(changes)
-
-
-def lost(part: int, name: str, where: str = "parts") -> Callable[[Files], None]:
-    def edit(found: Files) -> None:
-        del found[where][part][name]
-
-    return edit
-
-
-def changed(
-    part: int, name: str, change: Callable[[np.ndarray], np.ndarray], where: str = "parts"
-) -> Callable[[Files], None]:
-    def edit(found: Files) -> None:
-        found[where][part][name] = np.ascontiguousarray(change(found[where][part][name]))
-
-    return edit
-
-
-def added(part: int, name: str, where: str = "parts") -> Callable[[Files], None]:
-    def edit(found: Files) -> None:
-        found[where][part][name] = np.ones(4, np.float32)
-
-    return edit
-
-
-def fewer(found: Files) -> None:
-    found["parts"].pop()
-
-
-def more(found: Files) -> None:
-    found["parts"].append(found["parts"][0])
-
-
-def no_scales(found: Files) -> None:
-    found["scales"].clear()
-
-
-def more_scales(found: Files) -> None:
-    found["scales"].append(found["scales"][0])
-
-
-def nan_in_row_3(array: np.ndarray) -> np.ndarray:
-    array = array.copy()
-    array[3, 1] = np.nan
-    return array
-
-
-W1 = "layers.1.feed_forward.w1.weight"
-SCALE = "1_feed_forward.w1_1"
-BAD: dict[str, tuple[str, Callable[[Files], None], str]] = {
-    "a part of two": (
-        "bf16", fewer,
-        r"1 of the files consolidated.\*.pth, but consolidated.00/layers.0.attention.wq.weight has "
-        r"1/2 of the rows .* the model has 2 files. Download the rest",
-    ),
-    "a part too many": ("bf16", more, r"3 of the files .* the model has 2 files"),
-    "a lost tensor": (
-        "bf16", lost(1, "layers.2.attention.wo.weight"),
-        r"consolidated.01/layers.2.attention.wo.weight is missing",
-    ),
-    "a lost tensor of the first": (
-        "bf16", lost(0, "tok_embeddings.weight"), r"consolidated.00/tok_embeddings.weight is mis",
-    ),
-    "half of the output": ("bf16", lost(0, "output.weight"), r"consolidated.00/output.weight is"),
-    "another tensor": ("bf16", added(1, "layers.0.attention.bias"), r"attention.bias .* no place"),
-    "another layer": (
-        "bf16", added(0, "layers.4.ffn_norm.weight"), r"consolidated.00/layers.4.ffn_norm.weight",
-    ),
-    "another shape": (
-        "bf16", changed(1, W1, lambda a: a[:-1]),
-        r"consolidated.01/layers.1.feed_forward.w1.weight has shape \[79, 64\].*\[80, 64\]",
-    ),
-    "another dtype": (
-        "bf16", changed(1, W1, lambda a: a.astype(np.float16)), r"01/.*w1.weight is float16, exp",
-    ),
-    "integers": (
-        "bf16", changed(0, W1, lambda a: a.astype(np.int8)), r"00/.*w1.weight is int8, expected",
-    ),
-    "a norm of another checkpoint": (
-        "bf16", changed(1, "layers.3.ffn_norm.weight", lambda a: a * 2),
-        r"consolidated.01/layers.3.ffn_norm.weight differs from consolidated.00/layers.3.ffn_norm",
-    ),
-    "fewer layers": ("bf16", params(n_layers=3), r"layers.3.* has no place"),
-    "more layers": ("bf16", params(n_layers=5), r"says 5 layers, the weights have 4"),
-    "another width": ("bf16", params(dim=128), r"has shape \[48, 64\].*\[48, 128\]"),
-    "more heads of keys": ("bf16", params(n_kv_heads=8), r"wk.weight has shape .*32, 64"),
-    "a vocabulary that cannot be split": (
-        "bf16", params(vocab_size=97), r"tok_embeddings has 97 rows .* cannot be split over 2",
-    ),
-    "no heads": ("bf16", params(n_heads=0), r"params.json: n_heads is 0, expected int >= 1"),
-    "text for a number": ("bf16", params(norm_eps="1e-5"), r"params.json: norm_eps is '1e-5', exp"),
-    "no width": ("bf16", params(dim=None), r"params.json: dim is None"),
-    "INT4": (
-        "bf16", params(quantization_args={"group_size": 32}), r"INT4 is not supported. Take",
-    ),
-    "a vision model": ("bf16", params(vision_chunk_size=560), r"vision_chunk_size is not known"),
-    "no scales": (
-        "fp8", no_scales,
-        r"w2_0 is missing from fp8_scales_0.pt, or the file is: the float8_e4m3fn codes of consol",
-    ),
-    "a lost scale": (
-        "fp8", lost(1, SCALE, "scales"), r"1_feed_forward.w1_1 is missing from",
-    ),
-    "scales of another part": (
-        "fp8", more_scales, r"fp8_scales_2/1_feed_forward.w1_0 .* has no place",
-    ),
-    "scales without codes": (
-        "bf16", lambda found: found.update(scales=tiny.meta_fp8(files()["parts"])),
-        r"fp8_scales_0/1_feed_forward.w1_0 .* has no place",
-    ),
-    "a scale per column": (
-        "fp8", changed(1, SCALE, lambda a: a[:64], "scales"),
-        r"fp8_scales_1/1_feed_forward.w1_1 has shape \[64\]",
-    ),
-    "a negative scale": (
-        "fp8", changed(1, SCALE, lambda a: -a, "scales"),
-        r"fp8_scales_1/1_feed_forward.w1_1 holds -.* must be finite and positive",
-    ),
-    "codes in attention": (
-        "bf16", changed(0, "layers.1.attention.wv.weight", lambda a: a.astype(E4M3)),
-        r"layers.1.attention.wv.weight is float8_e4m3fn, expected bfloat16",
-    ),
-    "codes in one part": (
-        "bf16", changed(1, W1, lambda a: a.astype(E4M3)), r"01/.*w1.weight is float8_e4m3fn, exp",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_what_does_not_fit_together_is_refused_by_name(tmp_path: Path, case: str) -> None:
-    dtype, edit, match = BAD[case]
-    found = files(fp8=dtype == "fp8")
-    edit(found)
-    directory = tiny.write_meta(tmp_path, found["parts"], found["params"], found["scales"])
-    with pytest.raises((CheckpointError, ConfigError), match=match):
-        planned(directory)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "match"),
-    [
-        (lambda d: (d / "params.json").unlink(), r"params.json is missing. Download"),
-        (lambda d: (d / "params.json").write_text("{"), r"params.json is not valid JSON"),
-        (lambda d: (d / "params.json").write_text("[]"), r"params.json: its JSON is \[\]"),
-        (lambda d: (d / "consolidated.00.pth").unlink(), r"but no file of rank 0"),
-        (lambda d: [p.unlink() for p in d.glob("*.pth")], r"has params.json, but no consolidated"),
-        (lambda d: (d / "consolidated.01.pth").write_bytes(b"PK\3\4"), r"01.pth is damaged"),
-        (lambda d: (d / "tokenizer.model").write_bytes(b"QQ== x\n"), r"tokenizer.model: line 1"),
-    ],
-    ids=["no params", "no JSON", "a list", "no rank 0", "no weights", "truncated", "tokenizer"],
-)
-def test_a_directory_that_is_incomplete_or_damaged_is_refused(
-    tmp_path: Path, spoil: Callable[[Path], Any], match: str
-) -> None:
-    directory = tiny.write_meta(
-        tmp_path, tiny.meta_parts(tiny.meta(), 2), tokenizer=tiny.byte_tokenizer()
-    )
-    spoil(directory)
-    with pytest.raises(CheckpointError, match=match):
-        planned(directory)
-
-
-def test_nan_is_refused_where_it_is_read(tmp_path: Path) -> None:
-    found = files()
-    changed(1, "layers.0.attention.wk.weight", nan_in_row_3)(found)
-    directory = tiny.write_meta(tmp_path / "s", found["parts"])
-    with pytest.raises(CheckpointError, match=r"01/layers.0.attention.wk.weight has NaN .* row 3"):
-        convert(directory, tmp_path / "o", progress=False)
-    assert not (tmp_path / "o").exists()
-
-
 @pytest.mark.parametrize("folder", ["", "original", "original/mp8"])
 def test_files_in_the_cache_of_the_hub_are_links(tmp_path: Path, folder: str) -> None:
     """As `hf download` leaves them, with Meta's files in a folder of the repository."""
     model = tmp_path / "models--org--name"
-    blobs = tiny.write_meta(
-        model / "blobs", tiny.meta_parts(tiny.meta(), 2), tokenizer=tiny.byte_tokenizer()
+    blobs = tiny_meta.write_meta(
+        model / "blobs",
+        tiny_meta.meta_parts(tiny_meta.meta(), 2),
+        tokenizer=tiny_meta.byte_tokenizer(),
     )
     directory = model / "snapshots" / "0123abcd" / folder
     directory.mkdir(parents=True)
@@ -695,74 +500,10 @@ def test_files_in_the_cache_of_the_hub_are_links(tmp_path: Path, folder: str) ->
 
 
 def test_params_json_may_be_wrapped(tmp_path: Path) -> None:
-    parts = tiny.meta_parts(tiny.meta(), 1)
-    plain = read_source(tiny.write_meta(tmp_path / "a", parts))
-    wrapped = read_source(tiny.write_meta(tmp_path / "b", parts, {"model": META_PARAMS}))
+    parts = tiny_meta.meta_parts(tiny_meta.meta(), 1)
+    plain = read_source(tiny_meta.write_meta(tmp_path / "a", parts))
+    wrapped = read_source(tiny_meta.write_meta(tmp_path / "b", parts, {"model": META_PARAMS}))
     assert wrapped.config == plain.config
-
-
-def pickled(directory: Path, arrays: Arrays, shards: int = 1) -> Path:
-    """What transformers wrote before safetensors."""
-    tiny.write(directory, arrays)
-    (directory / "model.safetensors").unlink()
-    if shards == 1:
-        torch_files.save(directory / "pytorch_model.bin", arrays)
-        return directory
-    weight_map = {}
-    for shard in range(shards):
-        name = f"pytorch_model-{shard + 1:05d}-of-{shards:05d}.bin"
-        part = {key: arrays[key] for key in sorted(arrays)[shard::shards]}
-        weight_map |= dict.fromkeys(part, name)
-        torch_files.save(directory / name, part)
-    index = {"metadata": {"total_size": 0}, "weight_map": weight_map}
-    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    return directory
-
-
-@pytest.mark.parametrize("shards", [1, 3])
-def test_pickled_hugging_face_checkpoints(tmp_path: Path, shards: int) -> None:
-    arrays = tiny.dense(np.float16)
-    old = pickled(tmp_path / "old", arrays, shards)
-    assert make_plan(read_source(old))[1] == "dense"
-    assert_same(planned(old)[1], planned(tiny.write(tmp_path / "new", arrays))[1])
-    before = resolving._fingerprint(old, None)
-    first = next(old.glob("pytorch_model*.bin"))
-    first.write_bytes(first.read_bytes() + b" ")
-    assert resolving._fingerprint(old, None) != before
-
-
-def test_pickled_fp8_checkpoints_are_their_dialects(tmp_path: Path) -> None:
-    variant = tiny.VARIANTS["fbgemm"]
-    arrays = variant.arrays()
-    old = variant.write(tmp_path / "old", arrays)
-    (old / "model.safetensors").unlink()
-    torch_files.save(old / "pytorch_model.bin", arrays)
-    assert make_plan(read_source(old))[1] == "fbgemm"
-    assert_same(planned(old)[1], planned(variant.write(tmp_path / "new"))[1])
-
-
-def test_a_pickled_storage_under_two_names_is_tied(tmp_path: Path) -> None:
-    arrays = tiny.dense()
-    arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"]
-    directory = pickled(tmp_path, arrays)
-    config = tiny.CONFIG | {"tie_word_embeddings": True}
-    (directory / "config.json").write_text(json.dumps(config))
-    assert "lm_head" not in planned(directory)[0]
-
-
-def test_safetensors_are_taken_before_pickles(tmp_path: Path) -> None:
-    directory = tiny.write(tmp_path, tiny.dense())
-    (directory / "pytorch_model.bin").write_bytes(b"whatever")
-    tiny.write_meta(directory, [{"norm.weight": np.ones(4, BF16)}])
-    assert make_plan(read_source(directory))[1] == "dense"
-
-
-def test_gptq_and_awq_are_told_by_their_tensors(tmp_path: Path) -> None:
-    arrays = tiny.dense()
-    del arrays["model.layers.0.mlp.up_proj.weight"]
-    arrays["model.layers.0.mlp.up_proj.qweight"] = np.ones((8, 160), np.int32)
-    with pytest.raises(CheckpointError, match=r"GPTQ or AWQ .* not supported. Take an FP8"):
-        planned(tiny.write(tmp_path, arrays))
 
 
 @pytest.mark.parity
@@ -782,9 +523,9 @@ def test_what_torch_saves_computes_what_transformers_computes(
             kinds.get(array.dtype.name, torch.float32)
         )
 
-    parts = tiny.meta_parts(tiny.meta(), count)
-    scales = tiny.meta_fp8(parts) if fp8 else []
-    source = tiny.write_meta(tmp_path / "s", parts)
+    parts = tiny_meta.meta_parts(tiny_meta.meta(), count)
+    scales = tiny_meta.meta_fp8(parts) if fp8 else []
+    source = tiny_meta.write_meta(tmp_path / "s", parts)
     for rank, part in enumerate(parts):
         state = {name: as_torch(array) for name, array in part.items()}
         torch.save(state, source / f"consolidated.{rank:02d}.pth")

@@ -1,4 +1,4 @@
-"""One array in one file, of which any rectangular part can be read by itself.
+"""Writes an array to one file, and reads any rectangular part of it by itself.
 
 The layout is zarr version 3 with the codec `sharding_indexed`, uncompressed
 (https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed). A directory holds
@@ -21,8 +21,8 @@ import numpy as np
 Shape = tuple[int, ...]
 Advance = Callable[[int], None]
 
-# Files are written, and checked, by as many threads as this; each holds a few pieces of an array.
-# Twice the cores, since a thread waits for the disk half of its time; memory grows with the number.
+# How many threads write or check files. There are two per core, since a thread waits for the disk
+# half of its time; each holds a few pieces of an array, so memory grows with the number.
 WORKERS = min(8, 2 * (os.cpu_count() or 1))
 _METADATA = "zarr.json"
 _PIECE_BYTES = 4 * 1024 * 1024
@@ -30,8 +30,8 @@ _MIN_CHUNK = 128
 
 
 def chunk_shape(shape: Shape) -> Shape:
-    """Shape of the chunks: 16 along each axis, or as many of 8, 4 and 2 as divide it evenly and
-    leave 128 or more; else the axis is not cut."""
+    """Return the shape of the chunks: an axis is cut into 16, 8, 4 or 2 equal parts, the most that
+    leave 128 elements or more in each; otherwise it is not cut."""
     return tuple(
         next(
             (n // parts for parts in (16, 8, 4, 2) if n % parts == 0 and n >= _MIN_CHUNK * parts), n
@@ -41,7 +41,7 @@ def chunk_shape(shape: Shape) -> Shape:
 
 
 def file_names(directory: str, shape: Shape) -> tuple[str, str]:
-    """The files of an array in `directory`."""
+    """Return the names of an array's files in `directory`."""
     return f"{directory}/{_METADATA}", f"{directory}/{_data_name(shape)}"
 
 
@@ -50,9 +50,9 @@ def write_array(
 ) -> str:
     """Write an array from consecutive pieces of its rows; a scalar is one row.
 
-    directory: is made, or made anew. Orbax wants it to be named by the array's path with dots.
-    advance: told the bytes of each piece. Data are on the disk when this returns, and its value is
-    the SHA-256 of the array in C order, in hexadecimal.
+    directory: is created, or replaced. Orbax expects it to be named by the array's path with dots.
+    advance: called with the bytes of each piece.
+    Returns the SHA-256 of the array in C order, in hexadecimal; the data are on the disk then.
     """
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
@@ -78,7 +78,7 @@ def write_array(
 
 
 def read_rows(directory: Path, dtype: np.dtype, shape: Shape, start: int, stop: int) -> np.ndarray:
-    """Rows [start, stop) of an array that `check_layout` accepts; a scalar has one row."""
+    """Read rows [start, stop) of an array that `check_layout` accepts; a scalar has one row."""
     rows = read_part(directory, dtype, shape, (slice(start, stop), slice(None)))
     return rows.reshape((stop - start, *shape[1:]) if shape else ())
 
@@ -86,8 +86,8 @@ def read_rows(directory: Path, dtype: np.dtype, shape: Shape, start: int, stop: 
 def read_part(
     directory: Path, dtype: np.dtype, shape: Shape, part: tuple[slice, slice]
 ) -> np.ndarray:
-    """Some rows and columns of an array that `check_layout` accepts, two-dimensional: an array with
-    one axis has one column, a scalar one row too."""
+    """Read some rows and columns of an array that `check_layout` accepts. The result has two axes:
+    an array with one axis has one column, and a scalar also has one row."""
     rows, columns = (
         slice(*each.indices(size)[:2]) for each, size in zip(part, _matrix(shape), strict=True)
     )
@@ -108,9 +108,9 @@ def read_part(
 
 
 def holds(directory: Path, dtype: np.dtype, shape: Shape, sha256: str, advance: Advance) -> bool:
-    """Whether the array is there in full and has the SHA-256 that `write_array` returned.
+    """Whether the array is complete and has the SHA-256 that `write_array` returned.
 
-    advance: told the bytes of each piece that was read.
+    advance: called with the bytes of each piece that was read.
     """
     try:
         check_layout(directory, dtype, shape)
@@ -154,7 +154,7 @@ def check_layout(directory: Path, dtype: np.dtype, shape: Shape) -> None:
 
 
 def _data_name(shape: Shape) -> str:
-    """In zarr's terms the key of the only shard."""
+    """Return the data file's name, which is the key of the only shard in zarr's terms."""
     return ".".join("0" for _ in shape) or "0"
 
 
@@ -164,14 +164,15 @@ def _matrix(shape: Shape) -> tuple[int, int]:
 
 
 def _bits(dtype: np.dtype) -> np.dtype:
-    """Unsigned integers of the same size, which numpy copies fastest."""
+    """Return unsigned integers of the same size, which numpy copies fastest."""
     return np.dtype(f"u{dtype.itemsize}")
 
 
 def _runs(shape: Shape, start: int, stop: int) -> Iterator[tuple[slice, slice, int]]:
-    """What of rows [start, stop) lies together in the file: rows, columns, and the elements before.
+    """Yield the runs of rows [start, stop): their rows and columns, and how many elements of the
+    file come before them.
 
-    A run is the part of a chunk in these rows.
+    A run is the part of a chunk that lies in these rows; its elements are contiguous in the file.
     """
     columns = _matrix(shape)[1]
     chunk_rows, chunk_columns = _matrix(chunk_shape(shape))
@@ -185,7 +186,7 @@ def _runs(shape: Shape, start: int, stop: int) -> Iterator[tuple[slice, slice, i
 
 
 def _index(dtype: np.dtype, shape: Shape) -> bytes:
-    """Offset and length of each chunk, 64 bits each, little-endian."""
+    """Return the offset and length of each chunk, 64 bits each, little-endian."""
     chunk = chunk_shape(shape)
     length = math.prod(chunk) * dtype.itemsize
     count = math.prod(shape) // math.prod(chunk)

@@ -1,4 +1,4 @@
-"""Names in the directory of a converted checkpoint (see `checkpoint.store`). Needs no JAX."""
+"""Recognises the directory of a converted checkpoint (see `checkpoint.store`). Needs no JAX."""
 
 from pathlib import Path
 
@@ -12,13 +12,13 @@ PARAMS = "params"
 def is_converted(directory: Path) -> bool:
     """Whether a directory is a converted checkpoint.
 
-    Raises `CheckpointError` for one that may not be looked into.
+    Raises `CheckpointError` if the directory may not be read.
     """
     return is_there(directory / MANIFEST)
 
 
 def not_converted(directory: str | Path) -> CheckpointError:
-    """What to raise where a converted checkpoint is needed and there is none."""
+    """Return the error for a directory that should be a converted checkpoint and is none."""
     return CheckpointError(
         f"{directory} is not a converted checkpoint: it has no {MANIFEST}. Convert one with "
         "llama-jax convert."

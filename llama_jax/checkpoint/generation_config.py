@@ -1,8 +1,8 @@
-"""What generation_config.json asks for: the checkpoint's own way to continue a text.
+"""Reads generation_config.json, by which a checkpoint says how its texts are to be continued.
 
-Each field that transformers defines is in one of these places: `Settings` are honoured, `HARMLESS`
-cannot change the tokens here, and of the others a value that asks for something is named in a
-warning. 0, 0.0, -1, null and false are values.
+Each field that transformers defines is listed once. Those in `Settings` are honoured, and those in
+`HARMLESS` cannot change the tokens here. A field in `NOT_HONOURED` is named in a warning if its
+value asks for something.
 """
 
 import logging
@@ -27,11 +27,14 @@ StopString = Annotated[str, Meta(min_length=1)]
 
 
 class Settings(Struct, kw_only=True):
-    """The fields that are honoured, as transformers means them.
+    """The fields that are honoured, with transformers' meaning.
 
-    do_sample: greedy unless it is true. temperature: 0 is greedy. top_k: 0 and -1 keep all tokens.
-    top_p: 0 keeps the likeliest token alone. eos_token_id: ends the text, in place of
-    config.json's. stop_strings: end it as well. suppress_tokens: are never drawn.
+    do_sample: whether tokens are sampled; otherwise, and with temperature 0, decoding is greedy.
+    top_k: 0 and -1 keep all tokens.
+    top_p: 0 keeps the likeliest token alone.
+    eos_token_id: the tokens that end a text, in place of config.json's.
+    stop_strings: the strings that end it.
+    suppress_tokens: tokens that are never drawn.
     """
 
     do_sample: bool | None = None
@@ -66,7 +69,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
         "num_assistant_tokens_schedule", "prompt_lookup_num_tokens", "speculation_type",
         "target_lookbehind", "use_mtp",
     ),
-    "parts that a Llama has not": (
+    "parts that Llama does not have": (
         "decoder_start_token_id", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty",
     ),
     "the tokenizer's, which its own files say": ("bos_token_id", "pad_token_id"),
@@ -135,9 +138,9 @@ def read_settings(values: Mapping[str, Any], vocab_size: int, where: Path | str)
 
 
 def without_effect(values: Mapping[str, Any], context: int) -> list[str]:
-    """Fields that ask for something that is not done. context: of the model, in tokens.
+    """Return the fields that ask for something that is not done.
 
-    `max_length` asks for nothing where it is no shorter than the context.
+    context: the model's, in tokens; a `max_length` of that or more asks for nothing.
     """
     fields = [
         key
@@ -153,7 +156,7 @@ def without_effect(values: Mapping[str, Any], context: int) -> list[str]:
 
 
 def default_sampling(settings: Settings) -> SamplingParams:
-    """How the checkpoint's prompts are continued unless the caller says otherwise."""
+    """Return what a checkpoint asks for, which is used unless the caller gives parameters."""
     params: dict[str, Any] = {
         name: value
         for name in ("repetition_penalty", "min_new_tokens", "max_new_tokens")
@@ -179,7 +182,7 @@ def default_sampling(settings: Settings) -> SamplingParams:
 
 
 def warn_of_fields_without_effect(values: Mapping[str, Any], context: int) -> None:
-    """Name them in one line of the log."""
+    """Log a warning that names the fields of `without_effect`."""
     fields = without_effect(values, context)
     if fields:
         names = ", ".join(key if key.isidentifier() else shown(key) for key in sorted(fields))

@@ -1,8 +1,9 @@
-"""Memory for weights that JAX takes as it is, in huge pages where the system gives them.
+"""Allocates memory for weights that JAX uses without a copy, in huge pages where Linux has them.
 
-On a CPU JAX takes a numpy array over, without a copy, if it begins at a multiple of 64 bytes. With
-pages of 2 MiB a core reads weights a third faster than with pages of 4 KiB. Linux gives them to
-who asks (`madvise`); one piece of memory for all arrays leaves none of them half empty.
+On a CPU JAX uses a numpy array without copying it if it begins at a multiple of 64 bytes. A core
+reads weights a third faster from pages of 2 MiB than from pages of 4 KiB. Linux gives huge pages to
+memory that asks for them (`madvise`). All arrays share one allocation, so that no page is half
+empty.
 """
 
 import contextlib
@@ -16,9 +17,10 @@ ALIGNMENT = 64
 
 
 class Room:
-    """Memory for arrays, which it outlives as long as any of them does.
+    """One allocation that arrays are cut from; it lives as long as any of them.
 
-    What does not fit any more, and all of it where there is no such memory, is numpy's.
+    An array that does not fit any more is allocated by numpy, and so are all of them on systems
+    without huge pages.
     """
 
     def __init__(self, sizes: Iterable[int]) -> None:
@@ -32,7 +34,7 @@ class Room:
             self._memory = np.frombuffer(memory, np.uint8)
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An array with unspecified content."""
+        """Return an array whose content is unspecified."""
         size = math.prod(shape) * dtype.itemsize
         if self._used + size > len(self._memory):
             return np.empty(shape, dtype)

@@ -54,10 +54,10 @@ Damage = Literal["missing", "damaged", "extra"]
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a converted checkpoint is.
+    """Describes a converted checkpoint: the contents of manifest.json.
 
-    dialect: the layout it was converted from. source: the name of that directory, or
-        of the hub's repository.
+    dialect: the layout it was converted from.
+    source: the name of the directory or of the hub's repository that it was converted from.
     formats: how every module's weight is stored, by module path ("layers_0/mlp/up_proj").
     kv_scales: for an FP8 cache, None when the checkpoint has none.
     generation: the contents of generation_config.json, {} without one.
@@ -84,7 +84,7 @@ class Manifest:
         object.__setattr__(self, "checksums", FrozenDict(self.checksums))
 
     def spec(self, dtype: str = "bfloat16", activations: Activations = "bf16") -> ModelSpec:
-        """The model that these parameters belong to."""
+        """Return the spec of the model that these parameters belong to."""
         return ModelSpec(self.config, self.formats, dtype, activations)
 
     def to_json(self) -> str:
@@ -96,12 +96,12 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """Which model this is: of everything that the manifest says, checksums included."""
+        """A digest of everything in the manifest, checksums included; it tells models apart."""
         return hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
 
 
 def read_manifest(directory: str | Path) -> Manifest:
-    """The manifest of a converted checkpoint.
+    """Read the manifest of a converted checkpoint.
 
     Raises `CheckpointError` if there is none, or one that this version cannot read.
     """
@@ -126,9 +126,9 @@ def read_manifest(directory: str | Path) -> Manifest:
 def load_params(directory: str | Path, spec: ModelSpec, *, bits: bool = False) -> Params:
     """Restore the parameters of a converted checkpoint, each array straight to its devices.
 
-    Returns the tree `abstract_params(spec)`, sharded by `param_shardings(spec)`. With `bits`
-    float8_e4m3fn arrays come as int8 bit patterns of the same bytes, which is what compiled
-    programs want on a CPU (see `pallas_kernels.e4m3`).
+    bits: whether float8_e4m3fn arrays come as int8 arrays of the same bytes, which is what compiled
+        programs want on a CPU (see `pallas_kernels.e4m3`).
+    Returns the tree `abstract_params(spec)`, sharded by `param_shardings(spec)`.
     Raises `CheckpointError` naming the parameter that is missing, damaged, or of another shape or
     dtype than `spec` says.
     """
@@ -137,7 +137,7 @@ def load_params(directory: str | Path, spec: ModelSpec, *, bits: bool = False) -
     check_stored(root, expected)
     paths = traverse_util.flatten_dict(expected, sep=".")
     shardings = traverse_util.flatten_dict(param_shardings(spec), sep=".")
-    # Other devices copy what they get, so that nothing need be kept here.
+    # Other devices copy what they are given, so nothing has to stay in this memory.
     on_cpu = jax.default_backend() == "cpu"
     room = Room(leaf.size * leaf.dtype.itemsize for leaf in paths.values() if on_cpu)
     with ThreadPoolExecutor(array_file.WORKERS) as pool:
@@ -157,7 +157,7 @@ def _load_array(
     pool: Executor,
     room: Room,
 ) -> Array:
-    """One array, of which the host holds the parts of its own devices at a time."""
+    """Load one array; the host holds no more than the parts of its own devices at a time."""
     dtype = np.dtype(leaf.dtype)
     seen_as = np.dtype(np.int8) if bits and dtype == e4m3.DTYPE else dtype
 
@@ -182,7 +182,7 @@ def _load_array(
 
 
 def check_stored(root: Path, expected: Params) -> None:
-    """Compare the arrays in `root` with the tree that is wanted, before any of them is read.
+    """Compare the arrays in `root` with the expected tree, before any of them is read.
 
     Raises `CheckpointError` naming the parameter that is missing, left over, damaged, or of another
     shape or dtype.
@@ -203,11 +203,12 @@ def check_stored(root: Path, expected: Params) -> None:
 def verify(
     directory: str | Path, advance: array_file.Advance = lambda count: None
 ) -> dict[str, Damage]:
-    """What is wrong with a converted checkpoint, by path within it; empty if it is sound.
+    """Find what is wrong with a converted checkpoint, by path within it; {} if it is sound.
 
-    Reads every byte and compares with the manifest's checksums, several arrays at a time. Of the
-    manifest itself only the form is known to be right.
-    advance: told, by any thread, how many bytes of arrays were read; `Manifest.total_bytes` in all.
+    Every byte is read and compared with the manifest's checksums, several arrays at a time. The
+    manifest has no checksum of its own: only its form is checked.
+    advance: called by any thread with the number of bytes that were read, `Manifest.total_bytes` in
+        all.
     Raises `CheckpointError` if the manifest cannot be read.
     """
     root = Path(directory).resolve()
@@ -238,6 +239,6 @@ def verify(
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Compute the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -201,7 +201,7 @@ def _facts(
 
 
 def _kinds(plan: "Plan") -> list[_Kind]:
-    """The largest first."""
+    """Group the modules by name and format, the largest first."""
     groups: dict[tuple[str, str], list[str]] = {}
     for path, module in plan.modules.items():
         groups.setdefault((path.rpartition("/")[2], _words(module)), []).append(path)
@@ -226,13 +226,13 @@ def _kinds(plan: "Plan") -> list[_Kind]:
 
 
 def _layer(path: str) -> int | None:
-    """The number of the layer that a module is in."""
+    """Return the number of the layer that a module is in, None outside of layers."""
     layer, _, rest = path.partition("/")
     return int(layer.removeprefix("layers_")) if rest else None
 
 
 def _words(module: "Module") -> str:
-    """How a weight is stored. A single scale of a matrix lies there as the same for each row."""
+    """Say how a weight is stored. A matrix with a single scale has it stored for each row."""
     stored = module.format
     if stored.scale is None:
         return stored.dtype
@@ -259,7 +259,7 @@ def _scale_range(modules: Iterable["Module"], leaf: str) -> Range | None:
 
 
 def _quantized(plan: "Plan") -> dict[str, list[str]]:
-    """Paths of the matrices that are quantised, of those with input scales, and of the others."""
+    """Return the paths of quantised matrices, of those with input scales, and of the others."""
     from converters.dialects.layout import is_linear
 
     formats = {path: module.format for path, module in plan.modules.items() if is_linear(path)}
@@ -384,7 +384,7 @@ def _tokenizer_words(facts: Mapping[str, Any]) -> str:
 
 
 def _weights_tables(kinds: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Table]]:
-    """One for each format, with a title that says what its weights have in common."""
+    """Make a table for each format, whose title says what its weights have in common."""
     by_format: dict[str, list[Mapping[str, Any]]] = {}
     for kind in kinds:
         by_format.setdefault(kind["format"], []).append(kind)

@@ -135,7 +135,7 @@ Stop = Annotated[
 
 
 def model_name(model: str | None) -> str:
-    """What to call a model in messages."""
+    """Return what messages call a model."""
     return "abacus" if model is None else Path(model).name or model
 
 
@@ -149,7 +149,7 @@ def check_preset(preset: str) -> None:
 
 
 def preset_spec(preset: str, dtype: Any, activations: Any) -> "ModelSpec":
-    """The shapes of a known model, see `check_preset`, with FP8 matrices."""
+    """Return the spec of a preset (see `check_preset`) with FP8 matrices."""
     from llama_jax import bench
     from llama_jax.model.config import PRESETS
     from llama_jax.model.spec import ModelSpec
@@ -159,7 +159,7 @@ def preset_spec(preset: str, dtype: Any, activations: Any) -> "ModelSpec":
 
 
 def directory(model: str | None) -> Path:
-    """Where the converted checkpoint of a model is, with the progress of a conversion on stderr."""
+    """Find or make a model's converted checkpoint, with progress on stderr."""
     path = locate(SHIPPED_MODEL if model is None else model)
     with stderr.status("starting JAX"):
         from converters.resolve import resolve
@@ -201,7 +201,7 @@ def load(model: str | None, *, show_plan: bool, **settings: Any) -> "LLM":
 
 
 def sampling_settings(**given: Any) -> dict[str, Any]:
-    """The settings that were given (not None), to take the place of a checkpoint's own.
+    """Return the settings that were given (not None), which replace a checkpoint's own.
 
     Raises ValueError for one that is out of range, before a model is looked at.
     """

@@ -1,4 +1,4 @@
-"""What the commands read and write: messages on stderr, results on stdout or in whole files."""
+"""Input and output of the commands: messages on stderr, results on stdout or in whole files."""
 
 import io
 import json
@@ -33,13 +33,13 @@ _MESSAGE_LINES, _MESSAGE_LENGTH = 3, 1000
 
 
 def note(text: str) -> None:
-    """A remark on stderr, beside the results."""
+    """Print a remark on stderr, beside the results."""
     stderr.print(in_few_lines(text), style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def in_few_lines(message: object) -> str:
-    """A message that may quote files: without control characters, which a terminal would obey, in
-    at most three lines and 1000 characters."""
+    """Shorten a message that may quote files to three lines and 1000 characters, without control
+    characters, which a terminal would obey."""
     lines = str(message).splitlines()
     joined = ("\n" if len(lines) <= _MESSAGE_LINES else " ").join(lines)
     text = "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in joined)
@@ -57,7 +57,7 @@ class _RateColumn(ProgressColumn):
 
 
 class _LeftColumn(ProgressColumn):
-    """How long the rest will take, once there have been enough steps to tell."""
+    """Shows how long the rest will take, once there have been enough steps to tell."""
 
     def render(self, task: Task) -> Text:
         done = task.completed - task.fields.get("before", 0)
@@ -67,8 +67,8 @@ class _LeftColumn(ProgressColumn):
 
 
 def seconds_left(done: float, remaining: float | None, seconds: float) -> float | None:
-    """How long the remaining steps will take if `done` steps took so many seconds; None while that
-    is a guess, or where nobody knows how many there are."""
+    """Estimate the seconds that the remaining steps will take from those that `done` steps took;
+    None after few steps, or if their number is not known."""
     if remaining is None or done < _STEPS_TO_TELL:
         return None
     return remaining * seconds / done
@@ -78,8 +78,11 @@ _STEPS_TO_TELL = 10
 
 
 def progress_bar() -> Progress:
-    """A bar on stderr, if that is a terminal, for tasks with the fields `unit` and `clock`, a
-    `speed.Clock`; and `before`, if so many of its steps are not this run's."""
+    """Make a progress bar on stderr, if that is a terminal.
+
+    Its tasks have the fields `unit` and `clock`, a `speed.Clock`, and `before`, the number of steps
+    that an earlier run did, if there was one.
+    """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -92,7 +95,7 @@ def progress_bar() -> Progress:
 
 
 def key_value_table(title: str, rows: Mapping[str, object]) -> Table:
-    """A table without a header: names and what they stand for."""
+    """Make a table of names and values, without a header."""
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
     table.add_column()
@@ -102,7 +105,7 @@ def key_value_table(title: str, rows: Mapping[str, object]) -> Table:
 
 
 def runs(numbers: Sequence[int]) -> str:
-    """Ascending numbers, neighbours joined: "0, 2-30"."""
+    """Write ascending numbers with neighbours joined: "0, 2-30"."""
     found: list[list[int]] = []
     for number in numbers:
         if found and found[-1][-1] == number - 1:
@@ -113,12 +116,12 @@ def runs(numbers: Sequence[int]) -> str:
 
 
 def print_json(value: Any) -> None:
-    """One line of JSON on stdout."""
+    """Print one line of JSON on stdout."""
     print(json_line(value), flush=True)
 
 
 def json_line(value: Any) -> str:
-    """Valid JSON on one line; numbers that JSON does not have become null."""
+    """Write valid JSON on one line; numbers that JSON does not have become null."""
     finite = _finite(value)
     text = json.dumps(finite, ensure_ascii=False, allow_nan=False)
     try:
@@ -152,7 +155,7 @@ def check_output(path: str, overwrite: bool) -> None:
 
 @contextmanager
 def whole_file(path: str) -> Iterator[TextIO]:
-    """A text file that appears when the block ends without an error; "-" is stdout."""
+    """Open a text file that appears when the block ends without an error; "-" is stdout."""
     if path == "-":
         yield sys.stdout
         return
@@ -173,9 +176,10 @@ def whole_file(path: str) -> Iterator[TextIO]:
 
 
 def read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """The objects of a JSONL file, "-" for stdin, with their line numbers; blank lines are skipped.
+    """Yield the objects of a JSONL file, "-" for stdin, with their line numbers.
 
-    A line that is not a JSON object in UTF-8 comes as the ValueError that says so.
+    Blank lines are skipped. A line that is not a JSON object in UTF-8 comes as the ValueError that
+    says so.
     """
     return _parsed(_lines(path, "surrogateescape"))
 
@@ -183,7 +187,7 @@ def read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
 def parse_jsonl(
     lines: bytes, first_number: int
 ) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """Like `read_jsonl`, of some lines of a file, the first of which has this number."""
+    """Read some lines of a file as `read_jsonl` does; the first of them has this number."""
     text = io.TextIOWrapper(io.BytesIO(lines), "utf-8", "surrogateescape", newline="\n")
     return _parsed(_numbered(text, first_number))
 
@@ -207,7 +211,7 @@ def _parsed(
 
 
 def read_lines(path: str) -> Iterator[tuple[int, str]]:
-    """The lines of a text file that are not blank, "-" for stdin, with their numbers."""
+    """Yield the lines of a text file that are not blank, "-" for stdin, with their numbers."""
     try:
         yield from _lines(path, "strict")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""`llama-jax inspect --paths`: what `llama_jax.engine.paths` read, for readers and for machines."""
+"""`llama-jax inspect --paths`: prints the calls that `llama_jax.engine.paths` finds."""
 
 import contextlib
 from collections import Counter
@@ -69,7 +69,8 @@ def _as_json(call: "Call") -> dict[str, Any]:
 
 
 def _print(program: "Program", calls: Sequence["Call"]) -> None:
-    """Calls that differ in nothing but the layer share a line; reasons stand below, once each."""
+    """Print a table of calls. Those that differ only in the layer share a line, and reasons are
+    listed below the table."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for call in calls:
         operands = ", ".join(call.operands[:2])
@@ -94,7 +95,7 @@ def _print(program: "Program", calls: Sequence["Call"]) -> None:
 
 
 def _reasons(call: "Call") -> str:
-    """Why XLA multiplies; below a kernel, why those that were asked before it do not."""
+    """Say why XLA multiplies or, of a kernel, why those that were asked before it do not."""
     if call.why_not or not call.choice:
         return call.why_not or ""
     refusals = call.choice.refusals
@@ -102,7 +103,7 @@ def _reasons(call: "Call") -> str:
 
 
 def _words(call: "Call") -> str:
-    """What the call is for: the matrices that it reads, or else its module."""
+    """Name what the call is for: the matrices that it reads, or else its module."""
     names = [path.rpartition("/")[2] for path in call.matrices or (call.module,)]
     return ", ".join(names) or "outside of the model"
 

@@ -1,4 +1,4 @@
-"""A file of lines that a run which was cut short leaves behind to be continued.
+"""A file of lines that can be continued after a run was cut short.
 
 The lines of OUT stand in OUT.partial until all are there; OUT.journal says what made them. A run
 with the same settings goes on after the last whole line, so nothing is lost or written twice.
@@ -19,12 +19,12 @@ from llama_jax.cli.output import note
 
 @dataclass(frozen=True)
 class ResumableFile:
-    """What a run appends to, after the lines that an earlier one left."""
+    """The file that a run appends to, after the lines that an earlier one left."""
 
     file: BinaryIO
 
     def lines(self) -> Iterator[bytes]:
-        """What stands there already."""
+        """The lines that are there already."""
         self.file.seek(0)
         yield from self.file
 
@@ -37,7 +37,7 @@ class ResumableFile:
 
 
 def survey(path: str) -> tuple[int | None, str | None]:
-    """How many lines the input has, and a digest of it; None for stdin, which is read once."""
+    """Count the input's lines and compute a digest of it; None for stdin, which is read once."""
     if path == "-":
         return None, None
     if not os.path.isfile(path) and os.path.exists(path):
@@ -56,7 +56,7 @@ def survey(path: str) -> tuple[int | None, str | None]:
 def resumable_file(
     path: str, settings: Mapping[str, Any], overwrite: bool
 ) -> Iterator[ResumableFile]:
-    """Lines for the file `path`, which appears when the block ends without an error.
+    """Write lines to the file `path`, which appears when the block ends without an error.
 
     settings: JSON values that decide what is written. Raises FileExistsError if another run writes
     here, or one with other settings was cut short and `overwrite` does not say to discard it.
@@ -87,7 +87,7 @@ def resumable_file(
 
 @contextmanager
 def _locked(journal: Path) -> Iterator[BinaryIO]:
-    """The journal, made if need be, for this process alone."""
+    """Open the journal, made if need be, for this process alone."""
     with journal.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -99,7 +99,7 @@ def _locked(journal: Path) -> Iterator[BinaryIO]:
 def _continues(
     notes: BinaryIO, partial: Path, settings: Mapping[str, Any], overwrite: bool
 ) -> bool:
-    """Whether `partial` is an earlier run's with the same settings."""
+    """Whether an earlier run with the same settings left `partial`."""
     if not partial.exists():
         return False
     notes.seek(0)
@@ -126,7 +126,7 @@ def _note(notes: BinaryIO, settings: Mapping[str, Any]) -> None:
 
 
 def _cut_torn_line(file: BinaryIO) -> None:
-    """Cut off what a kill left of a line."""
+    """Cut off the line that a kill left incomplete."""
     file.seek(0)
     end = 0
     for line in file:

@@ -45,10 +45,10 @@ _NOTE_EVERY = 60.0
 
 @dataclass
 class _Summary:
-    """What the lines of the output amount to.
+    """Totals over the lines of the output.
 
-    num_tokens, total, greedy: of lines with a completion or a text. resumed: lines that were there
-    already. num_read: tokens that went through the model for the others.
+    num_tokens, total, greedy: over lines with a completion or a text. resumed: lines that were
+    there already. num_read: tokens that went through the model for the others.
     """
 
     scored: int = 0
@@ -192,7 +192,7 @@ def score(
         "kv_dtype": kv_dtype, "max_seq_len": max_seq_len, **asked,
     }  # fmt: skip
     before, clock = snapshot(llm) if llm else None, Clock()
-    # What came from stdin cannot be read again, so there is nothing to resume.
+    # Stdin cannot be read again, so there is nothing to resume.
     whole = output == "-" or input == "-"
     with whole_file(output) if whole else resumable_file(output, settings, overwrite) as file:
         summary = _write_scores(input, num_lines, file, scored, clock)

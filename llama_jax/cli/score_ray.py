@@ -10,7 +10,7 @@ from typing import Any
 
 from llama_jax.cli.output import json_line, parse_jsonl
 
-# What an actor is given at once: as many lines as are sorted at once anyway, and seconds of work.
+# The most that an actor gets at once: as many lines as are sorted together, a few seconds of work.
 _MOST_LINES, _MOST_BYTES = 1024, 1 << 20
 _PIECES_PER_ACTOR = 4
 
@@ -54,7 +54,7 @@ def score_lines(
     loading: Mapping[str, Any],
     done: int,
 ) -> Iterator[tuple[int, dict[str, Any], int]]:
-    """The lines after the first `done` with their scores: number, row, tokens read; in order.
+    """Yield the lines after the first `done` in order: number, scored row and tokens read.
 
     asked: as `score_rows`; loading: as `LLM.load`. A piece whose actor dies is done again.
     """
@@ -123,7 +123,7 @@ def _check_reachable(address: str) -> None:
 
 
 def pieces(input: str, done: int, most_lines: int) -> Iterator[dict[str, int]]:
-    """Where to cut a file, of which `done` lines have been scored; blank lines do not count."""
+    """Yield where to cut a file of which `done` lines are scored; blank lines do not count."""
     begin = end = number = count = 0
     with open(input, "rb") as file:
         for i, line in enumerate(file, 1):

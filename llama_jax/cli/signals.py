@@ -1,4 +1,4 @@
-"""How the program ends when it is told to: Ctrl-C with code 130, SIGTERM with 143 and a line.
+"""Ends the program when it is told to: on Ctrl-C with code 130, on SIGTERM with 143 and a message.
 
 Python raises KeyboardInterrupt wherever it happens to be. Inside an import that shows a traceback,
 or an error of the module that was being imported; inside a callback of the garbage collector, of

@@ -1,4 +1,4 @@
-"""How fast a reply came, without the time that compiling took."""
+"""Measures how fast a reply came, without the time that compiling took."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What had been compiled at some moment, and what the engine had done."""
+    """The counters of compiling and of the engine at one moment."""
 
     report: "CompileReport"
     stats: "Stats"
 
     def since(self, earlier: "Snapshot") -> "Snapshot":
-        """What has happened after `earlier`."""
+        """Return the difference to `earlier`."""
         return Snapshot(self.report.since(earlier.report), self.stats.since(earlier.stats))
 
 
 class Clock:
-    """The time since it was made that went into work rather than into compiling."""
+    """Counts the time since it was made, without the time that compiling took."""
 
     def __init__(self) -> None:
         self._began = time.time()

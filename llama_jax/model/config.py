@@ -88,7 +88,7 @@ class LlamaConfig:
             raise ConfigError(f"dtype must be one of {', '.join(PARAM_DTYPES)}, got {self.dtype!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values; `LlamaConfig.from_dict` reads them back."""
+        """Return the fields as JSON values; `LlamaConfig.from_dict` reads them back."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values["eos_token_ids"] = list(self.eos_token_ids)
         values["rope_scaling"] = self.rope_scaling and vars(self.rope_scaling).copy()
@@ -96,7 +96,7 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "LlamaConfig":
-        """The inverse of `to_dict`. Raises `ConfigError`."""
+        """Invert `to_dict`. Raises `ConfigError`."""
         try:
             return convert(dict(values), cls, "config")
         except CheckpointError as error:
@@ -119,7 +119,7 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, values: Mapping[str, Any], where: Path | str = "config.json") -> "LlamaConfig":
-        """From the contents of config.json, as transformers 4 or 5 writes it.
+        """Read the contents of config.json, as transformers 4 or 5 writes it.
 
         where: names the file in errors. Raises `ConfigError`.
         """
@@ -153,7 +153,7 @@ class LlamaConfig:
             )
 
     def to_hf(self) -> dict[str, Any]:
-        """The contents of a config.json, in the form that both transformers 4 and 5 read."""
+        """Return the contents of a config.json that transformers 4 and 5 both read."""
         eos = self.eos_token_ids
         return {
             "architectures": ["LlamaForCausalLM"],
@@ -189,13 +189,13 @@ class LlamaConfig:
     def from_params_json(
         cls, values: Mapping[str, Any], where: Path | str = "params.json"
     ) -> "LlamaConfig":
-        """From the contents of Meta's params.json.
+        """Read the contents of Meta's params.json.
 
         `use_scaled_rope` stands for Llama 3.1's constants; Meta's file does not hold them, and
         Llama 3.2 (1B and 3B, recognised by their shapes) uses factor 32 where 3.1 uses 8.
-        `vocab_size` -1 means Llama 2's 32,000. Meta's file has no context length either; it is
-        that of the model it was trained for, as transformers' converter has it: 131,072 with scaled
-        rope, 8,192 for Llama 3, 16,384 for Code Llama, 4,096 for Llama 2.
+        `vocab_size` -1 means Llama 2's 32,000. The file has no context length either, so it follows
+        from the model, as in transformers' converter: 131,072 with scaled rope, 8,192 for Llama 3,
+        16,384 for Code Llama, 4,096 for Llama 2.
         where: names the file in errors. Raises `ConfigError`.
         """
         meta = read_params(values, where)
@@ -225,7 +225,7 @@ class LlamaConfig:
 
 
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """A token id field of config.json or generation_config.json: one id, a list, or nothing."""
+    """Return the ids in a field of config.json or generation_config.json: one, a list, or none."""
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(value)
@@ -233,7 +233,7 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 @contextmanager
 def _explained(where: Path | str, names: Mapping[str, str]) -> Iterator[None]:
-    """Turns `LlamaConfig`'s own errors into those of a file. names: ours to the file's."""
+    """Turn `LlamaConfig`'s own errors into those of a file. names: fields' names there, by ours."""
     try:
         yield
     except ConfigError as error:

@@ -1,8 +1,8 @@
-"""What config.json and Meta's params.json may say: their schemas, and what is known of other keys.
+"""The schemas of config.json and Meta's params.json, and what is known of other keys.
 
 Reading is strict on purpose: a key that could change what the model computes is refused by name.
-The public ports of Llama that went silently wrong did so because they skipped a key (rope scaling,
-the norm's eps). What asks for nothing is read, whoever wrote it.
+Public ports of Llama went silently wrong because they skipped a key (rope scaling, the norm's eps).
+An unknown key whose value asks for nothing (null, false, empty) is let through.
 
 Keys and values come from configs of Llama-architecture checkpoints on the Hugging Face hub: Meta's,
 and those of Unsloth, HuggingFaceTB, NousResearch, 01-ai, lmsys, codellama, deepseek-ai, nvidia,
@@ -80,7 +80,8 @@ class HfConfig(Struct, kw_only=True):
 
 
 class MetaParams(Struct, kw_only=True, forbid_unknown_fields=True):
-    """params.json. `vocab_size` -1 is Llama 2's; max_seq_len and max_batch_size are of a run."""
+    """The keys of params.json. `vocab_size` -1 is Llama 2's; max_seq_len and max_batch_size are
+    settings of a run, not of the model."""
 
     dim: Size
     n_layers: Count
@@ -142,7 +143,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
         "compression_config", "quantization_config", "use_fp8_e4m3",
     ),
 }  # fmt: skip
-# Keys of which only these values are implemented, with what to do about another.
+# Keys with the values that are implemented, and advice for any other value.
 _OTHER_MODEL = "It is another model than Llama; take a checkpoint of a Llama."
 _OWN_CODE = (
     "The checkpoint brings code of its own. Remove the key if transformers' LlamaForCausalLM "
@@ -169,7 +170,7 @@ FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {
         ({}, None),
         "These are MLX's weights; take the safetensors that they were made from.",
     ),
-    # What would be another model by being absent or false.
+    # These would make another model if they were false.
     "is_causal": ((True, None), _OTHER_MODEL),
     "use_rope": ((True, None), _OTHER_MODEL),
     "scale_attn_weights": ((True, None), _OTHER_MODEL),
@@ -183,7 +184,7 @@ _KNOWN = {
 
 
 def read_hf(values: Mapping[str, Any], where: Path | str) -> HfConfig:
-    """The contents of config.json, checked key by key. where: names the file in errors.
+    """Check the contents of config.json key by key. where: names the file in errors.
 
     Raises `ConfigError`.
     """
@@ -214,10 +215,11 @@ def read_hf(values: Mapping[str, Any], where: Path | str) -> HfConfig:
 
 
 def rope_of(hf: HfConfig, where: Path | str) -> tuple[float, RopeScaling | None, float]:
-    """Theta, Llama 3.1's stretching of the wavelengths if there is any, and the factor by which all
-    of them are stretched. Raises `ConfigError`.
+    """Return theta, Llama 3.1's scaling of the wavelengths or None, and the factor by which all of
+    them are stretched.
 
-    "dynamic" stretches only what is longer than max_position_embeddings, which no text is here.
+    "dynamic" changes nothing: it stretches only beyond max_position_embeddings, and no text here is
+    longer. Raises `ConfigError`.
     """
     given = {
         key: {name: value for name, value in rope.items() if value is not None}
@@ -272,7 +274,7 @@ def rope_of(hf: HfConfig, where: Path | str) -> tuple[float, RopeScaling | None,
 
 
 def read_params(values: Mapping[str, Any], where: Path | str) -> MetaParams:
-    """The contents of Meta's params.json; newer ones have them under "model".
+    """Read the contents of Meta's params.json; newer files have them under "model".
 
     Raises `ConfigError`.
     """
@@ -298,7 +300,7 @@ def _converted[T](values: Mapping[str, Any], schema: type[T], where: Path | str)
 
 
 def _check_attention(values: Mapping[str, Any], where: Path | str) -> None:
-    """Refuse attention to anything but all of the text before."""
+    """Refuse attention that does not see all of the text before, such as a sliding window."""
     layers = values.get("layer_types") or []
     if not isinstance(layers, list) or any(each != "full_attention" for each in layers):
         raise ConfigError(
@@ -318,5 +320,5 @@ def _asks_for_nothing(value: Any) -> bool:
 
 
 def _same(found: Any, expected: Any) -> bool:
-    """Equality for which true is not 1."""
+    """Compare for equality, but true is not 1."""
     return isinstance(found, bool) == isinstance(expected, bool) and found == expected

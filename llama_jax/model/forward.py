@@ -1,8 +1,8 @@
 """The forward pass as functions of parameters and cache, on one device or on a mesh.
 
-On a mesh each device runs the model on its own heads, inner features and words (`device_spec`),
-inside of shard_map: what it multiplies are whole arrays to it, which kernels need. The model sums
-over the devices after the embedding, attention and the MLP; here logits are put together.
+On a mesh each device runs the model inside shard_map on its own heads, intermediate features and
+part of the vocabulary (`device_spec`), so that its arrays are whole to it, as kernels need. The
+model sums over devices after the embedding, attention and the MLP; logits are gathered here.
 """
 
 import math
@@ -76,7 +76,8 @@ def extend(
     spec: ModelSpec,
     phase: Phase,
 ) -> tuple[Array, KVCache]:
-    """What `prefill` and `decode` share; returns hidden states [b, t, d] of every token."""
+    """Append tokens to the cache, as `prefill` and `decode` do, and return the hidden states
+    [b, t, d] of all of them, and the cache. phase: what "auto" activations depend on."""
     spec = replace(spec, activations=activations_in(phase, tokens.size, spec))
     rows = jnp.arange(tokens.shape[0]) if rows is None else rows
     starts = jnp.take(cache.lengths, rows, mode="clip")
@@ -91,10 +92,11 @@ def extend(
 
 
 def activations_in(phase: Phase, rows: int, spec: ModelSpec) -> Activations:
-    """Those of `spec`, and what "auto" stands for: "dynamic" where FP8 tensor cores compute, in
-    prefill and where more rows are decoded than the weight-only kernel takes; else "bf16".
+    """Return the activations of `spec`, with "auto" settled.
 
-    rows: of the call, a static number; nothing here depends on what a batch holds.
+    "auto" is "dynamic" where FP8 tensor cores compute: in prefill, and where more rows are decoded
+    than the weight-only kernel takes. Otherwise it is "bf16". rows: the number that the call is
+    compiled for; nothing here depends on what a batch holds.
     """
     if spec.activations != "auto":
         return spec.activations
@@ -104,13 +106,13 @@ def activations_in(phase: Phase, rows: int, spec: ModelSpec) -> Activations:
 
 
 def last_hidden(hidden: Array, lengths: Array) -> Array:
-    """The state of each row's last real token: [b, t, d] and int32 [b] to [b, d]."""
+    """Pick the state of each row's last real token: [b, t, d] and int32 [b] to [b, d]."""
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
     return jnp.take_along_axis(hidden, last, axis=1)[:, 0]
 
 
 def unembed(params: Params, hidden: Array, *, spec: ModelSpec) -> Array:
-    """Hidden states [..., d] of `extend` to float32 logits [..., vocab]."""
+    """Compute float32 logits [..., vocab] of the hidden states [..., d] of `extend`."""
     spec, whole = _placed(spec), PartitionSpec()
     by_word = PartitionSpec(*(None,) * (hidden.ndim - 1), RULES["vocab"])
     logits: Array = _apply(spec, "unembed", params, (hidden,), in_specs=(whole,), out_specs=by_word)
@@ -119,10 +121,11 @@ def unembed(params: Params, hidden: Array, *, spec: ModelSpec) -> Array:
 
 @cache
 def device_spec(spec: ModelSpec) -> ModelSpec | None:
-    """The model that one device of `spec.mesh` is: `spec` with its share of what is divided.
+    """Return the smaller model that each device of `spec.mesh` runs.
 
-    None where something does not divide: heads, inner features or words, or scales whose blocks or
-    groups would lie on two devices. XLA then divides the program as it finds best, without kernels.
+    Returns None if heads, intermediate features or the vocabulary do not divide evenly, or if a
+    block or a group of scales would lie on two devices. XLA then partitions the program itself, and
+    no kernel runs.
     """
     parts = spec.mesh.shape["model"] if spec.mesh else 1
     if parts == 1:
@@ -163,18 +166,18 @@ def _apply(
     in_specs: tuple[Any, ...],
     out_specs: Any,
 ) -> Any:
-    """A method of the model; on a mesh, each device's on its own parts if all is divided evenly."""
+    """Call a method of the model; on a mesh in shard_map, if `device_spec` allows that."""
     own = device_spec(spec)
     if spec.mesh is None or own is None:
         return Llama(spec).apply({"params": params}, *args, method=method)
 
     def on_device(params: Params, *args: Any) -> Any:
-        # Of several groups of columns with scales a device may hold one: a scale per row.
+        # A device may hold a single group of columns; then that axis is dropped.
         params = jax.tree.map(lambda a, own: a.reshape(own.shape), params, abstract_params(own))
         return Llama(own).apply({"params": params}, *args, method=method)
 
     in_specs = (_specs(param_shardings(spec)), *in_specs)
-    # Carries of loops begin as zeros, the same on all devices, which the check would refuse.
+    # check_vma would refuse loops whose carries begin as zeros, which are the same on all devices.
     mapped = jax.shard_map(
         on_device, mesh=spec.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
@@ -182,7 +185,7 @@ def _apply(
 
 
 def _placed(spec: ModelSpec) -> ModelSpec:
-    """Beside other devices, a mesh of the default one says that arrays are whole there."""
+    """Add a mesh of the default device where there are several: it pins arrays to that one."""
     if spec.mesh or jax.device_count() == 1:
         return spec
     return replace(spec, mesh=make_mesh(1, devices=list(default_sharding().device_set)))

@@ -24,11 +24,11 @@ class WeightFormat:
 
     scale: "row" or "block" for codes, None for a plain weight. Codes are float8_e4m3fn, or bfloat16
         where they come from an 8-bit format whose numbers e4m3fn does not all have.
-    input_scale: a calibrated scale of the activations is there.
+    input_scale: whether a calibrated scale of the activations is stored, too.
     activation_scale_ub: activations beyond it are clipped when they are quantised per token.
-    column_groups: into so many equal groups of columns, each with a scale per row.
-    activation_group: where activations are quantised as they come, each token has a scale for so
-        many features (128 is what kernels take); None for one scale per token.
+    column_groups: the number of equal groups of columns; each group has a scale per row.
+    activation_group: with dynamic activations, how many features of a token share a scale (kernels
+        take 128); None for one scale per token.
     """
 
     dtype: str
@@ -58,7 +58,8 @@ class WeightFormat:
 def scale_shape(
     shape: tuple[int, int], layout: ScaleLayout, column_groups: int = 1
 ) -> tuple[int, ...]:
-    """Of the scales of an (out, in) matrix: (out,), (out, groups), or one per 128x128 block."""
+    """Return the shape of an (out, in) matrix's scales: (out,), (out, groups), or (ceil(out / 128),
+    ceil(in / 128)) for blocks."""
     rows, columns = shape
     if layout == "block":
         return -(-rows // BLOCK), -(-columns // BLOCK)
@@ -76,9 +77,9 @@ def quantize(weight: Array, layout: ScaleLayout) -> tuple[Array, Array]:
 
 
 def weight_scale(weight: Array, layout: ScaleLayout) -> Array:
-    """The scales of `quantize` alone: the largest magnitude of each row or block / 448.
+    """Compute the scales of `quantize` alone: the largest magnitude of each row or block / 448.
 
-    Maxima are taken in the weight's own dtype, so that no widened copy of it is made.
+    Maxima are taken in the weight's own dtype, so that no copy of it is upcast.
     """
     if layout == "row":
         return _scale_of(jnp.max(jnp.abs(weight), axis=1))
@@ -86,7 +87,7 @@ def weight_scale(weight: Array, layout: ScaleLayout) -> Array:
 
 
 def encode(weight: Array, scale: Array) -> Array:
-    """An (out, in) matrix as float8_e4m3fn codes for given scales, saturating at 448.
+    """Encode an (out, in) matrix as float8_e4m3fn codes for given scales, saturating at 448.
 
     scale: float32, one per row or per block (`scale_shape`), all positive.
     """
@@ -99,26 +100,29 @@ def encode(weight: Array, scale: Array) -> Array:
 
 
 def _quotient(x: Array, scale: Array) -> Array:
-    """x / scale in float32. By a mere broadcast XLA would multiply with reciprocals, which moves
-    what lies in the middle between two codes to the wrong one."""
+    """Compute x / scale in float32. For a plain broadcast XLA would multiply by reciprocals, which
+    rounds numbers halfway between two codes to the wrong one."""
     x = x.astype(jnp.float32)
     return x / jnp.where(jnp.isnan(x), x, scale)
 
 
 def dequantize(codes: Array, scale: Array) -> Array:
-    """code * scale in float32: the exact meaning of a quantised matrix, for tests and reports."""
+    """Compute code * scale in float32, the exact meaning of a quantised matrix, for tests and
+    reports."""
     return e4m3.load(codes) * expand_scale(scale, (codes.shape[0], codes.shape[1]))
 
 
 def quantize_per_token(
     x: Array, upper_bound: float | None = None, divided_over: str | None = None
 ) -> tuple[Array, Array]:
-    """Dynamic activation quantisation over the last axis, scale = absmax / 448.
+    """Quantise activations over the last axis with scale = absmax / 448.
 
-    x: [..., features]. Returns codes, float8_e4m3fn [..., features], and scales, float32 [..., 1];
-    a token of zeros gets scale 1. With `upper_bound`, absmax is at most that (what lies beyond is
-    clipped), and scales are at least 1 / (448 * 512): FBGEMM's `quantize_fp8_per_row`.
-    divided_over: the mesh axis whose devices hold parts of the features, inside of shard_map.
+    x: [..., features].
+    upper_bound: caps absmax (what lies beyond is clipped); scales are then at least
+        1 / (448 * 512), as in FBGEMM's `quantize_fp8_per_row`.
+    divided_over: inside shard_map, the mesh axis that the features are split over.
+    Returns codes, float8_e4m3fn [..., features], and scales, float32 [..., 1]. A token of zeros
+    gets scale 1.
     """
     x = x.astype(jnp.float32)
     absmax = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
@@ -132,7 +136,7 @@ def quantize_per_token(
 
 
 def quantize_per_group(x: Array) -> tuple[Array, Array]:
-    """Dynamic activation quantisation by 128 features, scale = absmax / 448.
+    """Quantise activations by groups of 128 features with scale = absmax / 448.
 
     x: [..., features]. Returns codes, float8_e4m3fn [..., features], and scales, float32
     [..., ceil(features / 128)]; a group of zeros gets scale 1.
@@ -147,14 +151,14 @@ def quantize_per_group(x: Array) -> tuple[Array, Array]:
 
 
 def _in_blocks(weight: Array) -> Array:
-    """[block row, 128, block column, 128], edge blocks filled up with zeros."""
+    """Reshape to [block row, 128, block column, 128]; edge blocks are filled up with zeros."""
     padded = jnp.pad(weight, [(0, -size % BLOCK) for size in weight.shape])
     return padded.reshape(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
 
 
 def _scale_of(absmax: Array) -> Array:
     absmax = absmax.astype(jnp.float32)
-    # By a constant 448 XLA would not divide but multiply with its reciprocal, an ulp away from the
-    # quotient; a barrier around the constant is gone before that happens.
+    # XLA multiplies by the reciprocal of a constant instead of dividing, which may be an ulp off. A
+    # barrier around the constant does not help, since it is removed before that happens.
     some = absmax > 0
     return jnp.where(some, absmax, 1.0) / jnp.where(some, e4m3.MAX, 1.0)

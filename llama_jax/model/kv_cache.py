@@ -16,14 +16,18 @@ from llama_jax.model.config import PAGE_SIZE, LlamaConfig
 from pallas_kernels import device, e4m3
 
 KVDtype = Literal["bf16", "fp8"]
-# Of an FP8 cache, (k, v) per layer: a scale each, or one for each kv head.
+# The scales (k, v) of an FP8 cache, per layer: one each, or one for each kv head.
 _Positive = Annotated[float, Meta(gt=0, le=3.4e38)]
 Scale = _Positive | tuple[_Positive, ...]
 KVScales = tuple[tuple[Scale, Scale], ...]
 
 
 def storage_dtype(kv_dtype: KVDtype, dtype: str) -> jnp.dtype:
-    """What the cache holds: activations' `dtype`, or e4m3fn (as int8 bits on a CPU, see e4m3)."""
+    """Return the dtype of the cache: the activations' `dtype`, or for "fp8" float8_e4m3fn, which a
+    CPU stores as int8 bits (see `e4m3`).
+
+    Raises ValueError for another name.
+    """
     if kv_dtype == "bf16":
         return jnp.dtype(dtype)
     if kv_dtype == "fp8":
@@ -32,13 +36,15 @@ def storage_dtype(kv_dtype: KVDtype, dtype: str) -> jnp.dtype:
 
 
 class KVCache(struct.PyTreeNode):
-    """k, v: per layer [num_pages, page_size, num_kv_heads, head_dim], bfloat16, float32,
-    float8_e4m3fn or its int8 bits.
+    """The pages of all layers, and which of them belong to which row of the batch.
 
-    k_scale, v_scale: per layer float32 [], or [num_kv_heads] where each head has its own, that FP8
-    codes are multiplied by (1 otherwise). Of one array for all layers, each layer of each step
-    would copy its own out for its kernel.
-    page_table: int32 [batch, pages_per_row]; lengths: int32 [batch], tokens stored per row.
+    k, v: per layer [num_pages, page_size, num_kv_heads, head_dim], bfloat16, float32,
+        float8_e4m3fn or its int8 bits.
+    k_scale, v_scale: what FP8 codes are multiplied by (1 otherwise), per layer float32 [], or
+        [num_kv_heads] where each head has its own. They are an array per layer: from one array for
+        all layers, each layer would copy its own scale out for its kernel, at every step.
+    page_table: int32 [batch, pages_per_row].
+    lengths: int32 [batch], tokens stored per row.
     """
 
     k: tuple[Array, ...]
@@ -50,7 +56,7 @@ class KVCache(struct.PyTreeNode):
 
     @property
     def capacity(self) -> int:
-        """Tokens that a row has room for."""
+        """How many tokens a row has room for."""
         return self.page_table.shape[1] * self.k[0].shape[1]
 
 
@@ -62,12 +68,12 @@ def init_cache(
     kv_scales: Array | None = None,
     num_pages: int | None = None,
 ) -> KVCache:
-    """An empty cache in which every row owns a run of pages long enough for `max_seq_len` tokens.
+    """Make an empty cache in which every row owns enough pages for `max_seq_len` tokens.
 
     dtype: bfloat16, float32, float8_e4m3fn, or int8 for e4m3fn bit patterns (faster on a CPU).
     kv_scales: `KVScales` as float32, [num_layers, 2] or [num_layers, 2, num_kv_heads].
-    num_pages: makes a pool of as many pages, none of which belongs to a row yet: the table then
-        holds `num_pages` everywhere, where nothing is written.
+    num_pages: makes a pool of this many pages, none of which belongs to a row yet: every entry of
+        the table is then `num_pages`, a page that does not exist, so nothing is written.
     """
     dtype = jnp.dtype(dtype)
     pages_per_row = -(-max_seq_len // PAGE_SIZE)
@@ -98,6 +104,6 @@ def copy_pages(cache: KVCache, sources: Array, targets: Array) -> KVCache:
 
 
 def bytes_per_token(config: LlamaConfig, dtype: jnp.dtype) -> int:
-    """Cache bytes that one token of one sequence takes over all layers."""
+    """Return the bytes that one token of one sequence takes in all layers of the cache."""
     itemsize = jnp.dtype(dtype).itemsize
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize

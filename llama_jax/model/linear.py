@@ -1,4 +1,4 @@
-"""Matrices in the format that they are stored in, and products by whichever kernel takes them.
+"""Declares matrices in the format they are stored in, and multiplies by the kernel chosen for each.
 
 Every parameter is declared once, in `parameter`, with its shape, its dtype and the logical names of
 its axes; initialisation, sharding and the restore target of a checkpoint all come from there.
@@ -49,9 +49,10 @@ _INITIAL_SCALE = 0.02 / 64
 
 
 class Stored(NamedTuple):
-    """A matrix [out, in] and, where it is quantised, its scales and perhaps that of its inputs.
+    """A matrix [out, in] with its scales and its inputs' scale, None where it has none.
 
-    summed_over: the mesh axis whose devices have some columns each, so that products are sums.
+    summed_over: inside shard_map, the mesh axis that the columns are split over, so that products
+        have to be summed; None elsewhere.
     """
 
     weight: Array
@@ -65,13 +66,13 @@ class Stored(NamedTuple):
         return self.weight, self.scale
 
 
-# Where each `Linear` leaves what it reads, if `apply` is told that this collection is mutable.
+# The collection in which each `Linear` leaves its input, if `apply` is told that it is mutable.
 INPUTS = "intermediates"
 _INPUT = "input"
 
 
 def inputs_of(variables: Mapping[str, Any]) -> dict[str, Array]:
-    """What each `Linear` has read, [..., in] by module path ("layers_0/mlp/up_proj").
+    """Return the input [..., in] of each `Linear` by module path ("layers_0/mlp/up_proj").
 
     variables: what `Llama.apply(..., mutable=INPUTS)` returned beside the result.
     """
@@ -80,7 +81,7 @@ def inputs_of(variables: Mapping[str, Any]) -> dict[str, Array]:
 
 
 class Operands(NamedTuple):
-    """The operands of x @ matrix.T. x: [rows, in]; x_scale: of FP8 codes, see `fp8_matmul`."""
+    """The operands of x @ matrix.T. x: [rows, in]; x_scale: for FP8 codes, as in `fp8_matmul`."""
 
     x: Array
     x_scale: Array | None
@@ -88,8 +89,8 @@ class Operands(NamedTuple):
 
 
 class Linear(nn.Module):
-    """x [..., in] @ weight [out, in].T + residual [..., out], the weight in whatever format it is
-    stored."""
+    """Computes x [..., in] @ weight [out, in].T + residual [..., out], with the weight in whatever
+    format it is stored."""
 
     spec: ModelSpec
     in_features: int
@@ -99,7 +100,7 @@ class Linear(nn.Module):
     def __call__(
         self, x: Array, residual: Array | None = None, choice: Choice[Kernel] | None = None
     ) -> Array:
-        """choice: what `choose` returned; None asks now."""
+        """choice: what `choose` returned; with None it is asked now."""
         if choice is None:
             choice = self.choose(x.size // self.in_features, x.dtype, residual)
         return multiply(self.spec, self.operands(x), choice, x, residual)
@@ -121,8 +122,8 @@ class Linear(nn.Module):
     def choose(
         self, rows: int, dtype: jnp.dtype, residual: Array | None = None
     ) -> Choice[Kernel] | None:
-        """Which kernel multiplies x [rows, in] and returns `dtype`; None for a matrix without
-        scales, where `dense` chooses."""
+        """Choose the kernel for x [rows, in] whose result has `dtype`; return None for a matrix
+        without scales, for which `dense` chooses."""
         matrix = self.stored()
         if matrix.scale is None:
             return None
@@ -157,9 +158,9 @@ class Linear(nn.Module):
 
 @dataclass(frozen=True)
 class Products:
-    """The products of one x with one matrix or several, and which kernel takes each of them.
+    """The products of one x with one or several matrices, and the kernel chosen for each.
 
-    choices: made once for each product, from shapes and dtypes (`Linear.choose`).
+    choices: made once per product, from shapes and dtypes (`Linear.choose`).
     """
 
     linears: tuple[Linear, ...]
@@ -174,7 +175,7 @@ class Products:
 
     @property
     def choice(self) -> Choice[Kernel]:
-        """The choice for all of them, where they share a launch."""
+        """The choice for all products, where they share a launch."""
         (choice, *_) = self.choices
         assert choice is not None
         return choice
@@ -188,7 +189,7 @@ class Products:
         return "+".join(str(linear.name) for linear in self.linears)
 
     def __call__(self, x: Array) -> list[Array]:
-        """x [..., in] through each, in one launch where a kernel does that."""
+        """Multiply x [..., in] by each matrix, in one launch where a kernel does that."""
         operands = [linear.operands(x) for linear in self.linears]
         if not self._is_one_launch():
             found = []
@@ -205,7 +206,8 @@ class Products:
         return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
     def parts(self, x: Array | Terms, rows: int) -> list[Parts]:
-        """x [rows, in] through each in one launch, where `leave_sums` is true."""
+        """Multiply x [rows, in] by all matrices in one launch that leaves its sums, where
+        `leave_sums` allows that."""
         weights, scales = zip(*(linear.stored().quantized for linear in self.linears), strict=True)
         with jax.named_scope(self.name):
             return fp8_matmul_parts(
@@ -214,7 +216,7 @@ class Products:
             )  # fmt: skip
 
     def _is_one_launch(self) -> bool:
-        """Whether all multiply the same operand, by one kernel that takes several weights."""
+        """Whether one launch takes all: the operand is one, and a kernel takes several weights."""
         formats = [linear.format for linear in self.linears]
         alike = {(x.scale, x.activation_scale_ub, x.activation_group) for x in formats}
         choices = [choice for choice in self.choices if choice]
@@ -233,10 +235,10 @@ def multiply(
     like: Array,
     residual: Array | None = None,
 ) -> Array:
-    """The product, plus a residual, in the dtype and with the leading axes of `like`.
+    """Multiply, and add a residual; the result has the dtype and the leading axes of `like`.
 
-    choice: what `Linear.choose` returned. A kernel that adds the residual does so before it rounds;
-    otherwise the product is rounded first, after it is summed over devices.
+    choice: what `Linear.choose` returned. Some kernels add the residual before they round. Without
+    them the product is summed over devices and rounded first.
     """
     x, x_scale, (weight, scale, _, summed_over) = operands
     is_added = False
@@ -260,10 +262,11 @@ def multiply(
 def leave_sums(
     spec: ModelSpec, residual: Array, launches: Sequence[Products], inner: int = 0
 ) -> bool:
-    """Whether products leave their sums to what follows them, which is a launch of its own.
+    """Whether products leave their sums over splits of K to the launch that follows.
 
-    They do so for few rows where kernels take all of them that can, and `row_fusions` what lies
-    between. launches: products that share a launch each. inner: columns of SwiGLU, if there is one.
+    They do if each has a kernel that can, which is for few rows, and if `row_fusions` takes what
+    lies between them.
+    launches: products that share a launch each. inner: columns of SwiGLU, 0 without one.
     """
     rows = jax.ShapeDtypeStruct(
         (residual.size // residual.shape[-1], residual.shape[-1]), residual.dtype
@@ -286,8 +289,10 @@ def leave_sums(
 def choose_swiglu(
     spec: ModelSpec, rows: int, gate_up: Products, down: Products
 ) -> Choice[Kernel] | None:
-    """The kernel that computes silu(gate(x)) * up(x) and quantises it for down_proj in one launch,
-    with a scale per token and 128 columns where otherwise it is one per token; None if none does.
+    """Choose a kernel that computes silu(gate(x)) * up(x) and quantises it for down_proj in one
+    launch. Its result has a scale per token and 128 columns; without it, it is one per token.
+
+    Returns None if no kernel does that.
     """
     (gate, up), (last,) = gate_up.linears, down.choices
     formats = [linear.format for linear in (gate, up, *down.linears)]
@@ -309,8 +314,8 @@ def choose_swiglu(
 
 
 def declared(x: Array, *linears: Linear) -> Array:
-    """x, once all parameters are declared: all that initialising needs, much sooner than products
-    are traced."""
+    """Declare all parameters and return x: initialising needs no more, and tracing the products
+    would take much longer."""
     for linear in linears:
         linear.stored()
     return x

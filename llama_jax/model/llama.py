@@ -39,7 +39,10 @@ from pallas_kernels.row_fusions import add_rms_norm, silu_and_mul
 
 
 class LayerCache(NamedTuple):
-    """One layer's pages and where the batch's rows stand in them."""
+    """One layer's part of a `KVCache`, for the rows of this call.
+
+    starts: int32 [b], tokens stored before the call. lengths: int32 [b], those stored after it.
+    """
 
     k: Array
     v: Array
@@ -51,7 +54,8 @@ class LayerCache(NamedTuple):
 
 
 class Embedding(nn.Module):
-    """Token embeddings, [vocab_size, d]; also the output matrix where the two are tied."""
+    """Looks up token embeddings, [vocab_size, d]. A model with tied embeddings uses the same matrix
+    for its output."""
 
     spec: ModelSpec
 
@@ -71,7 +75,7 @@ class Embedding(nn.Module):
 
 
 class Pending(NamedTuple):
-    """A residual stream [b, t, d] and a product that is to be added to it by whatever reads it."""
+    """A residual stream [b, t, d] and a product that whatever reads it still has to add."""
 
     residual: Array
     product: Parts
@@ -108,7 +112,7 @@ class RMSNorm(nn.Module):
         return normed.astype(x.dtype) * self.weight.astype(x.dtype)
 
     def in_terms(self, x: Array | Pending) -> tuple[Array, Terms]:
-        """The residual stream with what was pending, and the norm of its rows, for few rows."""
+        """Add what is pending; return the residual stream, and the norm of its rows as `Terms`."""
         residual, product = x if isinstance(x, Pending) else (x, None)
         eps = self.spec.config.rms_norm_eps
         rows = residual.reshape(-1, residual.shape[-1])
@@ -117,8 +121,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """The norm and grouped-query attention, plus the residual; causal over its own tokens, or
-    against a layer's cached pages."""
+    """Computes norm, grouped-query attention and the residual's sum. Attention is causal over the
+    call's own tokens, or, with a cache, over the layer's pages."""
 
     spec: ModelSpec
 
@@ -180,8 +184,11 @@ class Attention(nn.Module):
 def _append(
     spec: ModelSpec, qkv: Sequence[Parts], positions: Array, cache: LayerCache
 ) -> tuple[Array, LayerCache]:
-    """q, rotated and ready for attention, [b, t, heads, head_dim], and the cache with the rotated
-    keys and the values. qkv: the products, each [b * t, out]."""
+    """Rotate q and k, and write keys and values into the cache.
+
+    qkv: the products, each [b * t, out].
+    Returns q, ready for attention, [b, t, heads, head_dim], and the cache.
+    """
     kv_heads, head_dim = cache.k.shape[2:]
     sums = (each.sums.reshape(*each.sums.shape[:2], -1, head_dim) for each in qkv)
     scales = [each.scale.reshape(-1, head_dim) for each in qkv if each.scale is not None]
@@ -198,7 +205,7 @@ def _append(
 
 
 def _of_own_heads(scale: Array, kv_heads: int) -> Array:
-    """Of scales per kv head, those of this device's heads."""
+    """Slice scales per kv head down to those of this device's heads."""
     axis = divided_over("kv_heads")
     if scale.ndim == 0 or axis is None:
         return scale
@@ -206,7 +213,7 @@ def _of_own_heads(scale: Array, kv_heads: int) -> Array:
 
 
 class MLP(nn.Module):
-    """The norm and SwiGLU, plus the residual: down(silu(gate(x)) * up(x)) + residual."""
+    """Computes down(silu(gate(x)) * up(x)) + residual, where x is the norm of the residual."""
 
     spec: ModelSpec
 
@@ -245,7 +252,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer: attention and MLP, each behind a norm and added to the residual."""
+    """One decoder layer: attention and MLP, each after a norm and added to the residual."""
 
     spec: ModelSpec
 
@@ -276,8 +283,8 @@ class Llama(nn.Module):
             )
 
     def __call__(self, tokens: Array) -> Array:
-        """Without a cache, for training and as a second opinion: int [b, t] -> float32 logits
-        [b, t, vocab], full causal attention."""
+        """Compute float32 logits [b, t, vocab] of int [b, t] without a cache, for training and to
+        check `extend`."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x: Array | Pending = self.embed_tokens(tokens)
         for layer in self.layers:
@@ -289,8 +296,9 @@ class Llama(nn.Module):
     ) -> tuple[Array, KVCache]:
         """Append tokens to rows of the cache: the core of prefill and decode.
 
-        tokens: int [b, t], lengths[b] of them real. positions: int [b, t], rotary positions. rows:
-        int [b], cache rows; an index past the end is padding, its lengths must be 0.
+        tokens: int [b, t], lengths[b] of them real. positions: int [b, t], for rotary embedding.
+        rows: int [b], which rows of the cache; an index past the end is padding, whose length must
+        be 0.
         Returns the final hidden states [b, t, d], normed, and the cache.
         """
         starts = jnp.take(cache.lengths, rows, mode="clip")
@@ -313,7 +321,7 @@ class Llama(nn.Module):
         return self.norm(added(x)), cache
 
     def unembed(self, hidden: Array) -> Array:
-        """Final hidden states [..., d] to float32 logits [..., vocab]."""
+        """Compute float32 logits [..., vocab] of the final hidden states [..., d]."""
         if not self.spec.config.tie_word_embeddings:
             return self.lm_head(hidden).astype(jnp.float32)
         rows = hidden.reshape(-1, hidden.shape[-1])

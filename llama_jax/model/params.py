@@ -13,33 +13,33 @@ from llama_jax.model.spec import ModelSpec, Params
 
 
 def abstract_params(spec: ModelSpec) -> Params:
-    """The parameter tree as `jax.ShapeDtypeStruct`s, nested by module name."""
+    """Return the parameter tree as `jax.ShapeDtypeStruct`s, nested by module name."""
     return nn.unbox(_boxed_params(_declaring(spec)))
 
 
 def logical_axes(spec: ModelSpec) -> Params:
-    """The parameter tree with a `PartitionSpec` of logical axis names in place of each array."""
+    """Return the parameter tree with a `PartitionSpec` of logical axis names for each array."""
     return nn.get_partition_spec(_boxed_params(_declaring(spec)))
 
 
 def init_params(spec: ModelSpec, seed: int = 0) -> Params:
-    """Random parameters in the formats of `spec`, for tests, benchmarks and training."""
+    """Draw random parameters in the formats of `spec`, for tests, benchmarks and training."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     init = jax.jit(Llama(_declaring(spec)).init)
     return nn.unbox(init(jax.random.key(seed), tokens)["params"])
 
 
 def _declaring(spec: ModelSpec) -> ModelSpec:
-    """What declares the same parameters on any device, whatever runs with them."""
+    """Return a spec that declares the same parameters, whatever device and kernels will run."""
     return replace(spec, implementation="xla", mesh=None)
 
 
 def param_shardings(spec: ModelSpec) -> Params:
-    """The tree `abstract_params(spec)` with a Sharding for each array.
+    """Return the tree `abstract_params(spec)` with a Sharding for each array.
 
     Without a mesh everything lies on the default device. A dimension that the mesh axis does not
-    divide (block scales of a narrow matrix, a handful of kv heads over many devices) is not split:
-    every device of that axis then holds all of it, which `memory.plan_memory` counts.
+    divide evenly (block scales of a narrow matrix, few kv heads over many devices) is replicated,
+    which `memory.plan_memory` counts.
     """
     mesh, abstract = spec.mesh, abstract_params(spec)
     shardings: Params

@@ -6,7 +6,8 @@ from llama_jax.model.config import LlamaConfig
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Angular frequencies of the rotary pairs, float32 [head_dim / 2], stretched as configured.
+    """Compute the angular frequencies of the rotary pairs, float32 [head_dim / 2], stretched as
+    configured.
 
     Source: `apply_scaling` in llama-models; its formula with the config's constants.
     """

@@ -1,8 +1,8 @@
 """Which device holds which part of an array: a mesh, and rules from logical axes to its axes.
 
-Tensor parallelism as in Megatron-LM (Shoeybi et al., 2019, arXiv:1909.08053): heads, the MLP's
-inner features and the vocabulary are split over "model", the hidden features stay whole. Over
-"data" parameters are repeated.
+This is Megatron-LM's tensor parallelism (Shoeybi et al., 2019, arXiv:1909.08053): heads, the MLP's
+intermediate features and the vocabulary are split over "model", and hidden features are replicated.
+Parameters are replicated over "data".
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ RULES: Mapping[str, str] = MappingProxyType(
 def make_mesh(
     model: int | None = None, data: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh with axes ("data", "model"); `model` None takes all devices that `data` leaves.
+    """Make a mesh with axes ("data", "model"); `model` None takes all devices that `data` leaves.
 
     Raises ValueError if there are fewer than data * model devices; those beyond are left idle.
     """
@@ -39,7 +39,8 @@ def make_mesh(
 
 
 def cache_shardings(config: LlamaConfig, mesh: Mesh | None) -> KVCache:
-    """A `KVCache` with a Sharding for each array: pages split by kv heads, the rest whole."""
+    """Return a `KVCache` with a Sharding for each array: pages are split by kv heads, the rest is
+    replicated."""
     if mesh is None:
         pages = rest = default_sharding()
     else:
@@ -52,25 +53,30 @@ def cache_shardings(config: LlamaConfig, mesh: Mesh | None) -> KVCache:
 
 
 def whole_on(mesh: Mesh) -> NamedSharding:
-    """The whole array on every device."""
+    """Return the sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def default_sharding() -> Sharding:
-    """Everything on JAX's default device."""
+    """Return the sharding that puts everything on JAX's default device."""
     return SingleDeviceSharding(jax.config.jax_default_device or jax.devices()[0])
 
 
 def divided_over(axis: str) -> str | None:
-    """The mesh axis over which devices share the dimension of a logical axis: inside of shard_map,
-    where each sees its part alone; None elsewhere, and for what is whole on each device."""
+    """Name the mesh axis over which the dimension of a logical axis is split.
+
+    There is one inside shard_map, where a device sees its part alone. Returns None elsewhere, and
+    for a dimension that is replicated.
+    """
     placed = RULES.get(axis)
     return placed if placed in jax.sharding.get_abstract_mesh().manual_axes else None
 
 
 def sharding_of(mesh: Mesh, axes: tuple[str | None, ...], shape: tuple[int, ...]) -> NamedSharding:
-    """Of an array of `shape` with logical axes. A dimension that the mesh axis does not divide is
-    whole on every device."""
+    """Return the sharding of an array of `shape` whose dimensions have these logical axes.
+
+    A dimension that the mesh axis does not divide evenly is replicated.
+    """
     placed = (RULES.get(axis) if axis else None for axis in axes)
     divided = (
         name if name and size % mesh.shape[name] == 0 else None

@@ -1,4 +1,4 @@
-"""What shapes the compiled programs of a model: sizes, formats, activations, kernels, devices."""
+"""`ModelSpec`: sizes, formats, activations, kernels and devices, which shape compiled programs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

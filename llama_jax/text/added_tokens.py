@@ -1,4 +1,4 @@
-"""Added tokens: names that stand in a text and are tokens as a whole, before any rule of the
+"""Finds added tokens: names in a text that are cut out as whole tokens before any rule of the
 vocabulary applies. Special ones, such as "<|eot_id|>", leave no trace in decoded text.
 
 They are found as the tokenizers library finds them
@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-# What Unicode calls white space; Python's str.isspace has four control characters more.
+# Unicode's white space; Python's str.isspace counts four control characters more.
 WHITE_SPACE = (
     "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000"
@@ -36,13 +36,13 @@ class Splitter:
     """Cuts a text at the added tokens in it, the longest where several begin at one place."""
 
     def __init__(self, tokens: Mapping[str, AddedToken]) -> None:
-        """tokens: by the text that stands for them."""
+        """tokens: the added tokens by their names."""
         self._tokens = tokens
         names = sorted(filter(None, tokens), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, names))) if names else None
 
     def split(self, text: str) -> Iterator[str | AddedToken]:
-        """The tokens in `text` and what is between them, without empty strings."""
+        """Return the tokens in `text` and the text between them, without empty strings."""
         done = 0
         for match in self._pattern.finditer(text) if self._pattern else ():
             token, (start, stop) = self._tokens[match[0]], match.span()
@@ -69,7 +69,7 @@ def added_token_encoder(
     normalize: Callable[[str], str],
     encode_words: Callable[[str, bool], list[int]],
 ) -> Callable[[str, bool, bool], list[int]]:
-    """A function (text, parse, is_first) -> token ids.
+    """Return a function (text, parse, is_first) -> token ids.
 
     parse: whether names of added tokens in the text are tokens. is_first: whether a text begins
     here. encode_words: from normalized text without added tokens, and `is_first`, to ids.
@@ -99,8 +99,8 @@ def added_token_encoder(
 
 
 def strip_around(pieces: Sequence[str | AddedToken]) -> Iterator[str | AddedToken]:
-    """Pieces of a text that is cut already, without the white space that tokens with lstrip and
-    rstrip take, and without empty strings."""
+    """Drop empty strings from the pieces of a text, and the white space that tokens with lstrip or
+    rstrip take from their neighbours."""
     for i, piece in enumerate(pieces):
         if isinstance(piece, AddedToken):
             yield piece

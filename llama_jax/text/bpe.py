@@ -22,7 +22,7 @@ _CACHED_LENGTH = 64
 def bpe(
     vocab: Mapping[str, int], merges: Sequence[Merge], *, ignore_merges: bool, byte_fallback: bool
 ) -> Callable[[str], list[int]]:
-    """A function from a word to its token ids.
+    """Return a function from a word to its token ids.
 
     Both parts of each merge, and what they make, are in `vocab`. ignore_merges: a word that is a
     token is this token, whatever merges would make of it. byte_fallback: a character that is no
@@ -86,8 +86,8 @@ def merge(ids: list[int], ranks: Mapping[tuple[int, int], tuple[int, int]]) -> l
 def tiktoken_ranks(
     vocab: Mapping[str, int], merges: Sequence[Merge], ignore_merges: bool
 ) -> dict[str, int] | None:
-    """The tokens, with their ids, by which tiktoken encodes every word as `bpe` does; None where
-    it may not.
+    """Return the tokens, with their ids, by which tiktoken encodes every word as `bpe` does; None
+    where it might not.
 
     1. Merges come in the order of the ids that they make, so both sides give them the same
        priority.
@@ -131,8 +131,8 @@ def _all_listed(token: str, vocab: Mapping[str, int], listed: set[Merge]) -> boo
 
 
 def _last_merge(token: str, vocab: Mapping[str, int]) -> Merge | None:
-    """The pair that makes `token` when its bytes are merged by lowest id, None when merging stops
-    short of it."""
+    """Return the pair that makes `token` when its bytes are merged by lowest id, or None if merging
+    does not reach it."""
     parts = list(token)
     while len(parts) > 2:
         ids = [vocab.get(left + right, math.inf) for left, right in itertools.pairwise(parts)]

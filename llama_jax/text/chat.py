@@ -24,8 +24,8 @@ __all__ = ["ROLES", "ChatTemplateError", "choose_template", "encode_chat", "rend
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 _MAX_DEPTH = 100  # of nested lists and objects in a message
-# Where the two marks are taken from: the first that the input does not hold. These are rare
-# ideographs, which unlike private-use characters come through Python's repr() unescaped.
+# The two marks are the first characters from here that the input does not hold. They are rare
+# ideographs: unlike private-use characters, Python's repr() does not escape them.
 _MARKS = range(0x20000, 0x2A6D0)
 
 Messages = Sequence[Mapping[str, Any]]
@@ -43,20 +43,22 @@ def render_chat(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     **template_kwargs: Any,
 ) -> str:
-    """The prompt as text, to look at. Give the model `encode_chat`: in text a special token that a
-    user wrote looks like one that the template wrote.
+    """Render the prompt as text, for people to read.
 
-    Each message is a mapping with a "role" (any that the template knows; without a template one of
-    `ROLES`) and a "content": a string or a list of {"type": "text", "text": ...}, and for a tool's
-    result any JSON value. An assistant message may
-    have "tool_calls" instead: `ToolCall`s or {"type": "function", "function": {"name",
-    "arguments"}}. `tools` are functions or JSON schemas (see `tool_schema`). `template_kwargs`, or
-    the same as `chat_template_kwargs`, reach the template (`date_string`, `enable_thinking`, ...);
-    without a template, Llama 3 takes `tool_prompt_format`: "json", "function_tag" or
-    "python_list". `continue_final_message` leaves the last message open for the model to go on.
-    `chat_template` is the name of one of the checkpoint's templates, or Jinja source; by default
-    "tool_use" with tools, if there is one, or else "default".
+    Give the model `encode_chat` instead: in text, a special token that a user wrote looks like one
+    that the template wrote.
 
+    messages: mappings with a "role" (any that the template knows; without a template one of
+        `ROLES`) and a "content", which is a string or a list of {"type": "text", "text": ...}, and
+        for a tool's result any JSON value. An assistant message may have "tool_calls" instead:
+        `ToolCall`s or {"type": "function", "function": {"name", "arguments"}}.
+    tools: functions or JSON schemas, see `tool_schema`.
+    continue_final_message: whether the last message is left open for the model to go on.
+    chat_template: the name of one of the checkpoint's templates, or Jinja source; by default
+        "tool_use" with tools, if there is one, or else "default".
+    template_kwargs, or the same as chat_template_kwargs: variables for the template, such as
+        `date_string` or `enable_thinking`. Without a template, Llama 3 takes `tool_prompt_format`:
+        "json", "function_tag" or "python_list".
     Raises ValueError naming the message and field that cannot be used, ChatTemplateError from the
     template.
     """
@@ -78,7 +80,7 @@ def encode_chat(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     **template_kwargs: Any,
 ) -> list[int]:
-    """The prompt as token ids; arguments and errors as in `render_chat`.
+    """Encode the prompt as token ids; arguments and errors are those of `render_chat`.
 
     Only what the template itself wrote becomes a special token, and all of it does. Where a
     template leaves out the begin-of-text that the tokenizer's files ask for in front of a text, it
@@ -126,7 +128,7 @@ def _pieces(
 def choose_template(
     tokenizer: Tokenizer, *, tools: bool, chat_template: str | None = None
 ) -> str | None:
-    """The template for a conversation with or without tools, as transformers chooses it; None where
+    """Choose the template for a conversation with or without tools, as transformers does; None if
     the checkpoint has none."""
     named = tokenizer.named_templates
     if chat_template is None:
@@ -145,8 +147,8 @@ def choose_template(
 
 
 def _mark_end(messages: list[dict[str, Any]], end: str) -> str:
-    """Puts `end` and a space behind the last message's text, which is returned. Where a template
-    strips messages the space goes."""
+    """Put `end` and a space behind the last message's text, and return that text. The space is gone
+    where a template strips messages."""
     content: Any = messages[-1].get("content")
     if _is_text_parts(content):
         text = content[-1]["text"]
@@ -160,8 +162,8 @@ def _mark_end(messages: list[dict[str, Any]], end: str) -> str:
 
 
 def _cut_at(pieces: list[Piece], end: str, continued: str) -> list[Piece]:
-    """The pieces up to `end`. White space before it goes where the template strips messages, but
-    not what it wrote before a message that is empty."""
+    """Return the pieces up to `end`. Where the template strips messages, white space before `end`
+    is dropped, but not what the template wrote before an empty message."""
     for index in reversed(range(len(pieces))):
         before, found, after = pieces[index].text.rpartition(end)
         if found:
@@ -176,7 +178,7 @@ def _unused_characters(text: str, count: int) -> str:
 
 
 def _formed(messages: list[dict[str, Any]], template: str) -> list[dict[str, Any]]:
-    """The messages in the form that the template takes, and else as they were given."""
+    """Bring messages into the form that the template takes; change nothing else."""
     habits = template_habits(str(template))
     formed = []
     for given in messages:
@@ -201,7 +203,7 @@ def _with_text(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _joined(message: dict[str, Any]) -> dict[str, Any]:
-    """Parts of text become one text, each on a line of its own as in vLLM."""
+    """Join parts of text, each on a line of its own as in vLLM."""
     content: Any = message.get("content")
     if not _is_text_parts(content):
         return dict(message)
@@ -223,7 +225,7 @@ def _meta_pieces(
     add_generation_prompt: bool,
     template_kwargs: Mapping[str, Any],
 ) -> list[Piece]:
-    """Meta's own format, for a checkpoint without a template."""
+    """Write the prompt in Meta's own format, for a checkpoint without a template."""
     allowed = {"tool_prompt_format"} if tokenizer.kind == "tiktoken" else set()
     if unknown := sorted(template_kwargs.keys() - allowed):
         raise ValueError(
@@ -296,9 +298,9 @@ def _with_bos(tokenizer: Tokenizer, pieces: list[Piece]) -> list[Piece]:
 
 
 def _check_messages(messages: Messages, roles: tuple[str, ...] | None) -> list[dict[str, Any]]:
-    """The messages as plain data: tool calls in one form, everything else as given.
+    """Return the messages as plain data: tool calls in one form, everything else as given.
 
-    roles: those that there are; None where a template knows.
+    roles: the allowed roles; None leaves that to a template.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence):
         raise ValueError(
@@ -404,8 +406,7 @@ def _check_call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """A deep copy of JSON data; anything else is refused, so that a template is never handed a live
-    object."""
+    """Copy JSON data deeply; anything else is refused, so that a template gets no live object."""
     if depth > _MAX_DEPTH:
         raise ValueError(f"{where}: nested more than {_MAX_DEPTH} levels deep")
     if value is None or type(value) in (str, int, float, bool):

@@ -13,7 +13,7 @@ DEFAULT, TOOL_USE = "default", "tool_use"
 TEMPLATE_FILE = "chat_template.jinja"
 # Further templates lie here, as NAME.jinja.
 TEMPLATE_DIRECTORY = "additional_chat_templates"
-# What processors of images and text wrote until 2025.
+# Processors of images and text wrote this until 2025.
 _JSON_FILE = "chat_template.json"
 _CONFIG_FILE = "tokenizer_config.json"
 
@@ -30,7 +30,7 @@ class TemplateSource(str):
 
 
 def said_to_lie_in(directory: str | Path, template: str, found_in: Path) -> str:
-    """A template of `found_in`, which messages look for in another directory."""
+    """Return a template of `found_in` whose error messages name `directory` instead."""
     if not isinstance(template, TemplateSource):
         return template
     return TemplateSource(template, template.where.replace(str(found_in), str(directory)))
@@ -50,9 +50,9 @@ class _JsonFile(Struct, frozen=True):
 def read_chat_templates(
     directory: Path, listed: str | Iterable[_Named] | None
 ) -> dict[str, TemplateSource]:
-    """The templates in a checkpoint's directory by name; {} without any.
+    """Read the templates in a checkpoint's directory, by name; {} without any.
 
-    listed: `chat_template` of tokenizer_config.json, which counts where there are no files, as in
+    listed: `chat_template` of tokenizer_config.json, which is used if there are no files, as in
     transformers. Raises `CheckpointError` for a file that cannot be read, and for several templates
     of which none is named "default".
     """

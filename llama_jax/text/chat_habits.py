@@ -1,8 +1,8 @@
 """Finds out by trial what form of messages a chat template takes.
 
-Templates differ in three things that no file tells: whether the arguments of a tool call are an
-object or JSON text, whether content is text or a list of parts, and what a key that is null means
-to them. A short conversation with a word to look for is rendered in either form.
+Templates differ in three ways that no file describes: whether the arguments of a tool call are an
+object or JSON text, whether content is text or a list of parts, and what a null key means. So a
+short conversation is rendered in either form, and the result is searched for a word of it.
 """
 
 import re
@@ -44,7 +44,7 @@ class Habits:
 
 @lru_cache(maxsize=16)
 def template_habits(source: str) -> Habits:
-    """What a template expects of content and keys. Raises ChatTemplateBudgetError."""
+    """Find out what content and keys a template expects. Raises ChatTemplateBudgetError."""
     parts = [{"type": "text", "text": _WORD}]
     listed, text = _tried(source, _user(parts)), _tried(source, _user(_WORD))
     takes_lists = _WORD in listed and "'text'" not in listed and '"text"' not in listed
@@ -63,7 +63,7 @@ def takes_text_arguments(source: str) -> bool:
     def works(arguments: Any) -> bool:
         call = {"type": "function", "id": "call00001"}
         call["function"] = {"name": "f", "arguments": arguments}  # type: ignore[assignment]
-        # Templates refuse conversations: with null, without a system message, without a result.
+        # Some templates refuse null, or a conversation without a system message or a tool's result.
         return any(
             f'"{_WORD}"' in _tried(source, [*before, *_user("a"), message, *after])
             for content in (None, "")

@@ -20,19 +20,19 @@ _MAX_WORDS = 1000  # characters of an error message
 
 
 class ChatTemplateError(ValueError):
-    """A chat template that refuses the conversation or cannot be rendered."""
+    """A chat template refuses the conversation or cannot be rendered."""
 
 
 class ChatTemplateBudgetError(ChatTemplateError):
-    """A chat template that wants more time or memory than one may have."""
+    """A chat template needs more time or memory than it may use."""
 
 
 def render_template(template: str, variables: Mapping[str, Any]) -> str:
-    """The text that `template`, Jinja source, writes for `variables`, which are plain JSON data.
+    """Render `template`, which is Jinja source, for `variables`, which are plain JSON data.
 
-    Raises ChatTemplateError naming file and line: with the template's own words when it calls
-    `raise_exception`, else saying why it cannot be rendered (syntax, an undefined name, a sandbox
-    violation, ...); ChatTemplateBudgetError when it takes too much time or memory.
+    Raises ChatTemplateError naming file and line. It has the template's own words if that calls
+    `raise_exception`, and otherwise says why rendering failed (syntax, an undefined name, a sandbox
+    violation, ...). Raises ChatTemplateBudgetError if rendering takes too much time or memory.
     """
     given = sys.getsizeof(json.dumps(variables, ensure_ascii=False))
     limit = _MAX_OUTPUT + _OUTPUT_PER_GIVEN * given
@@ -70,7 +70,7 @@ def _compiled(source: str) -> jinja2.Template:
 
 
 def _place(template: str, error: Exception) -> str:
-    """The file, and the template's line that was at work when the error came."""
+    """Return the template's file and the line that raised the error."""
     line = error.lineno if isinstance(error, jinja2.TemplateSyntaxError) else None
     trace = error.__traceback__
     while trace is not None:

@@ -37,7 +37,7 @@ def llama3_pieces(
     add_generation_prompt: bool,
     tool_prompt_format: ToolPromptFormat = "json",
 ) -> list[Piece]:
-    """Begin-of-text, then each message as header, content as given, and end of turn.
+    """Write begin-of-text, then each message as its header, its content and end of turn.
 
     A tool result is an "ipython" message. Tool calls are written in `tool_prompt_format`; calls of
     built-in tools have a form of their own and end with eom. `tools` are described in the first
@@ -111,7 +111,7 @@ def _write_call(function: Mapping[str, Any], tool_prompt_format: ToolPromptForma
 
 
 def _literal(value: Any) -> str:
-    """A JSON value as a Python literal with double quotes."""
+    """Write a JSON value as a Python literal with double quotes."""
     if isinstance(value, Mapping):
         return (
             "{"
@@ -126,11 +126,11 @@ def _literal(value: Any) -> str:
 def llama2_pieces(
     messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, bos: str, eos: str
 ) -> list[Piece]:
-    """Llama 2's turns: `[INST] user [/INST] answer`, each between begin and end of text, the last
-    one open.
+    """Write Llama 2's turns, `[INST] user [/INST] answer`, each between begin and end of text; the
+    last one stays open.
 
-    A system message stands in front of the first user message. Every turn has a begin of text of
-    its own, as in training. The tags are ordinary text to the tokenizer, so messages that contain
+    A system message stands in front of the first user message. Every turn has its own begin of
+    text, as in training. The tags are ordinary text to the tokenizer, so messages that contain
     them are refused.
     """
     for index, message in enumerate(messages):

@@ -1,4 +1,4 @@
-"""What one rendering of a chat template may use: steps, processor time, text and lists.
+"""Limits what one rendering of a chat template may use: steps, processor time, text and lists.
 
 A template is code from whoever published the checkpoint, and a few lines of it can ask for all the
 memory there is or run for ever. Python cannot interrupt one long operation, so each is kept short:
@@ -19,8 +19,8 @@ MAX_HELD = 96 << 20  # long texts that live at one time, short ones and lists th
 MAX_WRITTEN = 64 << 20  # by the template, its macros and its blocks together
 MAX_DEPTH = 200  # of lists and objects in each other
 MAX_BITS = 64  # of an integer
-# What the user gave counts on top, this often: a template may write its text anew with every
-# message.
+# The size of the user's input is added to these limits this many times, since a template may write
+# all of it again with every message.
 _VALUE_PER_GIVEN, _HELD_PER_GIVEN, _WRITTEN_PER_GIVEN = 8, 64, 256
 
 _ELEMENT = 16  # of a list, without what it refers to
@@ -32,7 +32,7 @@ _CONTAINERS = (list, tuple, dict, KeysView, ValuesView, ItemsView)
 
 
 class OverBudgetError(Exception):
-    """A rendering wants more than it may have. No ValueError: jinja2 swallows those in places."""
+    """A rendering exceeds its budget. It is no ValueError, which jinja2 swallows in places."""
 
 
 class _LongText(str):
@@ -49,7 +49,7 @@ class _LongText(str):
 
 
 class Budget:
-    """What is left for one rendering; `given` is the size of the variables it starts with."""
+    """Keeps what one rendering has left; `given` is the size of the variables it starts with."""
 
     def __init__(self, given: int = 0) -> None:
         self.largest = MAX_VALUE + _VALUE_PER_GIVEN * given
@@ -166,13 +166,13 @@ _current: ContextVar[Budget] = ContextVar("_current")
 
 
 def current_budget() -> Budget:
-    """The budget of the rendering that this code is part of."""
+    """Return the budget of the rendering that this code is part of."""
     return _current.get()
 
 
 @contextmanager
 def budgeted(given: int) -> Iterator[None]:
-    """Gives the code inside a fresh `current_budget`; `given` is as in `Budget`."""
+    """Give the code inside a fresh `current_budget`; `given` is as in `Budget`."""
     token = _current.set(Budget(given))
     try:
         yield

@@ -4,8 +4,8 @@ It has the settings, names and filters that transformers gives a template, witho
 chat template needs and that cost much (`wordwrap`, `lipsum`, ...). jinja2 lets a sandbox see calls,
 attributes and binary operators. What it does not show (`~`, slices, literals, comparisons, output)
 goes through filters that `_Counting` puts around those expressions. Operations whose result can be
-much larger than what goes in (`*`, `center`, `replace`, `join`, `%`, ...) are checked beforehand,
-all others afterwards.
+much larger than what goes in (`*`, `center`, `replace`, `join`, `%`, ...) are checked beforehand
+(`template_costs`), all others afterwards.
 """
 
 import functools
@@ -32,16 +32,17 @@ from jinja2.utils import Cycler, Joiner, Namespace
 from jinja2.visitor import NodeTransformer
 
 from llama_jax.text.template_budget import Budget, OverBudgetError, current_budget
+from llama_jax.text.template_costs import (
+    FILTER_CHECKS,
+    PIECE,
+    STR_CHECKS,
+    check_join,
+    check_percent,
+    check_width,
+)
 
-_WIDEST = 4  # bytes that a character may take
-_PIECE = 64  # bytes that a short text takes
-_ESCAPED = 6  # characters that JSON in ASCII has for each byte of a text
 _JINJA_ARGUMENTS = ("_loop_vars", "_block_vars")  # which jinja2 hands to its own `call`
-_MAX_FIELD = 999  # width and precision in a format
 _MAX_TIME_FORMAT = 200  # characters that strftime_now is given
-_MAX_SEARCH = 1 << 28  # what Python does in length times length
-_LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
-_WORD_STARTS = "-({[< \t"
 _LEFT_OUT = frozenset({
     "filesizeformat", "pprint", "striptags", "urlencode", "urlize", "wordcount", "wordwrap",
     "xmlattr",
@@ -236,9 +237,9 @@ def _written(context: Context, value: Any) -> str:
 
 @jinja2.pass_context
 def _data(context: Context, length: int) -> str:
-    """Counts the template's own words, `length` bytes of them, which are written beside it."""
+    """Count `length` bytes of the template's own text, which is written after this call."""
     current_budget().spend()
-    current_budget().write(_PIECE + length)
+    current_budget().write(PIECE + length)
     return ""
 
 
@@ -283,7 +284,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if operator == "**":
             raise SecurityError("powers are not available to a chat template")
         if operator == "%" and isinstance(left, str):
-            _check_percent(budget, left, right)
+            check_percent(budget, left, right)
         elif operator == "*":
             for items, times in ((left, right), (right, left)):
                 if isinstance(items, str) and isinstance(times, int):
@@ -319,7 +320,7 @@ class _Formatter(SandboxedFormatter):
     def format_field(self, value: Any, format_spec: str) -> Any:
         budget = current_budget()
         budget.spend()
-        _check_width(format_spec)
+        check_width(format_spec)
         budget.measure(value)
         text = super().format_field(value, format_spec)
         self._size += sys.getsizeof(text)
@@ -330,7 +331,7 @@ class _Formatter(SandboxedFormatter):
 def _check_method(
     budget: Budget, method: BuiltinMethodType, *args: Any, **kwargs: Any
 ) -> tuple[Any, ...]:
-    """Checks a call of a method of text, list, ... before it is made; its positional arguments."""
+    """Check a call of a method of text, list, ... before it is made; return its arguments."""
     owner, name = method.__self__, method.__name__
     if not isinstance(owner, str):
         if name not in _METHODS.get(type(owner), ()):
@@ -340,113 +341,13 @@ def _check_method(
         return args
     if name == "join" and args:
         items = budget.take(args[0])
-        _check_join(budget, items, owner)
+        check_join(budget, items, owner)
         return (items,)
-    check = _STR_CHECKS.get(name)
+    check = STR_CHECKS.get(name)
     if check is None:
         raise SecurityError(f"str.{name} is not available to a chat template")
     check(budget, owner, *args, **kwargs)
     return args
-
-
-def _check_width(spec: str) -> None:
-    if re.search(r"\d{4}", spec):
-        raise OverBudgetError(f"a format has a width of more than {_MAX_FIELD}")
-
-
-def _check_padding(budget: Budget, text: str, width: int = 0, *fill: Any) -> None:
-    budget.room(_WIDEST * max(len(text), width))
-
-
-def _check_tabs(budget: Budget, text: str, tabsize: int = 8) -> None:
-    budget.room(_WIDEST * (len(text) + text.count("\t") * tabsize))
-
-
-def _check_replace(budget: Budget, text: Any, old: Any, new: Any, count: int | None = None) -> None:
-    found = str(text).count(str(old))
-    if count is not None and 0 <= count < found:
-        found = count
-    budget.room(_WIDEST * (len(str(text)) + found * len(str(new))))
-
-
-def _check_split(budget: Budget, text: str, sep: str | None = None, maxsplit: int = -1) -> None:
-    at_most = budget.largest // _PIECE
-    pieces = text.count(sep) + 1 if sep else len(text.split(None, at_most))
-    if 0 <= maxsplit < pieces:
-        pieces = maxsplit + 1
-    _check_pieces(budget, text, pieces)
-
-
-def _check_pieces(budget: Budget, text: str, pieces: int) -> None:
-    size = _PIECE * pieces + sys.getsizeof(text)
-    budget.room(size)
-    budget.create(size)
-
-
-def _check_rsplit(budget: Budget, text: str, sep: str | None = None, maxsplit: int = -1) -> None:
-    _check_search(budget, text, sep)
-    _check_split(budget, text, sep, maxsplit)
-
-
-def _check_search(budget: Budget, text: Any, sought: Any = None, *between: Any) -> None:
-    if isinstance(sought, str) and len(str(text)) * len(sought) > _MAX_SEARCH:
-        raise OverBudgetError("a long text is stripped of, or searched backwards for, a long text")
-
-
-def _check_lines(budget: Budget, text: str, *args: Any, **kwargs: Any) -> None:
-    _check_pieces(budget, text, _lines(text))
-
-
-def _lines(text: str) -> int:
-    return 1 + sum(map(text.count, _LINE_ENDS))
-
-
-_STR_CHECKS: dict[str, Callable[..., None]] = {
-    "center": _check_padding,
-    "ljust": _check_padding,
-    "rjust": _check_padding,
-    "zfill": _check_padding,
-    "expandtabs": _check_tabs,
-    "replace": _check_replace,
-    "split": _check_split,
-    "rsplit": _check_rsplit,
-    "rfind": _check_search,
-    "rindex": _check_search,
-    "rpartition": _check_search,
-    "strip": _check_search,
-    "lstrip": _check_search,
-    "rstrip": _check_search,
-    "splitlines": _check_lines,
-}
-
-
-def _check_percent(budget: Budget, text: str, values: Any) -> None:
-    """Checks `text % values`: widths, and all values in every place."""
-    fields, position = 0, text.find("%")
-    while position >= 0:
-        budget.spend()
-        fields += 1
-        spec = _PERCENT_SPEC.match(text, _after_key(text, position + 1))
-        assert spec is not None  # it may be empty
-        if "*" in spec[0]:
-            raise OverBudgetError("a format takes its width from an argument")
-        _check_width(spec[0])
-        position = text.find("%", spec.end() + 1)
-    size = budget.measure(values)[0]
-    budget.room(_WIDEST * len(text) + fields * (_WIDEST * _MAX_FIELD + size))
-
-
-def _after_key(text: str, position: int) -> int:
-    """Where the "(name)" of a format ends, if it begins at `position`."""
-    depth = 0
-    for end in range(position, min(len(text), position + _MAX_FIELD)):
-        depth += {"(": 1, ")": -1}.get(text[end], 0)
-        if depth == 0:
-            return end + 1 if text[end] == ")" else end
-    raise OverBudgetError(f"a format has a name of more than {_MAX_FIELD} characters")
-
-
-_PERCENT_SPEC = re.compile(r"[#0\- +]*(?:\*|\d*)(?:\.(?:\*|\d*))?[hlL]?")
 
 
 # ---- filters, tests and globals --------------------------------------------------------------
@@ -454,7 +355,7 @@ _PERCENT_SPEC = re.compile(r"[#0\- +]*(?:\*|\d*)(?:\.(?:\*|\d*))?[hlL]?")
 
 def _counted_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     first = 1 if hasattr(function, "jinja_pass_arg") else 0  # context or environment before it
-    check = _FILTER_CHECKS.get(name)
+    check = FILTER_CHECKS.get(name)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         budget = current_budget()
@@ -490,75 +391,6 @@ def _check_attribute_names(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     for name in (*args[:1], *args[2:3], kwargs.get("attribute")):
         if isinstance(name, str) and name.count(".") + name.count(",") > _ATTRIBUTE:
             raise OverBudgetError(f"the name of an attribute has more than {_ATTRIBUTE} parts")
-
-
-def _check_join(budget: Budget, items: list[Any], between: Any = "") -> None:
-    size = budget.measure(items)[0]
-    budget.room(size + _WIDEST * len(str(between)) * len(items))
-
-
-def _check_elements(budget: Budget, items: Any, count: int, fill_with: Any = None) -> None:
-    budget.room(count * (_PIECE + budget.measure(fill_with)[0]))
-
-
-def _check_indent(budget: Budget, text: str, width: int | str = 4, *args: Any, **_: Any) -> None:
-    wide = len(width) if isinstance(width, str) else width
-    budget.room(_WIDEST * (len(text) + _lines(text) * wide))
-    _check_lines(budget, text)
-
-
-def _check_round(budget: Budget, value: Any, precision: int = 0, method: str = "common") -> None:
-    if abs(precision) > _MAX_FIELD // 10:
-        raise OverBudgetError(f"round has a precision of {precision}")
-
-
-def _check_groups(
-    budget: Budget, items: list[Any], attribute: Any, default: Any = None, *_: Any, **__: Any
-) -> None:
-    _check_elements(budget, items, len(items), default)
-
-
-def _check_title(budget: Budget, text: Any) -> None:
-    _check_pieces(budget, str(text), 2 * sum(map(str(text).count, _WORD_STARTS + _LINE_ENDS)) + 1)
-
-
-def _check_format(budget: Budget, value: Any, *args: Any, **kwargs: Any) -> None:
-    _check_percent(budget, str(value), kwargs or args)
-
-
-def _check_json(
-    budget: Budget,
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> None:
-    size, depth = budget.measure(value)
-    wide = len(indent) if isinstance(indent, str) else indent or 0
-    wide += sum(map(len, separators or ()))
-    budget.room(_ESCAPED * size if ensure_ascii else size)
-    budget.room(size + _WIDEST * wide * (depth + 1) * (size // _PIECE + 1))
-
-
-_FILTER_CHECKS: dict[str, Callable[..., None]] = {
-    "batch": lambda budget, items, linecount, fill_with=None: _check_elements(
-        budget, items, linecount, fill_with
-    ),
-    "center": lambda budget, text, width=80: _check_padding(budget, str(text), width),
-    "format": _check_format,
-    "indent": _check_indent,
-    "join": lambda budget, items, d="", attribute=None: _check_join(budget, items, d),
-    "replace": _check_replace,
-    "round": _check_round,
-    "groupby": _check_groups,
-    "title": _check_title,
-    "trim": lambda budget, text, chars=None: _check_search(budget, text, chars),
-    "slice": lambda budget, items, slices, fill_with=None: _check_elements(
-        budget, items, slices, fill_with
-    ),
-    "tojson": _check_json,
-}
 
 
 def _check_key(key: Any) -> None:
@@ -635,7 +467,7 @@ def _divisible(value: Any, number: Any) -> bool:
 def _sum(
     environment: jinja2.Environment, items: list[Any], attribute: Any = None, start: Any = 0
 ) -> Any:
-    """jinja2's sum; adding up lists copies them again and again, which is counted."""
+    """jinja2's sum. Adding lists up copies them again and again, which is counted."""
     if attribute is not None:
         items = list(map(filters.make_attrgetter(environment, attribute), items))
     budget = current_budget()
@@ -672,7 +504,8 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON without jinja2's HTML escaping. `ensure_ascii` spares plane 2 with chat.py's marks."""
+    """Write JSON without jinja2's HTML escaping. `ensure_ascii` leaves plane 2 alone, where the
+    marks of chat.py are."""
     text = json.dumps(
         value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -1,4 +1,4 @@
-"""Text to token ids and back, for every tokenizer that a Llama checkpoint ships with.
+"""Turns text into token ids and back, for every tokenizer that a Llama checkpoint ships with.
 
 The vocabulary comes from Hugging Face's `tokenizer.json` (`tokenizer_json`) or from
 `tokenizer.model`, Llama 3's or Llama 2's (`tokenizer_model`); the files beside it say which tokens
@@ -74,11 +74,12 @@ class Tokenizer:
     def encode(
         self, text: str, *, bos: bool = False, eos: bool = False, parse_special: bool = False
     ) -> list[int]:
-        """Token ids of `text`; `bos` puts `prefix_ids` in front and `eos` `suffix_ids` behind,
-        which is what the tokenizer's files ask for: often BOS and nothing, or nothing at all.
+        """Encode `text` as token ids.
 
-        With `parse_special` the names of added tokens become their ids, otherwise they are text
-        like any other. A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD.
+        bos, eos: whether `prefix_ids` go in front and `suffix_ids` behind. The tokenizer's files
+            say what these are: often BOS and nothing, or nothing at all.
+        parse_special: whether names of added tokens become their ids; otherwise they are text.
+         A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD.
         """
         if not isinstance(text, str):
             raise TypeError(f"text: expected a str, got {type(text).__name__}")
@@ -89,8 +90,8 @@ class Tokenizer:
         ]
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Token ids of text that goes on from other text: without the space that SentencePiece puts
-        in front of one that begins."""
+        """Encode text that goes on from other text: without the space that SentencePiece puts in
+        front of a text."""
         if not self._strip_spaces:
             return self.encode(text)
         line = self.encode("\n")
@@ -98,8 +99,8 @@ class Tokenizer:
         return ids[len(line) :] if ids[: len(line)] == line else self.encode(text)
 
     def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
-        """Token ids of a text that is cut into pieces: (text, False), which stays text, or the name
-        of an added token with True."""
+        """Encode a text that is cut into pieces: (text, False) stays text, (name, True) is an added
+        token."""
         known = [self._added[text] if special else text for text, special in pieces]
         ids: list[int] = []
         for i, piece in enumerate(strip_around(known)):
@@ -110,23 +111,21 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids that nothing uses decode to
-        nothing.
+        """Decode `ids`. Bytes that are not UTF-8 become U+FFFD, and unused ids become nothing.
 
-        With `skip_special` special tokens leave no trace, otherwise they appear by name.
-        SentencePiece marks the start of a text with a space that was not in it; this space is
-        dropped again.
+        skip_special: whether special tokens leave no trace; otherwise they appear by name.
+        The space that SentencePiece puts in front of a text is dropped again.
         """
         stream = StreamDecoder(self, skip_special=skip_special)
         return "".join([stream.push(token_id) for token_id in ids]) + stream.flush()
 
     def token_text(self, token_id: int) -> str:
-        """What one token looks like, with its space and by its name: the same wherever it is."""
+        """Return the text of one token with its space, or its name: the same in any context."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token stands for: its name for a special token, empty for an id that
-        nothing uses, such as those that pad a model's vocabulary.
+        """Return the bytes that one token stands for: the name of a special token, and nothing for
+        an unused id, such as those that pad a model's vocabulary.
 
         Raises ValueError for a negative id.
         """
@@ -135,10 +134,10 @@ class Tokenizer:
         return self._bytes[token_id] if token_id < self.vocab_size else b""
 
     def special_stops(self, stops: Sequence[str]) -> dict[int, str]:
-        """The special tokens that stop strings name, by id.
+        """Return the special tokens that stop strings name, by id.
 
-        Raises ValueError for such a name with text around it: the token leaves no text, so that
-        the string would never be found.
+        Raises ValueError for such a name with text around it: the token leaves no text, so the
+        string would never be found.
         """
         for stop in stops:
             for name, token_id in self.special_tokens.items():
@@ -155,8 +154,8 @@ class StreamDecoder:
     """Decodes one token at a time; what `push` and the final `flush` return adds up to
     `tokenizer.decode(ids)`.
 
-    The bytes of a character that later tokens may complete are held back. after: tokens that the
-    text goes on from, such as a prompt: what is decoded then reads on from theirs.
+    The bytes of a character that later tokens may complete are held back. after: tokens that come
+    before the text, such as a prompt's.
     """
 
     def __init__(
@@ -169,8 +168,7 @@ class StreamDecoder:
         self._strip_spaces = tokenizer._strip_spaces if begins else 0
 
     def push(self, token_id: int) -> str:
-        """The text that `token_id` completes, often empty in the middle of a multi-byte
-        character."""
+        """Return the text that `token_id` completes: often none within a multi-byte character."""
         data = self._tokenizer.token_bytes(token_id)
         if token_id in self._skipped:
             return ""
@@ -181,14 +179,14 @@ class StreamDecoder:
         return self._utf8.decode(data)
 
     def flush(self) -> str:
-        """What is held back at the end of the stream: U+FFFD for an incomplete character, otherwise
+        """End the stream and return what is held back: U+FFFD for an incomplete character, or
         nothing."""
         return self._utf8.decode(b"", final=True)
 
 
 def load_tokenizer(path: str | Path, config: LlamaConfig | None = None) -> Tokenizer:
-    """Reads a tokenizer from a checkpoint directory, or from a `tokenizer.json` or
-    `tokenizer.model` file.
+    """Read a tokenizer from a checkpoint directory, or from a `tokenizer.json` or `tokenizer.model`
+    file.
 
     In a directory `tokenizer.json` is taken before `tokenizer.model` (unless it holds a unigram
     model), the files that `tokenizer_config` reads give tokens their roles, and
@@ -235,7 +233,7 @@ def _joined(
     templates: Mapping[str, str],
     config: LlamaConfig | None,
 ) -> Tokenizer:
-    """A vocabulary with the roles of its tokens. path: of its file."""
+    """Make a tokenizer of a vocabulary and the roles of its tokens. path: of its file."""
     added = _all_added(vocabulary, settings)
     ids = {**vocabulary.ids, **{name: token.id for name, token in added.items()}}
     named = _named_tokens(path, vocabulary, settings, config, ids)
@@ -280,8 +278,8 @@ def _joined(
 
 
 def _all_added(vocabulary: Vocabulary, settings: TokenizerSettings) -> dict[str, AddedToken]:
-    """Added tokens by name: those of the vocabulary's file and, where it says nothing about their
-    name and id, those of the files beside it."""
+    """Return added tokens by name: those of the vocabulary's file, and those of the files beside it
+    whose name and id it does not mention."""
     added = {token.content: token for token in vocabulary.added}
     taken = {token.id for token in vocabulary.added}
     found = dict(added)
@@ -299,8 +297,8 @@ def _named_tokens(
     config: LlamaConfig | None,
     ids: Mapping[str, int],
 ) -> dict[str, str]:
-    """The names of tokens with a role, by role: from the files beside the vocabulary, or else from
-    itself, or else from the model's config."""
+    """Return the names of tokens with a role, by role: from the files beside the vocabulary, or
+    else from the vocabulary itself, or else from the model's config."""
     names = {token_id: name for name, token_id in ids.items()}
     last_end = next((name for name in reversed(_TURN_ENDS) if name in ids), None)
     named = {
@@ -337,10 +335,10 @@ def _around(
     eos: int | None,
     config: LlamaConfig | None,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids in front of a text and behind it.
+    """Return the ids in front of a text and behind it.
 
-    `add_bos_token` and `add_eos_token` decide, or else the vocabulary's file, or else the habit of
-    its kind. A model that names no BOS is given none.
+    `add_bos_token` and `add_eos_token` decide, or else the vocabulary's file, or else what is usual
+    for its kind. A model that names no BOS gets none.
     """
     before: tuple[int, ...] = () if bos is None else (bos,)
     after: tuple[int, ...] = () if eos is None else (eos,)

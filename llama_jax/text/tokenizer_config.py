@@ -1,5 +1,5 @@
 """Reads the small files beside a vocabulary: tokenizer_config.json, special_tokens_map.json and
-added_tokens.json. Where two of them speak of the same thing, the first of these holds."""
+added_tokens.json. Where they contradict each other, the first of them is right."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -88,7 +88,7 @@ class TokenizerSettings:
 
 
 def read_settings(directory: Path) -> TokenizerSettings:
-    """What the files in a checkpoint's directory say, as far as they are there.
+    """Read the files that are there in a checkpoint's directory.
 
     Raises `CheckpointError` naming the file and the field that is wrong.
     """

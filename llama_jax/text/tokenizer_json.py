@@ -38,12 +38,12 @@ TokenId = Annotated[int, Meta(ge=0, le=MAX_ID)]
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Patterns whose matches leave nothing out, which tiktoken would drop.
 _COVERING = (LLAMA3_PATTERN, GPT2_PATTERN)
-# What is not the same in Oniguruma and in the package regex: escapes but those for categories,
+# What Oniguruma and the package regex read differently: escapes other than those for categories,
 # white space, digits and punctuation; sets in sets; comments and names of groups.
 _UNSURE = re.compile(
     r"\\[a-oqt-zA-OQRT-Z0-9](?<!\\[rntd])|&&|\[\[|\(\?[^:=!<i]|\(\?<[^=!]|--|~~|\|\|"
 )
-# How long a pattern may search a text: some take a time that is exponential in its length.
+# How long a pattern may search a text: some need time that is exponential in its length.
 _SECONDS, _CHARS_PER_SECOND = 5, 20_000
 # A repeated group is compiled once for each time, so counts inside each other multiply.
 _MAX_PATTERN, _MAX_REPEATS = 10_000, 10_000
@@ -239,7 +239,7 @@ class _FileType(Struct, frozen=True):
 
 
 def read_tokenizer_json(path: Path, data: bytes) -> Vocabulary:
-    """The vocabulary in the contents of a tokenizer.json.
+    """Read the vocabulary in the contents of a tokenizer.json.
 
     Raises `CheckpointError` naming the field that is not understood, `UnigramError` for a unigram
     model.
@@ -259,7 +259,7 @@ def read_tokenizer_json(path: Path, data: bytes) -> Vocabulary:
     steps = list(_flat(file.pre_tokenizer, "pretokenizers"))
     is_byte_level = any(isinstance(step, _ByteLevel) for step in steps)
     made = {left + right for left, right in merges}
-    # What an added token's name says is found in a text before the model sees it, or not at all.
+    # The names of added tokens are found in a text before the model sees it, or not at all.
     names = {token.content for token in added if token.content not in made}
     vocab = {token: i for token, i in file.model.vocab.items() if token not in names}
     if is_byte_level:
@@ -282,7 +282,7 @@ def read_tokenizer_json(path: Path, data: bytes) -> Vocabulary:
 
 
 def _merges(path: Path, model: _Model) -> list[Merge]:
-    """The merges as pairs, of a model whose other fields are those of a plain BPE."""
+    """Return the merges of a model as pairs, if its other fields are those of plain BPE."""
     found = {
         "type": (model.type, (None, "BPE"), "BPE"),
         "dropout": (model.dropout, (None, 0), "null"),
@@ -316,7 +316,7 @@ def _added_token(token: _Added) -> AddedToken:
 
 
 def _flat(step: Any, field: str) -> Iterator[Any]:
-    """A step's parts, where it is a sequence, or a sequence of sequences; nothing for None."""
+    """Return the parts of a step, which may be a sequence of sequences; none for None."""
     if hasattr(step, field):
         for part in getattr(step, field):
             yield from _flat(part, field)
@@ -364,8 +364,8 @@ def _byte_level_encoder(
 
 
 def _byte_level_cuts(path: Path, steps: Sequence[Any]) -> list[str | None]:
-    """Patterns whose matches, and what is between them, are words; None puts a space before each
-    word that has none."""
+    """Return patterns that cut a text into words: their matches, and what is between them. None
+    puts a space before each word that has none."""
     cuts: list[str | None] = []
     for i, step in enumerate(steps):
         if isinstance(step, _Split):
@@ -412,7 +412,7 @@ def _character_encoder(
 
 
 def _character_cut(path: Path, step: Any) -> Callable[[str, bool], list[str]]:
-    """A function from a text, and whether it is the beginning of one, to words."""
+    """Return a function that cuts a text into words, given also whether a text begins there."""
     if isinstance(step, _Split | _Digits):
         (source,) = _byte_level_cuts(path, [step])
         pattern = _compiled(path, str(source))
@@ -435,8 +435,8 @@ def _source(pattern: _Pattern) -> str:
 
 
 def _compiled(path: Path, source: str) -> "regex.Pattern[str]":
-    """A pattern that Oniguruma, which the tokenizers library uses, and the package regex read
-    alike."""
+    """Compile a pattern that means the same to Oniguruma, which the tokenizers library uses, and to
+    the package regex."""
     unsure = _UNSURE.search(source)
     if unsure:
         raise CheckpointError(
@@ -467,7 +467,7 @@ def _compiled(path: Path, source: str) -> "regex.Pattern[str]":
 
 
 def _isolated(pattern: "regex.Pattern[str]", text: str) -> list[str]:
-    """The matches of a pattern and what is between them, without empty strings."""
+    """Cut a text into a pattern's matches and what is between them, without empty strings."""
     parts, done = [], 0
     for start, stop in _spans(pattern, text):
         parts += [text[done:start], text[start:stop]]
@@ -476,7 +476,7 @@ def _isolated(pattern: "regex.Pattern[str]", text: str) -> list[str]:
 
 
 def _spans(pattern: "regex.Pattern[str]", text: str) -> list[tuple[int, int]]:
-    """Where a pattern matches. Raises ValueError where that takes too long."""
+    """Return where a pattern matches. Raises ValueError if that takes too long."""
     try:
         seconds = _SECONDS + len(text) / _CHARS_PER_SECOND
         return [match.span() for match in pattern.finditer(text, timeout=seconds)]

@@ -49,7 +49,7 @@ _NO_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3, 0])
 def read_tokenizer_model(
     path: Path, data: bytes, declared: Sequence[AddedToken], prefix_space: bool, legacy: bool
 ) -> Vocabulary:
-    """The vocabulary in the contents of a tokenizer.model of either format.
+    """Read the vocabulary in the contents of a tokenizer.model of either format.
 
     declared: the added tokens that other files name. prefix_space: whether SentencePiece's space
     goes before a text, where the model wants it at all. legacy: whether it also goes before what
@@ -99,9 +99,8 @@ def _parse_ranks(path: Path, data: bytes) -> dict[bytes, int]:
 
 
 def split_long_text(text: str) -> Iterator[str]:
-    """Cuts `text` as Meta's Llama 3 tokenizer does: each 400,000 characters, and in those each run
-    of more than 25,000 characters that are all white space, or all not, after every 25,000 of
-    them."""
+    """Cut `text` as Meta's Llama 3 tokenizer does: after every 400,000 characters, and within those
+    after every 25,000 of a run that is all white space, or has none."""
     for start in range(0, len(text), _MAX_CHARS):
         chunk = text[start : start + _MAX_CHARS]
         begin = 0

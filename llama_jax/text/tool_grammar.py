@@ -49,7 +49,8 @@ def tool_call_output(
     name: str | None = None,
     is_parallel: bool = False,
 ) -> StructuredOutput:
-    """What makes a reply one call of one of `tools`, with arguments that fit its schema.
+    """Return the constraint that makes a reply a call of one of `tools`, whose arguments fit its
+    schema.
 
     tools: as `LLM.chat` takes them. tokenizer: its chat template says how calls are written. name:
     of the only tool that may be called. is_parallel: whether there may be several calls. Raises
@@ -84,7 +85,7 @@ def tool_call_output(
 
 
 def _literal(text: str, special_tokens: Mapping[str, int]) -> str:
-    """A text in Lark, the names in it of added tokens as these."""
+    """Write a text in Lark, in which names of added tokens stand for these."""
     for name, token_id in special_tokens.items():
         if name in text:
             before, _, after = text.partition(name)
@@ -94,7 +95,7 @@ def _literal(text: str, special_tokens: Mapping[str, int]) -> str:
 
 
 def _arguments(function: Mapping[str, Any]) -> str:
-    """The schema of a tool's arguments; without a word on further ones there are none."""
+    """Return the schema of a tool's arguments, which allows no others unless it says so."""
     parameters = function.get("parameters") or {}
     schema = {"type": "object", "properties": {}, "additionalProperties": False, **parameters}
     try:

@@ -1,5 +1,4 @@
-"""Tools for chat: a Python function becomes a JSON schema, and a model's reply becomes the calls it
-makes."""
+"""Turns Python functions into JSON schemas of tools, and a model's reply into calls of them."""
 
 import ast
 import enum
@@ -12,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from uuid import uuid4
 
-# What Llama 3.1 was trained to call as `name.call(query="...")`, besides running code.
+# Llama 3.1 was trained to call these as `name.call(query="...")`, besides running code.
 BUILTIN_TOOLS = ("brave_search", "wolfram_alpha", "photogen")
 CODE_INTERPRETER = "code_interpreter"
 
@@ -23,8 +22,8 @@ _CHOICES = re.compile(r"\s*\(choices:\s*(\[.*\])\)\s*$", re.IGNORECASE)
 
 
 def tool_schema(tool: Callable[..., Any] | Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of a tool as chat templates expect it: {"type": "function", "function": {name,
-    description, ...}}.
+    """Return the schema of a tool as chat templates expect it: {"type": "function", "function":
+    {name, description, ...}}.
 
     A mapping is taken as such a schema (a bare {"name", "parameters"} is wrapped). A function needs
     type hints and a docstring in Google's style that describes every argument; the result equals
@@ -160,8 +159,8 @@ def _enum_schema(values: list[Any], where: str) -> dict[str, Any]:
 
 
 def _parse_docstring(doc: str) -> tuple[str, dict[str, str], str | None]:
-    """Description, argument descriptions (each on one line) and description of the result of a
-    Google docstring."""
+    """Parse a Google docstring into its description, the arguments' descriptions (each on one line)
+    and the result's."""
     sections: dict[str, list[str]] = {"": []}
     current = ""
     for line in doc.strip().splitlines():
@@ -193,7 +192,7 @@ class ToolCall:
     id: str
 
 
-# What may frame a reply without being part of it.
+# These may frame a reply without being part of it.
 _FRAME = re.compile(
     r"\A\s*<\|start_header_id\|>assistant<\|end_header_id\|>|(?:<\|(?:eot_id|eom_id|end_of_text)\|>\s*)+\Z"
 )
@@ -208,7 +207,7 @@ ToolFormat = Literal["llama", "hermes", "deepseek", "nemotron"]
 
 
 def tool_format(template: str | None) -> ToolFormat:
-    """How a model writes calls, told by what its chat template writes around them."""
+    """Find out how a model writes calls from what its chat template writes around them."""
     for name, (_, begin, _) in _TAGGED.items():
         if template is not None and begin in template:
             return name
@@ -216,7 +215,7 @@ def tool_format(template: str | None) -> ToolFormat:
 
 
 def parse_tool_calls(text: str, form: ToolFormat = "llama") -> tuple[ToolCall, ...]:
-    """The calls in a reply, in order; () when it is plain text or any of its calls is malformed.
+    """Return the calls in a reply, in order; () if it is plain text or any call is malformed.
 
     form: see `tool_format`. "hermes" is `<tool_call>{...}</tool_call>`, "nemotron"
     `<TOOLCALL>[{...}, ...]</TOOLCALL>`, and "deepseek" what R1 and its distilled models write: a
@@ -237,7 +236,7 @@ def parse_tool_calls(text: str, form: ToolFormat = "llama") -> tuple[ToolCall, .
 
 
 def call_marks(form: ToolFormat) -> tuple[str, ...]:
-    """What stands in front of a call in the middle of a reply: the text before it is for the user.
+    """Return what may stand in front of a call inside a reply; the text before it is for the user.
     Llama's other forms make up the whole reply, see `CALL_OPENINGS`."""
     if form in _TAGGED:
         return (_TAGGED[form][1], *(("<｜tool▁calls▁begin｜>",) if form == "deepseek" else ()))  # noqa: RUF001
@@ -245,11 +244,11 @@ def call_marks(form: ToolFormat) -> tuple[str, ...]:
 
 
 def call_ends(form: ToolFormat) -> tuple[str, ...]:
-    """What stands behind a call."""
+    """Return what may stand behind a call."""
     return (_TAGGED[form][2],) if form in _TAGGED else ()
 
 
-# What a reply begins with that may be nothing but calls.
+# A reply that consists of calls begins with one of these.
 CALL_OPENINGS = ("{", "[", *(f"{name}.call(" for name in BUILTIN_TOOLS))
 
 
@@ -272,11 +271,11 @@ def _as_calls(calls: "_Calls | None") -> tuple[ToolCall, ...]:
 
 _Calls = list[tuple[str, dict[str, Any]]]
 _ARGUMENTS = {"parameters", "arguments"}
-# What is left of a reply whose last tag is not closed: nothing, or the token that ended it.
+# After the last tag, if it is not closed, there is nothing but perhaps the token that ended it.
 _END = re.compile(r"\s*(?:<\|\w+\|>|</s>)?\s*")
 
 
-# By form: how the inside of one tag is read, and the tag.
+# For each form, how the inside of a tag is read, and the tag.
 _DEEPSEEK_CALL = re.compile(
     r"\s*function<｜tool▁sep｜>([^\n]+)\n+```json\s*(.*?)\s*```\s*",  # noqa: RUF001
     re.DOTALL,
@@ -289,7 +288,7 @@ _TAGGED: dict[ToolFormat, tuple[Literal["json", "deepseek"], str, str]] = {
 
 
 def _between_tags(body: str, form: ToolFormat) -> _Calls | None:
-    """The calls in all tags of a form. What looks like a tag inside a JSON text is none."""
+    """Return the calls in all tags of a form; what looks like a tag inside a JSON text is none."""
     inside, begin, end = _TAGGED[form]
     calls: _Calls = []
     position = body.find(begin)
@@ -418,8 +417,7 @@ def _parse_python(source: str) -> ast.expr | None:
 
 
 def _python_call(node: ast.expr | None) -> tuple[str, dict[str, Any]] | None:
-    """Name and arguments of `f(a=1, b=[...])` where all arguments are keywords with literal
-    values."""
+    """Return the name and arguments of `f(a=1, b=[...])`: keywords with literal values alone."""
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name | ast.Attribute):
         return None
     if node.args or any(keyword.arg is None for keyword in node.keywords):

@@ -1,4 +1,4 @@
-"""What a tokenizer's vocabulary file says, whatever its format."""
+"""`Vocabulary`: the contents of a tokenizer's vocabulary file, whatever its format."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,15 +24,20 @@ MAX_ID = (1 << 20) - 1
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """kind: what the tokens are of: bytes ("tiktoken") or characters ("sentencepiece").
+    """A vocabulary and its rules.
 
-    pieces: what the ordinary tokens stand for, by id. ids: of ordinary tokens, as the file writes
-    them. added: the added tokens that the file names. normalize: what happens to text first.
-    encode_words: from normalized text without added tokens, and whether a text begins there, to
-    ids. name_bytes: what an added token of this name stands for. strip_spaces: how many spaces at
-    the beginning of a text were not in it. around: ids in front of and behind a text, None where
-    the file does not say; adds_bos: whether BOS goes in front then. bos, eos, pad: names that the
-    file gives them.
+    kind: whether tokens consist of bytes ("tiktoken") or characters ("sentencepiece").
+    pieces: what the ordinary tokens stand for, by id.
+    ids: the ids of ordinary tokens, by how the file writes them.
+    added: the added tokens that the file names.
+    normalize: changes a text before anything else.
+    encode_words: turns normalized text without added tokens, and whether a text begins there, into
+        ids.
+    name_bytes: returns what an added token of this name stands for.
+    strip_spaces: how many spaces decoding drops at the beginning of a text.
+    around: the ids in front of and behind a text, None where the file does not say; adds_bos:
+        whether BOS goes in front then.
+    bos, eos, pad: the names that the file gives these tokens.
     """
 
     kind: Literal["tiktoken", "sentencepiece"]
@@ -53,7 +58,7 @@ class Vocabulary:
 def tiktoken_encoder(
     path: Path, ranks: Mapping[bytes, int], pattern: str
 ) -> Callable[[str], list[int]]:
-    """A function from text to ids by tiktoken. pattern: covers every text with its matches.
+    """Return tiktoken's function from text to ids. pattern: its matches cover every text.
 
     Raises `CheckpointError` where a byte has no token.
     """
@@ -70,7 +75,7 @@ def tiktoken_encoder(
 
 
 def check_ids(path: Path, ids: Mapping[str, int], added: Sequence[AddedToken]) -> None:
-    """Refuses two tokens with one id, unless one is the other as an added token.
+    """Refuse two tokens with one id, unless one is the other as an added token.
 
     ids: of ordinary tokens, by name.
     """

@@ -1,10 +1,10 @@
-"""How a text that is longer than the model's context is cut. Needs no JAX."""
+"""Cuts a text that is longer than the model's context into windows. Needs no JAX."""
 
 from collections.abc import Iterator
 
 
 def window_and_stride(window: int | None, stride: int | None, max_seq_len: int) -> tuple[int, int]:
-    """Both as `rolling_windows` takes them; by default the longest of either."""
+    """Check both for `rolling_windows`; by default each is the longest possible."""
     window = max_seq_len if window is None else window
     stride = window - 1 if stride is None else stride
     if window < 2:
