@@ -98,8 +98,10 @@ def _reasons(call: "Call") -> str:
     """Say why XLA multiplies or, of a kernel, why those that were asked before it do not."""
     if call.why_not or not call.choice:
         return call.why_not or ""
-    refusals = call.choice.refusals
-    return "; ".join(f"not {name}: {reason}" for name, reason in refusals)
+    names: dict[str, list[str]] = {}
+    for name, reason in call.choice.refusals:
+        names.setdefault(reason, []).append(name)
+    return "; ".join(f"not {', '.join(each)}: {reason}" for reason, each in names.items())
 
 
 def _words(call: "Call") -> str:
