@@ -1,4 +1,5 @@
-"""Which kernel takes an operation, and why the others do not: one object, made once and passed on.
+"""Chooses the kernel that takes an operation. A `Choice`, made once and passed on, also says why the
+others do not.
 
 Each operation lists its kernels in order (`KERNELS`). `choose` takes the first that does not refuse
 the operands. The `Choice` also stands in the traced program, as the scope of what the kernel does,
@@ -76,8 +77,8 @@ class Choice[K: Kernel]:
         return f"{self.asked} was asked for" if self.asked else _in_words(self.refusals) or None
 
     def scope(self) -> AbstractContextManager[Any, None]:
-        """The scope of what the kernel does: traced programs, their compiled text and profiles then
-        name the kernel, and say why it is none of ours."""
+        """Return the scope of what the kernel does. Traced programs, their compiled text and
+        profiles then name the kernel and, if XLA's code runs, say why."""
         return jax.named_scope(_Scope(self))
 
 
@@ -94,7 +95,7 @@ class _Scope(str):
 
 
 def choice_in(scopes: Iterable[str]) -> Choice[Any] | None:
-    """The choice of the innermost `Choice.scope` among the names of scopes; None without any."""
+    """Return the choice of the innermost `Choice.scope` among names of scopes; None without any."""
     found = [each.choice for each in scopes if isinstance(each, _Scope)]
     return found[-1] if found else None
 
@@ -105,7 +106,8 @@ def choose[K: Kernel](
     operands: Sequence[Any],
     implementation: str | None = None,
 ) -> Choice[K]:
-    """The first kernel that an implementation stands for and that does not refuse the operands.
+    """Choose the first kernel that an implementation stands for and that does not refuse the
+    operands.
 
     operation: its name, for messages. implementation: a kernel's name or a family's; None stands
         for all of them.
@@ -132,8 +134,8 @@ def choose[K: Kernel](
 
 
 def not_here(kernels: Iterable[Kernel], implementation: str | None) -> str | None:
-    """Why none of the kernels that an implementation stands for runs on what is lowered for,
-    whatever the operands; None if one does."""
+    """Return why no kernel that an implementation stands for runs on what is lowered for, whatever
+    the operands; None if one does."""
     reasons = [each.not_here() for each in kernels if each.is_meant_by(implementation)]
     return None if None in reasons else "; ".join(dict.fromkeys(filter(None, reasons)))
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
-from flax import linen as nn
 from flax import traverse_util
 
 from converters import layerwise
@@ -16,6 +15,7 @@ from converters.layerwise import final_hidden, log_likelihoods, logits, read_seq
 from llama_jax.abacus import vocabulary
 from llama_jax.model.forward import prefill
 from llama_jax.model.kv_cache import init_cache
+from llama_jax.model.linear import INPUTS, inputs_of
 from llama_jax.model.llama import Llama
 from llama_jax.model.params import abstract_params
 from llama_jax.model.spec import ModelSpec
@@ -87,15 +87,8 @@ SPECS = {
 @partial(jax.jit, static_argnames="spec")
 def whole_model(params: Any, ids: Any, spec: ModelSpec) -> tuple[Any, dict[str, Any]]:
     """Logits of the model as one program, and the inputs of its matrices by path."""
-    inputs = {}
-
-    def watch(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        if context.method_name == "operands":
-            inputs["/".join(context.module.path)] = args[0]
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(watch):
-        return Llama(spec).apply({"params": params}, ids), inputs
+    found, left = Llama(spec).apply({"params": params}, ids, mutable=INPUTS)
+    return found, inputs_of(left)
 
 
 def by_layers(params: Any, ids: np.ndarray, spec: ModelSpec) -> tuple[np.ndarray, dict[str, Any]]:

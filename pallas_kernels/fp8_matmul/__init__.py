@@ -24,7 +24,7 @@ def fp8_matmul(
     is_batch_invariant: bool = False,
     implementation: str | Choice[Kernel] | None = None,
 ) -> Array:
-    """x @ dequantised(weight).T + residual, accumulated in float32.
+    """Compute x @ dequantised(weight).T + residual, accumulated in float32.
 
     x: [m, in], bfloat16 or float32 (weight-only), or float8_e4m3fn codes with `x_scale`.
     weight: [out, in], float8_e4m3fn, or int8 bit patterns of it (see `pallas_kernels.e4m3`), or
@@ -76,11 +76,10 @@ def fp8_matmuls(
     is_batch_invariant: bool = False,
     implementation: str | Choice[Kernel] | None = None,
 ) -> tuple[Array, ...]:
-    """`fp8_matmul` of one x with several weights, such as q_proj, k_proj and v_proj.
+    """Multiply one x by several weights, such as q_proj, k_proj and v_proj.
 
-    Operands as in `fp8_matmul`. A kernel that takes several weights is one launch, if it is the
-    choice for each of them and all scales are of one kind; everything else is a matmul for each
-    weight.
+    Operands are those of `fp8_matmul`. If one kernel that takes several weights is chosen for each
+    of them, and all scales are of one kind, this is one launch; otherwise each weight is one.
     """
     dtype = jnp.dtype(out_dtype)
     for weight, scale in zip(weights, weight_scales, strict=True):
@@ -103,7 +102,7 @@ def fp8_matmuls(
 
 
 def is_one_launch(choices: Sequence[Choice[Kernel]]) -> bool:
-    """Whether products of one x are chosen to go through one kernel that takes several weights."""
+    """Whether one kernel is chosen for all products of one x, and takes several weights."""
     (kernel, *others) = {choice.kernel for choice in choices}
     return not others and kernel.takes_several
 
@@ -117,10 +116,10 @@ def fp8_matmul_parts(
     is_batch_invariant: bool = False,
     implementation: str | Choice[Kernel] | None = None,
 ) -> list[Parts]:
-    """The products of one x [m, in] with several weights, in one launch, whose sums over splits of
-    `in` are left to the launch that reads them.
+    """Multiply one x [m, in] by several weights in one launch, which leaves the sums over splits of
+    `in` to the launch that reads them.
 
-    x: bfloat16 [m, in], or in two float8 terms. Other operands as in `fp8_matmul`.
+    x: bfloat16 [m, in], or in two float8 terms. Other operands are those of `fp8_matmul`.
     Raises ValueError if the kernel that takes the first weight cannot leave its sums.
     """
     scales = [without_one_group(*each) for each in zip(weight_scales, weights, strict=True)]
@@ -142,10 +141,10 @@ def swiglu(
     x_scale: Array | None = None,
     implementation: str | Choice[Kernel] | None = None,
 ) -> tuple[Array, Array]:
-    """silu(x @ gate.T) * (x @ up.T), quantised for the matmul that follows.
+    """Compute silu(x @ gate.T) * (x @ up.T), quantised for the matmul that follows.
 
-    Operands as in `fp8_matmul`; gate and up are [out, in], out a multiple of 128, with scales of
-    the same kind.
+    Operands are those of `fp8_matmul`; gate and up are [out, in], out a multiple of 128, with scales
+    of the same kind.
     Returns codes, float8_e4m3fn [m, out], and scales, float32 [m, out / 128]: absmax / 448 of each
     row's 128 columns, 1 where all are zero; they are what `fp8_matmul` takes as x and x_scale. One
     scale per row would need the whole row, which no one block of a kernel has: a second pass over

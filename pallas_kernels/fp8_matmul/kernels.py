@@ -62,7 +62,7 @@ def choose(
     *,
     implementation: str | None = None,
 ) -> Choice[Kernel]:
-    """Which kernel multiplies these operands, given as arrays or as shapes and dtypes.
+    """Choose the kernel that multiplies these operands, given as arrays or as shapes and dtypes.
 
     Operands and implementation as in `fp8_matmul`; out_dtype: None for `swiglu`.
     Raises ValueError if what is named cannot run.
@@ -74,7 +74,7 @@ def choose(
 
 
 def without_one_group(weight_scale: Array, weight: Array) -> Array:
-    """One group of columns, which a GPU may hold of several, is one scale per row."""
+    """Drop the axis of groups if there is one group of columns, as a shard may hold."""
     rows = weight.shape[0]
     return weight_scale.reshape(rows) if weight_scale.shape == (rows, 1) else weight_scale
 

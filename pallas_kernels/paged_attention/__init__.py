@@ -23,19 +23,17 @@ def paged_attention(
     is_batch_invariant: bool = False,
     implementation: str | None = None,
 ) -> Array:
-    """Compute softmax(q k^T / sqrt(head_dim)) v, causal, with float32 sums.
+    """softmax(q k^T / sqrt(head_dim)) v, causal, in float32 sums.
 
     q: [batch, tokens, num_heads, head_dim], the new tokens of each sequence; token t of row b
-        is at position starts[b] + t.
+        stands at position starts[b] + t.
     k_pages, v_pages: [num_pages, page_size, num_kv_heads, head_dim], already holding the new
         tokens; bfloat16, float32, float8_e4m3fn or its int8 bits.
     page_table: int32 [batch, pages_per_row]; position p of row b lives in page
         page_table[b, p // page_size] at offset p % page_size.
-    starts, lengths: int32 [batch], tokens of a sequence that were cached before, and keys that it
-        has with the new ones; a query sees positions <= its own and < lengths[b].
+    starts, lengths: int32 [batch]; a query sees positions <= its own and < lengths[b].
     k_scale, v_scale: float32 scalars that FP8 codes are multiplied by, positive.
-    is_batch_invariant: make a sequence's result bit-equal alone and in any batch, at some cost on a
-        GPU.
+    is_batch_invariant: a row's result is bit-equal alone and in any batch, at some cost on a GPU.
     implementation: None for the best that takes these arrays on the platform lowered for, or
         "hopper", "xla" or "reference"; `choose` says which it is, and why others refuse.
     Returns [batch, tokens, num_heads, head_dim] in q's dtype. The rows of a sequence of length 0,
@@ -60,7 +58,8 @@ def paged_attention(
 
 
 def choose(q: Array, k_pages: Array, implementation: str | None = None) -> Choice[Kernel]:
-    """Choose the kernel for these arrays, or for anything with their shapes and dtypes.
+    """Choose the kernel for these arrays, or for anything with their shapes and dtypes, on what is
+    lowered for.
 
     Raises ValueError if what is named cannot run.
     """

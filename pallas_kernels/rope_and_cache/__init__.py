@@ -76,8 +76,8 @@ def rope_and_cache(
 def choose(
     parts: Projections, k_pages: Array, dtype: jnp.dtype, implementation: str | None = None
 ) -> Choice[Kernel]:
-    """Which kernel takes these arrays, or anything with their shapes and dtypes, on what is lowered
-    for.
+    """Choose the kernel for these arrays, or for anything with their shapes and dtypes, on what is
+    lowered for.
 
     Raises ValueError if what is named cannot run.
     """
