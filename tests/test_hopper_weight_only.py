@@ -102,7 +102,8 @@ def test_two_terms_lose_less_than_a_bfloat16_product_rounds():
     x = rng.standard_normal((6, 512)) * 2.0 ** rng.integers(-30, 1, (6, 512))
     x = jnp.asarray(np.clip(x, -1.5, 1.5) * np.array(sizes)[:, None], BF16)
     for run in (two_terms, jax.jit(two_terms)):
-        codes, units = run(x)
+        codes, units, mean_squares = run(x)
+        assert mean_squares is None
         a, b = (each[: len(x)] for each in np.split(np.asarray(codes, np.float64), 2))
         assert np.isfinite(a).all() and np.isfinite(b).all()
         wide, unit = np.asarray(x, np.float64), np.asarray(units, np.float64).T[: len(x)]

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,14 @@ import pytest
 
 from pallas_kernels import device_trace, tuned
 from pallas_kernels.dev import bench, report, sm90, tune
-from pallas_kernels.dev.shapes import Heads, Linear
+from pallas_kernels.dev.shapes import Heads, Launch, Linear
 from pallas_kernels.device_trace import Event
-from pallas_kernels.fp8_matmul import cases, hopper_config
+from pallas_kernels.fp8_matmul import (
+    cases,
+    hopper_config,
+    hopper_weight_only,
+    weight_only_cases,
+)
 from pallas_kernels.fp8_matmul.hopper_config import Config
 from pallas_kernels.paged_attention import cases as attention_cases
 from pallas_kernels.paged_attention import hopper_decode, hopper_prefill
@@ -253,7 +259,8 @@ def test_cases_are_chosen_by_name():
 
 def test_a_failure_stops_nothing_and_time_runs_out(capsys, monkeypatch):
     clock = iter([0.0, 0.0, 3.0, 6.0])
-    monkeypatch.setattr(bench.time, "monotonic", lambda: next(clock))
+    # In the place of the module: the function itself is also JAX's.
+    monkeypatch.setattr(bench, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     case = cases.matmul(TINY, 1, "row")
 
     def do(case):
@@ -294,6 +301,51 @@ def test_tuned_configurations_are_taken_where_they_were_measured(few_inputs, tab
     assert configure(promote=False) == heuristic  # no H200
     (entry,) = json.loads(table.read_text())["fp8_matmul"].values()
     assert entry["microseconds"] == 1 and entry["slowest_microseconds"] == 2
+
+
+def test_x_in_terms_is_tuned_apart_from_bfloat16_x(table, monkeypatch):
+    launch = Launch("tiny", (160, 32), 384)
+    makes = weight_only_cases.matmuls, weight_only_cases.in_terms
+    cases = [make(launch, 9, "row") for make in makes]
+    configure = partial(hopper_weight_only.configure, 9, launch.ns, launch.k)
+    fastest = {cases[0].name: 3, cases[1].name: 2}
+
+    def tuned_to(case):
+        return {"config": {"splits": fastest[case.name], "in_fp8": False}}
+
+    monkeypatch.setattr(tune, "not_hopper", lambda: None)
+    monkeypatch.setattr(tune, "kind", lambda: "NVIDIA H200")
+    monkeypatch.setattr(tune, "tune", tuned_to)
+    monkeypatch.setattr(bench, "cases", lambda rows, only: iter(cases))
+    with jax.sharding.use_abstract_mesh(sm90.H200):
+        tune.main([])
+        assert (configure().splits, configure(in_terms=True).splits) == (3, 2)
+    assert len(json.loads(table.read_text())["fp8_matmul_weight_only"]) == 2
+
+
+def test_a_table_that_does_not_tell_terms_from_bfloat16_is_read_for_both(table):
+    entry = {"config": {"splits": 3, "in_fp8": True}}
+    tuned.write("NVIDIA H200", "fp8_matmul_weight_only", "n=160+32 k=384 m<=16", entry)
+    configure = partial(hopper_weight_only.configure, 9, (160, 32), 384)
+    with jax.sharding.use_abstract_mesh(sm90.H200):
+        assert configure() == configure(in_terms=True)
+        assert configure().splits == 3
+
+
+def test_the_kernel_looks_up_what_its_x_was_tuned_for(table):
+    launch = Launch("tiny", (160,), 384)
+    for problem, splits in (("n=160 k=384 m<=16", 3), ("n=160 k=384 m<=16 terms", 2)):
+        tuned.write(
+            "NVIDIA H200", "fp8_matmul_weight_only", problem, {"config": {"splits": splits}}
+        )
+    shapes = []
+    for make in (weight_only_cases.matmuls, weight_only_cases.in_terms):
+        case = make(launch, 9, "row")
+        arguments = jax.eval_shape(case.arguments, jax.random.key(0))
+        with jax.sharding.use_abstract_mesh(sm90.H200):
+            parts = jax.eval_shape(partial(hopper_weight_only.parts, m=9), *arguments)
+        shapes.append(parts[0].sums.shape)
+    assert shapes == [(3, 9, 160), (2, 9, 160)]
 
 
 def test_attention_takes_its_tuned_configurations(table):

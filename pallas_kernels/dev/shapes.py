@@ -72,7 +72,7 @@ class Launch:
 
 
 def launches() -> Iterator[Launch]:
-    """Of every layer of every model: q, k and v are one, and gate and up."""
+    """Yield the launches of every model: q, k and v are one launch, and gate and up."""
     found = {(each.model, each.tensor_parallel, each.name): each for each in linears()}
     for (model, parts, name), linear in found.items():
         prefix, n = f"{model} TP{parts}", linear.n

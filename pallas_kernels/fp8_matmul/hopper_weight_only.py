@@ -133,17 +133,27 @@ def refusal(
     return None
 
 
-def configure(m: int, ns: Sequence[int], k: int, is_batch_invariant: bool = False) -> Config:
-    """The tuned splits of the GPU in use, or else the heuristic's, and what follows from m; in FP8
-    where that was measured to be faster.
+def configure(
+    m: int,
+    ns: Sequence[int],
+    k: int,
+    is_batch_invariant: bool = False,
+    *,
+    in_terms: bool = False,
+) -> Config:
+    """Return the tuned splits of the GPU in use, or else the heuristic's, and what follows from m.
 
-    ns: rows of each weight. is_batch_invariant: the same splits for any m, so that a row's result
-    does not depend on how many there are.
+    ns: rows of each weight.
+    is_batch_invariant: take the same splits for any m, so that a row's result does not depend on
+        how many there are.
+    in_terms: x comes in terms. Else they are made of bfloat16 x where that was measured to be
+        faster.
     """
     typical = TYPICAL_ROWS if is_batch_invariant else typical_rows(m)
-    found = tuned.find(NAME, tuned_as(ns, k, typical)) or {
-        "splits": heuristic_splits(ns, k, typical)
-    }
+    found = tuned.find(NAME, tuned_as(ns, k, typical, in_terms=in_terms))
+    # Older tables name x in terms as they do bfloat16 x.
+    found = found or tuned.find(NAME, tuned_as(ns, k, typical))
+    found = found or {"splits": heuristic_splits(ns, k, typical)}
     cluster = 2 if m >= MIN_ROWS_TO_SHARE else 1
     rows = _padded(m, cluster)
     free = SHARED_MEMORY_BYTES - BARRIERS_BYTES - _staged_bytes(rows)
@@ -156,9 +166,9 @@ def typical_rows(m: int) -> int:
     return max(BOX_ROWS, pl.next_power_of_2(m))
 
 
-def tuned_as(ns: Sequence[int], k: int, rows: int) -> str:
-    """What problems that share tuned splits are called. rows: see `typical_rows`."""
-    return f"n={'+'.join(map(str, ns))} k={k} m<={rows}"
+def tuned_as(ns: Sequence[int], k: int, rows: int, *, in_terms: bool = False) -> str:
+    """Name the problems that share tuned splits. rows: see `typical_rows`."""
+    return f"n={'+'.join(map(str, ns))} k={k} m<={rows}" + (" terms" if in_terms else "")
 
 
 def heuristic_splits(ns: Sequence[int], k: int, rows: int) -> int:
@@ -223,7 +233,7 @@ def parts(
     ns, k = tuple(weight.shape[0] for weight in weights), weights[0].shape[1]
     m = x.shape[0] if isinstance(x, Array) else m
     assert m is not None
-    config = config or configure(m, ns, k, is_batch_invariant)
+    config = config or configure(m, ns, k, is_batch_invariant, in_terms=isinstance(x, Terms))
     if isinstance(x, Terms):
         config = replace(config, in_fp8=True)
     if reason := unfit(config, m, k):

@@ -117,6 +117,7 @@ def in_terms(launch: Launch, m: int, layout: Layout) -> Case:
 
     return replace(
         case,
+        problem=hopper_weight_only.tuned_as(launch.ns, launch.k, typical_rows(m), in_terms=True),
         name=f"{case.name} in terms",
         arguments=arguments,
         run=partial(hopper_weight_only.parts, m=m),
