@@ -1,5 +1,5 @@
-"""Chooses the kernel that takes an operation. A `Choice`, made once and passed on, also says why the
-others do not.
+"""Chooses the kernel that takes an operation. The `Choice` is made once and passed on; it also says
+why other kernels refuse.
 
 Each operation lists its kernels in order (`KERNELS`). `choose` takes the first that does not refuse
 the operands. The `Choice` also stands in the traced program, as the scope of what the kernel does,

@@ -143,8 +143,8 @@ def swiglu(
 ) -> tuple[Array, Array]:
     """Compute silu(x @ gate.T) * (x @ up.T), quantised for the matmul that follows.
 
-    Operands are those of `fp8_matmul`; gate and up are [out, in], out a multiple of 128, with scales
-    of the same kind.
+    Operands are those of `fp8_matmul`. gate and up are [out, in], where out is a multiple of 128,
+    with scales of the same kind.
     Returns codes, float8_e4m3fn [m, out], and scales, float32 [m, out / 128]: absmax / 448 of each
     row's 128 columns, 1 where all are zero; they are what `fp8_matmul` takes as x and x_scale. One
     scale per row would need the whole row, which no one block of a kernel has: a second pass over
