@@ -18,7 +18,7 @@ from llama_jax.model.config_files import TokenId
 from llama_jax.sampling_params import SamplingParams
 
 _log = logging.getLogger(__name__)
-# Below it sampling is greedy, as in vLLM: logits divided by less leave the range of float32.
+# Below this, sampling is greedy as in vLLM: logits divided by less would overflow float32.
 _LEAST_TEMPERATURE = 1e-5
 
 Probability = Annotated[float, Meta(ge=0, le=1)]

@@ -46,7 +46,7 @@ from llama_jax.model.spec import Activations, ModelSpec, Params
 from pallas_kernels import e4m3
 
 FORMAT_VERSION = 2
-# An array is read in runs of rows of so many bytes, several at a time.
+# The bytes of a run of rows; several runs of an array are read at a time.
 _RUN_BYTES = 16 * 1024 * 1024
 
 Damage = Literal["missing", "damaged", "extra"]

@@ -36,7 +36,7 @@ from llama_jax.cli.serve import serve
 from llama_jax.cli.verify import verify
 
 _DEBUG = "LLAMA_JAX_DEBUG"
-# The caller's mistakes. Other OSErrors (a full disk) are failures, like everything unforeseen.
+# Errors that are the caller's mistakes. Other OSErrors, such as a full disk, are failures.
 _BAD_INPUT = (
     ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
     PermissionError,

@@ -19,7 +19,7 @@ _DType = Literal["bfloat16", "float32"]
 _Activations = Literal["bf16", "dynamic", "static"]
 _KVDtype = Literal["bf16", "fp8"]
 _READING, _A, _B = "Text", "How A runs", "How B runs"
-# Tokens of text before one of the worst; characters of it in the table.
+# How many tokens of text are shown before one of the worst, and how many characters of them.
 _CONTEXT, _SHOWN = 24, 40
 
 

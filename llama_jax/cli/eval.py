@@ -14,7 +14,7 @@ from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.cli import options
 from llama_jax.cli.output import note, print_json, stderr
 
-# Resamplings for an error of the mean's size, where there is no formula for it: 2 % of itself.
+# How many resamplings estimate a standard error that has no formula: it is then right to 2 %.
 _BOOTSTRAP_ITERS = 1000
 
 

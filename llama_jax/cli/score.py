@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from llama_jax.llm import LLM
 
 Row = dict[str, Any] | ValueError
-# Number of a line, the row with its scores, how many tokens were read for it.
+# A line's number, its row with the scores, and how many tokens were read for it.
 _Scored = tuple[int, dict[str, Any], int]
 _CLUSTER = "Cluster"
 # Seconds between two notes on the progress where no bar can be drawn.

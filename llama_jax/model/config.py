@@ -28,7 +28,7 @@ from llama_jax.model.config_files import RopeScaling as RopeScaling
 # Tokens in a page of the key/value cache.
 PAGE_SIZE = 64
 PARAM_DTYPES = ("bfloat16", "float16", "float32")
-# What `LlamaConfig`'s fields are called in the files.
+# The names that `LlamaConfig`'s fields have in the files.
 _HF_NAMES = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",

@@ -107,7 +107,7 @@ GENERATION_KEYS = (
     "renormalize_logits", "repetition_penalty", "return_dict_in_generate", "suppress_tokens",
     "temperature", "top_k", "top_p", "typical_p",
 )  # fmt: skip
-# Keys that may stand with any value, by the reason why they cannot change what is computed.
+# Keys that may have any value, by the reason why they cannot change what is computed.
 HARMLESS: Mapping[str, tuple[str, ...]] = {
     "where the file comes from": (
         "_commit_hash", "_name_or_path", "fmo_version", "is_llama_config", "llama_jax_version",
