@@ -49,6 +49,7 @@ from llama_jax.scoring import (
 from llama_jax.structured import StructuredOutput
 from llama_jax.text.chat import choose_template, encode_chat
 from llama_jax.text.tokenizer import StreamDecoder, Tokenizer
+from llama_jax.text.tool_choice import ToolChoice, Tools, calling
 from llama_jax.text.tools import ToolFormat, parse_tool_calls, tool_format
 from llama_jax.text.windows import rolling_windows, window_and_stride
 
@@ -204,8 +205,8 @@ class LLM:
         its `Generation.error` says what it was. For a str it is raised.
         """
         single = isinstance(prompts, str)
-        encoded = [self._prompt_ids(prompt) for prompt in ([prompts] if single else prompts)]
-        results = self._run(encoded, sampling, on_finished)
+        pairs = self._with_sampling([prompts] if single else prompts, sampling)
+        results = self._run([self.generate_question(*pair) for pair in pairs], on_finished)
         return _only(results) if single else results
 
     @overload
@@ -214,7 +215,9 @@ class LLM:
         messages: Sequence[Message],
         sampling: SamplingParams | None = None,
         *,
-        tools: Sequence[Callable[..., Any] | Mapping[str, Any]] | None = None,
+        tools: Tools | None = None,
+        tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
         **template_kwargs: Any,
     ) -> Generation: ...
     @overload
@@ -223,46 +226,47 @@ class LLM:
         messages: Sequence[Sequence[Message]],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        tools: Sequence[Callable[..., Any] | Mapping[str, Any]] | None = None,
+        tools: Tools | None = None,
+        tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
         **template_kwargs: Any,
     ) -> list[Generation]: ...
-    def chat(self, messages, sampling=None, *, tools=None, **template_kwargs):  # type: ignore[no-untyped-def]
+    def chat(self, messages, sampling=None, **settings):  # type: ignore[no-untyped-def]
         """The assistant's next message in a conversation, or in each of a list of conversations.
 
         messages: {"role": "system" | "user" | "assistant" | "tool", "content": ...} in order, with
         "tool_calls" in the assistant's messages where there were some. tools: JSON schemas, or
         typed functions with a docstring; calls that the reply asks for are in `tool_calls`.
+        tool_choice: whether the reply may, must or must not call one, see `text.tool_choice`; a
+        call that it must make fits the tool's schema (extra `serve`), unless `max_new_tokens` cuts
+        it. parallel_tool_calls: whether it may make several.
         template_kwargs reach the checkpoint's chat template, but for those of `chat.encode_chat`:
         `continue_final_message`, `add_generation_prompt`, `chat_template`, `chat_template_kwargs`.
         """
         single = not messages or isinstance(messages[0], Mapping)
-        conversations = [messages] if single else messages
-        prompts = [self._chat_ids(each, tools, template_kwargs) for each in conversations]
-        results = self._run(prompts, sampling, is_chat=True)
+        pairs = self._with_sampling([messages] if single else messages, sampling)
+        results = self._run([self.chat_question(*pair, **settings) for pair in pairs])
         return _only(results) if single else results
 
     def stream(
         self,
         prompt: str | Sequence[Message],
         sampling: SamplingParams | None = None,
-        *,
-        tools: Sequence[Callable[..., Any] | Mapping[str, Any]] | None = None,
-        **template_kwargs: Any,
+        **settings: Any,
     ) -> Iterator[Piece]:
         """Like `generate` for a str and like `chat` for messages, piece by piece.
 
-        Incomplete UTF-8 and possible beginnings of stop strings are held back; the last piece
-        carries the whole result.
+        settings: `chat`'s. Incomplete UTF-8 and possible beginnings of stop strings are held back;
+        the last piece carries the whole result.
         """
-        if isinstance(prompt, str):
-            ids = self._prompt_ids(prompt)
-        else:
-            ids = self._chat_ids(prompt, tools, template_kwargs)
         sampling = sampling or self.default_sampling
         if sampling.n > 1:
             raise ValueError(f"one continuation can be streamed, n is {sampling.n}: use generate")
-        request = self._request(ids, sampling, is_streamed=True)
-        return self._pieces(request, is_chat=not isinstance(prompt, str))
+        if not isinstance(prompt, str):
+            return self._pieces(self.chat_question(prompt, sampling, is_streamed=True, **settings))
+        if settings:
+            raise TypeError(f"a prompt as text has no use for {', '.join(settings)}")
+        return self._pieces(self.generate_question(prompt, sampling, is_streamed=True))
 
     @overload
     def score(  # type: ignore[overload-overlap]
@@ -338,25 +342,45 @@ class LLM:
         messages: Sequence[Message],
         sampling: SamplingParams | None = None,
         *,
-        tools: Sequence[Callable[..., Any] | Mapping[str, Any]] | None = None,
+        tools: Tools | None = None,
+        tool_choice: ToolChoice = "auto",
+        parallel_tool_calls: bool = True,
         is_streamed: bool = False,
         **template_kwargs: Any,
     ) -> Question[Generation]:
         """What `chat` asks, see `generate_question`."""
-        ids = self._chat_ids(messages, tools, template_kwargs)
-        return self._continuation(ids, sampling, is_chat=True, is_streamed=is_streamed)
+        calls = calling(tools, tool_choice, parallel_tool_calls, self.tokenizer)
+        sampling = sampling or self.default_sampling
+        if calls.form:
+            if sampling.structured:
+                raise ValueError(f"tool_choice: {tool_choice!r} and structured exclude each other")
+            sampling = replace(sampling, structured=calls.form)
+        ids = self._checked(
+            encode_chat(self.tokenizer, messages, tools=calls.offered, **template_kwargs), room=1
+        )
+        if tool_choice == "none":
+            return self._continuation(ids, sampling, is_streamed=is_streamed)
+        most = None if calls.is_parallel else 1
+        return self._continuation(ids, sampling, is_chat=True, most=most, is_streamed=is_streamed)
 
     def _continuation(
         self,
         ids: list[int],
         sampling: SamplingParams | None,
+        *,
         is_chat: bool = False,
+        most: int | None = None,
         is_streamed: bool = False,
     ) -> Question[Generation]:
+        """most: calls of tools that are told of."""
         settings = (sampling or self.default_sampling).of_samples()
 
+        def sample(request: Request) -> Generation:
+            result = self.result(request, is_chat)
+            return replace(result, tool_calls=result.tool_calls[:most])
+
         def conclude(requests: Sequence[Request]) -> Generation:
-            first, *others = (self.result(request, is_chat) for request in requests)
+            first, *others = map(sample, requests)
             return replace(first, others=tuple(others))
 
         requests = tuple(self._request(ids, each, is_streamed) for each in settings)
@@ -454,17 +478,9 @@ class LLM:
 
     def _run(
         self,
-        prompts: Sequence[list[int]],
-        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        questions: Sequence[Question[Generation]],
         on_finished: Callable[[], None] | None = None,
-        is_chat: bool = False,
     ) -> list[Generation]:
-        if sampling is None or isinstance(sampling, SamplingParams):
-            sampling = [sampling or self.default_sampling] * len(prompts)
-        if len(sampling) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(sampling)} sampling settings")
-        pairs = zip(prompts, sampling, strict=True)
-        questions = [self._continuation(*pair, is_chat=is_chat) for pair in pairs]
         asked_by = {request: question for question in questions for request in question.requests}
         for request in self.engine.run(list(asked_by)):
             if request.finish_reason:
@@ -473,7 +489,20 @@ class LLM:
                     on_finished()
         return [question.conclude(question.requests) for question in questions]
 
-    def _pieces(self, request: Request, is_chat: bool) -> Iterator[Piece]:
+    def _with_sampling[T](
+        self,
+        prompts: Sequence[T],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+    ) -> list[tuple[T, SamplingParams]]:
+        """Each prompt with its settings, which may be the same for all."""
+        if sampling is None or isinstance(sampling, SamplingParams):
+            sampling = [sampling or self.default_sampling] * len(prompts)
+        if len(sampling) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(sampling)} sampling settings")
+        return list(zip(prompts, sampling, strict=True))
+
+    def _pieces(self, question: Question[Generation]) -> Iterator[Piece]:
+        (request,) = question.requests
         shown = 0
         for _ in self.engine.run([request]):
             text = request.text[shown : request.released]
@@ -481,7 +510,7 @@ class LLM:
             if request.error:
                 raise request.error
             if request.finish_reason:
-                yield Piece(text, self.result(request, is_chat))
+                yield Piece(text, question.answer())
             elif text:
                 yield Piece(text)
 
@@ -559,16 +588,6 @@ class LLM:
                     f"a prompt must be a str or a list of token ids, got {type(prompt).__name__}"
                 ) from error
         return self._checked(ids, room=1)
-
-    def _chat_ids(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Callable[..., Any] | Mapping[str, Any]] | None,
-        template_kwargs: Mapping[str, Any],
-    ) -> list[int]:
-        return self._checked(
-            encode_chat(self.tokenizer, messages, tools=tools, **template_kwargs), room=1
-        )
 
     def _checked(self, ids: Sequence[int], room: int = 0) -> list[int]:
         """`ids`, if they are in the vocabulary and leave room for as many more tokens."""

@@ -6,6 +6,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
+import httpx2
 import openai
 import pydantic
 import pytest
@@ -13,6 +14,8 @@ import pytest
 from llama_jax import LLM, SamplingParams
 from llama_jax.abacus.tasks import CALCULATOR
 from llama_jax.engine.compile_cache import CompileReport, forbid_compile
+from llama_jax.serve.errors import invalid
+from llama_jax.serve.schemas import ChatRequest, CompletionRequest, ScoreRequest
 from tests.served import Served, serving
 
 SUM = [{"role": "user", "content": "What is 47 + 85?"}]
@@ -105,12 +108,14 @@ def test_tool_calls_are_streamed_in_pieces(client):
     assert json.loads(arguments) == {"expression": "4831 * 297"}
 
 
-def test_tool_choice_none_offers_nothing(client):
+def test_tool_choice_none_offers_nothing(client, llm):
     asked = {"model": "abacus", "messages": SUM}
     plain = client.chat.completions.create(**asked)
     none = client.chat.completions.create(**asked, tools=[CALCULATOR], tool_choice="none")
     assert none.choices[0].message.content == plain.choices[0].message.content == "132"
     assert none.usage.prompt_tokens == plain.usage.prompt_tokens
+    same = llm.chat(SUM, SamplingParams(temperature=0), tools=[CALCULATOR], tool_choice="none")
+    assert (same.text, len(same.prompt_token_ids)) == ("132", plain.usage.prompt_tokens)
 
 
 @pytest.mark.slow
@@ -262,7 +267,7 @@ def test_structured_outputs_of_vllms_form(client, form, pattern):
     "choice", ["required", {"type": "function", "function": {"name": "light"}}], ids=str
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_call_that_has_to_be_made_is_one(client, choice, stream):
+def test_a_call_that_has_to_be_made_is_one(client, llm, choice, stream):
     parameters = {
         "type": "object",
         "properties": {"room": {"enum": ["kitchen", "hall"]}, "on": {"type": "boolean"}},
@@ -284,6 +289,11 @@ def test_a_call_that_has_to_be_made_is_one(client, choice, stream):
         (call,) = client.chat.completions.create(**asked).choices[0].message.tool_calls
         name, arguments = call.function.name, call.function.arguments
     made = json.loads(arguments)
+    (same,) = llm.chat(
+        SUM, SamplingParams(temperature=0), tools=tools, tool_choice=choice,
+        parallel_tool_calls=False,
+    ).tool_calls  # fmt: skip
+    assert (name, made) == (same.name, same.arguments)
     assert name == "light" and made.keys() == {"room", "on"}
     assert made["room"] in ("kitchen", "hall") and isinstance(made["on"], bool)
 
@@ -321,7 +331,18 @@ BAD = [
     ({"logit_bias": {"100000": 1}}, "logit_bias"),
     ({"stop_token_ids": [-1]}, "stop_token_ids[0]"),
     ({"tools": [{"type": "function"}]}, "tools"),
-    ({"tool_choice": "required"}, None),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": "required", "tools": []}, "tool_choice"),
+    ({"tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
+    (
+        {
+            "tools": [CALCULATOR],
+            "tool_choice": {"type": "function", "function": {"name": "x"}},
+        },
+        "tool_choice",
+    ),
+    ({"logit_bias": {"1_0": 1}}, "logit_bias"),
+    ({f"x{i}": i for i in range(300)}, None),
     ({"chat_template": "{{ 1 }}"}, "chat_template"),
     ({"suffix": "x"}, "suffix"),
     ({"best_of": 2}, "best_of"),
@@ -346,7 +367,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("change", "param"), BAD, ids=str)
+@pytest.mark.parametrize(("change", "param"), BAD, ids=lambda value: str(value)[:60])
 def test_what_is_wrong_is_named(server, change, param):
     body = json.dumps({"messages": SUM} | change)
     reply = server.post_text("/v1/chat/completions", body)
@@ -357,12 +378,71 @@ def test_what_is_wrong_is_named(server, change, param):
     assert error["message"]
 
 
+CHAT, TEXT = {"messages": SUM}, {"prompt": "a"}
+NEAREST = [
+    (ChatRequest, CHAT | {"stop": ["x"] * 10_000}, "stop", "at most 16 items"),
+    (ChatRequest, CHAT | {"stop": [""]}, "stop[0]", "at least 1 character"),
+    (ChatRequest, CHAT | {"tool_choice": "some"}, "tool_choice", "'none', 'auto' or 'required'"),
+    (ChatRequest, CHAT | {"tool_choice": {"type": "function"}}, "tool_choice.function", "required"),
+    (ChatRequest, CHAT | {"logit_bias": dict.fromkeys(map(str, range(2000)), "x")}, "logit_bias",
+     "at most 1024"),
+    (ChatRequest, CHAT | {"structured_outputs": {"choice": [1] * 100_000}},
+     "structured_outputs.choice[0]", "valid string"),
+    (ChatRequest, {"messages": [1] * 2000}, "messages[0]", "valid dictionary"),
+    (ChatRequest, CHAT | {"n": 0, "seed": "1"}, "n", "and 1 more fields"),
+    (CompletionRequest, {"prompt": []}, "prompt", "at least 1 item"),
+    (CompletionRequest, {"prompt": [1, "a"]}, "prompt[1]", "valid integer"),
+    (CompletionRequest, {"prompt": [1.5] * 100_000}, "prompt[0]", "valid integer"),
+    (CompletionRequest, {"prompt": [[1], []]}, "prompt[1]", "at least 1 item"),
+    (CompletionRequest, {"prompt": [True]}, "prompt[0]", "valid integer"),
+    (ScoreRequest, TEXT | {"completions": [None] * 5000}, "completions[0]", "valid"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "body", "param", "message"), NEAREST, ids=range(len(NEAREST)))
+def test_of_a_fields_mistakes_the_nearest_is_told(kind, body, param, message):
+    """And only a few are found: each costs time, and a body can have a million."""
+    with pytest.raises(pydantic.ValidationError) as caught:
+        kind.model_validate(body)
+    assert caught.value.error_count() < 10
+    told = invalid(caught.value).body.error
+    assert told.param == param and message in told.message
+
+
 @pytest.mark.parametrize(
-    "text", ["", "{", "[1]", "null", "[" * 100_000, '{"messages": 1e400}', "\xff", "1" * 5000]
-)
-def test_bodies_that_are_no_request(server, text):
+    ("text", "message"),
+    [
+        ("", "JSON object"),
+        ("{", "not JSON: Expecting property name enclosed in double quotes at character 1"),
+        ("[1]", "JSON object"), ("null", "JSON object"), ("1" * 5000, ""),
+        ("[" * 100_000, "nested too deeply"), ("\xff", "no JSON in UTF-8"),
+        ('{"messages": 1e400}', "messages: Input should be a valid list"),
+    ],
+)  # fmt: skip
+def test_bodies_that_are_no_request(server, text, message):
     reply = server.post_text("/v1/chat/completions", text)
-    assert reply.status_code == 400 and reply.json()["error"]["message"]
+    assert reply.status_code == 400 and message in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", ["", "application/x-www-form-urlencoded", "text/plain; a=json"])
+def test_bodies_have_to_be_said_to_be_json(server, kind):
+    content = json.dumps({"messages": SUM}).encode()
+    headers = {"Content-Type": kind} if kind else {}
+    reply = httpx2.post(f"{server.url}/v1/chat/completions", content=content, headers=headers)
+    assert reply.status_code == 415 and kind in reply.json()["error"]["message"]
+
+
+def test_a_form_that_fails_in_the_middle_of_a_reply_is_the_clients_mistake(server):
+    """llguidance takes 2,000 alternatives of rules, and says so when a reply begins."""
+    texts = [f"c{i}" for i in range(3000)]
+    grammar = "start: " + " | ".join(f'"{text}"' for text in texts)
+    asked = {"messages": SUM, "max_tokens": 8}
+    reply = server.post(
+        "/v1/chat/completions", asked | {"structured_outputs": {"grammar": grammar}}
+    )
+    assert reply.status_code == 400 and "too complex" in reply.json()["error"]["message"]
+    choice = server.post("/v1/chat/completions", asked | {"structured_outputs": {"choice": texts}})
+    assert choice.json()["choices"][0]["message"]["content"] in texts
 
 
 def test_unknown_fields_are_accepted_and_named_in_the_log(server, caplog):

@@ -1,8 +1,10 @@
 """What a server does when clients, limits or its engine misbehave."""
 
 import asyncio
+import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx2
@@ -19,11 +21,14 @@ import openai
 import pytest
 
 from llama_jax import LLM
+from llama_jax.abacus.tasks import CALCULATOR
+from llama_jax.cli.serve import curl_line
 from llama_jax.engine.compile_cache import CompileReport
 from llama_jax.serve import server as server_module
 from llama_jax.serve.bench import Load, measure
 from tests.served import PATIENCE, Served, serving
 
+needs_curl = pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 ROOT = Path(__file__).parents[1]
 SUM = [{"role": "user", "content": "What is 47 + 85?"}]
 LONG = {"messages": SUM, "ignore_eos": True, "max_tokens": 400}
@@ -71,6 +76,10 @@ def steps(llm: LLM, instead: Callable[[Callable[[], list]], list]) -> Iterator[N
         llm.engine.step = step
 
 
+def connection(served: Served) -> socket.socket:
+    return socket.create_connection(served.url.removeprefix("http://").split(":"))
+
+
 def slowly(step: Callable[[], list]) -> list:
     time.sleep(0.02)
     return step()
@@ -82,6 +91,89 @@ def stream(served: Served, key: str = "right", **changes) -> httpx2.Response:
     return httpx2.stream(
         "POST", f"{served.url}/v1/chat/completions", json=body, headers=headers, timeout=PATIENCE
     )
+
+
+@needs_curl
+def test_curl_is_answered(server):
+    """The line that `llama-jax serve` prints, a stream, and a call of a tool."""
+
+    def run(command: str) -> str:
+        environment = os.environ | {"LLAMA_JAX_API_KEY": "right"}
+        return subprocess.run(
+            command, shell=True, check=True, capture_output=True, text=True, env=environment
+        ).stdout
+
+    printed = curl_line(server.service, server.url)
+    assert json.loads(run(printed))["choices"][0]["message"]["content"] == "132"
+    lines = run(printed.replace('{"model"', '{"stream": true, "model"') + " -N").split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == "132"
+    tools = f'{{"tools": {json.dumps([CALCULATOR])}, "tool_choice": "required", "model"'
+    reply = json.loads(run(printed.replace('{"model"', tools)))
+    (call,) = reply["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]).keys() == {"expression"}
+
+
+@needs_curl
+def test_a_client_killed_in_the_middle_of_a_stream(server, llm):
+    """What it asked for ends, and others go on as if nothing were."""
+    drawn = llm.engine.counts.drawn
+    body = json.dumps(LONG | {"stream": True, "n": 3})
+    command = ["curl", "-sN", f"{server.url}/v1/chat/completions", "-d", body]
+    command += ["-H", "Content-Type: application/json", "-H", "Authorization: Bearer right"]
+    with steps(llm, slowly), ThreadPoolExecutor(1) as pool:
+        other = pool.submit(
+            server.client(api_key="right").chat.completions.create,
+            model="abacus", messages=SUM, max_tokens=60, extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as client:
+            assert client.stdout and client.stdout.readline().startswith(b"data: {")
+            client.kill()
+        assert other.result().usage.completion_tokens == 60
+        assert_idle(server)
+    assert llm.engine.counts.drawn - drawn < 3 * LONG["max_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nA: ", 431),
+        (b"GET /", 431),
+        (b"POST /v1/completions HTTP/1.1\r\nContent-Length: -5\r\n\r\n", 400),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+    ],
+)
+def test_what_is_no_http_is_refused(server, sent, status):
+    """Headers without an end too, and in the shape in which everything is refused."""
+    with connection(server) as sender:
+        sender.settimeout(PATIENCE)
+        with suppress(ConnectionError):  # it does not read on
+            sender.sendall(sent)
+            for _ in range(200 if status == 431 else 0):
+                sender.sendall(b"a" * 10_000)
+        reply = b""
+        with suppress(ConnectionError):
+            while part := sender.recv(1000):
+                reply += part
+    head, _, body = reply.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % status)
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+def test_requests_sent_at_once_are_answered_in_turn_and_dropped_with_their_client(server):
+    body = json.dumps({"prompt": "2, 4, 6,", "max_tokens": 3}).encode()
+    request = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer right\r\n"
+    request += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    with connection(server) as sender:
+        sender.settimeout(PATIENCE)
+        sender.sendall(5 * request)
+        replies = b""
+        while replies.count(b'"usage"') < 5:
+            replies += sender.recv(1 << 16)
+        assert replies.count(b"HTTP/1.1 200") == 5
+        sender.sendall(500 * request)
+    assert_idle(server)
 
 
 def test_a_key_is_needed_where_one_was_set(server):
@@ -182,7 +274,7 @@ def test_a_slow_reader_keeps_nobody_waiting(server):
     body = '{"messages": [{"role": "user", "content": "hi"}], "stream": true, "max_tokens": 300,'
     body += ' "ignore_eos": true, "logprobs": true, "top_logprobs": 20}'
     head = "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""])
-    with socket.create_connection(server.url.removeprefix("http://").split(":")) as slow:
+    with connection(server) as slow:
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         slow.sendall((head + body).encode())
         slow.recv(10)
@@ -195,7 +287,7 @@ def test_a_slow_reader_keeps_nobody_waiting(server):
 @pytest.mark.parametrize("sent", [b"GET / HT", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nA: "])
 def test_headers_have_to_arrive_in_time(server, monkeypatch, sent):
     monkeypatch.setattr(server_module, "HEADER_SECONDS", 0.2)
-    with socket.create_connection(server.url.removeprefix("http://").split(":")) as slow:
+    with connection(server) as slow:
         slow.settimeout(PATIENCE)
         slow.sendall(sent)
         assert slow.recv(100) == b""
@@ -204,7 +296,7 @@ def test_headers_have_to_arrive_in_time(server, monkeypatch, sent):
 def test_bodies_may_not_be_larger_than_16_mib(server):
     head = b"POST /tokenize HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer right\r\n"
     for declared in (b"Content-Length: 20000000\r\n\r\n", b"Transfer-Encoding: chunked\r\n\r\n"):
-        with socket.create_connection(server.url.removeprefix("http://").split(":")) as sender:
+        with connection(server) as sender:
             sender.settimeout(PATIENCE)
             sender.sendall(head + declared)
             if b"chunked" in declared:
@@ -355,13 +447,15 @@ def test_hostile_schemas_keep_nobody_waiting(llm):
         assert_idle(served)
 
 
-@pytest.mark.slow
-def test_sigterm_in_the_middle_of_a_stream(tmp_path):
-    command = [sys.executable, "-m", "llama_jax.cli", "serve", "--port", "0", "--max-num-seqs", "2"]
+@contextmanager
+def running(directory: Path, port: int) -> Iterator[tuple[subprocess.Popen, list[str]]]:
+    """`llama-jax serve` in a process of its own, when it is ready, and the lines that it prints."""
+    command = [sys.executable, "-m", "llama_jax.cli", "serve", "--port", str(port)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "LLAMA_JAX_API_KEY": "k"}
     with subprocess.Popen(
-        command, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path
-    ) as process:
+        [*command, "--max-num-seqs", "2"],
+        env=environment, stderr=subprocess.PIPE, text=True, cwd=directory,
+    ) as process:  # fmt: skip
         lines: list[str] = []
 
         def read() -> None:
@@ -369,13 +463,34 @@ def test_sigterm_in_the_middle_of_a_stream(tmp_path):
             lines.extend(iter(process.stderr.readline, ""))
 
         threading.Thread(target=read, daemon=True).start()
-        assert eventually(lambda: any(line.startswith("curl") for line in lines)), lines
-        url = next(line for line in lines if line.startswith("curl")).split("/v1")[0][5:]
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="k")
+        try:
+            assert eventually(lambda: any(line.startswith("curl") for line in lines)), lines
+            yield process, lines
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_a_server_killed_and_started_again_and_told_to_end(tmp_path):
+    """In the middle of a stream each time: it breaks off, and goes on to its end."""
+
+    def begin(port: int) -> openai.Stream:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="k", max_retries=0)
         chunks = client.chat.completions.create(
             model="abacus", messages=SUM, stream=True, extra_body=LONG | {"max_tokens": 300}
         )
         next(iter(chunks))
+        return chunks
+
+    with running(tmp_path, 0) as (process, lines):
+        line = next(line for line in lines if line.startswith("curl"))
+        port = int(line.split("/v1")[0].rpartition(":")[2])
+        chunks = begin(port)
+        process.kill()
+        with pytest.raises((openai.APIError, httpx2.TransportError)):
+            list(chunks)
+    with running(tmp_path, port) as (process, lines):
+        chunks = begin(port)
         process.send_signal(signal.SIGTERM)
         *_, last = chunks
         assert last.choices[0].finish_reason == "length"

@@ -13,6 +13,7 @@ from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.engine.grammars import Grammars
 from llama_jax.structured import StructuredOutput, StructuredOutputError
 from llama_jax.text.tokenizer import load_tokenizer
+from llama_jax.text.tool_choice import calling
 from llama_jax.text.tool_grammar import tool_call_output
 from llama_jax.text.tools import parse_tool_calls, tool_format, tool_schema
 
@@ -118,3 +119,31 @@ def test_schemas_that_cannot_be_used() -> None:
     bad = {"name": "broken", "parameters": {"properties": {"a": {"type": "nothing"}}}}
     with pytest.raises(StructuredOutputError, match=r"structured\.grammar"):
         GRAMMARS.matcher(tool_call_output([bad], TOKENIZER))
+
+
+@pytest.mark.parametrize(
+    ("tools", "choice", "message"),
+    [
+        (TOOLS, "some", "got 'some'"),
+        (TOOLS, {"name": "x"}, "got {'name': 'x'}"),
+        (TOOLS, {"type": "function", "function": {}}, "expected"),
+        (TOOLS, {"type": "function", "function": {"name": "x"}}, "no tool is named 'x'"),
+        (None, "required", "'required' needs tools"),
+        ([], {"type": "function", "function": {"name": "x"}}, "'x' needs tools"),
+    ],
+)
+def test_choices_that_are_none(tools, choice, message) -> None:
+    with pytest.raises(ValueError, match=f"tool_choice: .*{message}"):
+        calling(tools, choice, True, TOKENIZER)
+
+
+def test_what_is_offered_and_what_a_reply_has_to_be() -> None:
+    none, auto = (calling(TOOLS, choice, True, TOKENIZER) for choice in ("none", "auto"))
+    assert (none.offered, none.form, auto.offered, auto.form) == (None, None, TOOLS, None)
+    for is_parallel in (True, False):
+        any_tool = calling(TOOLS, "required", is_parallel, TOKENIZER)
+        assert any_tool.form == tool_call_output(TOOLS, TOKENIZER, is_parallel=is_parallel)
+    named = {"type": "function", "function": {"name": "with-references"}}
+    one = calling(TOOLS, named, True, TOKENIZER)
+    assert one.offered == TOOLS
+    assert one.form == tool_call_output(TOOLS, TOKENIZER, name="with-references")

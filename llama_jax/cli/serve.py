@@ -1,8 +1,10 @@
 """`llama-jax serve`: an HTTP server with OpenAI's endpoints."""
 
 import importlib.util
+import json
 import logging
 import os
+import shlex
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -179,16 +181,19 @@ def _announce(service: "Service", url: str) -> None:
     """What is served, where, and how to try it."""
     engine = service.llm.engine
     tokens = engine.options.pool_size * engine.pages.page_size
-    key = ' -H "Authorization: Bearer $LLAMA_JAX_API_KEY"' if service.options.api_keys else ""
     note(
         f"serving {', '.join(service.options.names)} at {url}/v1 · ready after "
         f"{service.warmup_seconds:.1f} s of warm-up\n"
         f"{engine.options.max_batch_size} sequences at a time of up to {service.llm.max_seq_len} "
         f"tokens, cache for {tokens:,} tokens"
     )
-    messages = '[{"role": "user", "content": "What is 47 + 85?"}]'
-    body = f'{{"model": "{service.name}", "messages": {messages}}}'
-    stderr.print(
-        f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'",
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    stderr.print(curl_line(service, url), markup=False, highlight=False, soft_wrap=True)
+
+
+def curl_line(service: "Service", url: str) -> str:
+    """A command that asks the server at `url` something."""
+    message = {"role": "user", "content": "What is 47 + 85?"}
+    body = json.dumps({"model": service.name, "messages": [message]})
+    key = f' -H "Authorization: Bearer ${_KEY}"' if service.options.api_keys else ""
+    kind = "-H 'Content-Type: application/json'"
+    return f"curl {url}/v1/chat/completions{key} {kind} -d {shlex.quote(body)}"

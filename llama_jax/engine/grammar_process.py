@@ -80,6 +80,9 @@ def _own_form(kind: Any, text: str) -> str:
     """A grammar in llguidance's own form."""
     import llguidance
 
+    if kind == "choice":  # one terminal, as llguidance allows 2,000 alternatives of rules
+        texts = " | ".join(json.dumps(each, ensure_ascii=False) for each in json.loads(text))
+        kind, text = "grammar", f"start: CHOICE\nCHOICE: {texts}"
     return str(llguidance.grammar_from("json_schema" if kind == "json_object" else kind, text))
 
 

@@ -102,8 +102,8 @@ class Matcher:
     def _take(self, token_id: int) -> None:
         if not self._matcher.consume_token(token_id):
             raise StructuredOutputError(
-                f"structured: the grammar does not allow token {token_id}, which was drawn because "
-                "the other settings (logit_bias) leave none that it allows: "
+                f"structured: token {token_id} was drawn, which the grammar refuses: logit_bias "
+                "leaves none that it allows, or it is too complex: "
                 f"{self._matcher.get_error()[:200]}"
             )
 

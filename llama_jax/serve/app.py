@@ -1,6 +1,7 @@
 """Which path does what: the FastAPI application, whose OpenAPI document is at /openapi.json."""
 
 import asyncio
+import re
 from collections.abc import Awaitable
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -12,7 +13,15 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from llama_jax.serve import chat, completions, tokens
-from llama_jax.serve.errors import ApiError, ClientGone, engine_failed, invalid, not_ready
+from llama_jax.serve.errors import (
+    ApiError,
+    ClientGone,
+    bad_request,
+    engine_failed,
+    invalid,
+    not_json,
+    not_ready,
+)
 from llama_jax.serve.events import EventStream
 from llama_jax.serve.middleware import BEGAN, Gate
 from llama_jax.serve.replies import (
@@ -37,12 +46,14 @@ from llama_jax.serve.schemas import (
 )
 from llama_jax.serve.service import Service
 
+_JSON = re.compile(r"application/([\w.-]+\+)?json\b", re.IGNORECASE)
 _STATUSES = {
     400: "The request is wrong; `param` names the field",
     401: "No valid API key",
     404: "There is no such model, or path",
     408: "The body did not arrive in time",
     413: "The body is too large",
+    415: "The body is not said to be JSON",
     429: "Too many requests are waiting; `Retry-After` says when to come back",
     500: "The server failed",
     503: "The server is starting or going down",
@@ -168,10 +179,15 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def refuse_body(request: Request, error: RequestValidationError) -> Response:
+        kind = request.headers.get("content-type", "")
+        if not _JSON.match(kind):
+            return not_json(kind).response()
         return invalid(error.errors()).response()
 
     @app.exception_handler(HTTPException)
     async def refuse_path(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # the one that FastAPI raises
+            return bad_request("the body is no JSON in UTF-8, or nested too deeply").response()
         refusal = ApiError(error.status_code, str(error.detail)).response()
         refusal.headers.update(error.headers or {})
         return refusal

@@ -8,7 +8,7 @@ from llama_jax.engine.request import Request
 from llama_jax.results import Generation, TokenLogprob
 from llama_jax.scoring import Question
 from llama_jax.serve.engine_thread import Job, Update
-from llama_jax.serve.errors import bad_request, internal_error
+from llama_jax.serve.errors import bad_request, request_failed
 from llama_jax.serve.replies import (
     AssistantMessage,
     ChatChoice,
@@ -56,7 +56,13 @@ async def prepare(service: Service, body: ChatRequest) -> Question[Generation]:
     def make() -> Question[Generation]:
         sampling = service.sampling(body, body.limit, logprobs)
         return service.llm.chat_question(
-            body.messages, sampling, tools=body.offered, is_streamed=bool(body.stream), **given
+            body.messages,
+            sampling,
+            tools=body.tools,
+            tool_choice=body.choice,
+            parallel_tool_calls=body.parallel_tool_calls is not False,
+            is_streamed=bool(body.stream),
+            **given,
         )
 
     question = await service.in_thread(make, body)
@@ -81,7 +87,7 @@ async def whole(service: Service, body: ChatRequest, began: float) -> ChatComple
 
 def _choice(llm: "LLM", body: ChatRequest, index: int, sample: Generation) -> ChatChoice:
     content: str | None = sample.text
-    calls = _allowed(body, sample.tool_calls)
+    calls = sample.tool_calls if body.may_call else ()
     if calls:
         content = _before_calls(llm, body, sample) or None
     return ChatChoice(
@@ -94,13 +100,6 @@ def _choice(llm: "LLM", body: ChatRequest, index: int, sample: Generation) -> Ch
         finish_reason=_finish(sample, calls),
         stop_reason=sample.stop_reason,
     )
-
-
-def _allowed(body: ChatRequest, calls: Sequence[ToolCall]) -> Sequence[ToolCall]:
-    """The calls that the client wants to hear of."""
-    if not body.offered:
-        return ()
-    return calls[:1] if body.parallel_tool_calls is False else calls
 
 
 def _call_reply(call: ToolCall) -> ToolCallReply:
@@ -168,7 +167,7 @@ async def pieces(
         "created": int(time.time()),
         "model": service.name,
     }
-    streams = [_tool_stream(llm, body) if body.offered else None for _ in job.requests]
+    streams = [_tool_stream(llm, body) if body.may_call else None for _ in job.requests]
     has_begun = [False] * len(job.requests)
 
     def chunk(index: int, delta: Delta, **fields: Any) -> dict[str, Any]:
@@ -204,7 +203,7 @@ def _news(
     """The pieces of a message that an update brings, and how it ends, if it does."""
     request: Request = update.request
     if request.error:
-        raise internal_error(request.error)
+        raise request_failed(request.error)
     if stream is None:
         deltas: list[Delta] = [{"content": update.text}] if update.text else []
     else:
@@ -213,8 +212,8 @@ def _news(
         return deltas, {}
     sample = llm.result(request, is_chat=stream is not None)
     if sample.error:
-        raise internal_error(sample.error)
-    calls = _allowed(body, sample.tool_calls)
+        raise request_failed(sample.error)
+    calls = sample.tool_calls
     if stream is not None:
         deltas += stream.end(calls)
     return deltas, {"finish_reason": _finish(sample, calls), "stop_reason": sample.stop_reason}

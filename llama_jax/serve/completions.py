@@ -9,7 +9,7 @@ from llama_jax.results import Generation
 from llama_jax.scoring import Question, score_request
 from llama_jax.serve.chat import LEAST_LOGPROB
 from llama_jax.serve.engine_thread import Job
-from llama_jax.serve.errors import internal_error
+from llama_jax.serve.errors import request_failed
 from llama_jax.serve.replies import Completion, CompletionChoice, CompletionLogprobs
 from llama_jax.serve.schemas import CompletionRequest
 from llama_jax.serve.service import Service, new_id
@@ -131,7 +131,7 @@ async def pieces(
         if update.is_last:
             sample = service.llm.result(update.request)
             if sample.error:
-                raise internal_error(sample.error)
+                raise request_failed(sample.error)
             finish = {"finish_reason": _finish(sample), "stop_reason": sample.stop_reason}
         if not (text or logprobs or update.is_last):
             continue

@@ -1,5 +1,6 @@
 """Errors as OpenAI's clients read them: {"error": {"message", "type", "param", "code"}}."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,6 +8,11 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
 from llama_jax.serve.replies import ErrorBody, ErrorReply
+from llama_jax.structured import StructuredOutputError
+
+_FIELD = re.compile("[a-z0-9_]+")
+_TYPES = {"str", "int", "float", "bool", "list", "dict"}
+_PARAM_LENGTH = 200
 
 
 class ApiError(Exception):
@@ -47,12 +53,29 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
+def not_json(kind: str) -> ApiError:
+    """kind: what Content-Type says, if anything."""
+    got = f"got {kind[:100]!r}" if kind else "which is missing"
+    return ApiError(415, f"the header Content-Type has to be application/json, {got}")
+
+
 def internal_error(error: BaseException | None = None) -> ApiError:
     """What is told of an error of the server's own: its type, and no text of anybody's."""
     kind = f" ({type(error).__name__})" if error else ""
     return ApiError(
         500, f"the server failed on this request{kind}", type="server_error", code="internal_error"
     )
+
+
+def request_failed(error: BaseException) -> ApiError:
+    """What is told of an error that the engine met in its work for one request.
+
+    A form that turns out in the middle of a reply to be too complex, or to leave nothing that may
+    be drawn, is the client's.
+    """
+    if isinstance(error, StructuredOutputError):
+        return bad_request(str(error))
+    return internal_error(error)
 
 
 def engine_failed(error: BaseException) -> ApiError:
@@ -78,25 +101,44 @@ def too_late(seconds: float) -> ApiError:
 
 
 def invalid(error: ValidationError | Sequence[Mapping[str, Any]]) -> ApiError:
-    """What pydantic found, the first mistake of it. The client's values are not repeated."""
+    """The error for a body in which pydantic found mistakes: it tells the first field that has one,
+    and none of the client's values."""
     found = error.errors() if isinstance(error, ValidationError) else error
-    first = found[0] if found else {"loc": (), "msg": "invalid"}
-    # FastAPI puts "body" in front; for a union pydantic names the alternative that was tried.
-    path = [part for part in first["loc"] if part != "body"]
-    param = _dotted(path)
-    message = str(first["msg"]).removeprefix("Value error, ")
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+    first: Mapping[str, Any] = found[0] if found else {"loc": (), "msg": "invalid", "type": ""}
+    if first["type"] == "json_invalid":
+        where = f"{first['ctx']['error']} at character {first['loc'][-1]}"
+        return bad_request(f"the body is not JSON: {where}")
+    fields = {_path(each)[:1] for each in found}
+    same_field = [each for each in found if _path(each)[:1] == _path(first)[:1]]
+    best = max(same_field, key=_closeness, default=first)
+    param = _dotted(_path(best))
+    message = str(best["msg"]).removeprefix("Value error, ")
+    if not _path(best) and best["type"] in ("missing", "model_attributes_type"):
+        message = "the body has to be a JSON object"
+    more = f" (and {len(fields) - 1} more fields)" if len(fields) > 1 else ""
     return bad_request(f"{param}: {message}{more}" if param else f"{message}{more}", param)
 
 
+def _path(mistake: Mapping[str, Any]) -> tuple[str | int, ...]:
+    """Where a mistake is; FastAPI puts "body" in front."""
+    path = mistake["loc"]
+    return path[1:] if path[:1] == ("body",) else path
+
+
+def _closeness(mistake: Mapping[str, Any]) -> tuple[bool, int]:
+    """How near a value came to the alternative that a mistake is about, where a field has several:
+    pydantic tells what is wrong with each. A wrong kind of value is far off, and a mistake deep
+    inside is near."""
+    return not mistake["type"].endswith("_type"), len(mistake["loc"])
+
+
 def _dotted(path: Sequence[str | int]) -> str | None:
-    """messages[0].content for ("messages", 0, "content")."""
+    """messages[0].content for ("messages", 0, "content"). Names of types, which pydantic puts after
+    a field that has several, are left out: no client knows them."""
     text = ""
     for part in path:
         if isinstance(part, int):
             text += f"[{part}]"
-        elif part.replace("_", "").isalnum():
+        elif _FIELD.fullmatch(part) and part not in _TYPES:
             text += f".{part}" if text else part
-        else:
-            break  # the name of a type, such as `list[str]`, which no client knows
-    return text or None
+    return text[:_PARAM_LENGTH] or None

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 MAX_BODY_BYTES = 16 << 20
+MAX_HEADER_BYTES = 64 << 10  # that come after the first part of a request's headers
 BODY_SECONDS = 60.0  # in which a body has to have arrived
 HEADER_SECONDS = 10.0  # in which a request's headers have to have arrived
 MAX_N = 128
@@ -13,6 +14,8 @@ MAX_STOP_IDS = 256
 MAX_BIASES = 1024
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
+MAX_TOKEN_IDS = 1 << 20  # in one prompt
+MAX_UNKNOWN = 256  # fields that nobody knows
 # Prompts that wait may hold so many times the tokens of the whole cache, and not fill the memory.
 WAITING_POOLS = 32
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -29,8 +30,11 @@ from llama_jax.serve.options import (
     MAX_STOP_IDS,
     MAX_STOP_LENGTH,
     MAX_STOPS,
+    MAX_TOKEN_IDS,
     MAX_TOOLS,
+    MAX_UNKNOWN,
 )
+from llama_jax.text.tool_choice import ToolChoice
 
 _log = logging.getLogger(__name__)
 
@@ -78,8 +82,19 @@ _TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 _Object = dict[str, JsonValue]
 
 
+def _check_biases(given: Any) -> Any:
+    """Refuse too many unread: pydantic would make an error of each of them that is wrong."""
+    if isinstance(given, dict) and len(given) > MAX_BIASES:
+        raise ValueError(f"at most {MAX_BIASES} tokens are possible, got {len(given)}")
+    return given
+
+
 class _Body(BaseModel):
-    """strict: "1" is no number and 1 no bool, so that nothing is misread."""
+    """strict: "1" is no number and 1 no bool, so that nothing is misread.
+
+    Lists have `fail_fast`. Pydantic would otherwise make an error of each wrong item, and a body of
+    5 MB with a million of them would keep the event loop for most of a minute.
+    """
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -117,7 +132,7 @@ class StructuredOutputs(BaseModel):
     json_: _Object | str | None = Field(None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Annotated[list[str], Field(fail_fast=True)] | None = None
     grammar: str | None = None
 
     @model_validator(mode="after")
@@ -166,7 +181,7 @@ def _check_tools(given: list[_Object]) -> list[_Object]:
 
 _Tools = Annotated[
     list[_Object],
-    Field(max_length=MAX_TOOLS),
+    Field(fail_fast=True, max_length=MAX_TOOLS),
     AfterValidator(_check_tools),
     WithJsonSchema({"type": "array", "maxItems": MAX_TOOLS, "items": Tool.model_json_schema()}),
 ]
@@ -188,13 +203,19 @@ class Asked(_Body):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: (
-        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)]
+        Annotated[
+            dict[str, Annotated[float, Field(ge=-100, le=100)]],
+            Field(max_length=MAX_BIASES),
+            BeforeValidator(_check_biases),
+        ]
         | None
     ) = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[_TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(fail_fast=True, max_length=MAX_STOPS)] | None = None
+    stop_token_ids: (
+        Annotated[list[_TokenId], Field(fail_fast=True, max_length=MAX_STOP_IDS)] | None
+    ) = None
     ignore_eos: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -254,12 +275,17 @@ _MESSAGES = {
 }
 
 
+_Messages = Annotated[
+    list[_Object],
+    Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES),
+    WithJsonSchema(_MESSAGES),
+]
+
+
 class ChatRequest(Asked):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[
-        list[_Object], Field(min_length=1, max_length=MAX_MESSAGES), WithJsonSchema(_MESSAGES)
-    ]
+    messages: _Messages
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
@@ -268,7 +294,7 @@ class ChatRequest(Asked):
     parallel_tool_calls: bool | None = None
     chat_template: str | None = None
     chat_template_kwargs: _Object | None = None
-    documents: list[_Object] | None = None
+    documents: Annotated[list[_Object], Field(fail_fast=True)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     echo: Literal[False] | None = None
@@ -288,9 +314,16 @@ class ChatRequest(Asked):
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     @property
-    def offered(self) -> list[_Object] | None:
-        """The tools that the model may call."""
-        return None if self.tool_choice == "none" else self.tools or None
+    def may_call(self) -> bool:
+        """Whether calls in the reply are told of."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def choice(self) -> ToolChoice:
+        """As `LLM.chat` takes it."""
+        if isinstance(self.tool_choice, NamedTool):
+            return self.tool_choice.model_dump()
+        return self.tool_choice or "auto"
 
     @model_validator(mode="after")
     def _agrees(self) -> "ChatRequest":
@@ -298,16 +331,10 @@ class ChatRequest(Asked):
             raise ValueError("top_logprobs needs logprobs: true")
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError("continue_final_message and add_generation_prompt exclude each other")
-        if self.must_call and not self.tools:
-            raise ValueError("tool_choice needs tools")
-        if isinstance(self.tool_choice, NamedTool):
-            name = self.tool_choice.function.name
-            if name not in self.tool_names:
-                raise ValueError("tool_choice names a function that is not among tools")
         return self
 
 
-_Ids = Annotated[list[_TokenId], Field(min_length=1)]
+_Ids = Annotated[list[_TokenId], Field(fail_fast=True, min_length=1, max_length=MAX_TOKEN_IDS)]
 
 
 class CompletionRequest(Asked):
@@ -316,8 +343,8 @@ class CompletionRequest(Asked):
     prompt: (
         str
         | _Ids
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[_Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[_Ids], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)]
     )
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
@@ -345,12 +372,7 @@ class TokenizeRequest(_Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: (
-        Annotated[
-            list[_Object], Field(min_length=1, max_length=MAX_MESSAGES), WithJsonSchema(_MESSAGES)
-        ]
-        | None
-    ) = None
+    messages: _Messages | None = None
     tools: _Tools | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
@@ -369,7 +391,7 @@ class DetokenizeRequest(_Body):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: Annotated[list[_TokenId], Field(max_length=1 << 20)]
+    tokens: Annotated[list[_TokenId], Field(fail_fast=True, max_length=MAX_TOKEN_IDS)]
 
 
 _Prompt = str | _Ids
@@ -379,13 +401,17 @@ class ScoreRequest(_Body):
     """POST /v1/score: how likely is each of `completions` after `prompt`? Texts or token ids."""
 
     model: str | None = None
-    prompt: str | list[_TokenId]
-    completions: Annotated[list[_Prompt], Field(min_length=1, max_length=MAX_PROMPTS)]
+    prompt: str | Annotated[list[_TokenId], Field(fail_fast=True, max_length=MAX_TOKEN_IDS)]
+    completions: Annotated[
+        list[_Prompt], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)
+    ]
 
 
 def check_unknown(body: BaseModel) -> None:
     """Name unknown fields in the log. Raises `ApiError` for one that asks for what is not done."""
     unknown = body.model_extra or {}
+    if len(unknown) > MAX_UNKNOWN:
+        raise bad_request(f"{len(unknown)} unknown fields; at most {MAX_UNKNOWN} are possible")
     for name, value in unknown.items():
         if name in _NOT_DONE and value is not None and not _is_any(value, _NOT_DONE[name]):
             raise bad_request(f"{name}: not supported by this server; leave it out", name)

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -22,7 +23,7 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from llama_jax.serve.app import create_app
 from llama_jax.serve.errors import ApiError
-from llama_jax.serve.options import HEADER_SECONDS, ServeOptions
+from llama_jax.serve.options import HEADER_SECONDS, MAX_HEADER_BYTES, ServeOptions
 from llama_jax.serve.service import Service
 from llama_jax.serve.sockets import BACKLOG, listen, url_of
 
@@ -179,15 +180,31 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
-    """uvicorn's, with a bound on the time in which a request's headers have to arrive."""
+    """uvicorn's protocol, with bounds on how long and how large a request's headers are, and with
+    its refusals in OpenAI's shape."""
 
     _headers_timer: asyncio.TimerHandle | None = None
+    _is_in_headers = False
+    _header_bytes = 0
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self._await_headers()
 
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._is_in_headers, self._header_bytes = True, 0
+
+    def on_headers_complete(self) -> None:
+        self._is_in_headers = False
+        super().on_headers_complete()
+
     def data_received(self, data: bytes) -> None:
+        if self._is_in_headers:
+            self._header_bytes += len(data)
+            if self._header_bytes > MAX_HEADER_BYTES:
+                self._refuse(431, f"headers are larger than {MAX_HEADER_BYTES >> 10} KiB")
+                return
         super().data_received(data)
         if self.cycle is None or self.cycle.response_complete:
             self._await_headers()
@@ -197,6 +214,18 @@ class _Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, msg)
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer and close; or close alone, where an answer is on its way."""
+        if self.cycle is None or self.cycle.response_complete:
+            body = bytes(ApiError(status, message).response().body)
+            head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\n"
+            head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            self.transport.write(head.encode() + body)
+        self.transport.close()
 
     def _await_headers(self) -> None:
         if self._headers_timer is None:

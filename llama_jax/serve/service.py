@@ -25,8 +25,8 @@ from llama_jax.serve.errors import (
     ApiError,
     bad_request,
     engine_failed,
-    internal_error,
     not_ready,
+    request_failed,
     too_late,
 )
 from llama_jax.serve.metrics import Metrics
@@ -47,6 +47,7 @@ _FIELDS = {
     "messages",
     "prompt",
     "tools",
+    "tool_choice",
     "chat_template",
 }
 # Grammars compiled at the same time.
@@ -147,7 +148,7 @@ class Service:
             given["seed"] = body.seed % 2**32
         if body.logit_bias:
             given["logit_bias"] = {**default.logit_bias, **_biases(body.logit_bias)}
-        given["structured"] = structured_output(body, self.llm.tokenizer)
+        given["structured"] = structured_output(body)
         return replace(default, **given, max_new_tokens=limit, logprobs=logprobs)
 
     async def in_thread[T](self, make: Callable[[], T], body: Asked | None = None) -> T:
@@ -264,7 +265,7 @@ class Service:
         in the work for one of them."""
         for request in question.requests:
             if request.error:
-                raise internal_error(request.error)
+                raise request_failed(request.error)
         return question.answer()
 
     def usage(self, requests: Sequence[Request], num_prompts: int = 1) -> Usage:
@@ -289,9 +290,15 @@ def new_id(prefix: str) -> str:
 
 def _biases(given: dict[str, float]) -> dict[int, float]:
     try:
-        return {int(key): value for key, value in given.items()}
+        return {_token_id(key): value for key, value in given.items()}
     except ValueError as error:
         raise bad_request("logit_bias: keys must be token ids", "logit_bias") from error
+
+
+def _token_id(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,10}", text):  # `int` reads " 5 " and "1_0" too
+        raise ValueError(text)
+    return int(text)
 
 
 def _mistake(error: Exception, form: str | None) -> ApiError:

@@ -1,18 +1,12 @@
 """What a request says about the form of its text, as `SamplingParams.structured`."""
 
-from typing import TYPE_CHECKING, Any
-
 from llama_jax.serve.errors import bad_request
-from llama_jax.serve.schemas import Asked, ChatRequest, NamedTool
+from llama_jax.serve.schemas import Asked, ChatRequest
 from llama_jax.structured import StructuredOutput
-from llama_jax.text.tool_grammar import tool_call_output
-
-if TYPE_CHECKING:
-    from llama_jax.text.tokenizer import Tokenizer
 
 
-def structured_output(body: Asked, tokenizer: "Tokenizer") -> StructuredOutput | None:
-    """The form that a request asks for, if any.
+def structured_output(body: Asked) -> StructuredOutput | None:
+    """The form that a request asks for, if any; calls that it has to make are `LLM.chat`'s.
 
     Raises `ApiError` where two fields ask for different ones, ValueError for one that cannot be.
     """
@@ -29,15 +23,6 @@ def structured_output(body: Asked, tokenizer: "Tokenizer") -> StructuredOutput |
             regex=given.regex,
             choice=given.choice,
             grammar=given.grammar,
-        )
-    if isinstance(body, ChatRequest) and body.must_call:
-        named = body.tool_choice if isinstance(body.tool_choice, NamedTool) else None
-        tools: list[dict[str, Any]] = list(body.tools or ())
-        asked["tool_choice"] = tool_call_output(
-            tools,
-            tokenizer,
-            name=named.function.name if named else None,
-            is_parallel=named is None and body.parallel_tool_calls is not False,
         )
     if len(asked) > 1:
         first, second, *_ = asked
