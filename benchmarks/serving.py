@@ -1,26 +1,33 @@
 """What the server costs beside the bare engine, with the model that ships, in one run.
 
-    python benchmarks/serving.py [--requests 96] [--rounds 3] [--json]
+    python benchmarks/serving.py --save benchmarks/results/serving
 
 One process has the engine, and the server around it; the client is a process of its own
 (`llama-jax bench-serve`). The same sequences go through the bare engine and over the server, in
 turns: all at once, streamed, for throughput at saturation, and one after the other for the time to
-the first token. Figures are medians of the rounds. What the event loop's thread computes for a
-token hardly depends on what else runs on the machine.
+the first token. Figures are medians of the rounds. A round that is not counted comes first.
+
+The client reads every token on the same processors, which the table has apart from the server's
+event loop: processor time for a token hardly depends on what else runs on the machine.
 """
 
+import argparse
 import asyncio
 import json
+import os
+import resource
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from typing import Annotated, Any
-
-import typer
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from llama_jax import LLM, SamplingParams
+from llama_jax.bench import environment
 from llama_jax.engine.request import Request
 from llama_jax.serve.bench import Load
 from llama_jax.serve.options import ServeOptions
@@ -86,11 +93,85 @@ def loop_seconds(service: Service) -> float:
     return asyncio.run_coroutine_threadsafe(read(), service.thread.loop).result()
 
 
-def main(
-    requests: Annotated[int, typer.Option(min=1)] = 96,
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
-) -> None:
+def client_seconds() -> float:
+    """Processor time of clients that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+@dataclass(frozen=True)
+class Round:
+    """tokens_per_second, first_token_ms: of the bare engine, and over the server. loop_us,
+    client_us: processor time for a token."""
+
+    tokens_per_second: tuple[float, float]
+    first_token_ms: tuple[float, float]
+    loop_us: float
+    client_us: float
+
+
+def measured(service: Service, url: str, requests: int, seed: int) -> Round:
+    """One round. The event loop is idle while the engine works alone: its thread waits for nothing
+    else."""
+    llm = service.llm
+    full = Load(requests, ROWS, seed=seed)
+    single = Load(20, 1, seed=seed, prompt_tokens=64, reply_tokens=4)
+    bare = bare_throughput(llm, full)
+    loop, client = loop_seconds(service), client_seconds()
+    served = over_the_server(url, full)
+    loop, client = loop_seconds(service) - loop, client_seconds() - client
+    tokens = served["reply_tokens"]
+    first = bare_first_token(llm, single)
+    served_first = over_the_server(url, single)["first_token_ms"]["50"]
+    return Round(
+        (bare, served["tokens_per_second"]), (first, served_first),
+        1e6 * loop / tokens, 1e6 * client / tokens,
+    )  # fmt: skip
+
+
+def figures(rounds: Sequence[Round]) -> dict[str, Any]:
+    def median(of: Callable[[Round], float]) -> float:
+        return statistics.median(map(of, rounds))
+
+    return {
+        "rounds": [asdict(each) for each in rounds],
+        "bare_tokens_per_second": median(lambda r: r.tokens_per_second[0]),
+        "served_tokens_per_second": median(lambda r: r.tokens_per_second[1]),
+        "throughput_cost": median(lambda r: 1 - r.tokens_per_second[1] / r.tokens_per_second[0]),
+        "bare_first_token_ms": median(lambda r: r.first_token_ms[0]),
+        "served_first_token_ms": median(lambda r: r.first_token_ms[1]),
+        "first_token_cost_ms": median(lambda r: r.first_token_ms[1] - r.first_token_ms[0]),
+        "event_loop_us_per_token": median(lambda r: r.loop_us),
+        "client_us_per_token": median(lambda r: r.client_us),
+        "load_of_the_machine": os.getloadavg()[0],
+        **asdict(environment()),
+    }
+
+
+def to_markdown(command: str, found: Mapping[str, Any]) -> str:
+    lines = [
+        f"`{command}`", "",
+        f"{os.cpu_count()} cores of {found['device']}, the shipped model, {ROWS} sequences at a "
+        f"time; medians of {len(found['rounds'])} rounds; load of the machine "
+        f"{found['load_of_the_machine']:.1f}. Of a token's processor time the event loop takes "
+        f"{found['event_loop_us_per_token']:.0f} us and the client, on the same cores, "
+        f"{found['client_us_per_token']:.0f} us.", "",
+        "| | bare engine | over the server | cost | target |",
+        "|---|---|---|---|---|",
+        f"| tokens/s | {found['bare_tokens_per_second']:,.0f} "
+        f"| {found['served_tokens_per_second']:,.0f} | {found['throughput_cost']:.1%} | <= 5 % |",
+        f"| first token, ms | {found['bare_first_token_ms']:.1f} "
+        f"| {found['served_first_token_ms']:.1f} | {found['first_token_cost_ms']:.1f} | <= 2 |",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--save", type=Path, help="write PATH.md and PATH.json")
+    options = parser.parse_args()
     llm = LLM.load(max_batch_size=ROWS, max_seq_len=CONTEXT, verbose=False)
     ready = threading.Event()
     found: list[tuple[Service, str]] = []
@@ -99,42 +180,22 @@ def main(
         found.append((service, url))
         ready.set()
 
-    options = ServeOptions(port=0)
-    thread = threading.Thread(target=serve, args=(llm, options, "abacus", on_ready))
+    thread = threading.Thread(target=serve, args=(llm, ServeOptions(port=0), "abacus", on_ready))
     thread.start()
     ready.wait()
     service, url = found[0]
-    saturated = [Load(requests, ROWS, seed=seed) for seed in range(rounds)]
-    alone = [Load(20, 1, seed=seed, prompt_tokens=64, reply_tokens=4) for seed in range(rounds)]
-    # The event loop is idle while the engine works alone: its thread waits for nothing else.
-    bare, served, first, served_first, per_token = [], [], [], [], []
-    for full, single in zip(saturated, alone, strict=True):
-        bare.append(bare_throughput(llm, full))
-        before = loop_seconds(service)
-        reported = over_the_server(url, full)
-        served.append(reported["tokens_per_second"])
-        per_token.append(1e6 * (loop_seconds(service) - before) / reported["reply_tokens"])
-        first.append(bare_first_token(llm, single))
-        served_first.append(over_the_server(url, single)["first_token_ms"]["50"])
+    measured(service, url, ROWS, seed=-1 % 2**32)
+    rounds = [measured(service, url, options.requests, seed) for seed in range(options.rounds)]
     service.thread.loop.call_soon_threadsafe(service.end_server)
     thread.join()
-    figures = {
-        "bare_tokens_per_second": statistics.median(bare),
-        "served_tokens_per_second": statistics.median(served),
-        "ratio": statistics.median(b / a for a, b in zip(bare, served, strict=True)),
-        "event_loop_us_per_token": statistics.median(per_token),
-        "bare_first_token_ms": statistics.median(first),
-        "served_first_token_ms": statistics.median(served_first),
-        "first_token_cost_ms": statistics.median(
-            b - a for a, b in zip(first, served_first, strict=True)
-        ),
-    }
-    if as_json:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:28} {value:10.3f}")
+    result = figures(rounds)
+    text = to_markdown(" ".join(["python", *sys.argv]), result)
+    print(text)
+    if options.save:
+        options.save.parent.mkdir(parents=True, exist_ok=True)
+        options.save.with_suffix(".md").write_text(text)
+        options.save.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    main()

@@ -20,7 +20,7 @@ import httpx2
 import openai
 import pytest
 
-from llama_jax import LLM
+from llama_jax import LLM, SamplingParams
 from llama_jax.abacus.tasks import CALCULATOR
 from llama_jax.cli.serve import curl_line
 from llama_jax.engine.compile_cache import CompileReport
@@ -448,13 +448,15 @@ def test_hostile_schemas_keep_nobody_waiting(llm):
 
 
 @contextmanager
-def running(directory: Path, port: int) -> Iterator[tuple[subprocess.Popen, list[str]]]:
+def running(
+    directory: Path, port: int, *options: str, **environment: str
+) -> Iterator[tuple[subprocess.Popen, list[str]]]:
     """`llama-jax serve` in a process of its own, when it is ready, and the lines that it prints."""
     command = [sys.executable, "-m", "llama_jax.cli", "serve", "--port", str(port)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "LLAMA_JAX_API_KEY": "k"}
+    environment = {"PYTHONPATH": str(ROOT), "LLAMA_JAX_API_KEY": "k", **environment}
     with subprocess.Popen(
-        [*command, "--max-num-seqs", "2"],
-        env=environment, stderr=subprocess.PIPE, text=True, cwd=directory,
+        [*command, "--max-num-seqs", "2", *options],
+        env=os.environ | environment, stderr=subprocess.PIPE, text=True, cwd=directory,
     ) as process:  # fmt: skip
         lines: list[str] = []
 
@@ -470,6 +472,29 @@ def running(directory: Path, port: int) -> Iterator[tuple[subprocess.Popen, list
             process.kill()
 
 
+def port_in(lines: list[str]) -> int:
+    line = next(line for line in lines if line.startswith("curl"))
+    return int(line.split("/v1")[0].rpartition(":")[2])
+
+
+@pytest.mark.slow
+def test_two_devices_give_the_tokens_of_one(tmp_path):
+    prompts = ["2, 4, 6,", "What is 47 + 85?"]
+    settings = SamplingParams(temperature=0, max_new_tokens=24, ignore_eos=True)
+    alone = LLM.load(max_batch_size=2, max_seq_len=256, dtype="float32", verbose=False)
+    expected = [each.text for each in alone.generate(prompts, settings)]
+    options = ["--num-devices", "2", "--dtype", "float32", "--max-model-len", "256"]
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    with running(tmp_path, 0, *options, XLA_FLAGS=flags, JAX_PLATFORMS="cpu") as (_, lines):
+        assert any("each of 2 devices" in line for line in lines), lines
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port_in(lines)}/v1", api_key="k")
+        reply = client.completions.create(
+            model="abacus", prompt=prompts, max_tokens=24, temperature=0,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+    assert [choice.text for choice in reply.choices] == expected
+
+
 @pytest.mark.slow
 def test_a_server_killed_and_started_again_and_told_to_end(tmp_path):
     """In the middle of a stream each time: it breaks off, and goes on to its end."""
@@ -483,8 +508,7 @@ def test_a_server_killed_and_started_again_and_told_to_end(tmp_path):
         return chunks
 
     with running(tmp_path, 0) as (process, lines):
-        line = next(line for line in lines if line.startswith("curl"))
-        port = int(line.split("/v1")[0].rpartition(":")[2])
+        port = port_in(lines)
         chunks = begin(port)
         process.kill()
         with pytest.raises((openai.APIError, httpx2.TransportError)):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llama_jax import LLM
+from llama_jax import LLM, SamplingParams
 from tests.served import serving
 
 CONTEXTS = ["What is 47 + 85? ", "2, 4, 6, ", "The capital of France is"]
@@ -42,6 +42,25 @@ def test_lm_evals_local_completions_sees_the_figures_of_the_process(server):
     arguments = ("What is 47 + 85?", {"until": ["\n"], "max_gen_toks": 12, "temperature": 0})
     (text,) = model.generate_until([Instance("generate_until", {}, arguments, 0)], True)
     assert text == server.llm.generate(arguments[0]).text
+
+
+@pytest.mark.parity
+def test_lm_evals_local_chat_completions_sees_the_replies_of_the_process(server):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalChatCompletion
+
+    model = LocalChatCompletion(
+        base_url=f"{server.url}/v1/chat/completions", model="abacus", num_concurrent=2
+    )
+    settings = {"until": ["\n\n"], "max_gen_toks": 16, "temperature": 0}
+    chats = [[{"role": "user", "content": context.strip()}] for context in CONTEXTS]
+    requests = [
+        Instance("generate_until", {}, (model.apply_chat_template(chat), settings), i)
+        for i, chat in enumerate(chats)
+    ]
+    found = model.generate_until(requests, disable_tqdm=True)
+    sampling = SamplingParams(temperature=0, max_new_tokens=16, stop=["\n\n"])
+    assert found == [server.llm.chat(chat, sampling).text for chat in chats]
 
 
 @pytest.mark.parity

@@ -69,12 +69,16 @@ class Job:
     open_tokens: int = 0
 
     async def next(self) -> Update:
-        """Wait for the next update. Raises `ApiError` where the engine failed, or was told to stop;
-        waits for ever where all requests have ended."""
+        """Wait for the next update. Raises `ApiError` where the engine failed, or was told to stop,
+        or after `fail`; waits for ever where all requests have ended."""
         news = await self._news.get()
         if isinstance(news, ApiError):
             raise news
         return news
+
+    def fail(self, error: ApiError) -> None:
+        """Have `next` raise an error after the updates that are there; called in the event loop."""
+        self._news.put_nowait(error)
 
     def close(self) -> None:
         """Cancel what has not ended."""

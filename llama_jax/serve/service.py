@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -219,36 +218,35 @@ class Service:
         pace = (time.perf_counter() - self._ended[0]) / len(self._ended)
         return min(_LONGEST_RETRY, max(1, math.ceil(pace)))
 
-    @asynccontextmanager
-    async def in_time(self, began: float) -> AsyncIterator[None]:
-        """Raises `ApiError` where the block has not ended by the request's deadline.
-
-        began: when it arrived, of `time.perf_counter`.
-        """
-        left = self.options.request_timeout - (time.perf_counter() - began)
-        try:
-            async with asyncio.timeout(max(0.0, left)):
-                yield
-        except TimeoutError as error:
-            self.metrics.failures.labels(self.name, "timeout").inc()
-            raise too_late(self.options.request_timeout) from error
-
     async def updates(self, job: Job, began: float) -> AsyncIterator[Update]:
-        """What comes of a job until all its requests have ended, or the deadline; with metrics."""
+        """What comes of a job until all its requests have ended; with metrics.
+
+        began: when it was asked for, of `time.perf_counter`. Raises `ApiError` at its deadline. One
+        timer keeps that for the whole job, as a timeout around each update would take as long as
+        everything else that is done here for a token.
+        """
+        seconds = self.options.request_timeout - (time.perf_counter() - began)
+        deadline = asyncio.get_running_loop().call_later(max(0.0, seconds), self._end_late, job)
         left = len(job.requests)
         last_at: dict[int, float] = {}
-        while left:
-            async with self.in_time(began):
+        try:
+            while left:
                 update = await job.next()
-            if job.is_streamed and update.token_ids:
-                if update.index in last_at:
-                    self.metrics.piece(update.at - last_at[update.index], len(update.token_ids))
-                last_at[update.index] = update.at
-            if update.is_last:
-                left -= 1
-                self._ended.append(update.at)
-                self.metrics.request(update.request, began)
-            yield update
+                if job.is_streamed and update.token_ids:
+                    if update.index in last_at:
+                        self.metrics.piece(update.at - last_at[update.index], len(update.token_ids))
+                    last_at[update.index] = update.at
+                if update.is_last:
+                    left -= 1
+                    self._ended.append(update.at)
+                    self.metrics.request(update.request, began)
+                yield update
+        finally:
+            deadline.cancel()
+
+    def _end_late(self, job: Job) -> None:
+        self.metrics.failures.labels(self.name, "timeout").inc()
+        job.fail(too_late(self.options.request_timeout))
 
     async def answer[T](self, question: Question[T], began: float) -> T:
         """Ask a question and wait for its answer, until the deadline."""
