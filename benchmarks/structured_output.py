@@ -1,6 +1,6 @@
 """What structured output costs: tokens per second with and without, and what the host does for it.
 
-    python benchmarks/structured_output.py
+    python benchmarks/structured_output.py --save benchmarks/results/structured_output
 
 The shipped model, so many prompts at the same time, all replies of one length. "any text" is the
 regular expression (?s:.*), which allows what is drawn anyway; "schema" an array of objects, whose
@@ -10,12 +10,19 @@ masks of a larger one are timed by themselves.
 """
 
 import argparse
+import json
+import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from llama_jax import LLM, SamplingParams
+from llama_jax.bench import environment
 from llama_jax.engine.grammars import Grammars, MaskThreads, Matcher
 from llama_jax.structured import StructuredOutput
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -74,12 +81,30 @@ def milliseconds_of_masks(tokenizer: Tokenizer, vocab_size: int, rows: int) -> f
     return 1000 * float(np.median(times))
 
 
+def to_markdown(command: str, found: Mapping[str, Any]) -> str:
+    lines = [
+        f"`{command}`", "",
+        f"{os.cpu_count()} cores of {found['device']}, the shipped model; the best of "
+        f"{found['repeats']}; load of the machine {found['load_of_the_machine']:.1f}.", "",
+        "| rows | what | tokens/s | of those without |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for rows, figures in found["tokens_per_second"].items():
+        for name, figure in figures.items():
+            lines.append(f"| {rows} | {name} | {figure:,.0f} | {figure / figures['none']:.0%} |")
+    lines += ["", "| masks of so many replies | ms |", "|---|---|"]
+    lines += [f"| {rows} | {time:.2f} |" for rows, time in found["masks_ms"].items()]
+    lines += ["", f"Masks are of {found['vocab_size']:,} tokens."]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=200, help="of each reply")
     parser.add_argument("--repeats", type=int, default=3, help="the best of so many counts")
     parser.add_argument("--tokenizer", help="a directory or file, to time its masks")
+    parser.add_argument("--save", type=Path, help="write PATH.md and PATH.json")
     options = parser.parse_args()
+    figures: dict[int, dict[str, float]] = {}
     for rows in (8, 16):
         llm = LLM.load(max_batch_size=rows, max_seq_len=512, verbose=False)
         stepping = LLM.load(max_batch_size=rows, max_seq_len=512, max_steps=1, verbose=False)
@@ -90,16 +115,26 @@ def main() -> None:
             "schema": (llm, [SCHEMA] * rows),
             "one of all": (llm, [ANY_TEXT, *[None] * (rows - 1)]),
         }
-        best = dict.fromkeys(cases, 0.0)
+        best = figures[rows] = dict.fromkeys(cases, 0.0)
         for _ in range(options.repeats):
             for name, (model, structured) in cases.items():
                 best[name] = max(best[name], tokens_per_second(model, structured, options.tokens))
-        for name, figure in best.items():
-            print(f"{rows} rows, {name:10}: {figure:8,.0f} tokens/s, {figure / best['none']:.0%}")
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else llm.tokenizer
-    for rows in (1, 16, 64):
-        found = milliseconds_of_masks(tokenizer, tokenizer.vocab_size, rows)
-        print(f"masks of {rows} replies, {tokenizer.vocab_size:,} tokens: {found:.2f} ms")
+    size = tokenizer.vocab_size
+    result = {
+        "tokens_per_second": figures,
+        "masks_ms": {rows: milliseconds_of_masks(tokenizer, size, rows) for rows in (1, 16, 64)},
+        "vocab_size": size,
+        "repeats": options.repeats,
+        "load_of_the_machine": os.getloadavg()[0],
+        **asdict(environment()),
+    }
+    text = to_markdown(" ".join(["python", *sys.argv]), result)
+    print(text)
+    if options.save:
+        options.save.parent.mkdir(parents=True, exist_ok=True)
+        options.save.with_suffix(".md").write_text(text)
+        options.save.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

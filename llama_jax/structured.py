@@ -18,6 +18,10 @@ class StructuredOutputError(ValueError):
     """A schema, expression or grammar that cannot be used, or that leaves nothing to draw."""
 
 
+class GrammarsBusyError(StructuredOutputError):
+    """Grammars of others take long to compile, so that this one has not been tried."""
+
+
 @dataclass(frozen=True)
 class StructuredOutput:
     """What a reply must look like; exactly one of the fields.

@@ -22,8 +22,16 @@ from llama_jax.engine.memory import (
     fitting_pages,
     plan_memory,
 )
+from llama_jax.engine.scheduling import MAX_FORCED
 from llama_jax.engine.speculation import Speculation
-from llama_jax.engine.steps import decode_steps, draw_step, prefill_step, score_step, state_builder
+from llama_jax.engine.steps import (
+    decode_steps,
+    draw_fed_step,
+    draw_step,
+    prefill_step,
+    score_step,
+    state_builder,
+)
 from llama_jax.model.config import PRESETS
 from llama_jax.model.forward import prefill
 from llama_jax.model.fp8 import WeightFormat
@@ -234,6 +242,21 @@ def test_the_workspace_holds_the_logits_of_guesses() -> None:
     needed += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.sampling))
     plan = plan_memory(spec, batch, 64, BF16, 1, speculation=guessing)
     assert needed <= plan.workspace <= 3 * needed
+
+
+@pytest.mark.slow
+def test_the_workspace_holds_the_logits_of_tokens_that_a_grammar_forces() -> None:
+    spec, batch, width = small_8b(False), 16, MAX_FORCED
+    state = jax.eval_shape(state_builder(spec, batch, 64, BF16))
+    hidden = ints((batch, 1 + width, spec.config.hidden_size), BF16)
+    flags, counts = ints((batch,), jnp.bool_), ints((batch,))
+    masks = ints((batch, 1 + width, spec.config.vocab_size // 32), jnp.uint32)
+    step = draw_fed_step.lower(
+        stored(spec), state, hidden, flags, ints((batch, width)), counts, masks, spec=spec
+    )
+    needed = step.compile().memory_analysis().temp_size_in_bytes
+    needed += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.sampling))
+    assert needed <= plan_memory(spec, batch, 64, BF16, 1).workspace <= 3 * needed
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from queue import LifoQueue
 from typing import Literal
 
 import httpx2
@@ -13,7 +14,9 @@ import pytest
 
 from llama_jax import LLM, SamplingParams
 from llama_jax.abacus.tasks import CALCULATOR
+from llama_jax.engine import grammars
 from llama_jax.engine.compile_cache import CompileReport, forbid_compile
+from llama_jax.serve.bench import Load, measure
 from llama_jax.serve.errors import invalid
 from llama_jax.serve.schemas import ChatRequest, CompletionRequest, ScoreRequest
 from tests.served import Served, serving
@@ -263,6 +266,15 @@ def test_structured_outputs_of_vllms_form(client, form, pattern):
     assert re.fullmatch(pattern, reply.choices[0].text, re.DOTALL)
 
 
+def test_a_form_that_waits_for_those_of_others_in_vain_may_come_again(server, llm, monkeypatch):
+    monkeypatch.setattr(grammars, "COMPILE_SECONDS", 0.05)
+    monkeypatch.setattr(llm._grammars, "_processes", LifoQueue())  # all are at work
+    body = {"messages": SUM, "structured_outputs": {"regex": "one of its own"}}
+    reply = server.post("/v1/chat/completions", body)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "busy")
+    assert int(reply.headers["Retry-After"]) > 0
+
+
 @pytest.mark.parametrize(
     "choice", ["required", {"type": "function", "function": {"name": "light"}}], ids=str
 )
@@ -506,6 +518,16 @@ def test_metrics_have_vllms_names(server, client):
         'vllm:request_success_total{engine="0",finished_reason="stop",model_name="abacus"}',
     ):  # fmt: skip
         assert name in text
+
+
+def test_a_load_is_measured(server):
+    load = Load(requests=5, concurrency=3, prompt_tokens=8, reply_tokens=4)
+    found, timings = asyncio.run(measure(server.url, "abacus", 512, load))
+    assert (found.failed, found.prompt_tokens, found.reply_tokens) == (0, 40, 20)
+    assert all(0 < timing.first < timing.total for timing in timings)
+    for url, model, error in ((server.url, "other", "404: "), ("http://127.0.0.1:1", "x", "Error")):
+        found, _ = asyncio.run(measure(url, model, 512, load))
+        assert found.failed == 5 and error in found.first_error
 
 
 @pytest.mark.slow

@@ -55,6 +55,8 @@ def bench_serve(
         llama-jax bench-serve http://127.0.0.1:8000 --rate 8 --concurrency 1000 --json
         llama-jax bench-serve --prompt-tokens 512 --reply-tokens 128 --plot latency.png
     """
+    from uvicorn.loops.auto import auto_loop_factory
+
     from llama_jax.serve.bench import Load, measure
 
     if plot is not None:
@@ -66,7 +68,8 @@ def bench_serve(
     with progress_bar() as bar:
         task = bar.add_task("asking", total=requests, unit="requests", clock=Clock())
         found, timings = asyncio.run(
-            measure(url, model, context, load, key, lambda timing: bar.update(task, advance=1))
+            measure(url, model, context, load, key, lambda timing: bar.update(task, advance=1)),
+            loop_factory=auto_loop_factory(),
         )
     if plot is not None:
         _draw(timings, plot)

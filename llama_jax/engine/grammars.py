@@ -23,7 +23,7 @@ import numpy as np
 
 from llama_jax.engine import grammar_process
 from llama_jax.engine.grammar_process import Vocabulary, in_large_stack, new_matcher
-from llama_jax.structured import StructuredOutput, StructuredOutputError
+from llama_jax.structured import GrammarsBusyError, StructuredOutput, StructuredOutputError
 from llama_jax.text.tokenizer import Tokenizer
 
 # How long a grammar may take to compile, and what may follow a few tokens to be found. Hardly any
@@ -138,7 +138,8 @@ class Grammars:
         """For a reply that has yet to begin; from any thread.
 
         Raises `StructuredOutputError` for what cannot be compiled, or not within
-        `COMPILE_SECONDS`; ModuleNotFoundError without llguidance.
+        `COMPILE_SECONDS`; `GrammarsBusyError` where others take so long; ModuleNotFoundError
+        without llguidance.
         """
         with self._lock:
             if self._vocabulary is None:
@@ -161,9 +162,7 @@ class Grammars:
         try:
             process = self._processes.get(timeout=COMPILE_SECONDS)
         except Empty:
-            raise StructuredOutputError(
-                f"{where}: others take long to compile; try again"
-            ) from None
+            raise GrammarsBusyError(f"{where}: others take long to compile; try again") from None
         usable = None
         try:
             process = process or _Process(self._as_read)

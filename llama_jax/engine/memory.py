@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from llama_jax.engine.scheduling import MAX_TOKENS_PER_CALL, EngineOptions
+from llama_jax.engine.scheduling import MAX_FORCED, MAX_TOKENS_PER_CALL, EngineOptions
 from llama_jax.engine.speculation import NO_SPECULATION, Speculation
 from llama_jax.model.config import PAGE_SIZE
 from llama_jax.model.kv_cache import init_cache
@@ -140,7 +140,8 @@ def plan_memory(
     kv_dtype: of the cache, as `kv_cache.init_cache` takes it. prefill_chunk: tokens of a row that
     go through the model at once, all rows together. limit: bytes on each device, in place of what
     the devices that are here report. num_pages: of the cache, instead of whole rows. speculation:
-    its draft has a cache of the same pages, and what it guesses has logits.
+    its draft has a cache of the same pages, and what it guesses has logits, as have tokens that a
+    grammar forces.
     """
     mesh = spec.mesh
     if limit is None:
@@ -157,7 +158,7 @@ def plan_memory(
         return _bytes_per_device(cache, cache_shardings(spec.config, mesh))
 
     specs = [spec, speculation.draft] if speculation.draft else [spec]
-    guesses = max_batch_size * speculation.lookahead
+    guesses = max_batch_size * (speculation.lookahead or MAX_FORCED)
     return MemoryPlan(
         weights=sum(map(weights, specs)),
         kv_cache=sum(map(kv_cache, specs)),

@@ -15,7 +15,7 @@ MIN_TOKENS_PER_CALL_ON_CPU, MIN_TOKENS_PER_CALL = 128, 512
 # How many prompts one call may take.
 _PROMPTS_PER_CALL = (1, 8, 32)
 # Tokens that a grammar forces and that go through the model together, without speculation.
-_MAX_FORCED = 4
+MAX_FORCED = 4
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class EngineOptions:
     @property
     def max_forced_tokens(self) -> int:
         """How many tokens that a grammar forces go through the model together."""
-        return self.lookahead or _MAX_FORCED
+        return self.lookahead or MAX_FORCED
 
     @property
     def call_shapes(self) -> tuple[tuple[int, int], ...]:

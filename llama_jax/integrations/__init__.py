@@ -1,1 +1,1 @@
-"""Other people's tools with this engine inside. Each module needs an extra of its own."""
+"""This package has other people's tools with this engine inside. Each module needs an extra."""

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness (extra `eval`) with the model `llama_jax`.
+"""This module gives lm-evaluation-harness (extra `eval`) the model `llama_jax`.
 
 `python -m llama_jax.integrations.lm_eval` is the harness's own command line with that model in it.
 Texts become tokens, are cut to the context and end as with the harness's `hf` model, so figures can
@@ -92,7 +92,7 @@ class LlamaJax(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What the harness's cache of requests knows a chat template by."""
+        """The name by which the harness's cache of requests knows a chat template."""
         source = self.tokenizer.chat_template or self.tokenizer.kind
         return "llama_jax-" + hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
 
@@ -108,7 +108,7 @@ class LlamaJax(TemplateLM):
     def apply_chat_template(
         self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
     ) -> str:
-        """Messages as a prompt; without `add_generation_prompt` the last one is to be continued."""
+        """Renders messages; without `add_generation_prompt` the last one is to be continued."""
         if add_generation_prompt:
             return render_chat(self.tokenizer, chat_history)
         return render_chat(self.tokenizer, chat_history, continue_final_message=True)

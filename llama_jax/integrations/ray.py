@@ -1,4 +1,4 @@
-"""Ray Data (extra `ray`): actors for `Dataset.map_batches`, each with a model of its own.
+"""This module has actors for Ray Data (extra `ray`), each with a model of its own.
 
     dataset.map_batches(
         Scorer, fn_constructor_args=["meta-llama/Llama-3.1-8B-Instruct"],

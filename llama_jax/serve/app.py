@@ -1,4 +1,7 @@
-"""Which path does what: the FastAPI application, whose OpenAPI document is at /openapi.json."""
+"""This module says which path does what: it makes the FastAPI application.
+
+Its OpenAPI document is at /openapi.json.
+"""
 
 import asyncio
 import re
@@ -65,7 +68,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(service: Service) -> FastAPI:
-    """The application that serves a model; `service.thread` has to be started."""
+    """Returns the application that serves a model; `service.thread` has to be started."""
     app = FastAPI(
         title="llama-jax",
         version=_version(),
@@ -92,17 +95,20 @@ def create_app(service: Service) -> FastAPI:
 def _add_completions(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=ChatCompletion, tags=["OpenAI"])
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        """The assistant's next message; with `stream: true` as server-sent events."""
+        """Writes the assistant's next message; with `stream: true` as server-sent events."""
         return await _answer(service, request, body, chat)
 
     @app.post("/v1/completions", response_model=Completion, tags=["OpenAI"])
     async def text_completions(body: CompletionRequest, request: Request) -> Response:
-        """Continuations of one or several prompts, texts or token ids."""
+        """Continues one or several prompts, texts or token ids."""
         return await _answer(service, request, body, completions)
 
 
 async def _answer(service: Service, request: Request, body: Any, endpoint: Any) -> Response:
-    """endpoint: a module with `prepare`, `whole` and `pieces`, as `chat` has them."""
+    """Answers a request, whole or as a stream.
+
+    endpoint: a module with `prepare`, `whole` and `pieces`, as `chat` has them.
+    """
     check_unknown(body)
     began = request.scope[BEGAN]
     if not body.stream:
@@ -115,7 +121,7 @@ async def _answer(service: Service, request: Request, body: Any, endpoint: Any) 
 def _add_tokens(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models", response_model=ModelList, tags=["OpenAI"])
     async def models() -> Response:
-        """The names that the model answers to."""
+        """Lists the names that the model answers to."""
         return _reply(tokens.models(service))
 
     @app.get("/v1/models/{name:path}", response_model=ModelCard, tags=["OpenAI"])
@@ -126,24 +132,24 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
 
     @app.get("/tokenizer_info", response_model=TokenizerInfo, tags=["Tokens"])
     async def tokenizer_info() -> Response:
-        """Names of tokens with a role, and the chat template."""
+        """Tells the names of tokens with a role, and the chat template."""
         return _reply(tokens.tokenizer_info(service))
 
     @app.post("/tokenize", response_model=Tokens, tags=["Tokens"])
     async def tokenize(body: TokenizeRequest) -> Response:
-        """The token ids of a prompt or a conversation."""
+        """Turns a prompt or a conversation into token ids."""
         check_unknown(body)
         return _reply(await tokens.tokenize(service, body))
 
     @app.post("/detokenize", response_model=Text, tags=["Tokens"])
     async def detokenize(body: DetokenizeRequest) -> Response:
-        """The text of token ids."""
+        """Turns token ids into text."""
         check_unknown(body)
         return _reply(await tokens.detokenize(service, body))
 
     @app.post("/v1/score", response_model=ScoreReply, tags=["Tokens"])
     async def score(body: ScoreRequest, request: Request) -> Response:
-        """How likely each of several completions is after a prompt."""
+        """Tells how likely each of several completions is after a prompt."""
         check_unknown(body)
         asked = tokens.score(service, body, request.scope[BEGAN])
         return _reply(await while_connected(request, asked))
@@ -152,14 +158,14 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
 def _add_monitoring(app: FastAPI, service: Service) -> None:
     @app.get("/health", response_model=Health, tags=["Monitoring"])
     async def health() -> Response:
-        """200 while the process answers and its engine has not failed."""
+        """Answers 200 while the engine has not failed."""
         if service.thread.failure:
             raise engine_failed(service.thread.failure)
         return _reply(Health(status="ok"))
 
     @app.get("/ready", response_model=Health, tags=["Monitoring"])
     async def ready() -> Response:
-        """200 when everything is compiled, the engine steps, and the server is not going down."""
+        """Answers 200 when everything is compiled, the engine steps, and the server stays up."""
         if service.thread.failure:
             raise engine_failed(service.thread.failure)
         if not service.is_ready:
@@ -168,7 +174,7 @@ def _add_monitoring(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", tags=["Monitoring"])
     async def metrics() -> Response:
-        """Counters for Prometheus."""
+        """Tells counters to Prometheus."""
         return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4")
 
 
@@ -194,8 +200,10 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def _correct_document(app: FastAPI) -> None:
-    """FastAPI writes that a wrong body gets a 422; here it gets a 400, as from OpenAI. And replies
-    that may be streams are described as such."""
+    """Corrects what FastAPI writes about wrong bodies and streams.
+
+    A wrong body gets a 400, as from OpenAI, and no 422. Replies may be streams.
+    """
     document = app.openapi()
     for path in document["paths"].values():
         for operation in path.values():
@@ -210,7 +218,7 @@ def _correct_document(app: FastAPI) -> None:
 
 
 async def while_connected[T](request: Request, work: Awaitable[T]) -> T:
-    """What `work` gives, which is cancelled when the client leaves. Raises `ClientGone` then."""
+    """Returns what `work` gives. Cancels it, and raises `ClientGone`, when the client leaves."""
 
     async def until_gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":

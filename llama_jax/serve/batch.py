@@ -1,4 +1,4 @@
-"""OpenAI's batch files: a request in each line, answered as the server would, without a server."""
+"""This module answers OpenAI's batch files, a request in each line, as the server would."""
 
 import asyncio
 import time
@@ -32,7 +32,7 @@ _SECONDS = 10.0**7
 async def answer_lines(
     llm: "LLM", name: str, lines: Iterable[dict[str, Any] | ValueError]
 ) -> AsyncIterator[dict[str, Any]]:
-    """The answer to each line of a batch file, in order, as soon as it and those before are there.
+    """Yields the answer to each line of a batch file, in order, as soon as those before are there.
 
     lines: {"custom_id", "method": "POST", "url", "body"}, or the error that stands for one. name:
     what bodies may call the model. Raises RuntimeError where the engine fails.
@@ -63,7 +63,7 @@ async def answer_lines(
 
 
 async def _answer(service: Service, line: dict[str, Any] | ValueError) -> dict[str, Any]:
-    """One line of the output."""
+    """Returns one line of the output."""
     answer: dict[str, Any] = {
         "id": new_id("batch_req"),
         "custom_id": None,

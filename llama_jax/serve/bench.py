@@ -1,8 +1,8 @@
-"""What a server does under load: a client of any OpenAI-compatible server, and its figures.
+"""This module measures an OpenAI-compatible server under load.
 
 Requests stream from /v1/completions, one connection each. Prompts are random token ids, so that no
-two share pages, and `ignore_eos` makes every reply as long as was drawn for it. The client reads
-lines and looks at clocks, and parses no chunk but the last: it must not be what is measured.
+two share pages, and `ignore_eos` makes every reply as long as was drawn for it. The client
+looks at clocks and parses no event but the last: it must not be what is measured.
 """
 
 import asyncio
@@ -22,12 +22,16 @@ _LEAST, _MOST = 4, 1024
 # Ids that every vocabulary has, and that are no special tokens in any.
 _FIRST_ID, _LAST_ID = 4, 256
 PERCENTILES = (50, 90, 99)
-_LINE_LIMIT = 1 << 20
+# What an event with a token has, and how many bytes of a reply's beginning and end are kept.
+_TOKEN = b'"choices":[{'
+_KEPT = 8192
 
 
 @dataclass(frozen=True)
 class Load:
-    """requests: how many in all. concurrency: under way at the same time, at most. rate: new ones a
+    """A load says what a client asks for, and when.
+
+    requests: how many in all. concurrency: under way at the same time, at most. rate: new ones a
     second, at random times; None sends the next when one has ended. seed: of everything that is
     drawn. prompt_tokens, reply_tokens: of each, instead of a mix like ShareGPT's.
     """
@@ -48,7 +52,7 @@ class Load:
             raise ValueError(f"rate must be above 0, got {self.rate}")
 
     def sequences(self, context: int) -> list[tuple[list[int], int]]:
-        """Each request's prompt, and how many tokens it asks for; together within `context`."""
+        """Draws each request's prompt and length, together within `context` tokens."""
         draw = np.random.default_rng(self.seed)
 
         def mix(median: float, spread: float) -> np.ndarray:
@@ -68,7 +72,10 @@ class Load:
 
 @dataclass(frozen=True)
 class Timing:
-    """One request, in seconds. first: until the first token; total: until the last."""
+    """A timing holds what one request took, in seconds.
+
+    first: until the first token; total: until the last.
+    """
 
     prompt_tokens: int
     reply_tokens: int
@@ -78,13 +85,13 @@ class Timing:
 
     @property
     def per_token(self) -> float:
-        """After the first."""
+        """Seconds for each token after the first."""
         return (self.total - self.first) / max(1, self.reply_tokens - 1)
 
 
 @dataclass(frozen=True)
 class Report:
-    """The figures of a load. Times in milliseconds, by percentile."""
+    """A report holds the figures of a load. Times are milliseconds, by percentile."""
 
     requests: int
     failed: int
@@ -103,7 +110,7 @@ class Report:
 
 
 def report(timings: Sequence[Timing], seconds: float) -> Report:
-    """seconds: from the first request to the end of the last."""
+    """Sums timings up. seconds: from the first request to the end of the last."""
     done = [each for each in timings if each.error is None]
 
     def percentiles(values: Sequence[float]) -> dict[int, float]:
@@ -133,7 +140,7 @@ async def measure(
     key: str | None = None,
     on_done: Callable[[Timing], None] = lambda timing: None,
 ) -> tuple[Report, list[Timing]]:
-    """Put a load on the server at `url`. context: tokens that a sequence may have there."""
+    """Puts a load on the server at `url`. context: tokens that a sequence may have there."""
     draw = random.Random(load.seed)
     places = asyncio.Semaphore(load.concurrency)
     timings: list[Timing] = []
@@ -164,52 +171,85 @@ async def measure(
 
 
 async def _timed(url: str, body: dict[str, Any], key: str | None) -> Timing:
-    """One streamed request over a connection of its own."""
-    began = time.perf_counter()
-    first = 0.0
-    usage: dict[str, int] = {}
+    """Sends one request, over a connection of its own, and reads its stream."""
     prompt_tokens = len(body["prompt"])
+    parts = urlsplit(url)
+    is_secure = parts.scheme == "https"
+    port = parts.port or (443 if is_secure else 80)
+    stream = _Stream(_request(f"{parts.path}/v1/completions", parts.netloc, body, key))
+    began = time.perf_counter()
     try:
-        reader, writer = await _post(url + "/v1/completions", body, key)
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_connection(
+            lambda: stream, parts.hostname or "", port, ssl=is_secure or None
+        )
         try:
-            status = (await reader.readline()).decode().split(" ", 2)
-            if status[1] != "200":
-                text = (await reader.read(2000)).decode(errors="replace")
-                return Timing(prompt_tokens, 0, 0.0, 0.0, f"{status[1]}: {text[-300:]}")
-            last, ended = b"", 0.0
-            async for line in reader:
-                if not line.startswith(b"data: {"):
-                    continue
-                if b'"choices":[{' in line:
-                    ended = time.perf_counter()
-                    first = first or ended - began
-                last = line
-            chunk = json.loads(last[6:])
-            if "error" in chunk:
-                return Timing(prompt_tokens, 0, 0.0, 0.0, str(chunk["error"]["message"]))
-            usage = chunk["usage"]
+            await stream.ended
         finally:
-            writer.close()
+            transport.close()
+        if stream.status != "200":
+            text = stream.beginning[-300:].decode(errors="replace")
+            return Timing(prompt_tokens, 0, 0.0, 0.0, f"{stream.status}: {text}")
+        chunk = stream.last_event()
+        if "error" in chunk:
+            return Timing(prompt_tokens, 0, 0.0, 0.0, str(chunk["error"]["message"]))
+        count = int(chunk["usage"]["completion_tokens"])
     except (OSError, ValueError, IndexError, KeyError) as error:
         return Timing(prompt_tokens, 0, 0.0, 0.0, f"{type(error).__name__}: {error}"[:300])
-    return Timing(prompt_tokens, usage["completion_tokens"], first, ended - began)
+    return Timing(prompt_tokens, count, stream.first - began, stream.last - began)
 
 
-async def _post(
-    url: str, body: dict[str, Any], key: str | None
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    parts = urlsplit(url)
+class _Stream(asyncio.Protocol):
+    """Notes when tokens arrive, and keeps the beginning and the end of what is read.
+
+    A reader of lines would take several times as long for a token, on the processor that the server
+    may need. first, last: when the first and the last token came, of `time.perf_counter`.
+    """
+
+    def __init__(self, request: bytes) -> None:
+        self._request = request
+        self.beginning = self._end = b""
+        self.first = self.last = 0.0
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        now = time.perf_counter()
+        if len(self.beginning) < _KEPT:
+            self.beginning += data
+        # The mark may lie across two parts, but is in no end that is shorter than it.
+        if _TOKEN in self._end[1 - len(_TOKEN) :] + data:
+            self.first, self.last = self.first or now, now
+        self._end = (self._end + data)[-_KEPT:]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.ended.done():
+            return
+        if exc:
+            self.ended.set_exception(exc)
+        else:
+            self.ended.set_result(None)
+
+    @property
+    def status(self) -> str:
+        """The HTTP status."""
+        return self.beginning.split(b" ", 2)[1].decode()
+
+    def last_event(self) -> dict[str, Any]:
+        """Reads the last event with JSON in it. Raises ValueError where there is none."""
+        begins = self._end.rindex(b"data: {") + len(b"data: ")
+        event: dict[str, Any] = json.loads(self._end[begins : self._end.index(b"\n", begins)])
+        return event
+
+
+def _request(path: str, host: str, body: dict[str, Any], key: str | None) -> bytes:
     data = json.dumps(body).encode()
     head = [
-        f"POST {parts.path} HTTP/1.1", f"Host: {parts.netloc}", "Connection: close",
+        f"POST {path} HTTP/1.1", f"Host: {host}", "Connection: close",
         "Content-Type: application/json", f"Content-Length: {len(data)}",
         *([f"Authorization: Bearer {key}"] if key else []),
     ]  # fmt: skip
-    secure = parts.scheme == "https"
-    port = parts.port or (443 if secure else 80)
-    reader, writer = await asyncio.open_connection(
-        parts.hostname, port, ssl=secure or None, limit=_LINE_LIMIT
-    )
-    writer.write("\r\n".join([*head, "", ""]).encode() + data)
-    await writer.drain()
-    return reader, writer
+    return "\r\n".join([*head, "", ""]).encode() + data

@@ -1,4 +1,4 @@
-"""/v1/chat/completions: messages to a reply, whole or in pieces."""
+"""This module answers /v1/chat/completions, whole or in pieces."""
 
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -35,7 +35,7 @@ LEAST_LOGPROB = -9999.0
 
 
 async def prepare(service: Service, body: ChatRequest) -> Question[Generation]:
-    """What a request asks of the engine. Raises `ApiError` for what is wrong with it."""
+    """Returns what a request asks of the engine. Raises `ApiError` for what is wrong with it."""
     service.check_model(body.model)
     service.check_queue(body.n or 1)  # before it costs anything
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -72,7 +72,7 @@ async def prepare(service: Service, body: ChatRequest) -> Question[Generation]:
 
 
 async def whole(service: Service, body: ChatRequest, began: float) -> ChatCompletion:
-    """A reply in one piece. began: when the request came."""
+    """Returns a reply in one piece. began: when the request came."""
     question = await prepare(service, body)
     result = await service.answer(question, began)
     choices = [_choice(service.llm, body, *each) for each in enumerate(result.samples)]
@@ -108,7 +108,7 @@ def _call_reply(call: ToolCall) -> ToolCallReply:
 
 
 def _before_calls(llm: "LLM", body: ChatRequest, sample: Generation) -> str:
-    """What a reply with calls says to the user: the text before them."""
+    """Returns what a reply with calls says to the user: the text before them."""
     tag = llm.tokenizer.special_tokens.get(_TAG, -1)
     if tag in sample.token_ids:
         return llm.tokenizer.decode(sample.token_ids[: sample.token_ids.index(tag)]).rstrip()
@@ -159,7 +159,7 @@ def _token(tokenizer: "Tokenizer", token_id: int, logprob: float) -> dict[str, A
 async def pieces(
     service: Service, body: ChatRequest, job: Job, began: float
 ) -> AsyncIterator[dict[str, Any]]:
-    """The chunks of a reply, of all its choices as they come."""
+    """Yields the chunks of a reply, of all its choices as they come."""
     llm = service.llm
     head = {
         "id": new_id("chatcmpl"),
@@ -200,7 +200,7 @@ async def pieces(
 def _news(
     llm: "LLM", body: ChatRequest, stream: ToolCallStream | None, update: Update
 ) -> tuple[list[Delta], dict[str, Any]]:
-    """The pieces of a message that an update brings, and how it ends, if it does."""
+    """Returns the pieces of a message that an update brings, and how it ends, if it does."""
     request: Request = update.request
     if request.error:
         raise request_failed(request.error)

@@ -1,4 +1,4 @@
-"""/v1/completions: prompts as they are, texts or token ids, to continuations."""
+"""This module answers /v1/completions: it continues prompts, texts or token ids, as they are."""
 
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
@@ -22,8 +22,8 @@ _Top = Sequence[tuple[int, float]]
 
 
 async def prepare(service: Service, body: CompletionRequest) -> Question[list[CompletionChoice]]:
-    """What a request asks of the engine: continuations of all its prompts in their order, and then,
-    where they are echoed with logprobs, how likely the prompts are."""
+    """Returns what a request asks of the engine: continuations of all its prompts in their order,
+    and then, where they are echoed with logprobs, how likely the prompts are."""
     service.check_model(body.model)
     service.check_queue(len(body.prompts) * (body.n or 1))  # before it costs anything
     limit = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
@@ -67,7 +67,7 @@ def _question(
 
 
 async def whole(service: Service, body: CompletionRequest, began: float) -> Completion:
-    """All continuations at once. began: when the request came."""
+    """Returns all continuations at once. began: when the request came."""
     question = await prepare(service, body)
     choices = await service.answer(question, began)
     drawn = [request for request in question.requests if request.wanted == "tokens"]
@@ -87,7 +87,7 @@ def _choice(
     before: CompletionLogprobs | None,
     sample: Generation | None,
 ) -> CompletionChoice:
-    """before: logprobs of an echoed prompt. sample: its continuation, if one was asked for."""
+    """Makes a choice. before: logprobs of an echoed prompt. sample: its continuation, if any."""
     text, logprobs = _echoed(service, body, index), before
     if sample is not None:
         tokenizer = service.llm.tokenizer
@@ -106,7 +106,7 @@ def _choice(
 async def pieces(
     service: Service, body: CompletionRequest, job: Job, began: float
 ) -> AsyncIterator[dict[str, Any]]:
-    """The chunks of all continuations, as they come."""
+    """Yields the chunks of all continuations, as they come."""
     tokenizer = service.llm.tokenizer
     head = {
         "id": new_id("cmpl"),
@@ -154,7 +154,7 @@ def _finish(sample: Generation) -> Literal["stop", "length"]:
 
 
 def _echoed(service: Service, body: CompletionRequest, index: int) -> str:
-    """The prompt of a choice as text, if it is to stand before the continuation."""
+    """Returns the prompt of a choice as text, if it is to stand before the continuation."""
     if not body.echo:
         return ""
     prompt = body.prompts[index // (body.n or 1)]
@@ -164,8 +164,10 @@ def _echoed(service: Service, body: CompletionRequest, index: int) -> str:
 def _echoed_logprobs(
     tokenizer: "Tokenizer", body: CompletionRequest, ids: Sequence[int], scored: Iterator[Request]
 ) -> CompletionLogprobs | None:
-    """Of a prompt's tokens, if they were asked for; scored: the next one is this prompt's, unless
-    that has a single token."""
+    """Returns logprobs of a prompt's tokens, if they were asked for.
+
+    scored: the next one is this prompt's, unless that has a single token.
+    """
     if not body.echo or body.logprobs is None:
         return None
     first = _token_name(tokenizer, ids[0])
@@ -211,7 +213,10 @@ def _sample_logprobs(
 def completion_logprobs(
     tokenizer: "Tokenizer", tokens: Iterable[tuple[int, float, _Top]], offset: int
 ) -> CompletionLogprobs:
-    """tokens: id, logprob, and the likeliest in its place; offset: of the first, in characters."""
+    """Writes logprobs as OpenAI has them.
+
+    tokens: id, logprob, and the likeliest in its place. offset: of the first, in characters.
+    """
     made = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
     for token_id, logprob, top in tokens:
         text = _token_name(tokenizer, token_id)
@@ -225,7 +230,7 @@ def completion_logprobs(
 
 
 def _token_name(tokenizer: "Tokenizer", token_id: int) -> str:
-    """A token's text, or its bytes where these are no text of their own: names must differ."""
+    """Returns a token's text, or its bytes where these are no text: names must differ."""
     data = tokenizer.token_bytes(token_id)
     try:
         return data.decode()

@@ -1,4 +1,4 @@
-"""The one thread that steps the engine, and what the event loop sees of it.
+"""This module has the one thread that steps the engine, and what the event loop sees of it.
 
 The event loop never calls the engine: its lock is held for as long as a step takes. Jobs and
 cancellations go into an inbox that the thread empties between two steps; what a step changed goes
@@ -34,7 +34,7 @@ _STALLED_AFTER = 60.0
 
 @dataclass(frozen=True)
 class Update:
-    """What is new in one of a job's requests: an immutable copy, made between two steps.
+    """An update is what is new in one of a job's requests: a copy, made between two steps.
 
     text: what may be shown now. token_ids, logprobs, top: of the tokens drawn since the last one.
     """
@@ -51,7 +51,7 @@ class Update:
 
 @dataclass(eq=False)
 class Job:
-    """Requests that are asked together, for one caller in the event loop.
+    """A job holds requests that are asked together, for one caller in the event loop.
 
     Made by `EngineThread.ask`. is_streamed: the caller wants pieces, or else only each request's
     end.
@@ -69,23 +69,25 @@ class Job:
     open_tokens: int = 0
 
     async def next(self) -> Update:
-        """Wait for the next update. Raises `ApiError` where the engine failed, or was told to stop,
-        or after `fail`; waits for ever where all requests have ended."""
+        """Waits for the next update; for ever where all requests have ended.
+
+        Raises `ApiError` where the engine failed, or was told to stop, or after `fail`.
+        """
         news = await self._news.get()
         if isinstance(news, ApiError):
             raise news
         return news
 
     def fail(self, error: ApiError) -> None:
-        """Have `next` raise an error after the updates that are there; called in the event loop."""
+        """Has `next` raise an error after the updates that are there; called in the event loop."""
         self._news.put_nowait(error)
 
     def close(self) -> None:
-        """Cancel what has not ended."""
+        """Cancels what has not ended."""
         self._owner.close(self)
 
     def _take(self, index: int, request: Request) -> Update | None:
-        """What is new; called by the engine's thread alone."""
+        """Returns what is new; called by the engine's thread alone."""
         is_last = request.finish_reason is not None
         self._left -= is_last
         if not (is_last or self.is_streamed):
@@ -107,7 +109,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The engine between two steps. compiled: programs since the warm-up."""
+    """A snapshot shows the engine between two steps. compiled: programs since the warm-up."""
 
     stats: Stats
     num_running: int
@@ -160,7 +162,7 @@ class EngineThread:
         self._thread.start()
 
     def ask(self, requests: Sequence[Request], is_streamed: bool) -> Job:
-        """Hand requests to the engine. The caller has to close the job."""
+        """Hands requests to the engine. The caller has to close the job."""
         job = Job(requests, is_streamed, self)
         for index, request in enumerate(requests):
             request.on_change = partial(self._note, job, index)
@@ -179,11 +181,11 @@ class EngineThread:
             self._tell(partial(self._cancel, job))
 
     def fail_all(self, error: ApiError) -> None:
-        """End every job with an error, and take no more."""
+        """Ends every job with an error, and takes no more."""
         self._tell(partial(self._end_all, error))
 
     def stop(self, timeout: float) -> bool:
-        """End the thread after its step; False if that takes longer."""
+        """Ends the thread after its step; returns False if that takes longer."""
         with self._wake:
             self._is_told_to_stop = True
             self._wake.notify()
@@ -231,7 +233,7 @@ class EngineThread:
             self._fail(error)
 
     def _turn(self) -> bool:
-        """Take in what was told, and step; False when it is told to stop."""
+        """Takes in what was told, and steps; returns False when it is told to stop."""
         with self._wake:
             while not (self._inbox or self._engine.has_work or self._is_told_to_stop):
                 self._wake.wait()
@@ -285,7 +287,7 @@ class EngineThread:
                 self._engine.cancel(request.id)
 
     def _end(self, job: Job, error: ApiError) -> None:
-        """Cancel a job and tell `error` instead of what that leaves."""
+        """Cancels a job and tells `error` instead of what that leaves."""
         self._jobs.discard(job)
         self._cancel(job)
         self._news = [(other, each) for other, each in self._news if other is not job]
@@ -301,7 +303,7 @@ class EngineThread:
             self._post(self._deliver, news)
 
     def _fail(self, error: BaseException) -> None:
-        """A step has raised: everybody who waits is told, and the pages are free again."""
+        """Tells everybody who waits that a step has raised; their pages are free again."""
         _log.error(
             "the engine failed: %s\n%s",
             type(error).__name__,

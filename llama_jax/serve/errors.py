@@ -1,4 +1,7 @@
-"""Errors as OpenAI's clients read them: {"error": {"message", "type", "param", "code"}}."""
+"""This module has errors as OpenAI's clients read them.
+
+They are {"error": {"message", "type", "param", "code"}}.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +19,7 @@ _PARAM_LENGTH = 200
 
 
 class ApiError(Exception):
-    """A request that is not answered: the HTTP status, and what the client is told.
+    """Says that a request is not answered: the HTTP status, and what the client is told.
 
     param: the field that is wrong. code: a word for programs. retry_after: seconds.
     """
@@ -54,13 +57,13 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
 
 
 def not_json(kind: str) -> ApiError:
-    """kind: what Content-Type says, if anything."""
+    """Refuses a body that is not said to be JSON. kind: what Content-Type says, if anything."""
     got = f"got {kind[:100]!r}" if kind else "which is missing"
     return ApiError(415, f"the header Content-Type has to be application/json, {got}")
 
 
 def internal_error(error: BaseException | None = None) -> ApiError:
-    """What is told of an error of the server's own: its type, and no text of anybody's."""
+    """Tells the type of an error of the server's own, and no text of anybody's."""
     kind = f" ({type(error).__name__})" if error else ""
     return ApiError(
         500, f"the server failed on this request{kind}", type="server_error", code="internal_error"
@@ -68,7 +71,7 @@ def internal_error(error: BaseException | None = None) -> ApiError:
 
 
 def request_failed(error: BaseException) -> ApiError:
-    """What is told of an error that the engine met in its work for one request.
+    """Tells of an error that the engine met in its work for one request.
 
     A form that turns out in the middle of a reply to be too complex, or to leave nothing that may
     be drawn, is the client's.
@@ -101,8 +104,7 @@ def too_late(seconds: float) -> ApiError:
 
 
 def invalid(error: ValidationError | Sequence[Mapping[str, Any]]) -> ApiError:
-    """The error for a body in which pydantic found mistakes: it tells the first field that has one,
-    and none of the client's values."""
+    """Tells the first field in which pydantic found a mistake, and none of the client's values."""
     found = error.errors() if isinstance(error, ValidationError) else error
     first: Mapping[str, Any] = found[0] if found else {"loc": (), "msg": "invalid", "type": ""}
     if first["type"] == "json_invalid":
@@ -120,21 +122,26 @@ def invalid(error: ValidationError | Sequence[Mapping[str, Any]]) -> ApiError:
 
 
 def _path(mistake: Mapping[str, Any]) -> tuple[str | int, ...]:
-    """Where a mistake is; FastAPI puts "body" in front."""
+    """Returns where a mistake is; FastAPI puts "body" in front."""
     path = mistake["loc"]
     return path[1:] if path[:1] == ("body",) else path
 
 
 def _closeness(mistake: Mapping[str, Any]) -> tuple[bool, int]:
-    """How near a value came to the alternative that a mistake is about, where a field has several:
-    pydantic tells what is wrong with each. A wrong kind of value is far off, and a mistake deep
-    inside is near."""
+    """Says how near a value came to the alternative that a mistake is about.
+
+    A field may have several, and pydantic tells what is wrong with each. A wrong kind of value is
+    far off, and a mistake deep inside is near.
+    """
     return not mistake["type"].endswith("_type"), len(mistake["loc"])
 
 
 def _dotted(path: Sequence[str | int]) -> str | None:
-    """messages[0].content for ("messages", 0, "content"). Names of types, which pydantic puts after
-    a field that has several, are left out: no client knows them."""
+    """Returns messages[0].content for ("messages", 0, "content").
+
+    Leaves out the names of types, which pydantic puts after a field that has several, since no
+    client knows them.
+    """
     text = ""
     for part in path:
         if isinstance(part, int):

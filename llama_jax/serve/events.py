@@ -1,4 +1,7 @@
-"""Answers in pieces: server-sent events, `data: {...}` each, and `data: [DONE]` at the end."""
+"""This module sends answers in pieces, as server-sent events.
+
+Each is `data: {...}`, and the last one `data: [DONE]`.
+"""
 
 from collections.abc import AsyncIterator
 from typing import Any
@@ -19,7 +22,7 @@ def event(value: dict[str, Any]) -> bytes:
 
 
 class EventStream(StreamingResponse):
-    """Events of a job, which is closed when the last one is sent or the client has left."""
+    """Sends events of a job, and closes it when the last one is sent or the client has left."""
 
     def __init__(self, job: Job, events: AsyncIterator[dict[str, Any]]) -> None:
         super().__init__(_told(events), media_type="text/event-stream")
@@ -34,7 +37,7 @@ class EventStream(StreamingResponse):
 
 
 async def _told(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    """The events as bytes. What is raised between them is the last one."""
+    """Yields the events as bytes. What is raised between them is the last one."""
     try:
         async for each in events:
             yield event(each)

@@ -1,5 +1,7 @@
-"""/metrics: vLLM's names and buckets for what they name, so that its dashboards work, and a few of
-our own."""
+"""This module has what /metrics tells.
+
+Names and buckets are vLLM's for what they name, so that its dashboards work; a few are our own.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -71,21 +73,21 @@ class Metrics:
         self._decode = histogram("request_decode_time_seconds", "After the first token.", _WHOLE)
 
     def step(self, tokens: int) -> None:
-        """The engine has computed so many tokens in a step."""
+        """Counts the tokens that the engine computed in a step."""
         self._per_step.observe(tokens)
 
     def asked(self, requests: Sequence[Request]) -> None:
-        """One HTTP request asks for these continuations."""
+        """Counts the continuations that one HTTP request asks for."""
         self._n.observe(len(requests))
         self._max_tokens.observe(requests[0].params.max_new_tokens if requests else 0)
 
     def piece(self, seconds: float, tokens: int) -> None:
-        """A stream waited so long for so many tokens."""
+        """Counts how long a stream waited for so many tokens."""
         for _ in range(tokens):
             self._between.observe(seconds / tokens)
 
     def request(self, request: Request, began: float) -> None:
-        """One sequence has ended. began: when its HTTP request came."""
+        """Counts a sequence that has ended. began: when its HTTP request came."""
         reason = {"cancelled": "abort"}.get(str(request.finish_reason), str(request.finish_reason))
         self._success.labels(*self._labels, reason).inc()
         if not request.admitted_at:
@@ -107,12 +109,12 @@ class Metrics:
             self._per_token.observe((request.finished_at - first) / (count - 1))
 
     def exposition(self) -> bytes:
-        """In Prometheus' text format."""
+        """Returns all of it in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 class _EngineCollector(Collector):
-    """What the engine's counters say, between two of its steps."""
+    """Tells what the engine's counters say, between two of its steps."""
 
     def __init__(self, name: str, thread: EngineThread) -> None:
         self._labels = [name, _ENGINE]
@@ -150,7 +152,7 @@ class _EngineCollector(Collector):
 
 
 def _one_two_five(most: int) -> list[float]:
-    """1, 2, 5, 10, 20, 50, ... up to `most`."""
+    """Returns 1, 2, 5, 10, 20, 50, ... up to `most`."""
     found: list[float] = []
     scale = 1
     while True:

@@ -1,7 +1,7 @@
-"""What holds for every request, before anything looks at its content.
+"""This module does what holds for every request, before anything looks at its content.
 
-Plain ASGI: Starlette's own base class would put a task and a queue between each stream and its
-socket.
+It is plain ASGI: Starlette's own base class would put a task and a queue between each stream and
+its socket.
 """
 
 import asyncio
@@ -107,7 +107,7 @@ def check_key(authorization: str, keys: Sequence[str]) -> None:
 
 
 async def _read_body(headers: Headers, receive: Receive) -> bytes:
-    """The whole body. Raises `ApiError` where it is too large, or too slow."""
+    """Returns the whole body. Raises `ApiError` where it is too large, or too slow."""
     declared = headers.get("content-length", "0")
     if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
         raise _too_large()
@@ -138,7 +138,7 @@ def _too_large() -> ApiError:
 
 
 def _after(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives a body that was read, and then what comes after it."""
+    """Returns a `receive` that gives a body that was read, and then what comes after it."""
     is_given = False
 
     async def given() -> Message:
@@ -156,6 +156,6 @@ def _printable(text: str) -> str:
 
 
 def _log_failure(error: BaseException) -> None:
-    """Where it was raised, and its type: its message may have a user's text."""
+    """Logs where an error was raised, and its type; its message may have a user's text."""
     trace = "".join(format_tb(error.__traceback__))
     _log.error("%s while a request was answered\n%s", type(error).__name__, trace)

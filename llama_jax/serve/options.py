@@ -1,4 +1,4 @@
-"""What a server is told when it starts, and the bounds on what one request may ask."""
+"""This module has the options of a server, and the bounds on what one request may ask."""
 
 import math
 from dataclasses import dataclass
@@ -22,7 +22,9 @@ WAITING_POOLS = 32
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """host, port: where to listen; port 0 takes a free one. metrics_port: for /metrics alone.
+    """Options say where a server listens, and what it allows.
+
+    host, port: where to listen; port 0 takes a free one. metrics_port: for /metrics alone.
     names: what requests may call the model, the first in replies.
     api_keys: one of them has to be sent; none asks for none.
     max_waiting: sequences that may wait for a row. request_timeout: seconds for one request, from

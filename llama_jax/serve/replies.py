@@ -1,4 +1,4 @@
-"""What is answered, in OpenAI's shapes; with vLLM's additions (`stop_reason`) and our own scores.
+"""This module has the shapes of answers: OpenAI's, with vLLM's `stop_reason` and our own scores.
 
 Pieces of streams are written as plain dictionaries where they are made (`chat`, `completions`):
 there are many of them, and pydantic would take longer than the rest of the work for one.

@@ -1,4 +1,4 @@
-"""What may be asked: the bodies of requests, as OpenAI has them and with vLLM's additional fields.
+"""This module has the bodies of requests, OpenAI's with vLLM's additional fields.
 
 Fields that nobody knows are accepted and named in the log, as vLLM does it. Fields that vLLM or
 OpenAI know and that are not done here are refused, unless their value asks for nothing.
@@ -83,7 +83,7 @@ _Object = dict[str, JsonValue]
 
 
 def _check_biases(given: Any) -> Any:
-    """Refuse too many unread: pydantic would make an error of each of them that is wrong."""
+    """Refuses too many unread: pydantic would make an error of each of them that is wrong."""
     if isinstance(given, dict) and len(given) > MAX_BIASES:
         raise ValueError(f"at most {MAX_BIASES} tokens are possible, got {len(given)}")
     return given
@@ -168,7 +168,7 @@ class Tool(_Body):
 
 
 def _check_tools(given: list[_Object]) -> list[_Object]:
-    """The same objects, whose keys reach the template in the order in which they came."""
+    """Returns the same objects: their keys reach the template in the order in which they came."""
     for index, tool in enumerate(given):
         try:
             Tool.model_validate(tool)
@@ -301,7 +301,7 @@ class ChatRequest(Asked):
 
     @property
     def limit(self) -> int | None:
-        """Of new tokens, if one was given."""
+        """The limit of new tokens, if one was given."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
@@ -320,7 +320,7 @@ class ChatRequest(Asked):
 
     @property
     def choice(self) -> ToolChoice:
-        """As `LLM.chat` takes it."""
+        """`tool_choice` as `LLM.chat` takes it."""
         if isinstance(self.tool_choice, NamedTool):
             return self.tool_choice.model_dump()
         return self.tool_choice or "auto"
@@ -408,7 +408,7 @@ class ScoreRequest(_Body):
 
 
 def check_unknown(body: BaseModel) -> None:
-    """Name unknown fields in the log. Raises `ApiError` for one that asks for what is not done."""
+    """Names unknown fields in the log. Raises `ApiError` for one that asks for what is not done."""
     unknown = body.model_extra or {}
     if len(unknown) > MAX_UNKNOWN:
         raise bad_request(f"{len(unknown)} unknown fields; at most {MAX_UNKNOWN} are possible")
@@ -422,5 +422,5 @@ def check_unknown(body: BaseModel) -> None:
 
 
 def _is_any(value: Any, others: tuple[Any, ...]) -> bool:
-    """Whether it equals one of them, and is of its type: True is not 1."""
+    """Says whether a value equals one of these and is of its type: True is not 1."""
     return any(type(value) is type(other) and value == other for other in others)

@@ -1,4 +1,4 @@
-"""The process: sockets, the engine's thread, signals, and how it ends.
+"""This module runs the process: sockets, the engine's thread, signals, and how it ends.
 
 It answers /health as soon as the model is loaded, is /ready after the warm-up, and ends with 0 when
 it was told to by a signal, with 1 when the engine failed or a second signal came.
@@ -46,7 +46,7 @@ def serve(
     root: str,
     on_ready: Callable[[Service, str], None] = lambda service, url: None,
 ) -> int:
-    """Serve until a signal or a failure; returns the process' exit status.
+    """Serves until a signal or a failure; returns the process' exit status.
 
     root: what was loaded. on_ready: called with the URL when requests are answered. The engine's
     thread may still be at work afterwards, where it was stuck or still compiling. Raises OSError
@@ -64,7 +64,7 @@ def serve(
 
 
 def _allow_connections() -> None:
-    """As many open sockets as this process may have; often 1024 are allowed without asking."""
+    """Asks for as many open sockets as this process may have; often it has only 1024."""
     now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _CONNECTIONS if most == resource.RLIM_INFINITY else min(_CONNECTIONS, most)
     if now != resource.RLIM_INFINITY and now < wanted:
@@ -101,8 +101,10 @@ async def _announce(service: Service, url: str, on_ready: Callable[[Service, str
 
 
 class Ending:
-    """From the first signal, or a failure, to the end: nothing new is taken, and what runs gets a
-    while."""
+    """Leads from the first signal, or a failure, to the end.
+
+    Nothing new is taken meanwhile, and what runs gets a while.
+    """
 
     def __init__(self, service: Service, servers: "list[_Server]") -> None:
         self._service, self._servers = service, servers
@@ -137,7 +139,7 @@ class Ending:
         self.begin()
 
     def begin(self) -> None:
-        """Take no new connections; the servers end when there are no requests."""
+        """Takes no new connections; the servers end when there are no requests."""
         self._service.is_draining = True
         for server in self._servers:
             server.should_exit = True
@@ -219,7 +221,7 @@ class _Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
         self._refuse(400, msg)
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer and close; or close alone, where an answer is on its way."""
+        """Answers and closes; or only closes, where an answer is on its way."""
         if self.cycle is None or self.cycle.response_complete:
             body = bytes(ApiError(status, message).response().body)
             head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\n"
@@ -238,7 +240,7 @@ class _Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
 
 
 def _metrics_app(service: Service) -> FastAPI:
-    """/metrics alone, for a port of its own."""
+    """Returns an application with /metrics alone, for a port of its own."""
     app = FastAPI(openapi_url=None)
 
     @app.get("/metrics")

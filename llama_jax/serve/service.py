@@ -1,4 +1,4 @@
-"""What every endpoint does with a request: make questions of it, admit them, and wait in time.
+"""This module does what every endpoint needs: make questions, admit them, and wait in time.
 
 Prompts are tokenised, and templates rendered, in worker threads: a long one would keep the event
 loop, and with it every stream, waiting.
@@ -33,6 +33,7 @@ from llama_jax.serve.options import WAITING_POOLS, ServeOptions
 from llama_jax.serve.replies import PromptTokensDetails, Usage
 from llama_jax.serve.schemas import SAMPLING_FIELDS, Asked
 from llama_jax.serve.structured import field_of_form, structured_output
+from llama_jax.structured import GrammarsBusyError
 
 if TYPE_CHECKING:
     from llama_jax.engine.compile_cache import CompileReport
@@ -57,7 +58,7 @@ _LONGEST_RETRY = 60
 
 @dataclass(eq=False)
 class Service:
-    """A loaded model behind its engine's thread.
+    """A service is a loaded model behind its engine's thread.
 
     root: what was loaded. end_server: called once when the engine has failed. warms_up: compile
     everything before the first request, and not what is needed when it is.
@@ -91,7 +92,7 @@ class Service:
 
     @property
     def name(self) -> str:
-        """Of the model, in replies."""
+        """The model's name in replies."""
         return self.options.names[0]
 
     @property
@@ -99,7 +100,7 @@ class Service:
         return self.thread.is_ready and self.thread.is_stepping and not self.is_draining
 
     async def ready(self) -> bool:
-        """Wait for the end of the warm-up; False if it failed."""
+        """Waits for the end of the warm-up; returns False if it failed."""
         await self._ready.wait()
         return not self.thread.failure
 
@@ -129,8 +130,8 @@ class Service:
             )
 
     def sampling(self, body: Asked, limit: int | None, logprobs: int | None) -> SamplingParams:
-        """How a request wants its tokens drawn; what it leaves open the checkpoint decides. Called
-        in a worker thread.
+        """Returns how a request wants its tokens drawn; what it leaves open the checkpoint decides.
+        Called in a worker thread.
 
         limit: of new tokens; None for what the context has room for, or the checkpoint asks for.
         """
@@ -151,7 +152,7 @@ class Service:
         return replace(default, **given, max_new_tokens=limit, logprobs=logprobs)
 
     async def in_thread[T](self, make: Callable[[], T], body: Asked | None = None) -> T:
-        """What `make` gives, in a worker thread. ValueError says what is the client's mistake.
+        """Returns what `make` gives, in a worker thread. Its ValueError is the client's mistake.
 
         body: which `make` is for. Grammars are compiled in threads of their own, so that hostile
         ones keep nobody waiting but each other.
@@ -177,7 +178,7 @@ class Service:
     # How it is answered.
 
     def admit(self, requests: Sequence[Request], *, is_streamed: bool = False) -> Job:
-        """Hand requests to the engine, if there is room for them to wait. The job has to be closed.
+        """Hands requests to the engine, if they have room to wait. The job has to be closed.
 
         The engine admits no sequence before there are pages for it, and takes up those again that
         had to give theirs back, so what is accepted here does not die of memory.
@@ -212,14 +213,14 @@ class Service:
             )
 
     def _retry_after(self) -> int:
-        """Seconds in which a place should become free, by the pace of the last minutes."""
+        """Returns in how many seconds a place should be free, by the pace of the last minutes."""
         if len(self._ended) < 2:
             return 1
         pace = (time.perf_counter() - self._ended[0]) / len(self._ended)
         return min(_LONGEST_RETRY, max(1, math.ceil(pace)))
 
     async def updates(self, job: Job, began: float) -> AsyncIterator[Update]:
-        """What comes of a job until all its requests have ended; with metrics.
+        """Yields what comes of a job until all its requests have ended, and counts it.
 
         began: when it was asked for, of `time.perf_counter`. Raises `ApiError` at its deadline. One
         timer keeps that for the whole job, as a timeout around each update would take as long as
@@ -249,7 +250,7 @@ class Service:
         job.fail(too_late(self.options.request_timeout))
 
     async def answer[T](self, question: Question[T], began: float) -> T:
-        """Ask a question and wait for its answer, until the deadline."""
+        """Asks a question and waits for its answer, until the deadline."""
         job = self.admit(question.requests)
         try:
             async for _ in self.updates(job, began):
@@ -259,15 +260,20 @@ class Service:
         return self.conclude(question)
 
     def conclude[T](self, question: Question[T]) -> T:
-        """The answer to a question whose requests have ended. Raises `ApiError` for what was raised
-        in the work for one of them."""
+        """Returns the answer to a question whose requests have ended.
+
+        Raises `ApiError` for what was raised in the work for one of them.
+        """
         for request in question.requests:
             if request.error:
                 raise request_failed(request.error)
         return question.answer()
 
     def usage(self, requests: Sequence[Request], num_prompts: int = 1) -> Usage:
-        """requests: of `num_prompts` prompts, the continuations of each one after another."""
+        """Counts tokens.
+
+        requests: of `num_prompts` prompts, the continuations of each one after another.
+        """
         each = len(requests) // num_prompts
         prompts = requests[::each]
         prompt = sum(len(request.prompt) for request in prompts)
@@ -300,11 +306,13 @@ def _token_id(text: str) -> int:
 
 
 def _mistake(error: Exception, form: str | None) -> ApiError:
-    """A mistake that `LLM` or `SamplingParams` found, with the field as the client knows it.
+    """Tells a mistake that `LLM` or `SamplingParams` found, with the field as the client knows it.
 
     form: what the client calls `SamplingParams.structured`.
     """
     message = str(error)
+    if isinstance(error, GrammarsBusyError):  # no mistake of this client's
+        return ApiError(503, message, type="server_error", code="busy", retry_after=5)
     for theirs, ours in (("max_tokens", "max_new_tokens"), ("min_tokens", "min_new_tokens")):
         message = message.replace(ours, theirs)
     field = re.match(r"(\w+)(\[\d+\])?", message)

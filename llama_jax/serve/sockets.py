@@ -1,4 +1,4 @@
-"""Where a server listens."""
+"""This module opens the sockets on which a server listens."""
 
 import socket
 
@@ -7,7 +7,7 @@ BACKLOG = 4096
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that is bound and listens; port 0 takes a free one.
+    """Returns a socket that is bound and listens; port 0 takes a free one.
 
     Raises OSError with host and port where they cannot be had.
     """
@@ -30,7 +30,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def url_of(host: str, listener: socket.socket) -> str:
-    """What a client on this machine calls it."""
+    """Returns the URL by which a client on this machine reaches it."""
     port = listener.getsockname()[1]
     shown = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
     return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"

@@ -1,4 +1,4 @@
-"""What a request says about the form of its text, as `SamplingParams.structured`."""
+"""This module reads what a request says about the form of its text."""
 
 from llama_jax.serve.errors import bad_request
 from llama_jax.serve.schemas import Asked, ChatRequest
@@ -6,7 +6,7 @@ from llama_jax.structured import StructuredOutput
 
 
 def structured_output(body: Asked) -> StructuredOutput | None:
-    """The form that a request asks for, if any; calls that it has to make are `LLM.chat`'s.
+    """Returns the form that a request asks for, if any; calls that it has to make are `LLM.chat`'s.
 
     Raises `ApiError` where two fields ask for different ones, ValueError for one that cannot be.
     """
@@ -31,7 +31,7 @@ def structured_output(body: Asked) -> StructuredOutput | None:
 
 
 def field_of_form(body: Asked) -> str | None:
-    """The field by which a request asks for a form, whose grammar may take seconds to compile."""
+    """Names the field by which a request asks for a form, whose grammar may take seconds."""
     if body.response_format and body.response_format.type != "text":
         return "response_format"
     if body.structured_outputs:

@@ -1,4 +1,7 @@
-"""/tokenize, /detokenize, /v1/models and /v1/score: what needs no new tokens."""
+"""This module answers what needs no new tokens.
+
+That is /tokenize, /detokenize, /v1/models and /v1/score.
+"""
 
 import time
 
@@ -32,7 +35,7 @@ def models(service: Service) -> ModelList:
 
 
 def tokenizer_info(service: Service) -> TokenizerInfo:
-    """What lm-evaluation-harness wants to know before it uses /tokenize."""
+    """Tells what lm-evaluation-harness wants to know before it uses /tokenize."""
     tokenizer = service.llm.tokenizer
     named = tokenizer.named_tokens.get
     return TokenizerInfo(
@@ -44,7 +47,7 @@ def tokenizer_info(service: Service) -> TokenizerInfo:
 
 
 async def tokenize(service: Service, body: TokenizeRequest) -> Tokens:
-    """The ids that a prompt, or a conversation, becomes."""
+    """Turns a prompt or a conversation into token ids."""
     service.check_model(body.model)
     tokenizer = service.llm.tokenizer
 
@@ -73,7 +76,7 @@ async def tokenize(service: Service, body: TokenizeRequest) -> Tokens:
 
 
 async def detokenize(service: Service, body: DetokenizeRequest) -> Text:
-    """The text of ids, special tokens by their names."""
+    """Turns token ids into text, special tokens into their names."""
     service.check_model(body.model)
     size = service.llm.spec.config.vocab_size
     if body.tokens and max(body.tokens) >= size:
@@ -83,7 +86,7 @@ async def detokenize(service: Service, body: DetokenizeRequest) -> Text:
 
 
 async def score(service: Service, body: ScoreRequest, began: float) -> ScoreReply:
-    """How likely each completion is after the prompt, which is computed once."""
+    """Tells how likely each completion is after the prompt, which is computed once."""
     service.check_model(body.model)
     service.check_queue(len(body.completions))
 

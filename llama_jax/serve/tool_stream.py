@@ -1,4 +1,4 @@
-"""A reply that may call tools, piece by piece: what is for the user, and what belongs to a call.
+"""This module reads a reply that may call tools, and tells text for the user from calls.
 
 A call is told as soon as its name is there, and its arguments as they are drawn, where it is JSON
 with the name in front and the tool is one that was offered. Anything else that could become a call
@@ -46,7 +46,7 @@ class ToolCallStream:
         self._num_calls = 0  # that have been told, or begun
 
     def push(self, text: str, token_ids: Sequence[int] = ()) -> list[Delta]:
-        """What can be told now."""
+        """Takes more text and returns what can be told now."""
         deltas: list[Delta] = []
         if self._tag_id in token_ids and self._state in ("undecided", "content"):
             deltas = self._content(self._held.rstrip())
@@ -59,7 +59,7 @@ class ToolCallStream:
                 return deltas
 
     def end(self, calls: Sequence[ToolCall]) -> list[Delta]:
-        """What is left to tell when the reply has ended. calls: those that it makes."""
+        """Returns what is left to tell when the reply has ended. calls: those that it makes."""
         if not calls:
             return [] if self._num_calls else self._content(self._held)
         left = calls[self._num_calls :] if self._parallel else calls[self._num_calls : 1]
@@ -132,8 +132,10 @@ class _ObjectText:
         self.is_closed = False
 
     def take(self, text: str) -> tuple[str, str]:
-        """The part of `text` that belongs to the object, and the rest. Line breaks inside strings,
-        which models write and JSON has not, are escaped."""
+        """Returns the part of `text` that belongs to the object, and the rest.
+
+        Line breaks inside strings, which models write and JSON has not, are escaped.
+        """
         written: list[str] = []
         for at, character in enumerate(text):
             if self._in_string:
@@ -159,5 +161,5 @@ class _ObjectText:
 
 
 def arguments_text(call: ToolCall) -> str:
-    """A call's arguments as OpenAI sends them: JSON in a string."""
+    """Returns a call's arguments as OpenAI sends them: JSON in a string."""
     return json.dumps(call.arguments, ensure_ascii=False)
