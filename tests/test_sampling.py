@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.engine.sampling import host_rows, record
+from llama_jax.engine.sampling import host_rows, likeliest, record
 from llama_jax.engine.sampling import sample as sampled
 from llama_jax.sampling_params import SamplingParams
 
@@ -36,6 +36,14 @@ def draws(params, row, count=4000):
 def test_greedy_is_argmax_and_ties_take_the_first():
     row = jnp.zeros((1, VOCAB)).at[0, jnp.array([7, 30])].set(5.0)
     assert sample(row, state(SamplingParams(temperature=0))).tokens[0] == 7
+
+
+@pytest.mark.parametrize("rows", [1, 8, 19])
+def test_the_likeliest_is_the_first_of_the_largest(rows):
+    # Few values, so that there are equals; and a row of which nothing may be drawn.
+    scores = np.random.default_rng(0).integers(0, 9, (rows, VOCAB)).astype(np.float32)
+    scores[-1] = -np.inf
+    np.testing.assert_array_equal(jax.jit(likeliest)(scores), scores.argmax(-1))
 
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e-12, 1e-37, 1e-38, 1e-44])

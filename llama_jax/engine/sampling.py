@@ -20,7 +20,9 @@ from jax import Array, lax
 
 from llama_jax.engine.draw_kinds import Kind
 from llama_jax.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
+from pallas_kernels import device
 
+_ROWS_OF_SCORES = 8
 # Stop tokens of a request that are sent to the device as a list rather than a mask, see `is_plain`.
 _LISTED_STOPS = 16
 _LEAST_TEMPERATURE = np.float32(1e-30)
@@ -182,7 +184,7 @@ def sample(
     """
     assert masks is None or kind == "everything"
     if kind == "greedy":
-        return Sampled(jnp.argmax(logits, axis=-1).astype(jnp.int32))
+        return Sampled(likeliest(logits))
     if kind != "everything":
         return Sampled(_draw(logits, state, kind == "truncated"))
     scores = _penalise(logits, state)
@@ -196,23 +198,41 @@ def sample(
     tokens = lax.cond(
         jnp.any(state.temperature > 0),
         lambda: _draw(scores, state, jnp.any(limited)),
-        lambda: jnp.argmax(scores, axis=-1).astype(jnp.int32),
+        lambda: likeliest(scores),
     )
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     count = min(MAX_TOP_LOGPROBS, logits.shape[-1])
 
-    def likeliest() -> tuple[Array, Array]:
+    def top() -> tuple[Array, Array]:
         values, ids = lax.top_k(logprobs, count)
         return ids.astype(jnp.int32), values
 
     empty = (len(tokens), count)
     top_ids, top_logprobs = lax.cond(
         jnp.any(state.top_logprobs > 0),
-        likeliest,
+        top,
         lambda: (jnp.zeros(empty, jnp.int32), jnp.zeros(empty, jnp.float32)),
     )
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
     return Sampled(tokens, chosen, top_ids, top_logprobs)
+
+
+def likeliest(scores: Array) -> Array:
+    """int32 [rows], where the largest of each row of scores [rows, vocab] is; the first of equals.
+
+    XLA's argmax looks at one number at a time on a CPU. There it is two passes that XLA vectorises,
+    over few rows at a time, which stay in the cache.
+    """
+    if device.platform() != "cpu":
+        return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    # Both passes have to see the same bits, not the results of two computations.
+    scores = lax.optimization_barrier(scores)
+    last = scores.shape[-1] - 1
+
+    def of_row(row: Array) -> Array:
+        return jnp.where(row == row.max(), jnp.arange(last + 1, dtype=jnp.int32), last).min()
+
+    return lax.map(of_row, scores, batch_size=_ROWS_OF_SCORES)
 
 
 def _bits(masks: Array, vocab_size: int) -> Array:
@@ -252,8 +272,7 @@ def _draw(scores: Array, state: SamplingState, is_limited: bool | Array) -> Arra
     else:
         kept = lax.cond(is_limited, _truncate, lambda scaled, _: scaled, scaled, state)
     noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(state.seed, state.step, scores.shape[-1])
-    likeliest, drawn = jnp.argmax(scores, axis=-1), jnp.argmax(kept + noise, axis=-1)
-    return jnp.where(state.temperature > 0, drawn, likeliest).astype(jnp.int32)
+    return jnp.where(state.temperature > 0, likeliest(kept + noise), likeliest(scores))
 
 
 def _penalise(logits: Array, state: SamplingState) -> Array:

@@ -21,6 +21,7 @@ from llama_jax.engine.sampling import (
     full_rows,
     init_sampling,
     is_stop,
+    likeliest,
     record,
     sample,
 )
@@ -533,16 +534,16 @@ def score_step(
         hidden, targets = part
         logits = forward.unembed(params, hidden, spec=spec)
         chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        likeliest = jnp.argmax(logits, axis=-1)
-        most = jnp.take_along_axis(logits, likeliest[:, None], axis=-1)[:, 0]
+        ids = likeliest(logits)
+        most = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
         total = jax.nn.logsumexp(logits, axis=-1)
-        return chosen - total, likeliest.astype(jnp.int32), most - total
+        return chosen - total, ids, most - total
 
     blocks = (flat.reshape(-1, block, flat.shape[-1]), wanted.reshape(-1, block))
-    logprobs, likeliest, most = (
+    logprobs, ids, most = (
         each.reshape(-1)[:count].reshape(tokens.shape) for each in lax.map(score_block, blocks)
     )
-    return state.replace(cache=cache), (logprobs, likeliest, most)
+    return state.replace(cache=cache), (logprobs, ids, most)
 
 
 @partial(kept_jit, static_argnames="spec", donate_argnames="state")

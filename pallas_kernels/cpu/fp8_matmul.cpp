@@ -62,7 +62,7 @@ constexpr int64_t PANEL_BYTES = 256 << 10;
 // Of the weight, that a thread takes at a time: its rows a multiple of those of most tiles.
 constexpr int64_t CHUNK_BYTES = 128 << 10, CHUNK_ROWS = 24;
 // Where `__builtin_prefetch` puts what it fetches; into level 1 a core reads half as fast.
-constexpr int LEVEL_2 = 2;
+constexpr int LEVEL_2 = 2, LINE = 64;
 // Of x, that a thread copies at a time.
 constexpr int64_t COPIED_ROWS = 32;
 
