@@ -19,6 +19,7 @@ CONFIG: LlamaConfig = PRESETS["llama-3.2-1b"]
 THREADS = 2
 BLOCK = 32  # of Q8_0
 _BLOCKS, _SPREAD = 131_071, 0.02
+OPENVINO_FILE = "openvino.xml"
 CONTEXT = 64  # tokens before those that are decoded
 PROMPT = 512  # tokens that are prefilled or scored
 BATCHES = (1, 8)
@@ -360,9 +361,8 @@ def _logprobs(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return chosen - np.log(np.exp(logits, out=logits).sum(-1))
 
 
-# --- The files that peers read.
+# --- llama.cpp's file. OpenVINO's is made in `cpu_openvino.py`.
 
-OPENVINO_FILE = "openvino.xml"
 _GGUF_NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -412,104 +412,3 @@ def write_gguf(directory: Path, *, file: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def write_openvino(directory: Path) -> None:
-    """OpenVINO's files: the graph as its exporters make it, with a cache in variables, and
-    matrices in uint8 with a zero point and a scale per row, as NNCF's INT8_ASYM writes them."""
-    import openvino as ov
-    from openvino import opset13 as op
-    from openvino.op.util import Variable, VariableInfo
-
-    c, numbers = CONFIG, ring()
-    scale = np.float32(np.abs(numbers).max() / 127)
-    codes = (np.rint(numbers / scale) + 128).astype(np.uint8)
-
-    def constant(value: Any, dtype: Any = np.int64) -> Any:
-        return op.constant(np.array(value, dtype))
-
-    def matrix(name: str) -> Any:
-        shape = shapes()[name]
-        stored = op.constant(fill(np.empty(shape, np.uint8), codes, name), shared_memory=True)
-        rows = (shape[0], 1)
-        zero = op.convert(op.constant(np.full(rows, 128, np.uint8)), "f16")
-        centred = op.subtract(op.convert(stored, "f16"), zero)
-        scaled = op.multiply(centred, op.constant(np.full(rows, scale, np.float16)))
-        return op.convert(scaled, "f32")
-
-    def linear(x: Any, name: str) -> Any:
-        return op.matmul(x, matrix(f"{name}.weight"), False, True)
-
-    def norm(x: Any) -> Any:
-        square = op.reduce_mean(op.power(x, constant(2, np.float32)), constant([-1]), True)
-        root = op.sqrt(op.add(square, constant(c.rms_norm_eps, np.float32)))
-        unit = op.multiply(x, op.divide(constant(1, np.float32), root))
-        return op.multiply(unit, op.constant(np.ones(c.hidden_size, np.float32)))
-
-    ids = op.parameter([-1, -1], np.int64, name="input_ids")
-    positions = op.parameter([-1, -1], np.int64, name="position_ids")
-    beams = op.parameter([-1], np.int32, name="beam_idx")
-    wanted = op.parameter([-1], np.int64, name="wanted")
-    frequencies = op.constant(rope_frequencies(c).reshape(1, -1, 1))
-    of_positions = op.convert(op.unsqueeze(positions, constant(1)), "f32")
-    halves = op.transpose(op.matmul(frequencies, of_positions, False, False), constant([0, 2, 1]))
-    angles = op.concat([halves, halves], -1)
-    cos, sin = (op.unsqueeze(each(angles), constant(1)) for each in (op.cos, op.sin))
-
-    def heads(x: Any, count: int) -> Any:
-        split = op.reshape(x, constant([0, 0, count, c.head_dim]), True)
-        return op.transpose(split, constant([0, 2, 1, 3]))
-
-    def rotated(x: Any) -> Any:
-        half = c.head_dim // 2
-        first, second = op.variadic_split(x, constant(3), constant([half, half])).outputs()
-        turned = op.concat([op.multiply(second, constant(-1, np.float32)), first], -1)
-        return op.add(op.multiply(x, cos), op.multiply(turned, sin))
-
-    sinks: list[Any] = []
-    batch = op.gather(op.shape_of(ids), constant([0]), constant(0))
-
-    def appended(x: Any, name: str) -> Any:
-        """The cache's heads, each for all query heads that share it."""
-        info = VariableInfo()
-        info.data_shape = ov.PartialShape([-1, c.num_kv_heads, -1, c.head_dim])
-        info.data_type, info.variable_id = ov.Type.f32, name
-        variable = Variable(info)
-        sizes = [constant([each]) for each in (c.num_kv_heads, 0, c.head_dim)]
-        empty = op.broadcast(constant(0, np.float32), op.concat([batch, *sizes], 0))
-        past = op.gather(op.read_value(empty, variable), beams, constant(0))
-        whole = op.concat([past, x], -2)
-        sinks.append(op.assign(whole, variable))
-        # In this form the plugin fuses the cache, the heads that share it, and attention.
-        ones = np.ones((1, 1, c.num_heads // c.num_kv_heads, 1, 1), np.float32)
-        repeated = op.multiply(op.unsqueeze(whole, constant(2)), op.constant(ones))
-        return op.reshape(repeated, constant([0, c.num_heads, -1, c.head_dim]), True)
-
-    x = op.gather(matrix("model.embed_tokens.weight"), ids, constant(0))
-    # Additive, float32 [1, 1, tokens, all tokens]: 0 for positions that are not behind a token's.
-    first = op.squeeze(op.gather(positions, constant([0]), constant(0)), constant(0))
-    length = op.add(op.reduce_max(first, constant([0])), constant(1))
-    keys = op.range(constant(0), length, constant(1), "i64")
-    seen = op.less_equal(op.unsqueeze(keys, constant(0)), op.unsqueeze(first, constant(1)))
-    mask = op.select(seen, constant(0, np.float32), constant(-3e38, np.float32))
-    mask = op.unsqueeze(mask, constant([0, 1]))
-    for layer in range(c.num_layers):
-        at = f"model.layers.{layer}"
-        h = norm(x)
-        q = rotated(heads(linear(h, f"{at}.self_attn.q_proj"), c.num_heads))
-        k = rotated(heads(linear(h, f"{at}.self_attn.k_proj"), c.num_kv_heads))
-        v = heads(linear(h, f"{at}.self_attn.v_proj"), c.num_kv_heads)
-        y = op.scaled_dot_product_attention(
-            q, appended(k, f"past.{layer}.key"), appended(v, f"past.{layer}.value"), mask
-        )
-        y = op.reshape(op.transpose(y, constant([0, 2, 1, 3])), constant([0, 0, -1]), True)
-        x = op.add(x, linear(y, f"{at}.self_attn.o_proj"))
-        h = norm(x)
-        inner = op.multiply(
-            op.swish(linear(h, f"{at}.mlp.gate_proj")), linear(h, f"{at}.mlp.up_proj")
-        )
-        x = op.add(x, linear(inner, f"{at}.mlp.down_proj"))
-    logits = linear(op.gather(norm(x), wanted, constant(1)), "model.embed_tokens")
-    results = [op.result(logits)]
-    model = ov.Model(results, sinks, [ids, positions, beams, wanted], "llama")
-    ov.save_model(model, directory / OPENVINO_FILE, compress_to_fp16=False)
