@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llama_jax.model.config import PRESETS, LlamaConfig
+from llama_jax.model.config import PAGE_SIZE, PRESETS, LlamaConfig
 from llama_jax.model.rope import rope_frequencies
 
 CONFIG: LlamaConfig = PRESETS["llama-3.2-1b"]
@@ -137,9 +137,11 @@ class LlamaJax:
 
         length = 2 * CONTEXT if shares_prefixes else PROMPT + CONTEXT
         if (key := (batch, shares_prefixes)) not in self.engines:
+            # Twice the pages that the slots need: those of earlier prompts stay.
             options = EngineOptions(
-                max_batch_size=batch, max_seq_len=length, share_prefixes=shares_prefixes
-            )
+                max_batch_size=batch, max_seq_len=length, share_prefixes=shares_prefixes,
+                num_pages=2 * batch * -(-length // PAGE_SIZE),
+            )  # fmt: skip
             self.engines[key] = Engine(self.params, self.spec, options, jnp.dtype("bfloat16"))
         return self.engines[key]
 
