@@ -310,7 +310,7 @@ def test_a_failed_step_loses_nothing(
 
     from llama_jax.engine import batches as module
 
-    engine.warmup()
+    engine.warmup(["tokens"])
     program = module.decode_steps
     monkeypatch.setattr(module, "decode_steps", fail)
     for request in requests:
@@ -339,7 +339,7 @@ def test_bit_equal_alone_and_in_any_company(lookahead: int) -> None:
             for i, n in enumerate(lengths)
         ]
 
-    options = {"batch_invariant": True, "max_batch_size": 4, "lookahead": lookahead}
+    options = {"batch_invariant": True, "lookahead": lookahead}
     together = run(make(**options), requests())
     assert together[::-1] == run(make(**options), requests()[::-1])
     engine = make(**options)

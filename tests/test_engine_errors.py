@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llama_jax.engine.engine import Engine
 from llama_jax.engine.request import Request
 from llama_jax.sampling_params import SamplingParams
-from tests.test_engine import VOCAB, drawn, finish, greedy, make, prompt, sampled
+from tests.test_engine import VOCAB, alone, drawn, finish, greedy, make, prompt, sampled
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PLACES = ("push", "flush", "stop string", "on_change", "settings")
@@ -97,8 +97,8 @@ HEALTHY = [
 
 
 @cache
-def alone() -> list[list[int]]:
-    engine = make(max_batch_size=1, share_prefixes=False)
+def undisturbed() -> list[list[int]]:
+    engine = alone()
     return [drawn(engine, Request(*each))[0] for each in HEALTHY]
 
 
@@ -137,7 +137,7 @@ def test_an_error_ends_its_own_request_alone(faults, order, steps) -> None:
                 assert engine.cancel(request.id) == was_there
             assert request.finish_reason
     finish_all(engine)
-    assert [request.token_ids for request in healthy] == alone()
+    assert [request.token_ids for request in healthy] == undisturbed()
     for fault, request, _ in broken:
         assert request.finish_reason in ("length", "cancelled", "error")
         if request.finish_reason == "error":
@@ -151,7 +151,7 @@ def test_an_error_ends_its_own_request_alone(faults, order, steps) -> None:
 
 @cache
 def shared_engine() -> Engine:
-    return make(num_pages=8, prefill_budget=40)
+    return make(prefill_budget=40)
 
 
 def finish_all(engine: Engine) -> None:
@@ -162,7 +162,7 @@ def finish_all(engine: Engine) -> None:
             engine.step()
     assert not engine.has_work and not engine.num_running and not engine.num_waiting
     engine.pages.check()
-    assert engine.pages.num_available == 8
+    assert engine.pages.num_available == engine.pages.num_pages
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -191,7 +191,7 @@ def test_what_a_request_with_bad_settings_leaves_in_the_cache_is_right() -> None
     again = Request([*text, *prompt(5, seed=6)], greedy(8))
     (tokens,) = drawn(engine, again)
     assert again.num_cached == 149
-    single = make(max_batch_size=1, share_prefixes=False)
+    single = alone()
     assert [tokens] == drawn(single, Request(again.prompt, again.params))
 
 

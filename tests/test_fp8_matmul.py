@@ -7,6 +7,7 @@ from llama_jax.model.fp8 import dequantize, quantize, quantize_per_token
 from pallas_kernels import e4m3
 from pallas_kernels.fp8_matmul import fp8_matmul, xla
 from pallas_kernels.fp8_matmul.xla import block_rows
+from tests.pairs import every_pair
 
 TWO_BLOCKS_AND_A_TAIL = 2 * block_rows(300) + 136
 
@@ -27,11 +28,13 @@ def exact(x, codes, scale):
     return np.asarray(x, np.float64) @ w.T
 
 
-@pytest.mark.parametrize("stored_as", ["float8", "bits"])
-@pytest.mark.parametrize("layout", ["row", "block"])
-@pytest.mark.parametrize("m", [1, 7, 129])
-@pytest.mark.parametrize("n", [1, 80, TWO_BLOCKS_AND_A_TAIL])
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize(
+    ("implementation", "n", "m", "layout", "stored_as"),
+    every_pair(
+        ("reference", "xla"), (1, 80, TWO_BLOCKS_AND_A_TAIL), (1, 7, 129), ("row", "block"),
+        ("float8", "bits"),
+    ),
+)  # fmt: skip
 def test_against_float64(implementation, n, m, layout, stored_as):
     x, codes, scale = operands(m, n, 300, layout)
     weight = e4m3.as_bits(codes) if stored_as == "bits" else codes
@@ -50,9 +53,14 @@ def test_bfloat16_codes(implementation, layout):
     np.testing.assert_allclose(y, exact(x, codes, scale), atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, e4m3.DTYPE], ids=str)
-@pytest.mark.parametrize("n", [1, 80, TWO_BLOCKS_AND_A_TAIL])
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize(
+    ("implementation", "n", "dtype"),
+    every_pair(
+        ("reference", "xla"), (1, 80, TWO_BLOCKS_AND_A_TAIL),
+        (jnp.float32, jnp.bfloat16, e4m3.DTYPE),
+    ),
+    ids=str,
+)  # fmt: skip
 def test_groups_of_columns_with_row_scales_of_their_own(implementation, n, dtype):
     """Each group is a product of its own; nothing is rounded on the way."""
     x, codes, _ = operands(17, n, 320)

@@ -34,7 +34,7 @@ def simulated(x, weights, scales, config, **options):
 @pytest.mark.parametrize(
     ("m", "ns", "k", "kind", "config"),
     [
-        (1, (128,), 512, ROW, Config(splits=2, stages=2)),
+        pytest.param(1, (128,), 512, ROW, Config(splits=2, stages=2), marks=pytest.mark.slow),
         (7, (192, 32), 512, BLOCK, Config(splits=2, stages=3)),
         pytest.param(64, (160,), 384, ROW, Config(splits=2, stages=2), marks=pytest.mark.slow),
         (64, (96, 128, 64), 256, ROW, Config(splits=1, stages=2, cluster=2)),
@@ -46,7 +46,9 @@ def simulated(x, weights, scales, config, **options):
             Config(splits=2, stages=2, cluster=2),
             marks=pytest.mark.slow,
         ),
-        (1, (128,), 512, ROW, Config(splits=2, stages=2, in_fp8=True)),
+        pytest.param(
+            1, (128,), 512, ROW, Config(splits=2, stages=2, in_fp8=True), marks=pytest.mark.slow
+        ),
         (9, (192, 32), 384, BLOCK, Config(splits=2, stages=3, in_fp8=True)),
         pytest.param(
             33,

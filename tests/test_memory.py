@@ -39,6 +39,7 @@ from llama_jax.model.kv_cache import PAGE_SIZE, bytes_per_token, init_cache
 from llama_jax.model.params import abstract_params
 from llama_jax.model.spec import ModelSpec, Params
 from pallas_kernels import e4m3
+from tests.pairs import every_pair
 
 CONFIG_8B = PRESETS["llama-3.1-8b"]
 BF16 = jnp.dtype(jnp.bfloat16)
@@ -109,9 +110,9 @@ def test_the_memory_of_a_device_that_is_not_here_can_be_planned_for() -> None:
     assert plan_memory(spec, 8, 4096, BF16, 512, limit=80 * 2**30).limit == 80 * 2**30
 
 
-@pytest.mark.parametrize("batch", [1, 5])
-@pytest.mark.parametrize("length", [300, 4096])
-@pytest.mark.parametrize("gigabytes", [17.5, 20, 24])
+@pytest.mark.parametrize(
+    ("batch", "length", "gigabytes"), every_pair((1, 5), (300, 4096), (17.5, 20, 24))
+)
 def test_capacity_is_where_the_plan_stops_fitting(
     batch: int, length: int, gigabytes: float
 ) -> None:

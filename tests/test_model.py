@@ -4,6 +4,8 @@ Independent references are in test_parity.py; here: every way through the cache 
 Tolerance 2e-5 where only the order of float32 sums differs (logits are of order 0.1 to 5).
 """
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,8 +33,16 @@ def params():
     return jax.tree.map(lambda a: a * 6 if a.ndim == 2 else a, init_params(SPEC))
 
 
+@cache
+def forward(spec):
+    return jax.jit(Llama(spec).apply)
+
+
 def without_cache(spec, params, ids):
-    return np.asarray(jax.jit(Llama(spec).apply)({"params": params}, ids))
+    """Padded below and behind, which changes no token before: one program serves most tests."""
+    rows, length = ids.shape
+    padded = np.pad(ids, ((0, 4 - rows), (0, -length % 64)))
+    return np.asarray(forward(spec)({"params": params}, padded))[:rows, :length]
 
 
 def test_prefill_is_the_forward_pass(params):
@@ -44,7 +54,7 @@ def test_prefill_is_the_forward_pass(params):
     np.testing.assert_array_equal(cache.lengths, [20, 20])
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 16, 64])
+@pytest.mark.parametrize("chunk", [1, 7, pytest.param(16, marks=pytest.mark.slow), 64])
 def test_chunks_equal_one_piece(params, chunk):
     ids = tokens(1, 100)
     cache = init_cache(CONFIG, 1, 128, "float32")

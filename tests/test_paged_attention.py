@@ -6,6 +6,7 @@ import pytest
 from pallas_kernels import e4m3
 from pallas_kernels.paged_attention import paged_attention as unjitted
 from pallas_kernels.rope_and_cache.xla import write_pages
+from tests.pairs import every_pair
 
 paged_attention = jax.jit(unjitted, static_argnames="implementation")
 
@@ -49,14 +50,15 @@ def exact(q, k_pages, v_pages, table, starts, lengths, k_scale=1.0, v_scale=1.0)
     return out
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("heads", [(4, 4), (8, 2), (8, 1)])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
 @pytest.mark.parametrize(
-    ("tokens", "lengths", "pages"),
-    [(1, [600, 1, 16], 40), (5, [5, 16, 300], 20)],
-)
-def test_against_float64(implementation, heads, dtype, tokens, lengths, pages):
+    ("implementation", "heads", "dtype", "rows"),
+    every_pair(
+        ("reference", "xla"), ((4, 4), (8, 2), (8, 1)), (jnp.float32, jnp.bfloat16, jnp.int8),
+        ((1, [600, 1, 16], 40), (5, [5, 16, 300], 20)),
+    ),
+)  # fmt: skip
+def test_against_float64(implementation, heads, dtype, rows):
+    tokens, lengths, pages = rows
     arrays = case(len(lengths), tokens, *heads, lengths, pages, dtype)
     y = paged_attention(*arrays, implementation=implementation)
     np.testing.assert_allclose(y, exact(*arrays), atol=2e-6)

@@ -38,7 +38,8 @@ from llama_jax.sampling_params import SamplingParams
 from llama_jax.engine.scheduling import EngineOptions
 from tests.tiny import config, fp8_spec
 spec = fp8_spec(config=config(num_layers=1))
-engine = Engine(init_params(spec), spec, EngineOptions(1, 64, prefill_chunk=16), "float32")
+options = EngineOptions(1, 64, prefill_chunk=4, prefill_budget=4)  # few programs
+engine = Engine(init_params(spec), spec, options, "float32")
 kinds = sys.argv[1:]
 engine.warmup(kinds)
 sampling = SamplingParams(max_new_tokens=6, temperature=0.7, seed=3, logprobs=2)

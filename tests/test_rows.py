@@ -57,12 +57,12 @@ def decoding(batch_size: int) -> Engine:
 
 
 def test_the_work_before_a_launch_is_the_same_for_any_number_of_rows() -> None:
-    few, many = (instructions_of_a_round(decoding(size)) for size in (4, 32))
+    few, many = (instructions_of_a_round(decoding(size)) for size in (3, 32))
     assert few["_decode"] > 50 and few["launch"] > 5  # it is counted
     grown = {name for name in many if many[name] > few[name]}
     assert grown <= HANDS_OVER
     more = sum(many.values()) - sum(few.values())
-    assert more < 28 * 300  # for each row, 28 more than before
+    assert more < 29 * 300  # for each row, 29 more than before
 
 
 def test_rows_come_and_go() -> None:

@@ -55,7 +55,7 @@ for directory, split in zip(sys.argv[1:], (make_mesh(4), make_mesh(2, data=2)), 
 
 def run_with_devices(count: int, script: str, *arguments: Path) -> None:
     """Run Python source in a process of its own, which sees `count` CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={count}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}"
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments],
         cwd=Path(__file__).parents[1],

@@ -119,7 +119,7 @@ def cases() -> list[Case]:
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_batch_size": 16},
+        {},
         pytest.param({"num_pages": 5, "max_batch_size": 6}, marks=pytest.mark.slow),
         pytest.param({"lookahead": 2}, marks=pytest.mark.slow),
     ],

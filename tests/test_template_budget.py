@@ -4,6 +4,7 @@ import gc
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from time import thread_time
@@ -143,11 +144,19 @@ HOSTILE = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def what_other_tests_have_left_is_not_looked_through() -> Iterator[None]:
+    """By the garbage collector, in the seconds that a template may take."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_template_is_stopped(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # The slow test below takes the time that there is.
     monkeypatch.setattr(template_budget, "MAX_SECONDS", 0.15)
-    gc.collect()  # or else all that other tests have left may be looked through meanwhile
     before = thread_time()
     with pytest.raises(ChatTemplateError, match=r"^the chat template"):
         render_template(HOSTILE[name], {"messages": MESSAGES, "tools": None})
