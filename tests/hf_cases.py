@@ -5,8 +5,11 @@ transformers on `CASES` and stores them; `test_parity.py` compares with the stor
 transformers itself where the extra `parity` is installed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,12 +107,18 @@ def hf_names(params: dict, prefix: str = "") -> dict[str, np.ndarray]:
     return flat
 
 
+@cache
+def apply(spec: ModelSpec, method: str) -> Callable[..., Any]:
+    """Compiled once for the cases of one configuration."""
+    return jax.jit(partial(Llama(spec).apply, method=method))
+
+
 def our_logits(case: Case, chunk: int) -> np.ndarray:
     """Logits of the kept positions through the cache, `chunk` tokens at a time."""
     spec, params = case_spec(case), case_params(case)
     ids = case_tokens(case)
     cache = init_cache(case.config, 1, case.length, "float32")
-    extend = jax.jit(lambda *a: Llama(spec).apply({"params": params}, *a, method="extend"))
+    extend, unembed = (partial(apply(spec, m), {"params": params}) for m in ("extend", "unembed"))
     hidden = []
     for start in range(0, case.length, chunk):
         part = ids[:, start : start + chunk]
@@ -119,7 +128,7 @@ def our_logits(case: Case, chunk: int) -> np.ndarray:
         states, cache = extend(padded, positions, cache, jnp.arange(1), jnp.array([size]))
         hidden.append(states[:, :size])
     kept = jnp.concatenate(hidden, axis=1)[:, -case.kept :]
-    return np.asarray(Llama(spec).apply({"params": params}, kept, method="unembed"))[0]
+    return np.asarray(unembed(kept))[0]
 
 
 def transformers_logits(case: Case, ids: np.ndarray | None = None) -> np.ndarray:

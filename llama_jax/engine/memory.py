@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import jax
@@ -147,9 +148,6 @@ def plan_memory(
     if limit is None:
         limit = device_memory_bytes(mesh.devices.flat[0] if mesh else None)
 
-    def weights(spec: ModelSpec) -> int:
-        return _bytes_per_device(abstract_params(spec), param_shardings(spec))
-
     def kv_cache(spec: ModelSpec) -> int:
         dtype = jnp.dtype(kv_dtype)
         cache = jax.eval_shape(
@@ -160,7 +158,7 @@ def plan_memory(
     specs = [spec, speculation.draft] if speculation.draft else [spec]
     guesses = max_batch_size * (speculation.lookahead or MAX_FORCED)
     return MemoryPlan(
-        weights=sum(map(weights, specs)),
+        weights=sum(map(_weights, specs)),
         kv_cache=sum(map(kv_cache, specs)),
         workspace=_workspace(spec, max_batch_size, min(prefill_chunk, max_seq_len), guesses),
         limit=limit,
@@ -170,6 +168,12 @@ def plan_memory(
         devices=mesh.size if mesh else 1,
         num_pages=num_pages,
     )
+
+
+@lru_cache(maxsize=8)  # a plan is made for many sizes of the cache of one model
+def _weights(spec: ModelSpec) -> int:
+    """Bytes of the parameters on each device."""
+    return _bytes_per_device(abstract_params(spec), param_shardings(spec))
 
 
 def fitting_pages(plan: Callable[[int], MemoryPlan], least: int, most: int) -> int:
