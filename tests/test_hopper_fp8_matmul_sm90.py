@@ -16,7 +16,7 @@ from pallas_kernels.fp8_matmul import (
     fp8_matmul,
     hopper,
     hopper_config,
-    hopper_weight_only,
+    hopper_weight_only_config,
     swiglu,
 )
 from pallas_kernels.fp8_matmul.limits import MAX_WEIGHT_ONLY_ROWS
@@ -168,7 +168,7 @@ def test_an_mlp_reads_its_weights_in_place(m, passes):
     codes, scales = m * inner, m * inner // 128 * 4
     bound = codes + 2 * scales
     if m <= MAX_WEIGHT_ONLY_ROWS:  # float32: parts of both products along K, their sum
-        splits = hopper_weight_only.configure(m, (inner, inner), hidden).splits
+        splits = hopper_weight_only_config.configure(m, (inner, inner), hidden).splits
         bound += (splits * 2 + 1) * m * inner * 4
     assert compiled.memory_analysis().temp_size_in_bytes < 1.1 * bound
     for shape in ((inner, hidden), (hidden, inner)):

@@ -12,7 +12,7 @@ from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.model.spec import ModelSpec
 from pallas_kernels import e4m3
 from pallas_kernels.dev import sm90
-from pallas_kernels.fp8_matmul import hopper, hopper_weight_only
+from pallas_kernels.fp8_matmul import hopper, hopper_weight_only, hopper_weight_only_config
 from pallas_kernels.paged_attention import hopper as attention
 from tests import tiny
 from tests.hopper import lower
@@ -59,7 +59,7 @@ def of_weight_only(m, n, k, **scales):
     _, weight, scale, _ = arrays(m, n, k, **scales)
     x = jax.ShapeDtypeStruct((m, k), BF16)
     assert hopper_weight_only.refusal(x, weight, scale, BF16) is None
-    config = replace(hopper_weight_only.configure(m, (n, n), k), in_fp8=m % 2 == 1)
+    config = replace(hopper_weight_only_config.configure(m, (n, n), k), in_fp8=m % 2 == 1)
     run = partial(hopper_weight_only.fp8_matmuls, out_dtype=BF16, config=config)
     return lambda x, w, s: run(x, (w, w), (s, s)), (x, weight, scale)
 

@@ -7,8 +7,13 @@ import pytest
 
 from pallas_kernels import e4m3
 from pallas_kernels.dev import shapes
-from pallas_kernels.fp8_matmul import hopper_weight_only, weight_only_cases
-from pallas_kernels.fp8_matmul.hopper_weight_only import Config
+from pallas_kernels.fp8_matmul import (
+    hopper_weight_only,
+    hopper_weight_only_config,
+    hopper_weight_only_loop,
+    weight_only_cases,
+)
+from pallas_kernels.fp8_matmul.hopper_weight_only_config import Config
 from pallas_kernels.fp8_matmul.reference import expand_scale
 from pallas_kernels.fp8_matmul.terms import two_terms
 from tests.hopper import simulate
@@ -72,7 +77,7 @@ def simulated(x, weights, scales, config, **options):
 )
 def test_small_integers_are_exact(m, ns, k, kind, config, monkeypatch):
     """With fewer multiprocessors than tiles, so that the ring goes on from one to the next."""
-    monkeypatch.setattr(hopper_weight_only, "multiprocessors", lambda: 2)
+    monkeypatch.setattr(hopper_weight_only_loop, "multiprocessors", lambda: 2)
     rng = np.random.default_rng(m)
     x = jnp.asarray(rng.integers(-8, 9, (m, k)), BF16)
     weights = [jnp.asarray(rng.integers(-8, 9, (n, k)), e4m3.DTYPE) for n in ns]
@@ -185,12 +190,12 @@ def test_every_configuration_fits_and_splits_can_be_the_same_for_any_batch(
     linear, is_batch_invariant
 ):
     configs = {
-        m: hopper_weight_only.configure(m, ns_of(linear), linear.k, is_batch_invariant)
+        m: hopper_weight_only_config.configure(m, ns_of(linear), linear.k, is_batch_invariant)
         for m in range(1, 65)
     }
     assert not is_batch_invariant or len({config.splits for config in configs.values()}) == 1
     for m, config in configs.items():
-        assert hopper_weight_only.unfit(config, m, linear.k) is None
+        assert hopper_weight_only_config.unfit(config, m, linear.k) is None
         assert config.stages >= 4
 
 
@@ -202,7 +207,7 @@ def test_many_rows_take_fewer_splits():
         ((14_336, 14_336), 4096, 4, 1),
         ((4096,), 14_336, 4, 4),
     ):
-        splits = [hopper_weight_only.configure(m, ns, k).splits for m in (1, 64)]
+        splits = [hopper_weight_only_config.configure(m, ns, k).splits for m in (1, 64)]
         assert splits == [at_1, at_64]
 
 
@@ -228,13 +233,15 @@ def test_tuned_splits_serve_as_many_rows_and_every_invariant_batch(monkeypatch):
         "n=4096+1024+1024 k=4096 m<=16": {"splits": 5},
         "n=4096 k=14336 m<=64": {"splits": 7, "stages": 9, "cluster": 1, "in_fp8": True},
     }
-    monkeypatch.setattr(hopper_weight_only.tuned, "find", lambda kernel, name: table.get(name))
+    monkeypatch.setattr(
+        hopper_weight_only_config.tuned, "find", lambda kernel, name: table.get(name)
+    )
     for m in (1, 9, 16, 17, 64):
-        assert hopper_weight_only.configure(m, (4096, 1024, 1024), 4096, True).splits == 5
+        assert hopper_weight_only_config.configure(m, (4096, 1024, 1024), 4096, True).splits == 5
     for m, splits in ((8, 8), (9, 5), (16, 5), (17, 2)):
-        assert hopper_weight_only.configure(m, (4096, 1024, 1024), 4096).splits == splits
+        assert hopper_weight_only_config.configure(m, (4096, 1024, 1024), 4096).splits == splits
     for m, in_fp8 in ((32, False), (33, True), (64, True)):
-        assert hopper_weight_only.configure(m, (4096,), 14_336).in_fp8 == in_fp8
+        assert hopper_weight_only_config.configure(m, (4096,), 14_336).in_fp8 == in_fp8
 
 
 @pytest.mark.parametrize(
@@ -251,7 +258,7 @@ def test_tuned_splits_serve_as_many_rows_and_every_invariant_batch(monkeypatch):
 def test_few_multiprocessors_are_idle(ns, k):
     """Of an 8B's launches, the busiest thread block reads at most 6 % more than the mean."""
     tiles, steps = sum(-(-n // 128) for n in ns), k // 128
-    splits = hopper_weight_only.configure(1, ns, k).splits
+    splits = hopper_weight_only_config.configure(1, ns, k).splits
     busiest = -(-tiles * splits // 132) * -(-steps // splits)
     assert busiest <= 1.06 * tiles * steps / 132
 
@@ -291,7 +298,7 @@ def test_the_tuner_tries_the_heuristics_choice_and_what_is_near_it():
     few = {case.name: case for case in weight_only_cases.cases((1, 16, 128))}
     assert not any("m=128" in name for name in few)
     case = few["8B TP1 o_proj 4096x4096 m=16 row weight-only"]
-    assert hopper_weight_only.configure(16, (4096,), 4096) in case.configs
+    assert hopper_weight_only_config.configure(16, (4096,), 4096) in case.configs
     assert case.bytes == 4096 * 4096 + 4 * 4096 + 2 * 2 * 16 * 4096
     assert case.operations == 2 * 16 * 4096 * 4096
     assert case.problem == "n=4096 k=4096 m<=16"

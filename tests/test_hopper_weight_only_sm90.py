@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels import e4m3
 from pallas_kernels.dev import sm90
 from pallas_kernels.dev.shapes import launches
-from pallas_kernels.fp8_matmul import hopper_weight_only
+from pallas_kernels.fp8_matmul import hopper_weight_only, hopper_weight_only_config
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 
 pytestmark = [
@@ -32,7 +32,7 @@ def weights(ns, k, kind):
 
 def compile_and_check(m, ns, k, kind, *, in_fp8=False):
     x = jax.ShapeDtypeStruct((m, k), BF16)
-    config = replace(hopper_weight_only.configure(m, ns, k), in_fp8=in_fp8)
+    config = replace(hopper_weight_only_config.configure(m, ns, k), in_fp8=in_fp8)
     (kernel,) = sm90.kernels(
         lambda *a: hopper_weight_only.fp8_matmuls(*a, BF16, config=config), x, *weights(ns, k, kind)
     )
@@ -116,7 +116,7 @@ def test_adding_up_takes_no_launch_of_its_own(m):
     assert text.count('custom_call_target="mosaic_gpu') == 2
     launched = re.findall(r"= \S+ (?:fusion|copy|convert|add)\(", text[text.index("ENTRY") :])
     assert len(launched) == 2
-    splits = [hopper_weight_only.configure(m, ns, k).splits for ns, k in (
+    splits = [hopper_weight_only_config.configure(m, ns, k).splits for ns, k in (
         ((inner, inner), hidden), ((hidden,), inner))]  # fmt: skip
     parts = 4 * m * (splits[0] * 2 * inner + splits[1] * hidden)
     assert compiled.memory_analysis().temp_size_in_bytes <= parts + 2 * m * inner + 4096

@@ -19,6 +19,7 @@ from pallas_kernels.fp8_matmul import (
     cases,
     hopper_config,
     hopper_weight_only,
+    hopper_weight_only_config,
     weight_only_cases,
 )
 from pallas_kernels.fp8_matmul.hopper_config import Config
@@ -307,7 +308,7 @@ def test_x_in_terms_is_tuned_apart_from_bfloat16_x(table, monkeypatch):
     launch = Launch("tiny", (160, 32), 384)
     makes = weight_only_cases.matmuls, weight_only_cases.in_terms
     cases = [make(launch, 9, "row") for make in makes]
-    configure = partial(hopper_weight_only.configure, 9, launch.ns, launch.k)
+    configure = partial(hopper_weight_only_config.configure, 9, launch.ns, launch.k)
     fastest = {cases[0].name: 3, cases[1].name: 2}
 
     def tuned_to(case):
@@ -326,7 +327,7 @@ def test_x_in_terms_is_tuned_apart_from_bfloat16_x(table, monkeypatch):
 def test_a_table_that_does_not_tell_terms_from_bfloat16_is_read_for_both(table):
     entry = {"config": {"splits": 3, "in_fp8": True}}
     tuned.write("NVIDIA H200", "fp8_matmul_weight_only", "n=160+32 k=384 m<=16", entry)
-    configure = partial(hopper_weight_only.configure, 9, (160, 32), 384)
+    configure = partial(hopper_weight_only_config.configure, 9, (160, 32), 384)
     with jax.sharding.use_abstract_mesh(sm90.H200):
         assert configure() == configure(in_terms=True)
         assert configure().splits == 3

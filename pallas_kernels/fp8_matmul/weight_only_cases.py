@@ -18,10 +18,12 @@ from pallas_kernels.fp8_matmul import (
     reference,
     xla,
 )
-from pallas_kernels.fp8_matmul.hopper_weight_only import (
+from pallas_kernels.fp8_matmul.hopper_weight_only_config import (
+    NAME,
     Config,
     configure,
     heuristic_cost,
+    tuned_as,
     typical_rows,
 )
 from pallas_kernels.fp8_matmul.limits import MAX_WEIGHT_ONLY_ROWS
@@ -82,8 +84,8 @@ def matmuls(launch: Launch, m: int, layout: Layout) -> Case:
 
     structs = jax.tree.leaves(jax.eval_shape(arguments, jax.random.key(0)))
     return Case(
-        kernel=hopper_weight_only.NAME,
-        problem=hopper_weight_only.tuned_as(ns, k, typical_rows(m)),
+        kernel=NAME,
+        problem=tuned_as(ns, k, typical_rows(m)),
         name=f"{launch} m={m} {layout} weight-only",
         operations=2 * m * sum(ns) * k,
         bytes=sum(each.size * each.dtype.itemsize for each in structs)
@@ -117,7 +119,7 @@ def in_terms(launch: Launch, m: int, layout: Layout) -> Case:
 
     return replace(
         case,
-        problem=hopper_weight_only.tuned_as(launch.ns, launch.k, typical_rows(m), in_terms=True),
+        problem=tuned_as(launch.ns, launch.k, typical_rows(m), in_terms=True),
         name=f"{case.name} in terms",
         arguments=arguments,
         run=partial(hopper_weight_only.parts, m=m),

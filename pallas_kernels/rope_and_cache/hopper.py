@@ -199,100 +199,30 @@ def _launch(
 ) -> tuple[Array, Array, Array]:
     """q [batch * tokens, num_heads, head_dim], and the pages."""
     rows, half = operands.cos.shape
-    num_pages, page_size, num_kv_heads, head_dim = k_pages.shape
+    num_kv_heads, head_dim = k_pages.shape[2:]
     num_heads = operands.parts.q.shape[2]
-    group, heads = num_heads // num_kv_heads, config.heads
-    layout, shape = tile_layout(heads, half), (heads, half)
+    kernel = _Kernel(tokens, config.heads, half, num_heads // num_kv_heads, is_q_scaled)
     tiles = [
         _Tile(kind, first)
         for kind, count in (("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads))
-        for first in range(0, count, heads)
+        for first in range(0, count, config.heads)
     ]
-    halves = pl.ds(0, half), pl.ds(half, half)
 
-    def load(ref: Any, *place: Any) -> _Halves:
-        return _Halves(
-            *(plgpu.load(ref.at[*place, each], layout=layout, optimized=False) for each in halves)
-        )
-
-    def per_head(ref: Any, first: Any, heads_of_each: int) -> Array:
-        """What a tile's heads are scaled by: a number, or [heads, half]."""
-        if ref.shape[0] == 1:
-            return ref[0]
-        index = lax.div(first, heads_of_each)
-        found = ref[index]
-        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
-        for i in range(1, pl.cdiv(heads, heads_of_each)):
-            found = jnp.where(lax.div(row, heads_of_each) >= i, ref[index + i], found)
-        return found
-
-    def body(refs: _Operands, k_ref: Any, v_ref: Any, q_ref: Any) -> None:
-        row = lax.axis_index("row")
-        sequence = lax.div(row, tokens)
-        position = refs.starts[sequence] + lax.rem(row, tokens)
-        column = lax.min(lax.div(position, page_size), refs.page_table.shape[1] - 1)
-
-        def summed(tile: _Tile) -> _Halves:
-            some = pl.ds(tile.first, heads)
-            part_refs = getattr(refs.parts, tile.kind)
-            found = [load(part_refs, part, row, some) for part in range(part_refs.shape[0])]
-            a, b = (functools.reduce(jnp.add, [each.astype(jnp.float32) for each in side])
-                    for side in zip(*found, strict=True))  # fmt: skip
-            if refs.weight_scales is not None:
-                scale = load(getattr(refs.weight_scales, tile.kind), some)
-                a, b = a * scale.a, b * scale.b
-            return _Halves(a, b)
-
-        def rotated(x: _Halves) -> _Halves:
-            cos, sin = (
-                lax.broadcast_in_dim(
-                    plgpu.load(ref.at[row], layout=layout.reduce(0), optimized=False), shape, (1,)
-                )
-                for ref in (refs.cos, refs.sin)
-            )
-            return _Halves(x.a * cos - x.b * sin, x.b * cos + x.a * sin)
-
-        def store(ref: Any, place: tuple[Any, ...], x: _Halves) -> None:
-            for each, half_of_head in zip(x, halves, strict=True):
-                ref[*place, half_of_head] = each.astype(ref.dtype)
-
-        def cache(ref: Any, scale_ref: Any, first: Any, x: _Halves) -> None:
-            page = refs.page_table[sequence, column]
-
-            @pl.when((position < refs.lengths[sequence]) & (page < num_pages))
-            def _() -> None:
-                place = page, lax.rem(position, page_size), pl.ds(first, heads)
-                if ref.dtype != e4m3.DTYPE:
-                    store(ref, place, x)
-                    return
-                scale = per_head(scale_ref, first, 1)
-                store(ref, place, _Halves(*(_saturated(each / scale) for each in x)))
-
-        def finish(tile: _Tile, x: _Halves) -> None:
-            if tile.kind == "v":
-                cache(v_ref, refs.v_scale, tile.first, x)
-            elif tile.kind == "k":
-                cache(k_ref, refs.k_scale, tile.first, rotated(x))
-            else:
-                x = rotated(x)
-                if is_q_scaled:
-                    scale = per_head(refs.k_scale, tile.first, group)
-                    x = _Halves(x.a * scale, x.b * scale)
-                store(q_ref, (row, pl.ds(tile.first, heads)), x)
-
+    def body(gmem: _Operands, k_gmem: Any, v_gmem: Any, q_gmem: Any) -> None:
+        row = _Row(kernel, gmem, q_gmem, k_gmem, v_gmem, lax.axis_index("row"))
         if config.is_by_token:
             for some in itertools.batched(tiles, TILES_AT_ONCE):
-                for tile, x in [(tile, summed(tile)) for tile in some]:
-                    finish(tile, x)
+                for tile, x in [(tile, row.total(tile)) for tile in some]:
+                    row.finish(tile, x)
             return
         index = lax.axis_index("tile")
         for kind in Projections._fields:
             here = [i for i, tile in enumerate(tiles) if tile.kind == kind]
 
             @pl.when((here[0] <= index) & (index <= here[-1]))
-            def _(kind: str = kind, first: int = here[0]) -> None:
-                tile = _Tile(kind, (index - first) * heads)
-                finish(tile, summed(tile))
+            def of_kind(kind: str = kind, first: int = here[0]) -> None:
+                tile = _Tile(kind, (index - first) * config.heads)
+                row.finish(tile, row.total(tile))
 
     k_ref, v_ref = jax.new_ref(k_pages), jax.new_ref(v_pages)
     q = pl.kernel(
@@ -306,6 +236,129 @@ def _launch(
         name=NAME,
     )(operands, k_ref, v_ref)  # fmt: skip
     return q, jax.freeze(k_ref), jax.freeze(v_ref)
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """What is static about a launch.
+
+    tokens: new ones of each sequence; heads, half: of a tile [heads, half], which is half of each
+    head; group: heads of q for each of k; is_q_scaled: whether q takes the scales of k's heads.
+    """
+
+    tokens: int
+    heads: int
+    half: int
+    group: int
+    is_q_scaled: bool
+
+    @property
+    def layout(self) -> Any:
+        return tile_layout(self.heads, self.half)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.heads, self.half
+
+    @property
+    def halves(self) -> tuple[Any, Any]:
+        """Where both halves of a head are."""
+        return pl.ds(0, self.half), pl.ds(self.half, self.half)
+
+    def load(self, ref: Any, *place: Any) -> _Halves:
+        """Load a tile of both halves."""
+        return _Halves(
+            *(
+                plgpu.load(ref.at[*place, each], layout=self.layout, optimized=False)
+                for each in self.halves
+            )
+        )
+
+    def per_head(self, ref: Any, first: Any, heads_of_each: int) -> Array:
+        """Return what a tile's heads are scaled by: a number, or [heads, half]."""
+        if ref.shape[0] == 1:
+            return ref[0]
+        index = lax.div(first, heads_of_each)
+        found = ref[index]
+        row = plgpu.broadcasted_iota(jnp.int32, self.shape, 0, layout=self.layout)
+        for i in range(1, pl.cdiv(self.heads, heads_of_each)):
+            found = jnp.where(lax.div(row, heads_of_each) >= i, ref[index + i], found)
+        return found
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One token's part of a thread block's work: what is read, and where results go."""
+
+    kernel: _Kernel
+    gmem: _Operands
+    q_gmem: Any
+    k_gmem: Any
+    v_gmem: Any
+    row: Array
+
+    def total(self, tile: _Tile) -> _Halves:
+        """Add up a tile's parts, in their order, and scale them."""
+        heads = pl.ds(tile.first, self.kernel.heads)
+        parts_gmem = getattr(self.gmem.parts, tile.kind)
+        found = [
+            self.kernel.load(parts_gmem, part, self.row, heads)
+            for part in range(parts_gmem.shape[0])
+        ]
+        a, b = (
+            functools.reduce(jnp.add, [each.astype(jnp.float32) for each in side])
+            for side in zip(*found, strict=True)
+        )
+        if self.gmem.weight_scales is not None:
+            scale = self.kernel.load(getattr(self.gmem.weight_scales, tile.kind), heads)
+            a, b = a * scale.a, b * scale.b
+        return _Halves(a, b)
+
+    def finish(self, tile: _Tile, x: _Halves) -> None:
+        """Rotate a tile of q or k, and store it, or one of v."""
+        if tile.kind == "v":
+            self._cache(self.v_gmem, self.gmem.v_scale, tile.first, x)
+        elif tile.kind == "k":
+            self._cache(self.k_gmem, self.gmem.k_scale, tile.first, self._rotated(x))
+        else:
+            x = self._rotated(x)
+            if self.kernel.is_q_scaled:
+                scale = self.kernel.per_head(self.gmem.k_scale, tile.first, self.kernel.group)
+                x = _Halves(x.a * scale, x.b * scale)
+            self._store(self.q_gmem, (self.row, pl.ds(tile.first, self.kernel.heads)), x)
+
+    def _rotated(self, x: _Halves) -> _Halves:
+        cos, sin = (
+            lax.broadcast_in_dim(
+                plgpu.load(ref.at[self.row], layout=self.kernel.layout.reduce(0), optimized=False),
+                self.kernel.shape,
+                (1,),
+            )
+            for ref in (self.gmem.cos, self.gmem.sin)
+        )
+        return _Halves(x.a * cos - x.b * sin, x.b * cos + x.a * sin)
+
+    def _cache(self, pages_gmem: Any, scale_gmem: Any, first: Any, x: _Halves) -> None:
+        """Store a tile of keys or values in the token's page, if it has one."""
+        num_pages, page_size = pages_gmem.shape[:2]
+        sequence = lax.div(self.row, self.kernel.tokens)
+        position = self.gmem.starts[sequence] + lax.rem(self.row, self.kernel.tokens)
+        table = self.gmem.page_table
+        page = table[sequence, lax.min(lax.div(position, page_size), table.shape[1] - 1)]
+
+        @pl.when((position < self.gmem.lengths[sequence]) & (page < num_pages))
+        def store() -> None:
+            place = page, lax.rem(position, page_size), pl.ds(first, self.kernel.heads)
+            if pages_gmem.dtype != e4m3.DTYPE:
+                self._store(pages_gmem, place, x)
+                return
+            scale = self.kernel.per_head(scale_gmem, first, 1)
+            codes = _Halves(*(_saturated(each / scale) for each in x))
+            self._store(pages_gmem, place, codes)
+
+    def _store(self, ref: Any, place: tuple[Any, ...], x: _Halves) -> None:
+        for each, half_of_head in zip(x, self.kernel.halves, strict=True):
+            ref[*place, half_of_head] = each.astype(ref.dtype)
 
 
 def _saturated(x: Array) -> Array:

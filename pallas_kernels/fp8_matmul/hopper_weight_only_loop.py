@@ -1,0 +1,304 @@
+"""The inside of the weight-only FP8 matmul on Hopper: what is loaded, and how it is added up.
+
+The loader streams tiles of the weight and the columns of x that belong to them through the ring.
+Each of the two compute warpgroups multiplies 64 rows of the weight with x, in one of two ways:
+
+- `_accumulate` leaves the sums of all steps in the tensor cores' accumulator.
+- `_promote` adds each step's sums of 128 products in float32 registers, scaled where scales are per
+  block, and where the units of x's terms change along K.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.device import multiprocessors
+from pallas_kernels.fp8_matmul.hopper_ring import Ring
+from pallas_kernels.fp8_matmul.hopper_weight_only_config import (
+    TILE_K,
+    TILE_N,
+    WARPGROUP_ROWS,
+    Config,
+    rows_in_boxes,
+)
+from pallas_kernels.fp8_matmul.terms import TERM_RATIO
+
+MATRIX = plgpu.Layout.WGMMA
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is static about a launch.
+
+    A unit of work is one of `config.splits` parts of the sums of one tile; clusters take units in
+    turn, with a tile for each of their thread blocks. Tiles are counted over all weights; where
+    they end, what a cluster has too many reads zeros and stores nothing. m: up to 8, or a multiple.
+    groups: of columns that have a unit each, where x is in terms.
+    """
+
+    m: int
+    ns: tuple[int, ...]
+    k: int
+    config: Config
+    groups: int = 1
+
+    @property
+    def rows(self) -> int:
+        return rows_in_boxes(self.m, self.config.cluster)
+
+    @property
+    def x_rows(self) -> int:
+        """That are multiplied: x, or its two terms."""
+        return self.rows * (2 if self.config.in_fp8 else 1)
+
+    @property
+    def steps(self) -> int:
+        return self.k // TILE_K
+
+    @property
+    def bounds(self) -> list[tuple[int, int]]:
+        """The first tile of each weight, and the next one's."""
+        cluster = self.config.cluster
+        ends = list(itertools.accumulate(pl.cdiv(n, TILE_N * cluster) * cluster for n in self.ns))
+        return list(zip([0, *ends], ends, strict=False))
+
+    @property
+    def units(self) -> int:
+        """For a whole cluster."""
+        return self.bounds[-1][1] // self.config.cluster * self.config.splits
+
+    @property
+    def clusters(self) -> int:
+        return min(self.units, multiprocessors() // self.config.cluster)
+
+
+class Operands(NamedTuple):
+    """Arrays outside of the kernel, references within. x: [m, k], or in terms [2 rows, k], with
+    units [groups, rows] and perhaps mean_squares [parts, rows]; weights: each [n, k];
+    block_scales: each [n / 128, k / 128], or none at all if scales are per row."""
+
+    x: Any
+    units: Any
+    mean_squares: Any
+    weights: tuple[Any, ...]
+    block_scales: tuple[Any, ...]
+
+
+class StepTiles(NamedTuple):
+    """The tiles of a step, references to shared memory; the first dimension is the ring's slot.
+
+    x: [stages, x_rows, 128]; weight: [stages, 128, 128].
+    """
+
+    x: Any
+    weight: Any
+
+
+class Part(NamedTuple):
+    """A thread block's part of a unit: a tile, the split, its first step along K and the one that
+    is not its any more; position: how many steps the block has done before."""
+
+    tile: Array
+    split: Array
+    first: Array
+    end: Array
+    position: Array
+
+
+def load_part(problem: Problem, gmem: Operands, ring: Ring, part: Part) -> None:
+    """Copy the operands of a part's steps into the ring: the loader's work."""
+    shared = shared_axes(problem.config)
+
+    def load_steps(weight_gmem: Any, tile: Array) -> None:
+        @pl.loop(part.first, part.end)
+        def load_step(step: Array) -> None:
+            slot = ring.acquire(part.position + step - part.first)
+            filled = ring.filled.at[slot]
+            columns = pl.ds(step * TILE_K, TILE_K)
+            plgpu.copy_gmem_to_smem(
+                weight_gmem.at[pl.ds(tile * TILE_N, TILE_N), columns],
+                ring.smem.weight.at[slot],
+                filled,
+            )
+            plgpu.copy_gmem_to_smem(
+                gmem.x.at[pl.ds(0, problem.x_rows), columns],
+                ring.smem.x.at[slot],
+                filled,
+                collective_axes=shared,
+            )
+
+    for_weight_of(problem, part.tile, gmem.weights, load_steps)
+
+
+def sums(
+    problem: Problem, gmem: Operands, ring: Ring, upcast_smem: Any, warpgroup: Array, part: Part
+) -> Array:
+    """Multiply a compute warpgroup's rows of a part's tile with x, and add up along the part's K.
+
+    upcast_smem: where the simulator puts what wgmma takes from registers; None elsewhere.
+    Returns float32 [64, rows], scaled but for scales per row of the weight.
+    """
+    loop = _Mainloop(problem, gmem, ring, upcast_smem, warpgroup, part)
+    promote = gmem.block_scales or problem.config.in_fp8
+    return loop._promote() if promote else loop._accumulate()
+
+
+@dataclass(frozen=True)
+class _Mainloop:
+    """The loop's surroundings; see `sums` for what they are."""
+
+    problem: Problem
+    gmem: Operands
+    ring: Ring
+    upcast_smem: Any
+    warpgroup: Array
+    part: Part
+
+    @property
+    def accumulator(self) -> Any:
+        return plgpu.ACC((WARPGROUP_ROWS, self.problem.x_rows), jnp.float32)
+
+    def _accumulate(self) -> Array:
+        def add_steps(acc: Any) -> Array:
+            @pl.loop(self.part.first, self.part.end)
+            def add_step(step: Array) -> None:
+                slot = self._await_step(step)
+                self._multiply(acc, slot)
+                plgpu.wgmma_wait(0)
+                self.ring.release(slot)
+
+            return acc[...]
+
+        return pl.run_scoped(add_steps, self.accumulator)
+
+    def _promote(self) -> Array:
+        problem, part, rows = self.problem, self.part, self.problem.rows
+
+        def add(step: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+            total, (scale, units) = carry
+            # Asked for now, they are there when the next step wants them.
+            following = self._factors_at(step + 1)
+            slot = self._await_step(step)
+            y = pl.run_scoped(functools.partial(self._product, slot), self.accumulator)
+            self.ring.release(slot)
+            return total + _scaled(_scaled(y, units), scale), following
+
+        # What it needs, asked for now, is there after the last step.
+        rms = self._inverse_rms()
+        zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, rows), jnp.float32), MATRIX)
+        first = zeros, self._factors_at(part.first)
+        total, _ = lax.fori_loop(part.first, part.end, add, first)
+        if problem.config.in_fp8 and problem.groups == 1:
+            total = _scaled(total, self._units_at(part.first))
+        return _scaled(total, rms)
+
+    def _await_step(self, step: Array) -> Array:
+        """Wait for the operands of a step. Returns their slot."""
+        return self.ring.wait(self.part.position + step - self.part.first)
+
+    def _multiply(self, acc: Any, slot: Array) -> None:
+        """Start adding a step's products to an accumulator."""
+        x = self.ring.smem.x.at[slot].transpose((1, 0))
+        weight_smem = self.ring.smem.weight.at[
+            slot, pl.ds(self.warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        ]
+        if self.problem.config.in_fp8:
+            plgpu.wgmma(acc, weight_smem, x)
+            return
+        codes = plgpu.load(weight_smem, layout=MATRIX)
+        # Exact; there is no instruction from float8 to bfloat16.
+        weight = codes.astype(jnp.float32).astype(jnp.bfloat16)
+        if self.upcast_smem is not None:  # The simulator's wgmma takes nothing from registers.
+            self.upcast_smem[self.warpgroup] = weight
+            plgpu.commit_smem()
+            weight = self.upcast_smem.at[self.warpgroup]
+        plgpu.wgmma(acc, weight, x)
+
+    def _product(self, slot: Array, acc: Any) -> Array:
+        """Return the sums of one step, float32 [64, rows], of both terms if x is in terms."""
+        self._multiply(acc, slot)
+        y, rows = acc[...], self.problem.rows
+        return y[:, :rows] + y[:, rows:] * (1 / TERM_RATIO) if self.problem.config.in_fp8 else y
+
+    def _factors_at(self, step: Array) -> tuple[Array | None, Array | None]:
+        """Return what a step's sums are multiplied by: a block's scale, and its columns' units."""
+        has_units = self.problem.groups > 1
+        return self._scale_at(step), self._units_at(step) if has_units else None
+
+    def _scale_at(self, step: Array) -> Array | None:
+        """Return the scale of the tile's block at a step; the last step's beyond it."""
+        if not self.gmem.block_scales:
+            return None
+        step, tile = lax.min(step, self.problem.steps - 1), self.part.tile
+        found = jnp.float32(0)
+        for (first, end), scales in zip(self.problem.bounds, self.gmem.block_scales, strict=True):
+            here = scales[lax.clamp(0, tile - first, scales.shape[0] - 1), step]
+            found = jnp.where((first <= tile) & (tile < end), here, found)
+        return found
+
+    def _units_at(self, step: Array) -> Array:
+        """Return the units of a step's columns of x."""
+        steps_per_group = self.problem.steps // self.problem.groups
+        group = lax.div(lax.min(step, self.problem.steps - 1), steps_per_group)
+        return self._per_row(self.gmem.units, group)
+
+    def _inverse_rms(self) -> Array | None:
+        """Return what rows of x are still to be multiplied by; None for nothing."""
+        if (parts_gmem := self.gmem.mean_squares) is None:
+            return None
+        each = [self._per_row(parts_gmem, i) for i in range(parts_gmem.shape[0])]
+        return lax.rsqrt(functools.reduce(jnp.add, each))
+
+    def _per_row(self, ref: Any, i: Array | int) -> Array:
+        """Load numbers for the rows of x, as the accumulator's columns lie in registers."""
+        place = ref.at[i, pl.ds(0, self.problem.rows)]
+        return plgpu.load(place, layout=MATRIX.reduce(0), optimized=False)
+
+
+def _scaled(y: Array, factor: Array | None) -> Array:
+    """Multiply by one number, by one for each column of y, or by None for 1."""
+    if factor is None:
+        return y
+    return y * (lax.broadcast_in_dim(factor, y.shape, (1,)) if factor.ndim else factor)
+
+
+def shared_axes(config: Config) -> tuple[str, ...]:
+    """Return the axes of the cluster whose blocks share the loads of x."""
+    return ("cluster",) if config.cluster > 1 else ()
+
+
+def for_each_part(problem: Problem, visit: Callable[[Part], None]) -> Array:
+    """Visit a thread block's parts in their order. Returns how many steps they are in all."""
+    config, cluster = problem.config, lax.axis_index("clusters")
+
+    def one(i: Array, position: Array) -> Array:
+        unit = i * problem.clusters + cluster
+        tile, split = lax.div(unit, config.splits), lax.rem(unit, config.splits)
+        if config.cluster > 1:
+            tile = tile * config.cluster + lax.axis_index("cluster")
+        first = lax.div(split * problem.steps, config.splits)
+        end = lax.div((split + 1) * problem.steps, config.splits)
+        visit(Part(tile, split, first, end, position))
+        return position + end - first
+
+    visits = lax.div(problem.units - 1 - cluster, problem.clusters) + 1
+    return lax.fori_loop(0, visits, one, jnp.int32(0))
+
+
+def for_weight_of(
+    problem: Problem, tile: Array, each: Sequence[Any], use: Callable[[Any, Array], None]
+) -> None:
+    """Call use(what belongs to the weight of `tile`, out of `each`; which of its tiles that is)."""
+    for (first, end), one in zip(problem.bounds, each, strict=True):
+        here = functools.partial(use, one, tile - first)
+        if len(each) == 1:
+            here()
+        else:
+            pl.when((first <= tile) & (tile < end))(here)
