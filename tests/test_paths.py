@@ -72,6 +72,14 @@ def test_an_h200_takes_the_kernels() -> None:
         assert [call.path for call in attention] == kernels
         layers = [call for call in found[phase] if call.module.startswith("layers")]
         assert all(call.path != "xla" and call.why_not is None for call in layers)
+    few, many = (
+        next(call.choice for call in found[phase] if f"{mlp}down_proj" in call.matrices)
+        for phase in ("decode", "prefill")
+    )
+    assert few and few.kernel.name == "hopper_weight_only" and not few.refusals
+    assert few.kernel.fuses == ("several weights", "a residual", "its sums with the next launch")
+    assert many and many.kernel.name == "hopper_fp8" and "SwiGLU" in many.kernel.fuses
+    assert many.refusals == (("hopper_weight_only", "x must have 1 to 64 rows, got 128"),)
     (logits,) = of_module(found["decode"], "lm_head")  # in bfloat16, for which there is no kernel
     assert logits.path == "xla" and logits.operands == ("bf16[2,256]", "bf16[512,256]")
     assert logits.why_not is None
