@@ -17,10 +17,9 @@ the others go on. llama-cpp-python compiles llama.cpp for the machine where ther
 """
 
 import argparse
-import importlib
+import importlib.util
 import json
 import os
-import resource
 import select
 import shutil
 import statistics
@@ -100,7 +99,7 @@ TARGETS: Sequence[tuple[str, Sequence[str], float]] = (
     ("scoring, 512 tokens", (OPENVINO,), 0.9),
 )
 MOST_GIGABYTES = 1.8
-SECONDS_TO_ANSWER = 150.0
+SECONDS_TO_ANSWER = 90.0
 
 
 # --- A worker: one engine, asked on stdin, answering on what was stdout.
@@ -124,7 +123,8 @@ def work(name: str, directory: Path) -> None:
         else:
             seconds, logprobs = engine.score(prompt)
             answer |= {"rate": len(prompt) / seconds, "logprobs": logprobs.tolist()}
-        answer["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # Not getrusage's, which begins with that of the process that started this one.
+        answer["peak"] = _kilobytes(Path("/proc/self/status"), "VmHWM") * 1024
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -136,8 +136,8 @@ class Worker:
     def __init__(self, name: str, directory: Path) -> None:
         self.name, self.log = name, directory / f"{name}.log"
         peer = PEERS[name]
-        for module in peer.modules:
-            _check_module(module)
+        if missing := [each for each in peer.modules if not importlib.util.find_spec(each)]:
+            raise Failed(f"{', '.join(missing)} is not installed")
         if (free := _free_gigabytes()) < peer.gigabytes:
             raise Failed(f"it may take {peer.gigabytes} GB of memory, and {free:.1f} are free")
         if peer.write:
@@ -200,18 +200,15 @@ def _line(stream: IO[str], seconds: float) -> str:
     return stream.readline() if ready else ""
 
 
-def _check_module(name: str) -> None:
-    try:
-        importlib.import_module(name)
-    except ImportError as error:
-        raise Failed(f"{name} cannot be imported ({error})") from error
-
-
 def _free_gigabytes() -> float:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024 / 1e9
-    raise OSError("/proc/meminfo does not say how much memory is available")
+    return _kilobytes(Path("/proc/meminfo"), "MemAvailable") * 1024 / 1e9
+
+
+def _kilobytes(file: Path, name: str) -> int:
+    for line in file.read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    raise OSError(f"{file} does not say {name}")
 
 
 # --- All of them in turn.
@@ -272,12 +269,12 @@ def compare(engines: Sequence[str], directory: Path, deadline: float) -> Found:
 
 
 def _reader() -> Callable[[], float]:
-    """Bytes per second of reading 1 GB in huge pages."""
+    """Bytes per second of reading 512 MiB in huge pages, the best of three times."""
     from cpu_fp8_matmul import read
 
     from llama_jax.checkpoint.huge_pages import Room
 
-    memory = Room([1 << 30]).empty((1 << 30,), np.dtype(np.int8))
+    memory = Room([1 << 29]).empty((1 << 29,), np.dtype(np.int8))
     memory[:] = 1
     run = read(memory, cpu_peers.THREADS)
 
