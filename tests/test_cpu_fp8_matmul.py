@@ -121,8 +121,10 @@ def test_weights_in_bfloat16_without_scales(dtype, instructions, monkeypatch):
     x = jax.random.normal(keys[0], (20, 130)).astype(dtype)
     weight = jax.random.normal(keys[1], (75, 130)).astype(jnp.bfloat16)
     expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
-    for m in (1, 5, 20):
-        np.testing.assert_allclose(cpu.dense(x[:m], weight), expected[:m], atol=1e-4)
+    y = np.asarray(cpu.dense(x, weight))
+    np.testing.assert_allclose(y, expected, atol=1e-4)
+    for m in (1, 5, 8):  # a row depends neither on the others nor on how the weight is read
+        np.testing.assert_array_equal(cpu.dense(x[:m], weight), y[:m])
 
 
 def test_the_contract():
