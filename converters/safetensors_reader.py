@@ -8,6 +8,7 @@ package's numpy frontend does not know the FP8 types.
 import math
 import mmap
 import re
+import stat
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import numpy as np
 from msgspec import Struct
 
 from llama_jax.checkpoint.store import CheckpointError
-from llama_jax.json_file import MAX_BYTES, convert, is_there, parse, read_json
+from llama_jax.json_file import MAX_BYTES, convert, is_there, kind, parse, read_json
 
 DTYPES: Mapping[str, np.dtype] = MappingProxyType(
     {
@@ -193,7 +194,7 @@ def shard_path(directory: Path, name: str) -> Path:
     allowed = [directory, *(each.parent / "blobs" for each in snapshots)]
     try:
         target = path.resolve()
-        found = target.is_file()
+        mode = target.stat().st_mode if target.exists() else None
     except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
         raise CheckpointError(f"{path} cannot be opened: {error}") from error
     if not any(target.is_relative_to(root) for root in allowed):
@@ -201,8 +202,10 @@ def shard_path(directory: Path, name: str) -> Path:
             f"{path} is a link to {target}, outside the checkpoint. Copy the file, or link the "
             "whole directory."
         )
-    if not found:
+    if mode is None:
         raise CheckpointError(f"{path} is missing. Download the rest of the checkpoint.")
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path} is {kind(mode)}, expected a file")
     return path
 
 

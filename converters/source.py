@@ -190,7 +190,7 @@ def _read_meta(directory: Path) -> Source:
     model writes only one of them.
     """
     path = directory / META_CONFIG
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path} is missing. Download the rest of the checkpoint.")
     found = read_object(path)
     params = as_object(found, "model", str(path)) or found
@@ -243,7 +243,7 @@ def _generation(
 def _tokenizer_files(directory: Path) -> tuple[str, ...]:
     further = sorted((directory / TEMPLATE_DIRECTORY).glob("*.jinja"))
     return (
-        *(name for name in TOKENIZER_FILES if (directory / name).exists()),
+        *(name for name in TOKENIZER_FILES if json_file.is_there(directory / name)),
         *(f"{TEMPLATE_DIRECTORY}/{file.name}" for file in further),
     )
 

@@ -72,7 +72,7 @@ def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise CheckpointError(f"{path} is {_kind(status.st_mode)}, expected a file")
+                raise CheckpointError(f"{path} is {kind(status.st_mode)}, expected a file")
             if status.st_size > max_bytes:
                 raise CheckpointError(
                     f"{path} has {status.st_size} bytes; such a file has at most {max_bytes}"
@@ -211,7 +211,8 @@ def _explained(message: str, value: Any) -> str:
     return f"{name or 'its JSON'} is {shown_value}, expected {expected}"
 
 
-def _kind(mode: int) -> str:
+def kind(mode: int) -> str:
+    """What `st_mode` says that is no file."""
     if stat.S_ISDIR(mode):
         return "a directory"
     return "a FIFO" if stat.S_ISFIFO(mode) else "a device or socket"

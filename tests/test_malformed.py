@@ -228,7 +228,9 @@ def test_a_header_that_is_no_json_is_named(directory: Path, case: str) -> None:
     assert code == 2 and f"{directory}/model.safetensors" in message
 
 
-@pytest.mark.parametrize("name", [*FILES, "manifest.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "name", [*FILES, "manifest.json", "model.safetensors.index.json", "tokenizer.json"]
+)
 @pytest.mark.parametrize("kind", ["FIFO", "directory", "loop"])
 def test_what_is_no_file_is_named(directory: Path, name: str, kind: str) -> None:
     publish(directory, name, b"")
@@ -246,6 +248,7 @@ def test_what_is_no_file_is_named(directory: Path, name: str, kind: str) -> None
         code, message, seconds = run(*command)
         assert code == 2 and str(directory) in message and seconds < SECONDS, message
         assert message.count("\n") <= LINES, message
+        assert kind == "loop" or "is missing" not in message, message
     assert not directory.with_name("target").exists()
 
 
