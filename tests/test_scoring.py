@@ -266,7 +266,7 @@ def test_a_row_that_cannot_be_scored_says_why_and_the_rest_goes_on(llm, row, mes
         (lambda llm: llm.rank("a", ["b", ""]), "completion '' is empty"),
         (lambda llm: llm.perplexity(""), "no token to score"),
         (lambda llm: llm.perplexity([[5]]), "no token to score"),
-        (lambda llm: llm.perplexity([5, 512]), "token id 512"),
+        (lambda llm: llm.perplexity([5, 576]), "token id 576"),
         (lambda llm: llm.perplexity("a", window=129), "longer than max_seq_len, 128"),
         (lambda llm: llm.perplexity("a", window=1), "window must be at least 2"),
         (lambda llm: llm.perplexity("a", window=9, stride=9), r"stride must be in \[1, .* = 8\]"),
