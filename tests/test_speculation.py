@@ -1,6 +1,7 @@
 """Guessing ahead changes no token; it only saves launches where guesses stand."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -86,17 +87,21 @@ def test_a_repetitive_text_takes_fewer_launches() -> None:
     assert engine.stats().acceptance_rate > 0.6
 
 
-def test_stop_tokens_and_limits_end_inside_of_accepted_guesses(expected: list[list[int]]) -> None:
+@pytest.mark.parametrize("lookahead", [3, pytest.param(8, marks=pytest.mark.slow)])
+def test_stop_tokens_and_limits_end_inside_of_accepted_guesses(
+    expected: list[list[int]], lookahead: int
+) -> None:
+    engine = partial(with_draft, PARAMS, SPEC, lookahead=lookahead)
     whole = expected[1]
     at = next(i for i in range(2, 11) if whole[i] not in whole[:i])
     request = Request(prompt(31, seed=31), greedy(11), stop_ids=frozenset([whole[at]]))
-    assert drawn(with_draft(PARAMS, SPEC), request) == [whole[: at + 1]]
+    assert drawn(engine(), request) == [whole[: at + 1]]
     assert request.finish_reason == "stop"
     for count in (1, 2, 5, 9):
         request = Request(prompt(31, seed=31), greedy(count))
-        assert drawn(with_draft(PARAMS, SPEC), request) == [whole[:count]]
+        assert drawn(engine(), request) == [whole[:count]]
     full = Request(prompt(250), greedy(50))
-    assert drawn(with_draft(PARAMS, SPEC), full) == drawn(make(), Request(prompt(250), greedy(50)))
+    assert drawn(engine(), full) == drawn(make(), Request(prompt(250), greedy(50)))
 
 
 def test_logprobs_are_those_of_the_tokens() -> None:

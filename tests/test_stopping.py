@@ -120,10 +120,11 @@ def cases() -> list[Case]:
     "options",
     [
         {},
+        pytest.param({"max_batch_size": 16}, marks=pytest.mark.slow),
         pytest.param({"num_pages": 5, "max_batch_size": 6}, marks=pytest.mark.slow),
         pytest.param({"lookahead": 2}, marks=pytest.mark.slow),
     ],
-    ids=["plain", "preempted", "guessing"],
+    ids=["plain", "many-slots", "preempted", "guessing"],
 )
 def test_the_product_of_all_ways_to_stop(options: dict) -> None:
     # A draft that is the model itself: its guesses stand.
