@@ -11,12 +11,13 @@ import httpx2
 import openai
 import pydantic
 import pytest
+from uvicorn.loops.auto import auto_loop_factory
 
 from llama_jax import LLM, SamplingParams
 from llama_jax.abacus.tasks import CALCULATOR
 from llama_jax.engine import grammars
 from llama_jax.engine.compile_cache import CompileReport, forbid_compile
-from llama_jax.serve.bench import Load, measure
+from llama_jax.serve.bench import Load, Report, Timing, measure
 from llama_jax.serve.errors import invalid
 from llama_jax.serve.schemas import ChatRequest, CompletionRequest, ScoreRequest
 from tests.served import Served, serving
@@ -521,12 +522,17 @@ def test_metrics_have_vllms_names(server, client):
 
 
 def test_a_load_is_measured(server):
+    """On the event loop that `llama-jax bench-serve` runs on."""
     load = Load(requests=5, concurrency=3, prompt_tokens=8, reply_tokens=4)
-    found, timings = asyncio.run(measure(server.url, "abacus", 512, load))
+
+    def measured(url: str, model: str) -> tuple[Report, list[Timing]]:
+        return asyncio.run(measure(url, model, 512, load), loop_factory=auto_loop_factory())
+
+    found, timings = measured(server.url, "abacus")
     assert (found.failed, found.prompt_tokens, found.reply_tokens) == (0, 40, 20)
     assert all(0 < timing.first <= timing.total for timing in timings)
     for url, model, error in ((server.url, "other", "404: "), ("http://127.0.0.1:1", "x", "Error")):
-        found, _ = asyncio.run(measure(url, model, 512, load))
+        found, _ = measured(url, model)
         assert found.failed == 5 and error in found.first_error
 
 
