@@ -65,7 +65,7 @@ kernels() {
         cases+='|^8B TP1 heads.* (B=1 S=8192|B=32 S=1024|B=32 S=8192|B=128 S=8192) tokens=1 '
         # XLA's path beside one matmul of each kind, and cuDNN beside one prompt.
         run -m pallas_kernels.dev.bench --rows 1 16 64 65 128 2048 8192 --only "$cases" \
-            --rivals '(gate|down)_proj .* m=2048 row$|T=8192 bf16' \
+            --baselines '(gate|down)_proj .* m=2048 row$|T=8192 bf16' \
             --seconds $(($(left) - 10)) --json "$out/${name}_kernels.json"
     fi
 }
