@@ -63,8 +63,8 @@ def rotary_and_write(tokens: int, dtype: Any) -> Pass:
     pages = -(-tokens // PAGE_SIZE)
 
     def run(q: Array, k: Array, v: Array, k_pages: Array, v_pages: Array) -> Any:
-        starts, lengths = jnp.zeros(1, jnp.int32), jnp.full(1, tokens, jnp.int32)
-        where = jnp.arange(pages)[None], starts, lengths, jnp.float32(1)
+        cached_lens, kv_lens = jnp.zeros(1, jnp.int32), jnp.full(1, tokens, jnp.int32)
+        where = jnp.arange(pages)[None], cached_lens, kv_lens, jnp.float32(1)
         positions = jnp.arange(tokens)[None]
         q, k = (apply_rope(each, positions, frequencies) for each in (q, k))
         return q, write_pages(k_pages, k, *where), write_pages(v_pages, v, *where)

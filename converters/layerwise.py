@@ -239,10 +239,10 @@ def _layer(
     batch, length = x.shape[:2]
     stored = storage_dtype(kv_dtype, spec.dtype)
     cache = init_cache(spec.config, batch, length, stored, kv_scales)
-    starts, lengths = cache.lengths, jnp.full(batch, length)
+    cached_lens, kv_lens = cache.cached_lens, jnp.full(batch, length)
     pages = LayerCache(
         cache.k[0], cache.v[0], cache.k_scale[0], cache.v_scale[0],
-        cache.page_table, starts, lengths,
+        cache.page_table, cached_lens, kv_lens,
     )  # fmt: skip
     positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
     (y, pages), left = Llama(spec).apply(

@@ -19,7 +19,7 @@ from tests.hopper import simulate
 from tests.test_paged_attention import exact
 
 PAGE = 64
-SMALL_PREFILL = hopper_prefill.Config(keys=64, stages=2)
+SMALL_PREFILL = hopper_prefill.PrefillConfig(keys=64, stages=2)
 BF16, FP8 = jnp.bfloat16, e4m3.DTYPE
 HEAD_SHAPES = pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "dtype"),
@@ -79,7 +79,7 @@ def prefill(arrays, k_scale=1.0, v_scale=1.0, config=SMALL_PREFILL, in_fp8=None)
 
 def decode(arrays, k_scale=1.0, v_scale=1.0, splits=2, keys_per_split=None, keys=64, in_fp8=None):
     in_fp8 = arrays[1].dtype == FP8 if in_fp8 is None else in_fp8
-    config = hopper_decode.Config(splits, keys_per_split, 2, keys, in_fp8)
+    config = hopper_decode.DecodeConfig(splits, keys_per_split, 2, keys, in_fp8)
     return simulate(hopper_decode.paged_attention, *arrays, k_scale, v_scale, config=config)
 
 
@@ -97,7 +97,7 @@ def test_prefill_of_every_head_shape(heads, kv_heads, head_dim, dtype):
 )
 def test_prefill_in_tiles_of_several_blocks(dtype, keys, stages):
     arrays = case(4, 1, 70, [330, 0], [400, 70], dtype=dtype)
-    config = hopper_prefill.Config(keys, stages)
+    config = hopper_prefill.PrefillConfig(keys, stages)
     check(prefill(arrays, 0.5, 2.0, config=config), arrays, 0.5, 2.0)
 
 

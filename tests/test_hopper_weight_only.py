@@ -13,7 +13,7 @@ from pallas_kernels.fp8_matmul import (
     hopper_weight_only_loop,
     weight_only_cases,
 )
-from pallas_kernels.fp8_matmul.hopper_weight_only_config import Config
+from pallas_kernels.fp8_matmul.hopper_weight_only_config import WeightOnlyConfig
 from pallas_kernels.fp8_matmul.reference import expand_scale
 from pallas_kernels.fp8_matmul.terms import two_terms
 from tests.hopper import simulate
@@ -39,28 +39,37 @@ def simulated(x, weights, scales, config, **options):
 @pytest.mark.parametrize(
     ("m", "ns", "k", "kind", "config"),
     [
-        pytest.param(1, (128,), 512, ROW, Config(splits=2, stages=2), marks=pytest.mark.slow),
-        (7, (192, 32), 512, BLOCK, Config(splits=2, stages=3)),
-        pytest.param(64, (160,), 384, ROW, Config(splits=2, stages=2), marks=pytest.mark.slow),
-        (64, (96, 128, 64), 256, ROW, Config(splits=1, stages=2, cluster=2)),
+        pytest.param(
+            1, (128,), 512, ROW, WeightOnlyConfig(splits=2, stages=2), marks=pytest.mark.slow
+        ),
+        (7, (192, 32), 512, BLOCK, WeightOnlyConfig(splits=2, stages=3)),
+        pytest.param(
+            64, (160,), 384, ROW, WeightOnlyConfig(splits=2, stages=2), marks=pytest.mark.slow
+        ),
+        (64, (96, 128, 64), 256, ROW, WeightOnlyConfig(splits=1, stages=2, cluster=2)),
         pytest.param(
             33,
             (288, 128),
             384,
             BLOCK,
-            Config(splits=2, stages=2, cluster=2),
+            WeightOnlyConfig(splits=2, stages=2, cluster=2),
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            1, (128,), 512, ROW, Config(splits=2, stages=2, in_fp8=True), marks=pytest.mark.slow
+            1,
+            (128,),
+            512,
+            ROW,
+            WeightOnlyConfig(splits=2, stages=2, in_fp8=True),
+            marks=pytest.mark.slow,
         ),
-        (9, (192, 32), 384, BLOCK, Config(splits=2, stages=3, in_fp8=True)),
+        (9, (192, 32), 384, BLOCK, WeightOnlyConfig(splits=2, stages=3, in_fp8=True)),
         pytest.param(
             33,
             (288, 128),
             256,
             ROW,
-            Config(splits=1, stages=2, cluster=2, in_fp8=True),
+            WeightOnlyConfig(splits=1, stages=2, cluster=2, in_fp8=True),
             marks=pytest.mark.slow,
         ),
     ],
@@ -96,7 +105,7 @@ def test_every_code_times_any_bfloat16_is_exact(in_fp8):
     weight = jnp.asarray(np.tile(codes.reshape(4, 64), (8, 2)), e4m3.DTYPE)
     powers = 2.0 ** np.linspace(-100, 100, 64).round()
     x = jnp.asarray(np.concatenate([np.diag(powers), np.zeros((64, 64))], axis=1), BF16)
-    config = Config(splits=1, stages=2, in_fp8=in_fp8)
+    config = WeightOnlyConfig(splits=1, stages=2, in_fp8=in_fp8)
     (y,) = simulated(x, [weight], [jnp.ones(32)], config)
     np.testing.assert_array_equal(y, exact(x, weight, np.ones(32)))
 
@@ -131,7 +140,7 @@ def test_in_fp8_what_is_lost_of_x_does_not_show():
     x = jnp.asarray(rng.standard_normal((7, 512)) * np.exp(2 * rng.standard_normal((7, 512))), BF16)
     weight = e4m3.cast(jnp.asarray(rng.standard_normal((160, 512)) * 100, F32))
     scale = rng.uniform(0.5, 2, 160).astype(np.float32)
-    config = Config(splits=2, stages=2, in_fp8=True)
+    config = WeightOnlyConfig(splits=2, stages=2, in_fp8=True)
     (y,) = simulated(x, [weight], [jnp.asarray(scale)], config)
     expected = exact(x, weight, scale)
     assert np.linalg.norm(y - expected) < 1e-5 * np.linalg.norm(expected)
@@ -146,7 +155,7 @@ def test_extreme_scales(kind):
     x = jnp.asarray(rng.standard_normal((8, k)), BF16)
     weight = e4m3.cast(jnp.asarray(rng.standard_normal((n, k)) * 100, F32))
     scale = np.float32(10.0 ** rng.uniform(-30, 30, scale_shape(kind, n, k)))
-    (y,) = simulated(x, [weight], [jnp.asarray(scale)], Config(splits=2, stages=2))
+    (y,) = simulated(x, [weight], [jnp.asarray(scale)], WeightOnlyConfig(splits=2, stages=2))
     size = exact(np.abs(x), np.abs(np.asarray(weight, np.float32)), scale)
     assert np.isfinite(y).all()
     assert (np.abs(y - exact(x, weight, scale)) <= 1e-6 * size).all()
@@ -176,7 +185,7 @@ def test_a_row_is_bit_equal_alone_and_in_a_batch(kind):
         simulated(rows, [weight], [scale], None, is_batch_invariant=True) for rows in (x[-1:], x)
     )
     np.testing.assert_array_equal(together[-1:], alone)
-    (split,) = simulated(x[-1:], [weight], [scale], Config(splits=2, stages=2))
+    (split,) = simulated(x[-1:], [weight], [scale], WeightOnlyConfig(splits=2, stages=2))
     assert np.any(split != alone)  # another order gives other numbers
 
 
@@ -214,11 +223,11 @@ def test_many_rows_take_fewer_splits():
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (Config(splits=0, stages=4), "splits must be 1 to 3, got 0"),
-        (Config(splits=4, stages=4), "splits must be 1 to 3, got 4"),
-        (Config(splits=1, stages=1), "at least 2 stages are needed, got 1"),
-        (Config(splits=1, stages=4, cluster=3), "cluster must be 1 or 2, got 3"),
-        (Config(splits=1, stages=7), "bytes of shared memory, of 232448"),
+        (WeightOnlyConfig(splits=0, stages=4), "splits must be 1 to 3, got 0"),
+        (WeightOnlyConfig(splits=4, stages=4), "splits must be 1 to 3, got 4"),
+        (WeightOnlyConfig(splits=1, stages=1), "at least 2 stages are needed, got 1"),
+        (WeightOnlyConfig(splits=1, stages=4, cluster=3), "cluster must be 1 or 2, got 3"),
+        (WeightOnlyConfig(splits=1, stages=7), "bytes of shared memory, of 232448"),
     ],
     ids=str,
 )

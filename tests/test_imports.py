@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+from collections import Counter
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -142,6 +143,16 @@ def test_no_function_is_longer_than_a_screen_or_two():
         for function, lines in functions(path.read_text(encoding="utf-8")).items()
         if lines > MOST_LINES
     ]
+
+
+def test_no_two_classes_of_a_package_have_one_name():
+    found = Counter(
+        (path.parent, node.name)
+        for path in FILES.values()
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef)
+    )
+    assert len(found) > 100 and not [name for name, count in found.items() if count > 1]
 
 
 @pytest.mark.parametrize("beginning", ["llama_jax.text.", "llama_jax.engine.scheduler"])

@@ -358,10 +358,10 @@ def test_attention_takes_its_tuned_configurations(table):
     entry = {"config": {"splits": 7, "keys_per_split": None, "stages": 4}}
     tuned.write("NVIDIA H200", "paged_attention_decode", problem, entry)
     with jax.sharding.use_abstract_mesh(sm90.H200):
-        assert hopper_prefill.configure(32, pool) == hopper_prefill.Config(64, 3)
+        assert hopper_prefill.configure(32, pool) == hopper_prefill.PrefillConfig(64, 3)
         assert hopper_prefill.configure(8, pool) == hopper_prefill.heuristic(pool)
         decode = hopper_decode.configure(q, pool, 1088, False)
-        assert decode == hopper_decode.Config(7, None, 4)
+        assert decode == hopper_decode.DecodeConfig(7, None, 4)
         invariant = hopper_decode.configure(q, pool, 1088, True)
         assert invariant == hopper_decode.heuristic(q, pool, 1088, True)
 
@@ -369,19 +369,19 @@ def test_attention_takes_its_tuned_configurations(table):
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (hopper_prefill.Config(192, 2), "keys must be 64 or 128, got 192"),
-        (hopper_prefill.Config(128, 1), "at least 2 stages are needed, got 1"),
-        (hopper_prefill.Config(128, 4), "bytes of shared memory, of 232448"),
-        (hopper_decode.Config(0, None, 2), "splits must be 1 to 32, got 0"),
-        (hopper_decode.Config(2, 100, 2), "keys_per_split must be a multiple of 64, got 100"),
-        (hopper_decode.Config(2, 64, 2), "2 splits of 64 keys do not hold 192"),
-        (hopper_decode.Config(2, None, 1), "at least 2 stages are needed, got 1"),
-        (hopper_decode.Config(2, None, 8), "bytes of shared memory, of 232448"),
+        (hopper_prefill.PrefillConfig(192, 2), "keys must be 64 or 128, got 192"),
+        (hopper_prefill.PrefillConfig(128, 1), "at least 2 stages are needed, got 1"),
+        (hopper_prefill.PrefillConfig(128, 4), "bytes of shared memory, of 232448"),
+        (hopper_decode.DecodeConfig(0, None, 2), "splits must be 1 to 32, got 0"),
+        (hopper_decode.DecodeConfig(2, 100, 2), "keys_per_split must be a multiple of 64, got 100"),
+        (hopper_decode.DecodeConfig(2, 64, 2), "2 splits of 64 keys do not hold 192"),
+        (hopper_decode.DecodeConfig(2, None, 1), "at least 2 stages are needed, got 1"),
+        (hopper_decode.DecodeConfig(2, None, 8), "bytes of shared memory, of 232448"),
     ],
     ids=str,
 )
 def test_attention_refuses_configurations_that_cannot_work(config, reason):
-    if isinstance(config, hopper_prefill.Config):
+    if isinstance(config, hopper_prefill.PrefillConfig):
         case = attention_cases.prefill(HEADS, "bf16", 64)
     else:
         case = attention_cases.decode(HEADS, "bf16", [192], 1)

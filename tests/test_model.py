@@ -51,7 +51,7 @@ def test_prefill_is_the_forward_pass(params):
         params, init_cache(CONFIG, 2, 64, "float32"), ids, jnp.array([20, 20]), spec=SPEC
     )
     np.testing.assert_allclose(logits, without_cache(SPEC, params, ids)[:, -1], **CLOSE)
-    np.testing.assert_array_equal(cache.lengths, [20, 20])
+    np.testing.assert_array_equal(cache.cached_lens, [20, 20])
 
 
 @pytest.mark.parametrize("chunk", [1, 7, pytest.param(16, marks=pytest.mark.slow), 64])
@@ -96,7 +96,7 @@ def test_rows_can_be_filled_in_any_order_and_padded(params):
     rows = jnp.array([3, 1, 4, 4])
     padded = np.pad(ids, ((0, 2), (0, 0)))
     logits, cache = prefill(params, cache, padded, jnp.array([8, 5, 0, 0]), rows, spec=SPEC)
-    np.testing.assert_array_equal(cache.lengths, [0, 5, 0, 8])
+    np.testing.assert_array_equal(cache.cached_lens, [0, 5, 0, 8])
     expected = without_cache(SPEC, params, ids)
     np.testing.assert_allclose(logits[:2], [expected[0, 7], expected[1, 4]], **CLOSE)
 

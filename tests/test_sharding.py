@@ -133,7 +133,7 @@ def test_rules(tmp_path: Path) -> None:
         None,  # 2 kv heads, 4 devices
     )
     two = cache_shardings(spec.config, make_mesh(2, devices=devices))
-    assert two.k[0].spec == P(None, None, "model", None) and two.lengths.spec == P()
+    assert two.k[0].spec == P(None, None, "model", None) and two.cached_lens.spec == P()
 
 
 def test_without_a_mesh_everything_is_on_one_device(tmp_path: Path) -> None:

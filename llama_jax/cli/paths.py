@@ -10,7 +10,7 @@ from rich.table import Table
 from llama_jax.cli.output import key_value_table, print_json, runs, stderr, stdout
 
 if TYPE_CHECKING:
-    from llama_jax.engine.paths import Call, Program
+    from llama_jax.engine.paths import KernelCall, Program
     from llama_jax.engine.scheduling import EngineOptions
     from llama_jax.model.kv_cache import KVDtype
     from llama_jax.model.spec import ModelSpec
@@ -53,7 +53,7 @@ def show_paths(
         _print(program, calls)
 
 
-def _as_json(call: "Call") -> dict[str, Any]:
+def _as_json(call: "KernelCall") -> dict[str, Any]:
     choice = call.choice
     return {
         "module": call.module,
@@ -68,7 +68,7 @@ def _as_json(call: "Call") -> dict[str, Any]:
     }
 
 
-def _print(program: "Program", calls: Sequence["Call"]) -> None:
+def _print(program: "Program", calls: Sequence["KernelCall"]) -> None:
     """Print a table of calls. Those that differ only in the layer share a line, and reasons are
     listed below the table."""
     groups: dict[tuple[str, ...], list[int]] = {}
@@ -94,7 +94,7 @@ def _print(program: "Program", calls: Sequence["Call"]) -> None:
     stdout.print(_launches(calls), highlight=False)
 
 
-def _reasons(call: "Call") -> str:
+def _reasons(call: "KernelCall") -> str:
     """Say why XLA multiplies or, of a kernel, why those that were asked before it do not."""
     if call.why_not or not call.choice:
         return call.why_not or ""
@@ -104,18 +104,18 @@ def _reasons(call: "Call") -> str:
     return "; ".join(f"not {', '.join(each)}: {reason}" for reason, each in names.items())
 
 
-def _words(call: "Call") -> str:
+def _words(call: "KernelCall") -> str:
     """Name what the call is for: the matrices that it reads, or else its module."""
     names = [path.rpartition("/")[2] for path in call.matrices or (call.module,)]
     return ", ".join(names) or "outside of the model"
 
 
-def _layers(call: "Call") -> list[int]:
+def _layers(call: "KernelCall") -> list[int]:
     layer = call.module.partition("/")[0]
     return [int(layer.removeprefix("layers_"))] if layer.startswith("layers_") else []
 
 
-def _launches(calls: Sequence["Call"]) -> str:
+def _launches(calls: Sequence["KernelCall"]) -> str:
     layers = {layer for call in calls for layer in _layers(call)}
     counts = Counter(layer for call in calls if call.path != "xla" for layer in _layers(call))
     each = sorted({counts[layer] for layer in layers})

@@ -58,7 +58,7 @@ class Program:
 
 
 @dataclass(frozen=True)
-class Call:
+class KernelCall:
     """A kernel's launch, or neighbouring products of one module that are left to XLA.
 
     module: where it stands, "layers_0/self_attn"; "" outside of the model's modules.
@@ -113,7 +113,7 @@ def programs(
     )
 
 
-def calls(program: Program) -> list[Call]:
+def calls(program: Program) -> list[KernelCall]:
     """In the order of the program; a loop's body counts once, and both branches of a condition."""
     traced = jax.jit(program.function).trace(*program.arguments)
     leaves = jax.tree_util.tree_leaves_with_path(program.arguments)
@@ -132,7 +132,7 @@ def calls(program: Program) -> list[Call]:
     return [replace(call, cost=_cost(call, stored)) for call in _merged(found)]
 
 
-def _cost(call: Call, stored: Mapping[str, jnp.dtype]) -> str:
+def _cost(call: KernelCall, stored: Mapping[str, jnp.dtype]) -> str:
     """stored: the dtypes of the matrices."""
     if call.choice and call.path in call.choice.kernel.launches:
         return call.choice.kernel.launches[call.path]
@@ -149,7 +149,7 @@ def _walk(
     scopes: tuple[str, ...],
     platform: str,
     modules: set[str],
-) -> Iterator[Call]:
+) -> Iterator[KernelCall]:
     """reads: variables that hold matrices, or parts of them in any form, and whose."""
 
     def of(atom: Any) -> frozenset[str]:
@@ -160,7 +160,7 @@ def _walk(
         primitive = eqn.primitive.name
         if primitive in _KERNELS or primitive == "dot_general":
             is_kernel = primitive in _KERNELS
-            yield Call(
+            yield KernelCall(
                 _module(inner, modules),
                 tuple(dict.fromkeys(name for atom in eqn.invars for name in sorted(of(atom)))),
                 str(eqn.params.get("name") or eqn.params["target_name"]) if is_kernel else "xla",
@@ -199,7 +199,7 @@ def _module(scopes: tuple[str, ...], modules: set[str]) -> str:
     return path
 
 
-def _merged(found: Iterable[Call]) -> Iterator[Call]:
+def _merged(found: Iterable[KernelCall]) -> Iterator[KernelCall]:
     """Without XLA's further products of the same module and matrices."""
     previous = None
     for call in found:

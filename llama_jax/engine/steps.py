@@ -114,7 +114,7 @@ def admit(
     cache = copy_pages(state.cache, sources, targets)
     settings = full_rows(settings, state.sampling.counts.shape[1])
     return state.replace(
-        cache=cache.replace(lengths=cache.lengths.at[slots].set(cached_lens, mode="drop")),
+        cache=cache.replace(cached_lens=cache.cached_lens.at[slots].set(cached_lens, mode="drop")),
         sampling=jax.tree.map(
             lambda old, new: old.at[slots].set(new, mode="drop"), state.sampling, settings
         ),
@@ -400,14 +400,14 @@ def _feed(
     """Take the newest token of each slot that has any remaining, and the draft tokens after it,
     through the model: hidden states [batch, 1 + lookahead, d].
 
-    The cache holds them afterwards, but its lengths are as before.
+    The cache holds them afterwards, but its `cached_lens` are as before.
     """
     fed = jnp.concatenate([state.tokens[:, None], drafts], axis=1)
     num_new_tokens = jnp.where(state.remaining > 0, 1 + num_drafts, 0)
     hidden, cache = forward.extend(
         params, state.cache, fed, num_new_tokens, spec=spec, phase="decode"
     )
-    return state.replace(cache=cache.replace(lengths=state.cache.lengths)), hidden
+    return state.replace(cache=cache.replace(cached_lens=state.cache.cached_lens)), hidden
 
 
 def _draw(
@@ -453,7 +453,7 @@ def _draw(
         ),
     )  # fmt: skip
     state = state.replace(
-        cache=state.cache.replace(lengths=state.cache.lengths + jnp.sum(drew, axis=0)),
+        cache=state.cache.replace(cached_lens=state.cache.cached_lens + jnp.sum(drew, axis=0)),
         sampling=sampling,
         tokens=newest,
         remaining=remaining,
@@ -474,7 +474,7 @@ def _propose(
     looked up, only where there are none.
     """
     batch, lookahead = len(state.tokens), speculation.lookahead
-    slots, last = jnp.arange(batch), state.cache.lengths
+    slots, last = jnp.arange(batch), state.cache.cached_lens
     if speculation.draft:
         assert state.draft is not None and draft_params is not None
         draft, drafts = draft_tokens(
@@ -499,7 +499,7 @@ def _propose(
 
 def _follow(draft: KVCache, cache: KVCache) -> KVCache:
     """The draft model's cache, as far along as the model's."""
-    return draft.replace(page_table=cache.page_table, lengths=cache.lengths)
+    return draft.replace(page_table=cache.page_table, cached_lens=cache.cached_lens)
 
 
 @partial(kept_jit, static_argnames="spec", donate_argnames="state")

@@ -31,20 +31,20 @@ def prefill(
     params: Params,
     cache: KVCache,
     tokens: Array,
-    lengths: Array,
+    num_new_tokens: Array,
     rows: Array | None = None,
     *,
     spec: ModelSpec,
 ) -> tuple[Array, KVCache]:
     """Append a chunk of each prompt to the cache.
 
-    tokens: int32 [b, t]; lengths: int32 [b], how many of them are real (0 leaves a row alone);
+    tokens: int32 [b, t]; num_new_tokens: int32 [b], how many are real (0 leaves a row alone);
     rows: int32 [b], the cache rows they belong to, all in order when None. Long prompts go through
     in chunks: each call continues where the row stands. The cache is donated.
     Returns float32 logits [b, vocab] after each row's last real token, and the cache.
     """
-    hidden, cache = extend(params, cache, tokens, lengths, rows, spec=spec, phase="prefill")
-    return unembed(params, last_hidden(hidden, lengths), spec=spec), cache
+    hidden, cache = extend(params, cache, tokens, num_new_tokens, rows, spec=spec, phase="prefill")
+    return unembed(params, last_hidden(hidden, num_new_tokens), spec=spec), cache
 
 
 @partial(jax.jit, static_argnames="spec", donate_argnames="cache")
@@ -61,8 +61,10 @@ def decode(
     tokens: int32 [batch]; active: bool [batch], all when None. The cache is donated.
     Returns float32 logits [batch, vocab] and the cache.
     """
-    lengths = jnp.ones_like(tokens) if active is None else active.astype(jnp.int32)
-    hidden, cache = extend(params, cache, tokens[:, None], lengths, spec=spec, phase="decode")
+    num_new_tokens = jnp.ones_like(tokens) if active is None else active.astype(jnp.int32)
+    hidden, cache = extend(
+        params, cache, tokens[:, None], num_new_tokens, spec=spec, phase="decode"
+    )
     return unembed(params, hidden[:, 0], spec=spec), cache
 
 
@@ -70,7 +72,7 @@ def extend(
     params: Params,
     cache: KVCache,
     tokens: Array,
-    lengths: Array,
+    num_new_tokens: Array,
     rows: Array | None = None,
     *,
     spec: ModelSpec,
@@ -80,12 +82,12 @@ def extend(
     [b, t, d] of all of them, and the cache. phase: what "auto" activations depend on."""
     spec = replace(spec, activations=activations_in(phase, tokens.size, spec))
     rows = jnp.arange(tokens.shape[0]) if rows is None else rows
-    starts = jnp.take(cache.lengths, rows, mode="clip")
-    positions = starts[:, None] + jnp.arange(tokens.shape[1])
+    cached_lens = jnp.take(cache.cached_lens, rows, mode="clip")
+    positions = cached_lens[:, None] + jnp.arange(tokens.shape[1])
     spec, whole = _placed(spec), PartitionSpec()
     pages = spec.mesh and _specs(cache_shardings(spec.config, spec.mesh))
     extended: Any = _apply(
-        spec, "extend", params, (tokens, positions, cache, rows, lengths),
+        spec, "extend", params, (tokens, positions, cache, rows, num_new_tokens),
         in_specs=(whole, whole, pages, whole, whole), out_specs=(whole, pages),
     )  # fmt: skip
     return extended
@@ -105,9 +107,9 @@ def activations_in(phase: Phase, rows: int, spec: ModelSpec) -> Activations:
     return "dynamic" if in_fp8 else "bf16"
 
 
-def last_hidden(hidden: Array, lengths: Array) -> Array:
+def last_hidden(hidden: Array, num_new_tokens: Array) -> Array:
     """Pick the state of each row's last real token: [b, t, d] and int32 [b] to [b, d]."""
-    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    last = jnp.maximum(num_new_tokens - 1, 0)[:, None, None]
     return jnp.take_along_axis(hidden, last, axis=1)[:, 0]
 
 

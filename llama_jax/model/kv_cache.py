@@ -44,7 +44,7 @@ class KVCache(struct.PyTreeNode):
         [num_kv_heads] where each head has its own. They are an array per layer: from one array for
         all layers, each layer would copy its own scale out for its kernel, at every step.
     page_table: int32 [batch, pages_per_row].
-    lengths: int32 [batch], tokens stored per row.
+    cached_lens: int32 [batch], tokens stored per row.
     """
 
     k: tuple[Array, ...]
@@ -52,7 +52,7 @@ class KVCache(struct.PyTreeNode):
     k_scale: tuple[Array, ...]
     v_scale: tuple[Array, ...]
     page_table: Array
-    lengths: Array
+    cached_lens: Array
 
     @property
     def capacity(self) -> int:
@@ -89,7 +89,7 @@ def init_cache(
         k_scale=tuple(kv_scales[:, 0]),
         v_scale=tuple(kv_scales[:, 1]),
         page_table=table.astype(jnp.int32).reshape(batch_size, pages_per_row),
-        lengths=jnp.zeros(batch_size, jnp.int32),
+        cached_lens=jnp.zeros(batch_size, jnp.int32),
     )
 
 

@@ -41,7 +41,7 @@ from pallas_kernels.row_fusions import add_rms_norm, silu_and_mul
 class LayerCache(NamedTuple):
     """One layer's part of a `KVCache`, for the rows of this call.
 
-    starts: int32 [b], tokens stored before the call. lengths: int32 [b], those stored after it.
+    cached_lens, kv_lens: int32 [b], tokens stored before the call, and after it.
     """
 
     k: Array
@@ -49,8 +49,8 @@ class LayerCache(NamedTuple):
     k_scale: Array
     v_scale: Array
     page_table: Array
-    starts: Array
-    lengths: Array
+    cached_lens: Array
+    kv_lens: Array
 
 
 class Embedding(nn.Module):
@@ -167,7 +167,7 @@ class Attention(nn.Module):
         else:
             q, cache = _append(self.spec, projected, positions, cache)
             y = paged_attention(
-                q, cache.k, cache.v, cache.page_table, cache.starts, cache.lengths,
+                q, cache.k, cache.v, cache.page_table, cache.cached_lens, cache.kv_lens,
                 k_scale=1.0 if cache.k_scale.ndim else cache.k_scale,
                 v_scale=1.0 if cache.v_scale.ndim else cache.v_scale,
                 is_batch_invariant=self.spec.is_batch_invariant,
@@ -194,7 +194,7 @@ def _append(
     scales = [each.scale.reshape(-1, head_dim) for each in qkv if each.scale is not None]
     q, k, v = rope_and_cache(
         Projections(*sums), positions, rope_frequencies(spec.config),
-        cache.k, cache.v, cache.page_table, cache.starts, cache.lengths,
+        cache.k, cache.v, cache.page_table, cache.cached_lens, cache.kv_lens,
         weight_scales=Projections(*scales) if scales else None,
         k_scale=_of_own_heads(cache.k_scale, kv_heads),
         v_scale=_of_own_heads(cache.v_scale, kv_heads),
@@ -292,31 +292,32 @@ class Llama(nn.Module):
         return self.unembed(self.norm(added(x)))
 
     def extend(
-        self, tokens: Array, positions: Array, cache: KVCache, rows: Array, lengths: Array
+        self, tokens: Array, positions: Array, cache: KVCache, rows: Array, num_new_tokens: Array
     ) -> tuple[Array, KVCache]:
         """Append tokens to rows of the cache: the core of prefill and decode.
 
-        tokens: int [b, t], lengths[b] of them real. positions: int [b, t], for rotary embedding.
+        tokens: int [b, t], num_new_tokens[b] of them real. positions: int [b, t], for rotary
+        embedding.
         rows: int [b], which rows of the cache; an index past the end is padding, whose length must
         be 0.
         Returns the final hidden states [b, t, d], normed, and the cache.
         """
-        starts = jnp.take(cache.lengths, rows, mode="clip")
+        cached_lens = jnp.take(cache.cached_lens, rows, mode="clip")
         page_table = jnp.take(cache.page_table, rows, axis=0, mode="clip")
-        new_lengths = starts + lengths
+        kv_lens = cached_lens + num_new_tokens
         x: Array | Pending = self.embed_tokens(tokens)
         written: list[Any] = []
         for i, layer in enumerate(self.layers):
             pages = LayerCache(
                 cache.k[i], cache.v[i], cache.k_scale[i], cache.v_scale[i],
-                page_table, starts, new_lengths,
+                page_table, cached_lens, kv_lens,
             )  # fmt: skip
             x, pages_after = layer(x, positions, pages)
             written.append(pages_after)
         cache = cache.replace(
             k=tuple(pages.k for pages in written),
             v=tuple(pages.v for pages in written),
-            lengths=cache.lengths.at[rows].set(new_lengths, mode="drop"),
+            cached_lens=cache.cached_lens.at[rows].set(kv_lens, mode="drop"),
         )
         return self.norm(added(x)), cache
 

@@ -59,7 +59,7 @@ RECORDED_SECONDS = 0.03
 
 
 @dataclass(frozen=True)
-class Launch:
+class LaunchTiming:
     """A kernel or copy in a call.
 
     count: how often a call launches it. seconds: of all of these together.
@@ -79,7 +79,7 @@ class Timing:
     """
 
     seconds: float
-    launches: tuple[Launch, ...] = ()
+    launches: tuple[LaunchTiming, ...] = ()
 
     @property
     def kernel_seconds(self) -> float:
@@ -173,7 +173,7 @@ def timed(program: Callable[..., Any], inputs: Sequence[tuple[Array, ...]]) -> T
     events = device_trace.record(partial(calls, rounds))
     count = rounds * len(inputs)
     launches = [
-        Launch(each.name, each.count / count, each.median * each.count / count)
+        LaunchTiming(each.name, each.count / count, each.median * each.count / count)
         for each in device_trace.by_name(events)
     ]
     launches.sort(key=lambda launch: -launch.seconds)

@@ -37,11 +37,16 @@ from pallas_kernels.fp8_matmul.hopper_weight_only_config import (
     TILE_K,
     TILE_N,
     WARPGROUP_ROWS,
-    Config,
+    WeightOnlyConfig,
     configure,
     unfit,
 )
-from pallas_kernels.fp8_matmul.hopper_weight_only_loop import Operands, Part, Problem, StepTiles
+from pallas_kernels.fp8_matmul.hopper_weight_only_loop import (
+    Part,
+    WeightOnlyOperands,
+    WeightOnlyProblem,
+    WeightOnlyTiles,
+)
 from pallas_kernels.fp8_matmul.limits import MAX_WEIGHT_ONLY_ROWS
 from pallas_kernels.fp8_matmul.reference import is_per_block
 from pallas_kernels.fp8_matmul.terms import Parts, Terms, two_terms
@@ -61,7 +66,7 @@ def fp8_matmul(
     residual: Array | None = None,
     *,
     is_batch_invariant: bool = False,
-    config: Config | None = None,
+    config: WeightOnlyConfig | None = None,
     interpret: Any = None,
 ) -> Array:
     """As `pallas_kernels.fp8_matmul.fp8_matmul`, for what `refusal` does not refuse.
@@ -82,7 +87,7 @@ def fp8_matmuls(
     out_dtype: jnp.dtype,
     *,
     is_batch_invariant: bool = False,
-    config: Config | None = None,
+    config: WeightOnlyConfig | None = None,
     interpret: Any = None,
 ) -> tuple[Array, ...]:
     """`fp8_matmul` of one x and several weights [n_i, k], in one launch.
@@ -120,7 +125,7 @@ def parts(
     *,
     m: int | None = None,
     is_batch_invariant: bool = False,
-    config: Config | None = None,
+    config: WeightOnlyConfig | None = None,
     interpret: Any = None,
 ) -> list[Parts]:
     """The products of one x with several weights [n_i, k], not summed up, in one launch.
@@ -139,13 +144,13 @@ def parts(
     units = mean_squares = None
     if config.in_fp8:
         x, units, mean_squares = x if isinstance(x, Terms) else two_terms(x)
-        problem = Problem(m if m <= BOX_ROWS else len(x) // 2, ns, k, config, len(units))
+        problem = WeightOnlyProblem(m if m <= BOX_ROWS else len(x) // 2, ns, k, config, len(units))
     else:
         assert isinstance(x, Array)
         x = in_whole_boxes(x)
-        problem = Problem(x.shape[0], ns, k, config)
+        problem = WeightOnlyProblem(x.shape[0], ns, k, config)
     block_scales = tuple(weight_scales) if by_block else ()
-    operands = Operands(x, units, mean_squares, tuple(weights), block_scales)
+    operands = WeightOnlyOperands(x, units, mean_squares, tuple(weights), block_scales)
     sums = _launch(problem, operands, interpret)
     scales = [None] * len(ns) if by_block else weight_scales
     return [Parts(each[:, :m], scale) for each, scale in zip(sums, scales, strict=True)]
@@ -156,7 +161,7 @@ def _matmuls(
     weights: Sequence[Array],
     scales: Sequence[Array],
     is_batch_invariant: bool,
-    config: Config | None,
+    config: WeightOnlyConfig | None,
     interpret: Any,
 ) -> list[Array]:
     """float32 [m, n_i] for each weight."""
@@ -168,7 +173,9 @@ def _matmuls(
 
 
 @functools.partial(jax.jit, static_argnames=("problem", "interpret"))
-def _launch(problem: Problem, operands: Operands, interpret: Any) -> list[Array]:
+def _launch(
+    problem: WeightOnlyProblem, operands: WeightOnlyOperands, interpret: Any
+) -> list[Array]:
     """Multiply unit by unit.
 
     Returns sums over each split of K, float32 [splits, m, n_i]; scaled per block, but not per row.
@@ -176,7 +183,7 @@ def _launch(problem: Problem, operands: Operands, interpret: Any) -> list[Array]
     config, shared = problem.config, loop.shared_axes(problem.config)
 
     def kernel(
-        gmem: Operands, *outputs_gmem: Any, ring: Ring, staged_smem: Any, upcast_smem: Any
+        gmem: WeightOnlyOperands, *outputs_gmem: Any, ring: Ring, staged_smem: Any, upcast_smem: Any
     ) -> None:
         warpgroup = lax.axis_index("warpgroup")
 
@@ -212,11 +219,13 @@ def _launch(problem: Problem, operands: Operands, interpret: Any) -> list[Array]
     )(operands)
 
 
-def _scratch_types(problem: Problem, x_dtype: jnp.dtype, is_simulated: bool) -> dict[str, Any]:
+def _scratch_types(
+    problem: WeightOnlyProblem, x_dtype: jnp.dtype, is_simulated: bool
+) -> dict[str, Any]:
     """Return the shared memory: the ring, results on their way out, and, for the simulator, what
     wgmma takes from registers."""
     config, bfloat16 = problem.config, jnp.dtype(jnp.bfloat16)
-    tiles = StepTiles(
+    tiles = WeightOnlyTiles(
         x=smem_tile((config.stages, problem.x_rows, TILE_K), x_dtype),
         weight=smem_tile((config.stages, TILE_N, TILE_K), e4m3.DTYPE),
     )
@@ -231,7 +240,7 @@ def _scratch_types(problem: Problem, x_dtype: jnp.dtype, is_simulated: bool) -> 
 
 
 def _store(
-    problem: Problem,
+    problem: WeightOnlyProblem,
     y: Array,
     warpgroup: Array,
     part: Part,

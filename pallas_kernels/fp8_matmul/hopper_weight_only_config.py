@@ -23,7 +23,7 @@ BARRIERS_BYTES = 2048
 
 
 @dataclass(frozen=True)
-class Config:
+class WeightOnlyConfig:
     """How the work is cut up.
 
     splits: thread blocks that divide K among them.
@@ -45,7 +45,7 @@ def configure(
     is_batch_invariant: bool = False,
     *,
     in_terms: bool = False,
-) -> Config:
+) -> WeightOnlyConfig:
     """Return the tuned splits of the GPU in use, or else the heuristic's, and what follows from m.
 
     ns: rows of each weight.
@@ -63,7 +63,7 @@ def configure(
     rows = rows_in_boxes(m, cluster)
     free = SHARED_MEMORY_BYTES - BARRIERS_BYTES - _staged_bytes(rows)
     stages = min(MAX_STAGES, free // _stage_bytes(rows))
-    return Config(found["splits"], stages, cluster, found.get("in_fp8", False))
+    return WeightOnlyConfig(found["splits"], stages, cluster, found.get("in_fp8", False))
 
 
 def typical_rows(m: int) -> int:
@@ -95,7 +95,7 @@ def heuristic_cost(ns: Sequence[int], k: int, rows: int, splits: int) -> float:
     return busiest * blocks * TILE_N * TILE_K + splits * sum(ns) * rows * 2 * 4
 
 
-def unfit(config: Config, m: int, k: int) -> str | None:
+def unfit(config: WeightOnlyConfig, m: int, k: int) -> str | None:
     """Say why no kernel can be made of a configuration; None if one can."""
     steps, rows = k // TILE_K, rows_in_boxes(m, config.cluster)
     needed = config.stages * _stage_bytes(rows) + _staged_bytes(rows) + BARRIERS_BYTES

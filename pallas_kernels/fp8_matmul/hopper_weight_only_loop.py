@@ -25,7 +25,7 @@ from pallas_kernels.fp8_matmul.hopper_weight_only_config import (
     TILE_K,
     TILE_N,
     WARPGROUP_ROWS,
-    Config,
+    WeightOnlyConfig,
     rows_in_boxes,
 )
 from pallas_kernels.fp8_matmul.terms import TERM_RATIO
@@ -34,7 +34,7 @@ MATRIX = plgpu.Layout.WGMMA
 
 
 @dataclass(frozen=True)
-class Problem:
+class WeightOnlyProblem:
     """What is static about a launch.
 
     A unit of work is one of `config.splits` parts of the sums of one tile; clusters take units in
@@ -46,7 +46,7 @@ class Problem:
     m: int
     ns: tuple[int, ...]
     k: int
-    config: Config
+    config: WeightOnlyConfig
     groups: int = 1
 
     @property
@@ -79,7 +79,7 @@ class Problem:
         return min(self.units, multiprocessors() // self.config.cluster)
 
 
-class Operands(NamedTuple):
+class WeightOnlyOperands(NamedTuple):
     """Arrays outside of the kernel, references within. x: [m, k], or in terms [2 rows, k], with
     units [groups, rows] and perhaps mean_squares [parts, rows]; weights: each [n, k];
     block_scales: each [n / 128, k / 128], or none at all if scales are per row."""
@@ -91,7 +91,7 @@ class Operands(NamedTuple):
     block_scales: tuple[Any, ...]
 
 
-class StepTiles(NamedTuple):
+class WeightOnlyTiles(NamedTuple):
     """The tiles of a step, references to shared memory; the first dimension is the ring's slot.
 
     x: [stages, x_rows, 128]; weight: [stages, 128, 128].
@@ -112,7 +112,7 @@ class Part(NamedTuple):
     position: Array
 
 
-def load_part(problem: Problem, gmem: Operands, ring: Ring, part: Part) -> None:
+def load_part(problem: WeightOnlyProblem, gmem: WeightOnlyOperands, ring: Ring, part: Part) -> None:
     """Copy the operands of a part's steps into the ring: the loader's work."""
     shared = shared_axes(problem.config)
 
@@ -138,24 +138,29 @@ def load_part(problem: Problem, gmem: Operands, ring: Ring, part: Part) -> None:
 
 
 def sums(
-    problem: Problem, gmem: Operands, ring: Ring, upcast_smem: Any, warpgroup: Array, part: Part
+    problem: WeightOnlyProblem,
+    gmem: WeightOnlyOperands,
+    ring: Ring,
+    upcast_smem: Any,
+    warpgroup: Array,
+    part: Part,
 ) -> Array:
     """Multiply a compute warpgroup's rows of a part's tile with x, and add up along the part's K.
 
     upcast_smem: where the simulator puts what wgmma takes from registers; None elsewhere.
     Returns float32 [64, rows], scaled but for scales per row of the weight.
     """
-    loop = _Mainloop(problem, gmem, ring, upcast_smem, warpgroup, part)
+    loop = _WeightOnlyMainloop(problem, gmem, ring, upcast_smem, warpgroup, part)
     promote = gmem.block_scales or problem.config.in_fp8
     return loop._promote() if promote else loop._accumulate()
 
 
 @dataclass(frozen=True)
-class _Mainloop:
+class _WeightOnlyMainloop:
     """The loop's surroundings; see `sums` for what they are."""
 
-    problem: Problem
-    gmem: Operands
+    problem: WeightOnlyProblem
+    gmem: WeightOnlyOperands
     ring: Ring
     upcast_smem: Any
     warpgroup: Array
@@ -269,12 +274,12 @@ def _scaled(y: Array, factor: Array | None) -> Array:
     return y * (lax.broadcast_in_dim(factor, y.shape, (1,)) if factor.ndim else factor)
 
 
-def shared_axes(config: Config) -> tuple[str, ...]:
+def shared_axes(config: WeightOnlyConfig) -> tuple[str, ...]:
     """Return the axes of the cluster whose blocks share the loads of x."""
     return ("cluster",) if config.cluster > 1 else ()
 
 
-def for_each_part(problem: Problem, visit: Callable[[Part], None]) -> Array:
+def for_each_part(problem: WeightOnlyProblem, visit: Callable[[Part], None]) -> Array:
     """Visit a thread block's parts in their order. Returns how many steps they are in all."""
     config, cluster = problem.config, lax.axis_index("clusters")
 
@@ -293,7 +298,7 @@ def for_each_part(problem: Problem, visit: Callable[[Part], None]) -> Array:
 
 
 def for_weight_of(
-    problem: Problem, tile: Array, each: Sequence[Any], use: Callable[[Any, Array], None]
+    problem: WeightOnlyProblem, tile: Array, each: Sequence[Any], use: Callable[[Any, Array], None]
 ) -> None:
     """Call use(what belongs to the weight of `tile`, out of `each`; which of its tiles that is)."""
     for (first, end), one in zip(problem.bounds, each, strict=True):

@@ -20,7 +20,7 @@ from pallas_kernels.fp8_matmul import (
 )
 from pallas_kernels.fp8_matmul.hopper_weight_only_config import (
     NAME,
-    Config,
+    WeightOnlyConfig,
     configure,
     heuristic_cost,
     tuned_as,
@@ -130,7 +130,7 @@ def in_terms(launch: Launch, m: int, layout: Layout) -> Case:
     )
 
 
-def _configs(m: int, ns: Sequence[int], k: int) -> list[Config]:
+def _configs(m: int, ns: Sequence[int], k: int) -> list[WeightOnlyConfig]:
     """Return what may be fastest.
 
     Only the splits and `in_fp8` vary, since a tuned table has only these; the rest follows from m.

@@ -15,8 +15,8 @@ def paged_attention(
     k_pages: Array,
     v_pages: Array,
     page_table: Array,
-    starts: Array,
-    lengths: Array,
+    cached_lens: Array,
+    kv_lens: Array,
     *,
     k_scale: Array | float = 1.0,
     v_scale: Array | float = 1.0,
@@ -26,28 +26,28 @@ def paged_attention(
     """softmax(q k^T / sqrt(head_dim)) v, causal, in float32 sums.
 
     q: [batch, tokens, num_heads, head_dim], the new tokens of each sequence; token t of row b
-        stands at position starts[b] + t.
+        stands at position cached_lens[b] + t.
     k_pages, v_pages: [num_pages, page_size, num_kv_heads, head_dim], already holding the new
         tokens; bfloat16, float32, float8_e4m3fn or its int8 bits.
     page_table: int32 [batch, pages_per_row]; position p of row b lives in page
         page_table[b, p // page_size] at offset p % page_size.
-    starts, lengths: int32 [batch]; a query sees positions <= its own and < lengths[b].
+    cached_lens, kv_lens: int32 [batch]; a query sees positions <= its own and < kv_lens[b].
     k_scale, v_scale: float32 scalars that FP8 codes are multiplied by, positive.
     is_batch_invariant: a row's result is bit-equal alone and in any batch, at some cost on a GPU.
     implementation: None for the best that takes these arrays on the platform lowered for, or
         "hopper", "xla" or "reference"; `choose` says which it is, and why others refuse.
     Returns [batch, tokens, num_heads, head_dim] in q's dtype. The rows of a sequence of length 0,
     and tokens past its end, hold finite numbers without meaning.
-    The work grows with max(lengths), not with the size of the pool.
+    The work grows with max(kv_lens), not with the size of the pool.
     Raises ValueError for shapes that do not fit, and for a named implementation that cannot run.
     """
     batch, _, num_heads, head_dim = q.shape
     num_kv_heads = k_pages.shape[2]
     if k_pages.shape != v_pages.shape or k_pages.shape[3] != head_dim or num_heads % num_kv_heads:
         raise ValueError(f"q {q.shape} does not fit pages {k_pages.shape} and {v_pages.shape}")
-    if page_table.shape[0] != batch or starts.shape != (batch,) or lengths.shape != (batch,):
-        raise ValueError(f"page_table, starts and lengths must have {batch} rows")
-    arrays = (q, k_pages, v_pages, page_table, starts, lengths, k_scale, v_scale)
+    if page_table.shape[0] != batch or cached_lens.shape != (batch,) or kv_lens.shape != (batch,):
+        raise ValueError(f"page_table, cached_lens and kv_lens must have {batch} rows")
+    arrays = (q, k_pages, v_pages, page_table, cached_lens, kv_lens, k_scale, v_scale)
     found = choose(q, k_pages, implementation)
     run = partial(found.kernel.run, is_batch_invariant=is_batch_invariant)
     with found.scope():

@@ -59,7 +59,7 @@ def prefill(shape: Heads, dtype: str, tokens: int, *, start: int = 0) -> Case:
     q, pool, table = _structs(shape, dtype, 1, start + tokens, tokens)
     stages = range(2, hopper_prefill.MAX_STAGES + 1)
     in_fp8 = (False, True) if dtype == "fp8" else (False,)
-    configs = [hopper_prefill.Config(*each) for each in product((64, 128), stages, in_fp8)]
+    configs = [hopper_prefill.PrefillConfig(*each) for each in product((64, 128), stages, in_fp8)]
 
     def cudnn(q: Array, k: Array, v: Array, *_: Any) -> Array:
         """Attend to the pages in the pool's order: to other numbers, but to as many."""
@@ -74,28 +74,28 @@ def prefill(shape: Heads, dtype: str, tokens: int, *, start: int = 0) -> Case:
         problem=hopper_prefill.tuned_as(shape.num_heads, pool),
         name=f"{shape} T={tokens}{f' after {start}' if start else ''} {dtype} prefill attention",
         run=hopper_prefill.paged_attention,
-        # cuDNN's attention has no FP8 cache, and its diagonal starts at the first key.
+        # cuDNN's attention has no FP8 cache, and its diagonal begins at the first key.
         baselines={"cudnn": cudnn} if dtype == "bf16" and not start else {},
         configs=[each for each in configs if hopper_prefill.unfit(each, pool) is None],
     )  # fmt: skip
 
 
-def decode(shape: Heads, dtype: str, lengths: Sequence[int], tokens: int) -> Case:
-    """Return decode of the last `tokens` tokens of sequences of these lengths."""
-    q, pool, table = _structs(shape, dtype, len(lengths), max(lengths), tokens)
+def decode(shape: Heads, dtype: str, kv_lens: Sequence[int], tokens: int) -> Case:
+    """Return decode of the last `tokens` tokens of sequences of `kv_lens` tokens."""
+    q, pool, table = _structs(shape, dtype, len(kv_lens), max(kv_lens), tokens)
     capacity = table.shape[1] * PAGE_SIZE
     heuristic = hopper_decode.heuristic(q, pool, capacity, False)
     configs = {heuristic} | {
-        hopper_decode.Config(splits, None, stages)
+        hopper_decode.DecodeConfig(splits, None, stages)
         for splits in (1, 2, 3, 4, 6, 8, 11, 16, 22, 32)
         if splits * PAGE_SIZE <= capacity
         for stages in {heuristic.stages, 4, 6}
     }
     return _case(
-        shape, dtype, (q, pool, table), lengths,
+        shape, dtype, (q, pool, table), kv_lens,
         kernel=hopper_decode.NAME,
         problem=hopper_decode.tuned_as(q, pool, capacity),
-        name=f"{shape} B={len(lengths)} S={max(lengths)} tokens={tokens} {dtype} decode attention",
+        name=f"{shape} B={len(kv_lens)} S={max(kv_lens)} tokens={tokens} {dtype} decode attention",
         run=hopper_decode.paged_attention,
         baselines={},
         configs=[each for each in configs if not hopper_decode.unfit(each, pool, capacity)],
@@ -115,7 +115,7 @@ def _case(
     shape: Heads,
     dtype: str,
     structs: Any,
-    lengths: Sequence[int],
+    kv_lens: Sequence[int],
     *,
     run: Callable[..., Array],
     baselines: Mapping[str, Callable[..., Array]],
@@ -126,19 +126,19 @@ def _case(
     scales = (K_SCALE, V_SCALE) if dtype == "fp8" else (1.0, 1.0)
 
     def arguments(key: Array) -> tuple[Array, ...]:
-        """Return q, both pools, the page table in random order, starts and lengths."""
+        """Return q, both pools, the page table in random order, cached_lens and kv_lens."""
         keys = jax.random.split(key, 4)
         made = (jax.random.normal(each, pool.shape, BF16).astype(pool.dtype) for each in keys[:2])
         pages = jax.random.permutation(keys[2], table.size).astype(jnp.int32)
-        ends = jnp.array(lengths, jnp.int32)
+        ends = jnp.array(kv_lens, jnp.int32)
         queries = jax.random.normal(keys[3], q.shape, BF16)
         return queries, *made, pages.reshape(table.shape), ends - tokens, ends
 
     def scaled(attend: Callable[..., Array]) -> Callable[..., Array]:
         return lambda *arrays, **options: attend(*arrays, *scales, **options)
 
-    seen = sum(length - tokens + t + 1 for length in lengths for t in range(tokens))
-    read = sum(lengths) * shape.num_kv_heads * shape.head_dim * 2 * pool.dtype.itemsize
+    seen = sum(length - tokens + t + 1 for length in kv_lens for t in range(tokens))
+    read = sum(kv_lens) * shape.num_kv_heads * shape.head_dim * 2 * pool.dtype.itemsize
     return Case(
         operations=4 * seen * shape.num_heads * shape.head_dim,
         bytes=read + 2 * q.size * q.dtype.itemsize + table.size * 4 + 8 * batch,
@@ -154,7 +154,7 @@ def _case(
 
 
 def by_parts(
-    q: Array, k_pages: Array, v_pages: Array, page_table: Array, starts: Array, lengths: Array,
+    q: Array, k_pages: Array, v_pages: Array, page_table: Array, cached_lens: Array, kv_lens: Array,
     k_scale: float, v_scale: float,
 ) -> Array:  # fmt: skip
     """Compute the reference in float32, of one sequence and some of its tokens at a time."""
@@ -173,4 +173,4 @@ def by_parts(
 
         return lax.map(of_tokens, jnp.arange(q.shape[0] // part)).reshape(q.shape)
 
-    return lax.map(of_row, (q, page_table, starts, lengths))
+    return lax.map(of_row, (q, page_table, cached_lens, kv_lens))

@@ -26,8 +26,8 @@ def paged_attention(
     k_pages: Array,
     v_pages: Array,
     page_table: Array,
-    starts: Array,
-    lengths: Array,
+    cached_lens: Array,
+    kv_lens: Array,
     k_scale: Array | float,
     v_scale: Array | float,
     *,
@@ -42,7 +42,7 @@ def paged_attention(
 
     interpret: plgpu.InterpretGPUParams, to run in the simulator.
     """
-    arrays = (q, k_pages, v_pages, page_table, starts, lengths, k_scale, v_scale)
+    arrays = (q, k_pages, v_pages, page_table, cached_lens, kv_lens, k_scale, v_scale)
     if q.shape[1] > MAX_DECODE_TOKENS:
         return hopper_prefill.paged_attention(*arrays, interpret=interpret)
     return hopper_decode.paged_attention(

@@ -80,7 +80,7 @@ FLOAT32 = jnp.dtype(jnp.float32)
 
 
 @dataclass(frozen=True)
-class Config:
+class DecodeConfig:
     """How the work is cut up.
 
     splits: thread blocks that divide the keys of a sequence and head.
@@ -97,7 +97,7 @@ class Config:
     in_fp8: bool = False
 
 
-class Carry(NamedTuple):
+class DecodeCarry(NamedTuple):
     """The online softmax over the keys so far, in float32, of a tile's rows of queries.
 
     out: [head_dim, rows], the sum of weight * value.
@@ -137,7 +137,7 @@ class Operand(NamedTuple):
             self.ring.release(slot)
 
 
-def configure(q: Array, k_pages: Array, capacity: int, is_batch_invariant: bool) -> Config:
+def configure(q: Array, k_pages: Array, capacity: int, is_batch_invariant: bool) -> DecodeConfig:
     """Return the tuned configuration of the GPU in use, or else the heuristic's.
 
     capacity: keys that a sequence has room for.
@@ -145,7 +145,7 @@ def configure(q: Array, k_pages: Array, capacity: int, is_batch_invariant: bool)
     """
     found = None if is_batch_invariant else tuned.find(NAME, tuned_as(q, k_pages, capacity))
     if found:
-        return Config(**found)
+        return DecodeConfig(**found)
     return heuristic(q, k_pages, capacity, is_batch_invariant)
 
 
@@ -160,7 +160,7 @@ def tuned_as(q: Array, k_pages: Array, capacity: int) -> str:
     return f"heads={heads} {k_pages.dtype} tokens={tokens} batch<={rows} capacity<={capacity}"
 
 
-def heuristic(q: Array, k_pages: Array, capacity: int, is_batch_invariant: bool) -> Config:
+def heuristic(q: Array, k_pages: Array, capacity: int, is_batch_invariant: bool) -> DecodeConfig:
     """Return an untuned configuration; arguments as in `configure`.
 
     It has as many stages as let two thread blocks share an SM, and the fewest splits within a tenth
@@ -171,7 +171,7 @@ def heuristic(q: Array, k_pages: Array, capacity: int, is_batch_invariant: bool)
     rows = _tiling(tokens * num_heads // k_pages.shape[2])[1]
     is_fp8 = k_pages.dtype == e4m3.DTYPE
     keys = 2 * PAGE_SIZE if is_fp8 and rows <= FEW_ROWS else PAGE_SIZE
-    shape = Config(1, None, 0, keys, is_fp8)
+    shape = DecodeConfig(1, None, 0, keys, is_fp8)
     free = SHARED_BYTES_EACH - _fixed_bytes(shape, k_pages, rows)
     stages = min(MAX_STAGES, free // _stage_bytes(shape, k_pages))
     if is_batch_invariant:
@@ -187,7 +187,7 @@ def heuristic(q: Array, k_pages: Array, capacity: int, is_batch_invariant: bool)
     return replace(shape, splits=splits, stages=stages)
 
 
-def unfit(config: Config, k_pages: Array, capacity: int) -> str | None:
+def unfit(config: DecodeConfig, k_pages: Array, capacity: int) -> str | None:
     """Say why no kernel can be made of a configuration; None if one can."""
     keys, share = config.keys, config.keys_per_split
     if keys not in (PAGE_SIZE, 2 * PAGE_SIZE):
@@ -208,12 +208,12 @@ def unfit(config: Config, k_pages: Array, capacity: int) -> str | None:
     return None
 
 
-def _stage_bytes(config: Config, k_pages: Array) -> int:
+def _stage_bytes(config: DecodeConfig, k_pages: Array) -> int:
     """Return the shared memory of a stage's keys and values."""
     return 2 * config.keys * k_pages.shape[3] * k_pages.dtype.itemsize
 
 
-def _fixed_bytes(config: Config, k_pages: Array, rows: int) -> int:
+def _fixed_bytes(config: DecodeConfig, k_pages: Array, rows: int) -> int:
     """Return the shared memory that does not grow with the stages.
 
     It holds upcast blocks, `rows` of queries, weights and results, and barriers.
@@ -238,12 +238,12 @@ def paged_attention(
     k_pages: Array,
     v_pages: Array,
     page_table: Array,
-    starts: Array,
-    lengths: Array,
+    cached_lens: Array,
+    kv_lens: Array,
     k_scale: Array | float,
     v_scale: Array | float,
     *,
-    config: Config | None = None,
+    config: DecodeConfig | None = None,
     is_batch_invariant: bool = False,
     interpret: Any = None,
 ) -> Array:
@@ -258,12 +258,12 @@ def paged_attention(
     config = config or configure(q, k_pages, capacity, is_batch_invariant)
     if reason := unfit(config, k_pages, capacity):
         raise ValueError(f"{config} cannot work: {reason}")
-    problem = _Problem(tokens, num_heads // num_kv_heads, head_dim, config)
+    problem = _DecodeProblem(tokens, num_heads // num_kv_heads, head_dim, config)
     packed, q_unit = (q, 1.0) if config.in_fp8 else operand_query(q, k_pages.dtype)
     packed = _packed(problem, packed, num_kv_heads)
     k_scale, v_scale = (jnp.asarray(each, FLOAT32).reshape(1) for each in (k_scale, v_scale))
 
-    def kernel(gmem: Gmem, *outputs_gmem: Ref, smem: _Smem) -> None:
+    def kernel(gmem: Gmem, *outputs_gmem: Ref, smem: _DecodeSmem) -> None:
         warpgroup = lax.axis_index("warpgroup")
         work = _work(problem, gmem)
 
@@ -286,7 +286,7 @@ def paged_attention(
         scratch_types={"smem": _scratch_types(problem, k_pages.dtype, packed.dtype)},
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
-    )(Gmem(packed, k_pages, v_pages, page_table, starts, lengths, k_scale, v_scale))
+    )(Gmem(packed, k_pages, v_pages, page_table, cached_lens, kv_lens, k_scale, v_scale))
     if problem.is_whole:
         out = lax.bitcast_convert_type(found[0], q.dtype)
     else:
@@ -296,7 +296,7 @@ def paged_attention(
 
 
 @dataclass(frozen=True)
-class _Problem:
+class _DecodeProblem:
     """What is static.
 
     tokens: new ones per sequence. group: heads of queries that share a key/value head.
@@ -305,7 +305,7 @@ class _Problem:
     tokens: int
     group: int
     head_dim: int
-    config: Config
+    config: DecodeConfig
 
     @property
     def tiles(self) -> int:
@@ -322,7 +322,7 @@ class _Problem:
         return self.config.splits == 1
 
 
-class _Smem(NamedTuple):
+class _DecodeSmem(NamedTuple):
     """Shared memory and a barrier; scratch types outside of the kernel, references within.
 
     q: [rows, head_dim], and the result's place if keys are not split.
@@ -338,8 +338,8 @@ class _Smem(NamedTuple):
     weights: Any
 
 
-def _out_type(problem: _Problem, packed: Array) -> list[jax.ShapeDtypeStruct]:
-    """Return the results' types: the packed result, or of each split the fields of `Carry`."""
+def _out_type(problem: _DecodeProblem, packed: Array) -> list[jax.ShapeDtypeStruct]:
+    """Return the results' types: the packed result, or the fields of each split's `DecodeCarry`."""
     if problem.is_whole:
         return [jax.ShapeDtypeStruct(packed.shape, packed.dtype)]
     batch, num_kv_heads = packed.shape[:2]
@@ -351,12 +351,12 @@ def _out_type(problem: _Problem, packed: Array) -> list[jax.ShapeDtypeStruct]:
     ]
 
 
-def _scratch_types(problem: _Problem, pages: jnp.dtype, q_dtype: jnp.dtype) -> _Smem:
+def _scratch_types(problem: _DecodeProblem, pages: jnp.dtype, q_dtype: jnp.dtype) -> _DecodeSmem:
     config, rows, head_dim = problem.config, problem.rows, problem.head_dim
     ring = ring_types(pages, config.stages, config.keys, head_dim, readers=1)
     operand = operand_dtype(pages)
     upcast_smem = tile((config.keys, head_dim), operand) if pages == e4m3.DTYPE else None
-    return _Smem(
+    return _DecodeSmem(
         keys=Operand(ring, None if config.in_fp8 else upcast_smem),
         q_filled=plgpu.Barrier(),
         q=tile((rows, head_dim), q_dtype),
@@ -366,7 +366,7 @@ def _scratch_types(problem: _Problem, pages: jnp.dtype, q_dtype: jnp.dtype) -> _
     )
 
 
-def _packed(problem: _Problem, q: Array, num_kv_heads: int) -> Array:
+def _packed(problem: _DecodeProblem, q: Array, num_kv_heads: int) -> Array:
     """Bring q [batch, tokens, num_heads, head_dim] to [batch, num_kv_heads, rows, head_dim].
 
     The rows are the heads that share keys, for each token in turn; what whole tiles lack is zeros.
@@ -380,7 +380,7 @@ def _packed(problem: _Problem, q: Array, num_kv_heads: int) -> Array:
     return q
 
 
-def _unpacked(problem: _Problem, out: Array) -> Array:
+def _unpacked(problem: _DecodeProblem, out: Array) -> Array:
     """Undo `_packed`."""
     batch, num_kv_heads, _, head_dim = out.shape
     tokens, group = problem.tokens, problem.group
@@ -388,7 +388,7 @@ def _unpacked(problem: _Problem, out: Array) -> Array:
     return out.transpose(0, 2, 1, 3, 4).reshape(batch, tokens, num_kv_heads * group, head_dim)
 
 
-class _Work(NamedTuple):
+class _DecodeWork(NamedTuple):
     """What a thread block is to do; all numbers are int32.
 
     first_row: the first of the tile's rows of queries; position: of the sequence's first new token;
@@ -405,19 +405,19 @@ class _Work(NamedTuple):
     blocks: Array
 
 
-def _work(problem: _Problem, gmem: Gmem) -> _Work:
+def _work(problem: _DecodeProblem, gmem: Gmem) -> _DecodeWork:
     sequence, kv_head = lax.axis_index("sequence"), lax.axis_index("kv_head")
     first_row = lax.axis_index("tile") * problem.rows
-    position, length = gmem.starts[sequence], gmem.lengths[sequence]
+    position, length = gmem.cached_lens[sequence], gmem.kv_lens[sequence]
     end = lax.min(position + problem.tokens, length)
     share = _keys_per_split(end, problem.config)
     first = lax.axis_index("split") * share
     end = lax.min(first + share, end)
     blocks = pl.cdiv(lax.max(end - first, 0), problem.config.keys)
-    return _Work(sequence, kv_head, first_row, position, length, first, end, blocks)
+    return _DecodeWork(sequence, kv_head, first_row, position, length, first, end, blocks)
 
 
-def _keys_per_split(end: Array, config: Config) -> Array | int:
+def _keys_per_split(end: Array, config: DecodeConfig) -> Array | int:
     """Return the size of a split. end: int32, keys that a sequence's last token sees."""
     if config.keys_per_split is not None:
         return config.keys_per_split
@@ -425,10 +425,10 @@ def _keys_per_split(end: Array, config: Config) -> Array | int:
 
 
 def _compute(
-    problem: _Problem,
-    work: _Work,
+    problem: _DecodeProblem,
+    work: _DecodeWork,
     gmem: Gmem,
-    smem: _Smem,
+    smem: _DecodeSmem,
     outputs_gmem: Sequence[Ref],
     q_unit: float,
     out_dtype: jnp.dtype,
@@ -445,12 +445,12 @@ def _compute(
     limit = lax.min(work.position + token, work.length - 1) - work.first
     queries = smem.terms if config.in_fp8 else smem.q
 
-    def attend(block: Array, carry: Carry) -> Carry:
+    def attend(block: Array, carry: DecodeCarry) -> DecodeCarry:
         slot = lax.rem(block, config.stages)
         seen = limit - block * config.keys
         return _attend(carry, queries, smem.keys, smem.values, smem.weights, slot, scale, seen)
 
-    carry = Carry(
+    carry = DecodeCarry(
         out=filled((problem.head_dim, rows), 0.0, MATRIX),
         peak=filled((rows,), FLOOR, PER_ROW),
         total=filled((config.keys, rows), 0.0, MATRIX),
@@ -467,7 +467,7 @@ def _compute(
         out_gmem[part] = each
 
 
-def _load(work: _Work, gmem: Gmem, smem: _Smem) -> None:
+def _load(work: _DecodeWork, gmem: Gmem, smem: _DecodeSmem) -> None:
     """Fill the rings of keys and values: the loader's work."""
     first_page, last_page = lax.div(work.first, PAGE_SIZE), lax.div(work.end - 1, PAGE_SIZE)
     stream(
@@ -494,7 +494,7 @@ def _in_two_terms(q: Ref, terms: Ref) -> Array:
 
 
 def _attend(
-    carry: Carry,
+    carry: DecodeCarry,
     q: Ref,
     keys: Operand,
     values: Operand,
@@ -502,7 +502,7 @@ def _attend(
     slot: Array,
     scale: Array,
     limit: Array,
-) -> Carry:
+) -> DecodeCarry:
     """Take one slot of keys and values into the carry, and free it.
 
     q: [rows, head_dim], or its two terms [2 rows, head_dim], in shared memory.
@@ -527,7 +527,7 @@ def _attend(
     plgpu.commit_smem()
     added = product(values.block(slot).transpose((1, 0)), weights.transpose((1, 0)))
     values.release(slot)
-    return Carry(
+    return DecodeCarry(
         out=carry.out * per_row(shrink, carry.out) + added,
         peak=peak,
         total=carry.total * per_row(shrink, carry.total) + weight,

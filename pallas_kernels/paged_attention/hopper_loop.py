@@ -57,8 +57,8 @@ class Gmem(NamedTuple):
     k_pages: Any
     v_pages: Any
     page_table: Any
-    starts: Any
-    lengths: Any
+    cached_lens: Any
+    kv_lens: Any
     k_scale: Any
     v_scale: Any
 

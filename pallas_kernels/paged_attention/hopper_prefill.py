@@ -12,8 +12,8 @@ multiplies while the other is in its softmax.
     warpgroup 0    Q K   | softmax | P V, Q K | softmax  | P V, Q K | ...
     warpgroup 1          | Q K     | softmax  | P V, Q K | softmax  | ...
 
-FP8 keys are multiplied as they are (`Config.in_fp8`), with queries as the sum of two float8 terms:
-two FP8 products take the time of one of 16 bits, and the loader has only values to upcast.
+FP8 keys are multiplied as they are (`PrefillConfig.in_fp8`), with queries as the sum of two float8
+terms: two FP8 products take the time of one of 16 bits, and the loader has only values to upcast.
 
 Algorithm: FlashAttention-3 (Shah et al., 2024); online softmax (Milakov and Gimelshein, 2018).
 """
@@ -63,7 +63,7 @@ MAX_PACKED_HEADS = 16  # leaves a span of 8 tokens, the height of a tile of shar
 
 
 @dataclass(frozen=True)
-class Config:
+class PrefillConfig:
     """How the work is cut up.
 
     keys: per block, 64 or 128.
@@ -76,7 +76,7 @@ class Config:
     in_fp8: bool = False
 
 
-class Carry(NamedTuple):
+class PrefillCarry(NamedTuple):
     """The online softmax over the keys so far, in float32, of a warpgroup's 64 rows of queries.
 
     out: [rows, head_dim], the sum of weight * value.
@@ -96,10 +96,10 @@ class Registers(NamedTuple):
     loader: int
 
 
-def configure(num_heads: int, k_pages: Array) -> Config:
+def configure(num_heads: int, k_pages: Array) -> PrefillConfig:
     """Return the tuned configuration of the GPU in use, or else the heuristic's."""
     found = tuned.find(NAME, tuned_as(num_heads, k_pages))
-    return Config(**found) if found else heuristic(k_pages)
+    return PrefillConfig(**found) if found else heuristic(k_pages)
 
 
 def tuned_as(num_heads: int, k_pages: Array) -> str:
@@ -108,16 +108,16 @@ def tuned_as(num_heads: int, k_pages: Array) -> str:
     return f"head_dim={head_dim} packed={_packed(num_heads // num_kv_heads)} {k_pages.dtype}"
 
 
-def heuristic(k_pages: Array) -> Config:
+def heuristic(k_pages: Array) -> PrefillConfig:
     """Return an untuned configuration: FlashAttention-3's tile, and FP8 keys as they are.
 
     Of those that `tune` tries the fastest on an H200, for bfloat16 and FP8 pages
     (benchmarks/results/h200.md).
     """
-    return Config(128, 2, in_fp8=k_pages.dtype == e4m3.DTYPE)
+    return PrefillConfig(128, 2, in_fp8=k_pages.dtype == e4m3.DTYPE)
 
 
-def unfit(config: Config, k_pages: Array) -> str | None:
+def unfit(config: PrefillConfig, k_pages: Array) -> str | None:
     """Say why no kernel can be made of a configuration; None if one can."""
     head_dim, is_fp8 = k_pages.shape[3], k_pages.dtype == e4m3.DTYPE
     upcast_rings = 2 - config.in_fp8 if is_fp8 else 0
@@ -141,12 +141,12 @@ def paged_attention(
     k_pages: Array,
     v_pages: Array,
     page_table: Array,
-    starts: Array,
-    lengths: Array,
+    cached_lens: Array,
+    kv_lens: Array,
     k_scale: Array | float,
     v_scale: Array | float,
     *,
-    config: Config | None = None,
+    config: PrefillConfig | None = None,
     interpret: Any = None,
 ) -> Array:
     """Compute `pallas_kernels.paged_attention.paged_attention`, for what `hopper` says it takes.
@@ -160,11 +160,11 @@ def paged_attention(
     if reason := unfit(config, k_pages):
         raise ValueError(f"{config} cannot work: {reason}")
     is_fp8 = k_pages.dtype == e4m3.DTYPE
-    problem = _Problem(tokens, num_heads // k_pages.shape[2], head_dim, is_fp8, config)
+    problem = _PrefillProblem(tokens, num_heads // k_pages.shape[2], head_dim, is_fp8, config)
     q_operand, q_unit = (q, 1.0) if config.in_fp8 else operand_query(q, k_pages.dtype)
     q_operand = in_whole_boxes(q_operand, axis=1)
 
-    def kernel(gmem: Gmem, out_gmem: Ref, *, smem: _Smem) -> None:
+    def kernel(gmem: Gmem, out_gmem: Ref, *, smem: _PrefillSmem) -> None:
         warpgroup = lax.axis_index("warpgroup")
         work = _work(problem, gmem)
 
@@ -189,7 +189,7 @@ def paged_attention(
         interpret=interpret,
     )(
         Gmem(
-            q_operand, k_pages, v_pages, page_table, starts, lengths,
+            q_operand, k_pages, v_pages, page_table, cached_lens, kv_lens,
             *(jnp.asarray(each, jnp.float32).reshape(1) for each in (k_scale, v_scale)),
         )
     )  # fmt: skip
@@ -197,7 +197,7 @@ def paged_attention(
 
 
 @dataclass(frozen=True)
-class _Problem:
+class _PrefillProblem:
     """What is static.
 
     tokens: new ones of a sequence, at most. group: heads of queries that share a key/value head.
@@ -207,7 +207,7 @@ class _Problem:
     group: int
     head_dim: int
     is_fp8: bool
-    config: Config
+    config: PrefillConfig
 
     @property
     def packed(self) -> int:
@@ -239,7 +239,7 @@ class _Problem:
         return Registers(216, 72) if self.is_fp8 else Registers(232, 40)
 
 
-class _Smem(NamedTuple):
+class _PrefillSmem(NamedTuple):
     """Shared memory and barriers; scratch types outside of the kernel, references within.
 
     q: [2, 64, head_dim], each compute warpgroup's queries, and then its results.
@@ -258,8 +258,8 @@ class _Smem(NamedTuple):
 
 
 def _scratch_types(
-    problem: _Problem, pages: jnp.dtype, q_dtype: jnp.dtype, interpret: Any
-) -> _Smem:
+    problem: _PrefillProblem, pages: jnp.dtype, q_dtype: jnp.dtype, interpret: Any
+) -> _PrefillSmem:
     config, head_dim = problem.config, problem.head_dim
     sizes = config.stages, config.keys, head_dim, COMPUTE_WARPGROUPS
     as_is = ring_types(pages, *sizes)
@@ -269,7 +269,7 @@ def _scratch_types(
         terms = tile((COMPUTE_WARPGROUPS, 2, ROWS, head_dim), e4m3.DTYPE)
     if interpret:
         weights = tile((COMPUTE_WARPGROUPS, ROWS, config.keys), operand_dtype(pages))
-    return _Smem(
+    return _PrefillSmem(
         q=tile((COMPUTE_WARPGROUPS, ROWS, head_dim), q_dtype),
         terms=terms,
         weights=weights,
@@ -280,7 +280,7 @@ def _scratch_types(
     )
 
 
-class _Work(NamedTuple):
+class _PrefillWork(NamedTuple):
     """What a thread block is to do; all numbers are int32.
 
     head: the first of the tile's heads; first: the first of its tokens, at `position` of the
@@ -297,23 +297,23 @@ class _Work(NamedTuple):
     blocks: Array
 
 
-def _work(problem: _Problem, gmem: Gmem) -> _Work:
+def _work(problem: _PrefillProblem, gmem: Gmem) -> _PrefillWork:
     sequence = lax.axis_index("sequence")
     head = lax.axis_index("heads") * problem.packed
     # The longest tiles start first.
     first = (problem.tiles - 1 - lax.axis_index("tile")) * problem.span
-    position, length = gmem.starts[sequence] + first, gmem.lengths[sequence]
+    position, length = gmem.cached_lens[sequence] + first, gmem.kv_lens[sequence]
     end = jnp.where(position < length, lax.min(position + problem.span, length), 0)
     blocks = pl.cdiv(end, problem.config.keys)
-    return _Work(sequence, head, first, position, length, end, blocks)
+    return _PrefillWork(sequence, head, first, position, length, end, blocks)
 
 
 def _compute(
-    problem: _Problem,
-    work: _Work,
+    problem: _PrefillProblem,
+    work: _PrefillWork,
     warpgroup: Array,
     gmem: Gmem,
-    smem: _Smem,
+    smem: _PrefillSmem,
     out_gmem: Ref,
     q_unit: float,
     out_dtype: jnp.dtype,
@@ -340,7 +340,7 @@ def _compute(
         plgpu.barrier_arrive(smem.turns)
         plgpu.barrier_wait(smem.turns)
 
-    def attend(block: Array, carry: Carry, is_masked: bool) -> Carry:
+    def attend(block: Array, carry: PrefillCarry, is_masked: bool) -> PrefillCarry:
         return _attend(
             carry, queries, smem.keys, smem.values, block, scale,
             limit=limit - block * config.keys if is_masked else None,
@@ -351,7 +351,7 @@ def _compute(
     visible = lax.div(lax.min(work.position + 1, work.length), config.keys)
     unmasked = lax.min(visible, work.blocks)  # blocks that every row sees whole
     pl.when(warpgroup == 1)(turn)
-    carry = Carry(
+    carry = PrefillCarry(
         out=plgpu.layout_cast(jnp.zeros((ROWS, problem.head_dim), jnp.float32), MATRIX),
         peak=plgpu.layout_cast(jnp.full((ROWS,), FLOOR, jnp.float32), PER_ROW),
         total=plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), PER_ROW),
@@ -369,7 +369,9 @@ def _compute(
     plgpu.wait_smem_to_gmem(0)
 
 
-def _places(problem: _Problem, work: _Work, warpgroup: Array) -> list[tuple[Any, Any]]:
+def _places(
+    problem: _PrefillProblem, work: _PrefillWork, warpgroup: Array
+) -> list[tuple[Any, Any]]:
     """Return slices of a warpgroup's rows, and where each is in q and in the result."""
     places = []
     for i in range(problem.boxes):
@@ -380,7 +382,7 @@ def _places(problem: _Problem, work: _Work, warpgroup: Array) -> list[tuple[Any,
     return places
 
 
-def _load(problem: _Problem, work: _Work, gmem: Gmem, smem: _Smem) -> None:
+def _load(problem: _PrefillProblem, work: _PrefillWork, gmem: Gmem, smem: _PrefillSmem) -> None:
     """Fill the rings of keys and values: the loader's work."""
     plgpu.set_max_registers(problem.registers.loader, action="decrease")
     kv_head = lax.div(work.head, problem.group)
@@ -411,7 +413,7 @@ def _in_two_terms(q: Ref, terms: Sequence[Ref]) -> Array:
 
 
 def _attend(
-    carry: Carry,
+    carry: PrefillCarry,
     queries: Sequence[Ref],
     keys: Ring,
     values: Ring,
@@ -421,7 +423,7 @@ def _attend(
     limit: Array | None,
     weights: Ref | None,
     turn: Callable[[], None],
-) -> Carry:
+) -> PrefillCarry:
     """Take one block of keys and values into the carry, and release their slots.
 
     queries: their terms, each [rows, head_dim] in shared memory.
@@ -453,7 +455,7 @@ def _attend(
     values.wait(slot)
     out = _add_product(out, weight, values.slots.at[slot], weights)
     values.release(slot)
-    return Carry(out, peak, total)
+    return PrefillCarry(out, peak, total)
 
 
 def _add_product(out: Array, weight: Array, values: Ref, weights: Ref | None) -> Array:

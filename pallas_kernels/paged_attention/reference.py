@@ -24,8 +24,8 @@ def paged_attention(
     k_pages: Array,
     v_pages: Array,
     page_table: Array,
-    starts: Array,
-    lengths: Array,
+    cached_lens: Array,
+    kv_lens: Array,
     k_scale: Array | float,
     v_scale: Array | float,
 ) -> Array:
@@ -36,8 +36,8 @@ def paged_attention(
     grouped = q.astype(jnp.float32).reshape(batch, tokens, num_kv_heads, -1, head_dim)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, precision=lax.Precision.HIGHEST)
     slots = jnp.arange(k.shape[1])
-    positions = starts[:, None] + jnp.arange(tokens)
-    visible = (slots <= positions[..., None]) & (slots < lengths[:, None, None])
+    positions = cached_lens[:, None] + jnp.arange(tokens)
+    visible = (slots <= positions[..., None]) & (slots < kv_lens[:, None, None])
     scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1)
     out = jnp.einsum("bkgts,bskd->btkgd", weights, v, precision=lax.Precision.HIGHEST)

@@ -21,8 +21,8 @@ def paged_attention(
     k_pages: Array,
     v_pages: Array,
     page_table: Array,
-    starts: Array,
-    lengths: Array,
+    cached_lens: Array,
+    kv_lens: Array,
     k_scale: Array | float,
     v_scale: Array | float,
 ) -> Array:
@@ -36,7 +36,7 @@ def paged_attention(
     scale = k_scale * head_dim**-0.5
     grouped = q.astype(jnp.float32).reshape(batch, tokens, num_kv_heads, -1, head_dim) * scale
     queries = grouped.transpose(0, 2, 3, 1, 4).reshape(batch, num_kv_heads, -1, head_dim)
-    positions = starts[:, None] + jnp.arange(tokens)
+    positions = cached_lens[:, None] + jnp.arange(tokens)
     group = num_heads // num_kv_heads
 
     def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -45,7 +45,7 @@ def paged_attention(
         k, v = load_pages(k_pages, ids), load_pages(v_pages, ids)
         scores = jnp.einsum("bkqd,bskd->bkqs", queries, k, precision=lax.Precision.HIGHEST)
         slots = i * block + jnp.arange(block)
-        visible = (slots <= positions[..., None]) & (slots < lengths[:, None, None])
+        visible = (slots <= positions[..., None]) & (slots < kv_lens[:, None, None])
         visible = jnp.tile(visible, (1, group, 1))[:, None]
         scores = jnp.where(visible, scores, _MASKED)
         new_peak = jnp.maximum(peak, scores.max(axis=-1))
@@ -61,7 +61,7 @@ def paged_attention(
     # As in fp8_matmul, the barrier ties the zeros to the queries: XLA would hoist them to the start
     # of the program.
     carry, queries = lax.optimization_barrier((carry, queries))
-    blocks = -(-jnp.max(lengths) // block)
+    blocks = -(-jnp.max(kv_lens) // block)
     out, total, _ = lax.fori_loop(0, blocks, body, carry)
     out = out * v_scale / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
     out = out.reshape(batch, num_kv_heads, group, tokens, head_dim).transpose(0, 3, 1, 2, 4)

@@ -21,8 +21,8 @@ def rope_and_cache(
     k_pages: Array,
     v_pages: Array,
     page_table: Array,
-    starts: Array,
-    lengths: Array,
+    cached_lens: Array,
+    kv_lens: Array,
     *,
     weight_scales: Projections | None = None,
     k_scale: Array | float = 1.0,
@@ -42,8 +42,9 @@ def rope_and_cache(
         float8_e4m3fn or its int8 bits.
     page_table: int32 [batch, pages_per_row]; position p of row b lives in page
         page_table[b, p // page_size] at offset p % page_size.
-    starts, lengths: int32 [batch]; token t of row b is stored at starts[b] + t, or nowhere if
-        that is lengths[b] or more, or if its page is num_pages or more.
+    cached_lens, kv_lens: int32 [batch], tokens stored before and after; token t of row b is stored
+        at cached_lens[b] + t, or nowhere if that is kv_lens[b] or more, or if its page is num_pages
+        or more.
     weight_scales: float32 [heads, head_dim] each, that the sums are multiplied by.
     k_scale, v_scale: float32 [], or [num_kv_heads] for each head its own, that FP8 keys and values
         are divided by before they are rounded; attention multiplies by them. Where each head has
@@ -56,9 +57,9 @@ def rope_and_cache(
     Returns q, [batch, tokens, num_heads, head_dim], and the pages.
     Raises ValueError for shapes that do not fit, and for a named implementation that cannot run.
     """
-    _check(parts, positions, frequencies, k_pages, v_pages, page_table, starts, lengths)
+    _check(parts, positions, frequencies, k_pages, v_pages, page_table, cached_lens, kv_lens)
     arrays = (
-        parts, positions, k_pages, v_pages, page_table, starts, lengths, weight_scales,
+        parts, positions, k_pages, v_pages, page_table, cached_lens, kv_lens, weight_scales,
         jnp.asarray(k_scale), jnp.asarray(v_scale),
     )  # fmt: skip
     dtype = jnp.dtype(dtype)
@@ -103,7 +104,7 @@ def _on_hopper(*arrays: Any, **settings: Any) -> tuple[Array, Array, Array]:
 
 def _check(
     parts: Projections, positions: Array, frequencies: np.ndarray, k_pages: Array, v_pages: Array,
-    page_table: Array, starts: Array, lengths: Array,
+    page_table: Array, cached_lens: Array, kv_lens: Array,
 ) -> None:  # fmt: skip
     (batch, tokens), heads = positions.shape, k_pages.shape[2:]
     if k_pages.shape != v_pages.shape or k_pages.dtype != v_pages.dtype:
@@ -120,8 +121,8 @@ def _check(
             )
     if frequencies.shape != (heads[1] // 2,):
         raise ValueError(f"frequencies must be [{heads[1] // 2}], got {frequencies.shape}")
-    if page_table.shape[0] != batch or starts.shape != (batch,) or lengths.shape != (batch,):
-        raise ValueError(f"page_table, starts and lengths must have {batch} rows")
+    if page_table.shape[0] != batch or cached_lens.shape != (batch,) or kv_lens.shape != (batch,):
+        raise ValueError(f"page_table, cached_lens and kv_lens must have {batch} rows")
 
 
 HOPPER = Kernel(

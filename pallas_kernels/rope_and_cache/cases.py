@@ -76,21 +76,28 @@ def _case(shape: Heads, dtype: str, batch: int, tokens: int, parts: int, name: s
             )
         )
         scales = Projections(*(jnp.full((count, head_dim), 0.5, FP32) for count in counts))
-        starts = jnp.full(batch, start, jnp.int32)
-        positions = starts[:, None] + jnp.arange(tokens)
+        cached_lens = jnp.full(batch, start, jnp.int32)
+        positions = cached_lens[:, None] + jnp.arange(tokens)
         turns = hopper.angles(positions, frequencies)
-        return sums, scales if parts > 1 else None, positions, turns, starts, starts + tokens
+        return (
+            sums,
+            scales if parts > 1 else None,
+            positions,
+            turns,
+            cached_lens,
+            cached_lens + tokens,
+        )
 
     def of(run: Callable[..., Any], dtype_of_q: Any) -> Callable[..., Any]:
         def call(
             sums: Projections, scales: Projections | None, positions: Array, turns: Any,
-            starts: Array, lengths: Array, **options: Any,
+            cached_lens: Array, kv_lens: Array, **options: Any,
         ) -> Any:  # fmt: skip
             if run is hopper.rope_and_cache:  # In a step they are made once for all layers.
                 options["cos_and_sin"] = turns
             return run(
                 sums, positions, lax.empty(pool, pages), lax.empty(pool, pages),
-                jnp.asarray(table), starts, lengths, scales,
+                jnp.asarray(table), cached_lens, kv_lens, scales,
                 jnp.float32(K_SCALE), jnp.float32(V_SCALE),
                 frequencies=frequencies, dtype=dtype_of_q, **options,
             )  # fmt: skip

@@ -63,8 +63,8 @@ def rope_and_cache(
     k_pages: Array,
     v_pages: Array,
     page_table: Array,
-    starts: Array,
-    lengths: Array,
+    cached_lens: Array,
+    kv_lens: Array,
     weight_scales: Projections | None,
     k_scale: Array,
     v_scale: Array,
@@ -85,7 +85,7 @@ def rope_and_cache(
         raise ValueError(f"{config} cannot work: {reason}")
     cos, sin = cos_and_sin or angles(positions, frequencies)
     operands = _Operands(
-        parts, weight_scales, cos, sin, page_table, starts, lengths,
+        parts, weight_scales, cos, sin, page_table, cached_lens, kv_lens,
         k_scale.astype(jnp.float32).reshape(-1), v_scale.astype(jnp.float32).reshape(-1),
     )  # fmt: skip
     batch, tokens = positions.shape
@@ -112,8 +112,8 @@ class _Operands(NamedTuple):
     cos: Any
     sin: Any
     page_table: Any
-    starts: Any
-    lengths: Any
+    cached_lens: Any
+    kv_lens: Any
     k_scale: Any
     v_scale: Any
 
@@ -342,11 +342,11 @@ class _Row:
         """Store a tile of keys or values in the token's page, if it has one."""
         num_pages, page_size = pages_gmem.shape[:2]
         sequence = lax.div(self.row, self.kernel.tokens)
-        position = self.gmem.starts[sequence] + lax.rem(self.row, self.kernel.tokens)
+        position = self.gmem.cached_lens[sequence] + lax.rem(self.row, self.kernel.tokens)
         table = self.gmem.page_table
         page = table[sequence, lax.min(lax.div(position, page_size), table.shape[1] - 1)]
 
-        @pl.when((position < self.gmem.lengths[sequence]) & (page < num_pages))
+        @pl.when((position < self.gmem.kv_lens[sequence]) & (page < num_pages))
         def store() -> None:
             place = page, lax.rem(position, page_size), pl.ds(first, self.kernel.heads)
             if pages_gmem.dtype != e4m3.DTYPE:

@@ -15,8 +15,8 @@ def rope_and_cache(
     k_pages: Array,
     v_pages: Array,
     page_table: Array,
-    starts: Array,
-    lengths: Array,
+    cached_lens: Array,
+    kv_lens: Array,
     weight_scales: Projections | None,
     k_scale: Array,
     v_scale: Array,
@@ -46,11 +46,11 @@ def rope_and_cache(
 
         def store(i: Array, pages: Array) -> Array:
             row, token = i // tokens, i % tokens
-            position = starts[row] + token
+            position = cached_lens[row] + token
             column = jnp.minimum(position // pages.shape[1], page_table.shape[1] - 1)
             page = page_table[row, column]
             place = (page, position % pages.shape[1], 0, 0)
-            is_stored = (position < lengths[row]) & (page < pages.shape[0])
+            is_stored = (position < kv_lens[row]) & (page < pages.shape[0])
             with_it = lax.dynamic_update_slice(pages, values[row, token][None, None], place)
             return jnp.where(is_stored, with_it, pages)
 

@@ -18,8 +18,8 @@ def rope_and_cache(
     k_pages: Array,
     v_pages: Array,
     page_table: Array,
-    starts: Array,
-    lengths: Array,
+    cached_lens: Array,
+    kv_lens: Array,
     weight_scales: Projections | None,
     k_scale: Array,
     v_scale: Array,
@@ -38,7 +38,7 @@ def rope_and_cache(
     scales = weight_scales or (None, None, None)
     q, k, v = (product(*each) for each in zip(parts, scales, strict=True))
     q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
-    where = (page_table, starts, lengths)
+    where = (page_table, cached_lens, kv_lens)
     k_pages = write_pages(k_pages, k, *where, k_scale)
     v_pages = write_pages(v_pages, v, *where, v_scale)
     return per_head(q, k_scale), k_pages, v_pages
@@ -56,19 +56,19 @@ def apply_rope(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
 
 
 def write_pages(
-    pages: Array, new: Array, page_table: Array, starts: Array, lengths: Array, scale: Array
+    pages: Array, new: Array, page_table: Array, cached_lens: Array, kv_lens: Array, scale: Array
 ) -> Array:
-    """Store the new tokens of each row: positions starts[b] to lengths[b] - 1.
+    """Store the new tokens of each row: positions cached_lens[b] to kv_lens[b] - 1.
 
     pages: [num_pages, page_size, num_kv_heads, head_dim]; new: [batch, tokens, num_kv_heads,
     head_dim]; page_table: int32 [batch, pages_per_row]; scale: float32 [] or [num_kv_heads]. Tokens
-    at or past lengths[b] are dropped.
+    at or past kv_lens[b] are dropped.
     """
     num_pages, page_size = pages.shape[:2]
-    positions = starts[:, None] + jnp.arange(new.shape[1])
+    positions = cached_lens[:, None] + jnp.arange(new.shape[1])
     column = jnp.minimum(positions // page_size, page_table.shape[1] - 1)
     page = jnp.take_along_axis(page_table, column, axis=1)
-    page = jnp.where(positions < lengths[:, None], page, num_pages)
+    page = jnp.where(positions < kv_lens[:, None], page, num_pages)
     if pages.dtype in (e4m3.DTYPE, jnp.int8):
         new = e4m3.store(new.astype(jnp.float32) / jnp.asarray(scale)[..., None], pages.dtype)
     return pages.at[page, positions % page_size].set(new.astype(pages.dtype), mode="drop")
