@@ -40,24 +40,28 @@ def group_size(columns: int) -> int:
 def add_rms_norm(
     product: Parts | None, residual: Array, weight: Array, eps: float, interpret: Any = None
 ) -> tuple[Array, Terms]:
-    """As `row_fusions.add_rms_norm`. A thread block has some columns of a row, and so knows only a
-    part of its mean square."""
+    """Compute `row_fusions.add_rms_norm`.
+
+    A thread block has some columns of a row, and so knows only a part of its mean square.
+    """
     m, d = residual.shape
     rows, size = padded_rows(m), group_size(d)
 
-    def kernel(refs: Any, residual_out: Ref, codes: Ref, units: Ref, mean_squares: Ref) -> None:
+    def kernel(
+        gmem: Any, residual_gmem: Ref, codes_gmem: Ref, units_gmem: Ref, mean_squares_gmem: Ref
+    ) -> None:
         group, row = lax.axis_index("group"), lax.axis_index("row")
         columns = pl.ds(group * size, size)
-        x = _load(refs["residual"].at[row, columns], size).astype(jnp.float32)
-        if "sums" in refs:
-            x = x + _total(refs, row, columns, size)
+        x = _load(gmem["residual"].at[row, columns], size).astype(jnp.float32)
+        if "sums" in gmem:
+            x = x + _total(gmem, row, columns, size)
             rounded = x.astype(jnp.bfloat16)
-            residual_out.at[row, columns][...] = rounded
+            residual_gmem.at[row, columns][...] = rounded
             x = rounded.astype(jnp.float32)
-        mean_squares[group, row] = jnp.sum(x * x) / d + eps * size / d
-        y = x * _load(refs["weight"].at[columns], size).astype(jnp.float32)
+        mean_squares_gmem[group, row] = jnp.sum(x * x) / d + eps * size / d
+        y = x * _load(gmem["weight"].at[columns], size).astype(jnp.float32)
         y = y.astype(jnp.bfloat16).astype(jnp.float32)
-        _store_terms(y, codes, units, row, rows, group, columns)
+        _store_terms(y, codes_gmem, units_gmem, row, rows, group, columns)
 
     operands = {"residual": residual, "weight": weight} | _of_product(product)
     summed, codes, units, mean_squares = plgpu.kernel(
@@ -79,16 +83,16 @@ def add_rms_norm(
 
 @functools.partial(jax.jit, static_argnames="interpret")
 def silu_and_mul(gate: Parts, up: Parts, interpret: Any = None) -> Terms:
-    """As `row_fusions.silu_and_mul`."""
+    """Compute `row_fusions.silu_and_mul`."""
     _, m, n = gate.sums.shape
     rows, size = padded_rows(m), group_size(n)
 
-    def kernel(refs: Any, codes: Ref, units: Ref) -> None:
+    def kernel(gmem: Any, codes_gmem: Ref, units_gmem: Ref) -> None:
         group, row = lax.axis_index("group"), lax.axis_index("row")
         columns = pl.ds(group * size, size)
-        g, u = (_total(each, row, columns, size) for each in refs)
+        g, u = (_total(each, row, columns, size) for each in gmem)
         y = (g / (1 + jnp.exp(-g)) * u).astype(jnp.bfloat16).astype(jnp.float32)
-        _store_terms(y, codes, units, row, rows, group, columns)
+        _store_terms(y, codes_gmem, units_gmem, row, rows, group, columns)
 
     codes, units = plgpu.kernel(
         kernel,
@@ -112,27 +116,33 @@ def _of_product(product: Parts | None) -> dict[str, Array]:
     return {"sums": product.sums} | scale
 
 
-def _total(refs: Any, row: Array, columns: Any, size: int) -> Array:
-    """`Parts.total` of some columns of a row."""
-    sums = refs["sums"]
-    y = _load(sums.at[0, row, columns], size)
-    for part in range(1, sums.shape[0]):
-        y = y + _load(sums.at[part, row, columns], size)
-    return y * _load(refs["scale"].at[columns], size) if "scale" in refs else y
+def _total(gmem: Any, row: Array, columns: Any, size: int) -> Array:
+    """Return `Parts.total` of some columns of a row."""
+    sums_gmem = gmem["sums"]
+    y = _load(sums_gmem.at[0, row, columns], size)
+    for part in range(1, sums_gmem.shape[0]):
+        y = y + _load(sums_gmem.at[part, row, columns], size)
+    return y * _load(gmem["scale"].at[columns], size) if "scale" in gmem else y
 
 
 def _load(ref: Ref, size: int) -> Array:
-    """A vector over a warpgroup's threads, up to 4 numbers in a row each."""
+    """Load a vector over a warpgroup's threads, up to 4 numbers in a row each."""
     layout = plgpu.Layout.WG_STRIDED((size,), vec_size=min(4, size // THREADS))
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def _store_terms(
-    y: Array, codes: Ref, units: Ref, row: Array, rows: int, group: Array | int, columns: Any
+    y: Array,
+    codes_gmem: Ref,
+    units_gmem: Ref,
+    row: Array,
+    rows: int,
+    group: Array | int,
+    columns: Any,
 ) -> None:
-    """One group of a row, float32 of bfloat16's precision, as `Terms`."""
+    """Store one group of a row, float32 of bfloat16's precision, as `Terms`."""
     exponent = unit_exponent(jnp.max(exponent_of(y)))
     a, b = split(y * power_of_two(jnp.full_like(y, inverse(exponent), jnp.int32)))
-    codes.at[row, columns][...] = a.astype(e4m3.DTYPE)
-    codes.at[rows + row, columns][...] = b.astype(e4m3.DTYPE)
-    units[group, row] = lax.shift_left(exponent, jnp.int32(MANTISSA_BITS))
+    codes_gmem.at[row, columns][...] = a.astype(e4m3.DTYPE)
+    codes_gmem.at[rows + row, columns][...] = b.astype(e4m3.DTYPE)
+    units_gmem[group, row] = lax.shift_left(exponent, jnp.int32(MANTISSA_BITS))
