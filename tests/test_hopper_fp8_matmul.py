@@ -372,7 +372,7 @@ def test_lowering_for_an_h200_takes_the_kernel_where_there_is_one():
     assert kernels_in(fp8_matmul, x, weight, scale[:, None], x_scale=x_scale) == ["fp8_matmul"]
     assert kernels_in(swiglu, x, weight, scale, weight, scale, x_scale=x_scale) == ["fp8_swiglu"]
     several = (weight, weight), (scale, scale)
-    assert kernels_in(fp8_matmuls, x, *several, x_scale=x_scale) == ["fp8_matmul"] * 2
+    assert kernels_in(fp8_matmuls, x, *several, x_scale=x_scale) == ["fp8_matmul"]
     few = {"x_scale": x_scale[:64]}
     assert kernels_in(fp8_matmul, x[:64], weight, scale, **few) == ["fp8_matmul_weight_only"]
     assert kernels_in(fp8_matmuls, x[:64], *several, **few) == ["fp8_matmul_weight_only"]
