@@ -1,6 +1,7 @@
 """`LLM`: a loaded model with its tokenizer. Text in, text and numbers out."""
 
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,7 +54,7 @@ from llama_jax.text.tool_choice import ToolChoice, Tools, calling
 from llama_jax.text.tools import ToolFormat, parse_tool_calls, tool_format
 from llama_jax.text.windows import rolling_windows, window_and_stride
 
-DEFAULT_LOOKAHEAD = 4
+DEFAULT_SPECULATIVE_TOKENS = 4
 _log = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]
@@ -123,10 +124,11 @@ class LLM:
         prefill_budget: int = EngineOptions.prefill_budget,
         num_pages: int | None = None,
         max_steps: int = EngineOptions.max_steps,
-        lookahead: int | None = None,
+        num_speculative_tokens: int | None = None,
         max_waiting: int = EngineOptions.max_waiting,
         share_prefixes: bool = True,
         batch_invariant: bool = False,
+        lookahead: int | None = None,
     ) -> "LLM":
         """Load a checkpoint: a converted one, a Hugging Face or Meta directory, or a hub id.
 
@@ -143,9 +145,10 @@ class LLM:
         max_seq_len: tokens that prompt and output may have together, at most the model's context;
             by default that, or 8192 if it is longer.
         max_batch_size: sequences generated at the same time.
-        draft: a smaller model with the same vocabulary that guesses `lookahead` tokens (by default
-            4) for the model to check together; the tokens stay the same. `lookahead` without a
-            draft (by default 0) looks guesses up in the text so far.
+        draft: a smaller model with the same vocabulary that draws `num_speculative_tokens` draft
+            tokens (by default 4) for the model to check together; the tokens stay the same. Without
+            a draft (by default 0) they are looked up in the text so far. `lookahead` is the
+            option's old name.
         mesh: devices to shard over (`llama_jax.model.sharding`); by default the first device alone.
         verbose: print the memory plan.
         num_pages: of the cache; by default for all sequences at full length, or what there is
@@ -156,17 +159,21 @@ class LLM:
         Raises `store.CheckpointError` for what cannot be read, `memory.DoesNotFitError` before
         anything is loaded, ValueError for settings.
         """
+        if lookahead is not None:
+            message = "LLM.load's lookahead is called num_speculative_tokens now"
+            warnings.warn(message, FutureWarning, stacklevel=2)
+            num_speculative_tokens = lookahead
         compile_cache.enable()
         model = loading.find(path_or_id, dtype, activations, implementation, mesh)
         drafting = None
         if draft is not None:
             drafting = loading.find(draft, dtype, "auto", implementation, mesh)
-        if lookahead is None:
-            lookahead = 0 if draft is None else DEFAULT_LOOKAHEAD
+        if num_speculative_tokens is None:
+            num_speculative_tokens = 0 if draft is None else DEFAULT_SPECULATIVE_TOKENS
         tokenizer, max_seq_len = model.tokenizer(), sequence_limit(model.spec.config, max_seq_len)
         options = EngineOptions(
             max_batch_size, max_seq_len, num_pages, prefill_chunk, prefill_budget, max_steps,
-            lookahead, max_waiting, share_prefixes, batch_invariant,
+            num_speculative_tokens, max_waiting, share_prefixes, batch_invariant,
         )  # fmt: skip
         options, planned = loading.plan(model, drafting, options, kv_dtype)
         if verbose:

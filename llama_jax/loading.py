@@ -79,7 +79,7 @@ def plan(
 
     Raises ValueError for a draft model that does not go with the model.
     """
-    speculation = Speculation(options.lookahead, draft.spec if draft else None)
+    speculation = Speculation(options.num_speculative_tokens, draft.spec if draft else None)
     speculation.check(model.spec.config, options.max_seq_len)
     stored = storage_dtype(kv_dtype, model.spec.dtype)
     return memory.fitted(model.spec, options, stored, speculation)

@@ -61,7 +61,7 @@ def not_local() -> str | None:
     return None if is_local() else "arrays may be divided over devices: call it inside of shard_map"
 
 
-def multiprocessors() -> int:
+def num_sms() -> int:
     """Return the number of SMs of the GPU that is lowered for, an H200's where none is known."""
     if (abstract := jax.sharding.get_abstract_mesh().abstract_device) is not None:
         return int(abstract.num_cores)

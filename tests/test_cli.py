@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llama_jax import cli
+from llama_jax import LLM, cli
 from llama_jax.cli import output
+from llama_jax.errors import CheckpointError
 from llama_jax.results import Generation, Piece, Timings
 from llama_jax.text.tools import ToolCall
 from tests.tiny import config
@@ -284,6 +285,16 @@ def test_generate_streams_a_prompt(run, model):
     assert json.loads(stopped)["finish_reason"] == "stop"
 
 
+def test_the_old_name_of_speculative_tokens_is_taken(run, tmp_path):
+    code, _, err = run("generate", tmp_path / "none", "--prompt", "hi", "--lookahead", 2)
+    assert code == 2 and "none" in err and "lookahead" not in err
+    with (
+        pytest.warns(FutureWarning, match="num_speculative_tokens"),
+        pytest.raises(CheckpointError),
+    ):
+        LLM.load(tmp_path / "none", lookahead=2)
+
+
 @pytest.mark.slow
 def test_generate_samples_and_guesses_ahead(run, model):
     options = ("--max-new-tokens", 6, "--temperature", 1, "--seed", 3, *SMALL)
@@ -293,7 +304,7 @@ def test_generate_samples_and_guesses_ahead(run, model):
     assert code == 0 and "prompt tokens" in err and "18 tokens" in err
     assert [each["sample"] for each in samples] == [0, 1, 2]
     assert len({each["text"] for each in samples}) == 3
-    for how in (("--lookahead", 2), ("--draft", model)):
+    for how in (("--num-speculative-tokens", 2), ("--draft", model)):
         code, guessed, err = run(*arguments, *how)
         assert code == 0 and guessed == out and "guesses accepted" in err
     code, out, _ = run("chat", model, "-m", "hello", "--draft", model, "--json", *options)

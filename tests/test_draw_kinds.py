@@ -82,7 +82,7 @@ def test_tokens_of_a_gpus_launches(expected, monkeypatch, kinds) -> None:
 
 @pytest.mark.slow
 def test_company_changes_nothing(expected, monkeypatch) -> None:
-    for options in ({}, {"num_pages": 5}, {"lookahead": 2}):
+    for options in ({}, {"num_pages": 5}, {"num_speculative_tokens": 2}):
         found = finish(as_on_a_gpu(monkeypatch, **options), *requests())
         assert [each.token_ids for each in found] == [each.token_ids for each in expected]
 

@@ -326,8 +326,8 @@ def test_a_failed_step_loses_nothing(
     assert [request.token_ids for request in requests] == expected
 
 
-@pytest.mark.parametrize("lookahead", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_bit_equal_alone_and_in_any_company(lookahead: int) -> None:
+@pytest.mark.parametrize("num_speculative_tokens", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_bit_equal_alone_and_in_any_company(num_speculative_tokens: int) -> None:
     def run(engine: Engine, requests: list[Request]) -> list[tuple]:
         finish(engine, *requests)
         return [(tuple(r.token_ids), tuple(r.logprobs)) for r in requests]
@@ -339,7 +339,7 @@ def test_bit_equal_alone_and_in_any_company(lookahead: int) -> None:
             for i, n in enumerate(lengths)
         ]
 
-    options = {"batch_invariant": True, "lookahead": lookahead}
+    options = {"batch_invariant": True, "num_speculative_tokens": num_speculative_tokens}
     together = run(make(**options), requests())
     assert together[::-1] == run(make(**options), requests()[::-1])
     engine = make(**options)

@@ -123,7 +123,7 @@ class GuessingMachine(EngineMachine):
     """Guesses are looked up; texts are scored in between, and steps fail."""
 
     def make(self) -> Engine:
-        return make(**SIZES, lookahead=3)
+        return make(**SIZES, num_speculative_tokens=3)
 
     @rule(beginning=BEGINNINGS, ending=ENDINGS, start=st.integers(1, 8))
     def score(self, beginning, ending, start) -> None:

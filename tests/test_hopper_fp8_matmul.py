@@ -94,7 +94,7 @@ def test_small_integers_are_exact(m, n, k, config):
 )
 def test_blocks_go_on_to_further_tiles(monkeypatch, config):
     """Two multiprocessors, tiles for many: the ring of tiles wraps around in the middle of one."""
-    monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)
+    monkeypatch.setattr(hopper, "num_sms", lambda: 2)
     x, weight = integers(300, 384), integers(272, 384, seed=1)
     y = simulate(
         hopper.fp8_matmul, x, weight, jnp.ones(272), jnp.ones((300, 1)), BF16, config=config

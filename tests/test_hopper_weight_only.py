@@ -86,7 +86,7 @@ def simulated(x, weights, scales, config, **options):
 )
 def test_small_integers_are_exact(m, ns, k, kind, config, monkeypatch):
     """With fewer multiprocessors than tiles, so that the ring goes on from one to the next."""
-    monkeypatch.setattr(hopper_weight_only_loop, "multiprocessors", lambda: 2)
+    monkeypatch.setattr(hopper_weight_only_loop, "num_sms", lambda: 2)
     rng = np.random.default_rng(m)
     x = jnp.asarray(rng.integers(-8, 9, (m, k)), BF16)
     weights = [jnp.asarray(rng.integers(-8, 9, (n, k)), e4m3.DTYPE) for n in ns]

@@ -154,7 +154,7 @@ class Device:
         if not self.stops_early and not call.structured:
             assert steps in self.scheduler.step_counts
         self.check_structured(call)
-        most = 1 + self.options.lookahead
+        most = 1 + self.options.num_speculative_tokens
         if call.structured:
             self.collect_all()
             most = 1 + (self.options.max_forced_tokens if self.drafts[0] else 0)
@@ -495,7 +495,7 @@ REQUESTS = st.lists(
     prefill_chunk=st.sampled_from((5, 32, 256)),
     prefill_budget=st.sampled_from((1, 40, 500)),
     max_steps=st.sampled_from((1, 4, 70)),
-    lookahead=st.sampled_from((0, 3)),
+    num_speculative_tokens=st.sampled_from((0, 3)),
     rules=st.sampled_from(({}, {"share_prefixes": False}, {"batch_invariant": True})),
     drafts=st.lists(st.integers(0, 4), min_size=1, max_size=3),
     waits=st.booleans(),

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from llama_jax.model.forward import decode, prefill
 from llama_jax.model.kv_cache import init_cache
 from llama_jax.model.params import abstract_params, param_shardings
-from llama_jax.model.sharding import cache_shardings, whole_on
+from llama_jax.model.sharding import cache_shardings, replicated_on
 from pallas_kernels.dev import sm90
 from tests import tiny
 
@@ -34,7 +34,7 @@ def compiled(activations: str, step, tokens: tuple[int, ...]) -> str:
         trees, (param_shardings(spec), cache_shardings(CONFIG, mesh)),
     )  # fmt: skip
     ints = [
-        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole_on(mesh))
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated_on(mesh))
         for shape in ([tokens, tokens[:1]] if len(tokens) == 2 else [tokens])
     ]
     return sm90.compile(

@@ -52,7 +52,7 @@ def test_a_conversation_has_turns(llm: LLM) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [{"draft": SHIPPED_MODEL}, {"lookahead": 3}], ids=str)
+@pytest.mark.parametrize("how", [{"draft": SHIPPED_MODEL}, {"num_speculative_tokens": 3}], ids=str)
 def test_guessing_ahead_changes_no_reply(llm: LLM, how: dict) -> None:
     settings = {"max_batch_size": 4, "max_seq_len": 512, "prefill_chunk": 128, "verbose": False}
     guessing = LLM.load(**settings, **how)
@@ -61,7 +61,7 @@ def test_guessing_ahead_changes_no_reply(llm: LLM, how: dict) -> None:
     assert [reply.token_ids for reply in replies] == [reply.token_ids for reply in expected]
     stats = guessing.stats()
     # Guesses after the end of a short reply do not stand.
-    assert stats.guessed > 0 and (stats.acceptance_rate > 0.3 or "lookahead" in how)
+    assert stats.guessed > 0 and (stats.acceptance_rate > 0.3 or "num_speculative_tokens" in how)
 
 
 @pytest.mark.slow

@@ -32,8 +32,8 @@ from tests.test_engine import (
 SMALL = ModelSpec(replace(SPEC.config, num_layers=1), {}, "float32")
 
 
-def with_draft(params, spec: ModelSpec, lookahead: int = 3, **changes) -> Engine:
-    options = replace(OPTIONS, lookahead=lookahead, **changes)
+def with_draft(params, spec: ModelSpec, num_speculative_tokens: int = 3, **changes) -> Engine:
+    options = replace(OPTIONS, num_speculative_tokens=num_speculative_tokens, **changes)
     return Engine(PARAMS, SPEC, options, jnp.dtype("float32"), draft=(params, spec))
 
 
@@ -42,7 +42,7 @@ def expected() -> list[list[int]]:
     return drawn(make(), *mixed())
 
 
-@pytest.mark.parametrize("lookahead", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("num_speculative_tokens", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -53,9 +53,9 @@ def expected() -> list[list[int]]:
     ids=str,
 )
 def test_looked_up_guesses_change_no_token(
-    expected: list[list[int]], lookahead: int, changes: dict
+    expected: list[list[int]], num_speculative_tokens: int, changes: dict
 ) -> None:
-    engine = make(lookahead=lookahead, **changes)
+    engine = make(num_speculative_tokens=num_speculative_tokens, **changes)
     assert drawn(engine, *mixed()) == expected
     assert engine.counts.guessed > engine.counts.accepted >= 0
 
@@ -80,18 +80,18 @@ def test_a_repetitive_text_takes_fewer_launches() -> None:
     text = prompt(7) * 9
     biased = {text[0]: 60.0}
     request = Request(text, greedy(40, logit_bias=biased))  # goes on with one token for ever
-    engine = make(lookahead=4, max_steps=1)
+    engine = make(num_speculative_tokens=4, max_steps=1)
     (ids,) = drawn(engine, request)
     assert ids == [text[0]] * 40
     assert engine.counts.rounds < 15
     assert engine.stats().acceptance_rate > 0.6
 
 
-@pytest.mark.parametrize("lookahead", [3, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_speculative_tokens", [3, pytest.param(8, marks=pytest.mark.slow)])
 def test_stop_tokens_and_limits_end_inside_of_accepted_guesses(
-    expected: list[list[int]], lookahead: int
+    expected: list[list[int]], num_speculative_tokens: int
 ) -> None:
-    engine = partial(with_draft, PARAMS, SPEC, lookahead=lookahead)
+    engine = partial(with_draft, PARAMS, SPEC, num_speculative_tokens=num_speculative_tokens)
     whole = expected[1]
     at = next(i for i in range(2, 11) if whole[i] not in whole[:i])
     request = Request(prompt(31, seed=31), greedy(11), stop_ids=frozenset([whole[at]]))
@@ -119,7 +119,11 @@ def test_logprobs_are_those_of_the_tokens() -> None:
 def test_the_distribution_is_the_models_own() -> None:
     """The second and third tokens after a guess by a different draft, over many seeds."""
     engine = with_draft(
-        init_params(SMALL, seed=1), SMALL, lookahead=2, max_batch_size=64, prefill_chunk=16
+        init_params(SMALL, seed=1),
+        SMALL,
+        num_speculative_tokens=2,
+        max_batch_size=64,
+        prefill_chunk=16,
     )
     text, count = prompt(9), 1024
     bias = dict.fromkeys(range(6, VOCAB), -1e9)  # six tokens, so that counts are large
@@ -150,13 +154,13 @@ def _next(ids):
 
 @pytest.mark.slow
 def test_nothing_compiles_after_warm_up() -> None:
-    for engine in (make(lookahead=2), with_draft(init_params(SMALL), SMALL)):
+    for engine in (make(num_speculative_tokens=2), with_draft(init_params(SMALL), SMALL)):
         engine.warmup()
         with forbid_compile():
             finish(engine, *mixed())
 
 
-def naive_look_up(text: list[int], lookahead: int) -> list[int]:
+def naive_look_up(text: list[int], num_speculative_tokens: int) -> list[int]:
     """The latest place that shares the longest end with the text, and what followed, repeated."""
     best, common_most = None, 0
     for place in range(len(text) - 1):
@@ -168,7 +172,7 @@ def naive_look_up(text: list[int], lookahead: int) -> list[int]:
     if best is None:
         return []
     following = text[best + 1 :]
-    return [following[i % len(following)] for i in range(lookahead)]
+    return [following[i % len(following)] for i in range(num_speculative_tokens)]
 
 
 def test_look_up_against_a_plain_search() -> None:
@@ -186,10 +190,10 @@ def test_look_up_against_a_plain_search() -> None:
 
 
 def test_settings_that_make_no_sense() -> None:
-    with pytest.raises(ValueError, match="lookahead must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="num_speculative_tokens must be at least 0, got -1"):
         Speculation(-1)
-    with pytest.raises(ValueError, match="lookahead must be at least 1, got 0"):
-        with_draft(PARAMS, SPEC, lookahead=0)
+    with pytest.raises(ValueError, match="num_speculative_tokens must be at least 1, got 0"):
+        with_draft(PARAMS, SPEC, num_speculative_tokens=0)
     for change, message in (
         ({"vocab_size": 10}, "10 tokens in its vocabulary, the model 64"),
         ({"max_position_embeddings": 255}, "context of 255 tokens is shorter than max_seq_len 256"),

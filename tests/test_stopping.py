@@ -122,13 +122,17 @@ def cases() -> list[Case]:
         {},
         pytest.param({"max_batch_size": 16}, marks=pytest.mark.slow),
         pytest.param({"num_pages": 5, "max_batch_size": 6}, marks=pytest.mark.slow),
-        pytest.param({"lookahead": 2}, marks=pytest.mark.slow),
+        pytest.param({"num_speculative_tokens": 2}, marks=pytest.mark.slow),
     ],
     ids=["plain", "many-slots", "preempted", "guessing"],
 )
 def test_the_product_of_all_ways_to_stop(options: dict) -> None:
     # A draft that is the model itself: its guesses stand.
-    engine = with_draft(PARAMS, SPEC, **options) if "lookahead" in options else make(**options)
+    engine = (
+        with_draft(PARAMS, SPEC, **options)
+        if "num_speculative_tokens" in options
+        else make(**options)
+    )
     wanted = cases()
     for is_streamed in (False, True):
         requests = [case.request(is_streamed) for case in wanted]
@@ -145,7 +149,7 @@ def test_the_product_of_all_ways_to_stop(options: dict) -> None:
             assert all(request.text.startswith(each) for each in shown[request]), case
     if "num_pages" in options:
         assert engine.counts.preempted
-    if "lookahead" in options:
+    if "num_speculative_tokens" in options:
         assert engine.counts.accepted
 
 

@@ -204,7 +204,7 @@ def test_draws_stay_inside_their_masks(vocab: int) -> None:
         *(
             pytest.param(changes, marks=pytest.mark.slow)
             for changes in (
-                {"lookahead": 3},
+                {"num_speculative_tokens": 3},
                 {"batch_invariant": True},
                 {"num_pages": 5},
                 {"max_batch_size": 16},
@@ -225,7 +225,9 @@ def test_company_changes_nothing(expected, changes: dict) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, pytest.param({"lookahead": 3}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "changes", [{}, pytest.param({"num_speculative_tokens": 3}, marks=pytest.mark.slow)]
+)
 def test_preemption_at_every_third_step_changes_nothing(expected, changes: dict) -> None:
     engine, requests = make(**changes), mixed()[:7]
     for each in requests:
@@ -247,7 +249,7 @@ def test_preemption_at_every_third_step_changes_nothing(expected, changes: dict)
 def test_a_draft_models_guesses_change_no_token(expected) -> None:
     small = ModelSpec(replace(SPEC.config, num_layers=1), {}, "float32")
     for draft in ((PARAMS, SPEC), (init_params(small), small)):
-        options = replace(OPTIONS, lookahead=3)
+        options = replace(OPTIONS, num_speculative_tokens=3)
         engine = Engine(PARAMS, SPEC, options, jnp.dtype("float32"), draft=draft)
         found = finish(engine, *mixed())
         assert [each.token_ids for each in found] == [each.token_ids for each in expected]
@@ -279,7 +281,7 @@ def test_samples_have_matchers_of_their_own() -> None:
 
 @pytest.mark.slow
 def test_nothing_compiles_after_warm_up() -> None:
-    for changes in ({}, {"lookahead": 2}, {"batch_invariant": True}):
+    for changes in ({}, {"num_speculative_tokens": 2}, {"batch_invariant": True}):
         engine = make(**changes)
         engine.warmup(["tokens"], structured=True)
         with forbid_compile():

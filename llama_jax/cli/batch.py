@@ -32,7 +32,7 @@ def batch(
     kv_dtype: options.KVDtype = "bf16",
     max_seq_len: options.MaxSeqLen = None,
     max_batch_size: options.MaxBatchSize = 32,
-    lookahead: options.Lookahead = None,
+    num_speculative_tokens: options.NumSpeculativeTokens = None,
     draft: options.Draft = None,
 ) -> None:
     """Answer the requests of a batch file as `llama-jax serve` would (extra `serve`): /v1/chat/completions,
@@ -56,7 +56,7 @@ def batch(
     llm = options.load(
         model, show_plan=model is not None, dtype=dtype, activations=activations,
         kv_dtype=kv_dtype, max_seq_len=max_seq_len, max_batch_size=max_batch_size,
-        lookahead=lookahead, draft=draft,
+        num_speculative_tokens=num_speculative_tokens, draft=draft,
     )  # fmt: skip
     settings = {
         "input": digest, "model": llm.manifest.digest, "dtype": dtype,

@@ -62,7 +62,7 @@ def chat(
     activations: options.Activations = "auto",
     kv_dtype: options.KVDtype = "bf16",
     max_seq_len: options.MaxSeqLen = None,
-    lookahead: options.Lookahead = None,
+    num_speculative_tokens: options.NumSpeculativeTokens = None,
     draft: options.Draft = None,
 ) -> None:
     """Talk with a model. Replies appear as they are written.
@@ -86,8 +86,8 @@ def chat(
     schemas = None if tools is None else _read_tools(tools)
     llm = options.load(
         model, show_plan=model is not None and not as_json, dtype=dtype, activations=activations,
-        kv_dtype=kv_dtype, max_seq_len=max_seq_len, max_batch_size=1, lookahead=lookahead,
-        draft=draft,
+        kv_dtype=kv_dtype, max_seq_len=max_seq_len, max_batch_size=1, draft=draft,
+        num_speculative_tokens=num_speculative_tokens,
     )  # fmt: skip
     sampling = replace(llm.default_sampling, **asked)
     history: list[dict[str, Any]] = [] if system is None else [_message("system", system)]

@@ -55,7 +55,7 @@ def generate(
     kv_dtype: options.KVDtype = "bf16",
     max_seq_len: options.MaxSeqLen = None,
     max_batch_size: options.MaxBatchSize = 8,
-    lookahead: options.Lookahead = None,
+    num_speculative_tokens: options.NumSpeculativeTokens = None,
     draft: options.Draft = None,
 ) -> None:
     """Continue a text, or each line of a file. The prompts are taken as they are, without a chat
@@ -87,7 +87,7 @@ def generate(
         model, show_plan=model is not None and not as_json, dtype=dtype, activations=activations,
         kv_dtype=kv_dtype, max_seq_len=max_seq_len,
         max_batch_size=max_batch_size if input is not None else min(samples, max_batch_size),
-        lookahead=lookahead, draft=draft,
+        num_speculative_tokens=num_speculative_tokens, draft=draft,
     )  # fmt: skip
     sampling = replace(llm.default_sampling, **asked)
     if prompt is not None and samples == 1 and output is None and not as_json:

@@ -77,12 +77,15 @@ MaxBatchSize = Annotated[
     int, typer.Option(min=1, help="Sequences at the same time.", rich_help_panel=_LOADING)
 ]
 
-Lookahead = Annotated[
+NumSpeculativeTokens = Annotated[
     int | None,
     typer.Option(
+        "--num-speculative-tokens",
+        "--lookahead",
         min=0,
-        help="Tokens to guess ahead for the model to check together: looked up in the text so far, "
-        "or drawn by --draft. Faster where guesses are right; the tokens stay the same.",
+        help="Draft tokens for the model to check together: looked up in the text so far, or drawn "
+        "by --draft. Faster where they are right; the tokens stay the same. --lookahead is the old "
+        "spelling.",
         show_default="0, or 4 with --draft",
         rich_help_panel=_LOADING,
     ),

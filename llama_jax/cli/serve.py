@@ -110,7 +110,7 @@ def serve(
             help="Of the key/value cache: bf16 (--dtype) or fp8.",
         ),
     ] = "bf16",
-    lookahead: options.Lookahead = None,
+    num_speculative_tokens: options.NumSpeculativeTokens = None,
     draft: options.Draft = None,
 ) -> None:  # fmt: skip
     """Serve a model over HTTP, with OpenAI's endpoints (extra `serve`): chat and text completions,
@@ -157,7 +157,8 @@ def serve(
 
     llm = options.load(
         model, show_plan=True, dtype=dtype, activations=activations, kv_dtype=kv_dtype,
-        max_seq_len=max_model_len, max_batch_size=max_num_seqs, lookahead=lookahead, draft=draft,
+        max_seq_len=max_model_len, max_batch_size=max_num_seqs, draft=draft,
+        num_speculative_tokens=num_speculative_tokens,
         mesh=make_mesh(num_devices) if num_devices > 1 else None,
     )  # fmt: skip
 

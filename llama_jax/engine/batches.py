@@ -32,7 +32,7 @@ from llama_jax.engine.steps import (
     score_step,
 )
 from llama_jax.model.config import PAGE_SIZE
-from llama_jax.model.sharding import default_sharding, whole_on
+from llama_jax.model.sharding import default_sharding, replicated_on
 from llama_jax.model.spec import ModelSpec, Params
 from llama_jax.sampling_params import SamplingParams
 
@@ -215,7 +215,7 @@ class BatchBuilder:
 
     def on_device(self, array: np.ndarray) -> Array:
         """An array that stands where a program's outputs do."""
-        whole = whole_on(self.spec.mesh) if self.spec.mesh else default_sharding()
+        whole = replicated_on(self.spec.mesh) if self.spec.mesh else default_sharding()
         return jax.device_put(array, whole)
 
 

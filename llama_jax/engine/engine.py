@@ -52,7 +52,8 @@ class Engine:
 
     params, spec: as `forward.prefill` takes them; cache_dtype, kv_scales: as `steps.state_builder`
     does. draft: parameters and spec of a smaller model with the same vocabulary that proposes draft
-    tokens (`options.lookahead` at a time); without one they are looked up in the sequence itself.
+    tokens (`options.num_speculative_tokens` at a time); without one they are looked up in the
+    sequence itself.
     One call at a time goes on; those from other threads wait.
     """
 
@@ -70,7 +71,7 @@ class Engine:
             draft = draft and (draft[0], replace(draft[1], is_batch_invariant=True))
         if draft and draft[1].mesh != spec.mesh:
             raise ValueError("the draft model's spec must have the same mesh as the model's")
-        speculation = Speculation(options.lookahead, draft and draft[1])
+        speculation = Speculation(options.num_speculative_tokens, draft and draft[1])
         speculation.check(spec.config, options.max_seq_len)
         self.params = params
         self.spec = spec
@@ -242,7 +243,7 @@ class Engine:
         drafts, num_drafts = np.zeros((batch, width), np.int32), np.zeros(batch, np.int32)
         fed: tuple[Any, Any] = drafts, num_drafts
         calls = []
-        if self.options.lookahead:
+        if self.options.num_speculative_tokens:
             calls.append(batches.draft(table, nobody, drafts, num_drafts))
             fed = batches.on_device(drafts), batches.on_device(num_drafts)
         calls.append(batches.feed(table, nobody, *fed))
@@ -311,7 +312,7 @@ class Engine:
         """
         batches, draws, active = self._batches, call.draws, call.draws.max_counts > 0
         drafts, num_drafts = self._masks.forced(draws.max_counts, call.structured)
-        if self.options.lookahead:
+        if self.options.num_speculative_tokens:
             drafts, num_drafts = self._run(batches.draft(page_table, active, drafts, num_drafts))
         hidden = self._run(batches.feed(page_table, active, drafts, num_drafts))
         self._collect_all()

@@ -156,7 +156,7 @@ def plan_memory(
         return _bytes_per_device(cache, cache_shardings(spec.config, mesh))
 
     specs = [spec, speculation.draft] if speculation.draft else [spec]
-    guesses = max_batch_size * (speculation.lookahead or MAX_FORCED)
+    guesses = max_batch_size * (speculation.num_speculative_tokens or MAX_FORCED)
     return MemoryPlan(
         weights=sum(map(_weights, specs)),
         kv_cache=sum(map(kv_cache, specs)),

@@ -234,7 +234,7 @@ class Scheduler:
         slots = self.slots
         steps = self._num_steps()
         while steps:
-            most = steps * (1 + self.options.lookahead)
+            most = steps * (1 + self.options.num_speculative_tokens)
             if slots.with_grammar(slots.min_remaining):
                 most = 1 + self.options.max_forced_tokens
             counts = np.clip(slots.min_remaining, 0, most)
@@ -255,7 +255,7 @@ class Scheduler:
         calls = []
         if structured and self.options.batch_invariant:
             # The others go through the same programs as ever.
-            others = np.minimum(counts, 1 + self.options.lookahead)
+            others = np.minimum(counts, 1 + self.options.num_speculative_tokens)
             others[[each.slot for each in structured]] = 0
             counts[others > 0] = 0
             if others.any():

@@ -29,8 +29,8 @@ class EngineOptions:
     prefill_budget: prompt tokens in a round for each token that its sequences draw, so that those
         that are decoding do not wait long.
     max_steps: tokens drawn per sequence in one round while nobody streams.
-    lookahead: draft tokens proposed per sequence and step, which the model then checks together; 0
-        for none.
+    num_speculative_tokens: draft tokens proposed per sequence and step, which the model then checks
+        together; 0 for none.
     max_waiting: requests that may queue. share_prefixes: whether sequences share pages.
     batch_invariant: a request's tokens and logprobs are bit-equal alone and in any company: prompts
         go through one at a time in chunks of fixed places, nothing is shared, and pages for the
@@ -43,7 +43,7 @@ class EngineOptions:
     prefill_chunk: int = 512
     prefill_budget: int = MAX_TOKENS_PER_CALL
     max_steps: int = 8
-    lookahead: int = 0
+    num_speculative_tokens: int = 0
     max_waiting: int = 1_000_000
     share_prefixes: bool = True
     batch_invariant: bool = False
@@ -74,7 +74,7 @@ class EngineOptions:
     @property
     def max_forced_tokens(self) -> int:
         """How many tokens that a grammar forces go through the model together."""
-        return self.lookahead or MAX_FORCED
+        return self.num_speculative_tokens or MAX_FORCED
 
     @property
     def call_shapes(self) -> tuple[tuple[int, int], ...]:

@@ -30,17 +30,18 @@ LONGEST_NGRAM = 3
 class Speculation:
     """How draft tokens are proposed.
 
-    lookahead: how many per step, 0 for none. draft: the spec of the draft model; None takes what
-    followed where the last tokens occurred before (prompt lookup).
+    num_speculative_tokens: how many per step, 0 for none. draft: the spec of the draft model; None
+    takes what followed where the last tokens occurred before (prompt lookup).
     """
 
-    lookahead: int = 0
+    num_speculative_tokens: int = 0
     draft: ModelSpec | None = None
 
     def __post_init__(self) -> None:
-        if self.lookahead < 0 or (self.draft and not self.lookahead):
+        if self.num_speculative_tokens < 0 or (self.draft and not self.num_speculative_tokens):
             raise ValueError(
-                f"lookahead must be at least {1 if self.draft else 0}, got {self.lookahead}"
+                f"num_speculative_tokens must be at least {1 if self.draft else 0}, got "
+                f"{self.num_speculative_tokens}"
             )
 
     def check(self, config: LlamaConfig, max_seq_len: int) -> None:
@@ -61,14 +62,14 @@ class Speculation:
 
     @property
     def uses_history(self) -> bool:
-        return self.lookahead > 0 and self.draft is None
+        return self.num_speculative_tokens > 0 and self.draft is None
 
 
 NO_SPECULATION = Speculation()
 
 
-def look_up(history: Array, last: Array, lookahead: int) -> tuple[Array, Array]:
-    """Draft tokens from each slot's own text: int32 [batch, lookahead], and which slots have any.
+def look_up(history: Array, last: Array, count: int) -> tuple[Array, Array]:
+    """Draft tokens from each slot's own text: int32 [batch, count], and which slots have any.
 
     history: int32 [batch, capacity], of which slot b's tokens are those up to index last[b]. The
     place that has most of the last `LONGEST_NGRAM` tokens in common with the end is taken, the
@@ -86,7 +87,7 @@ def look_up(history: Array, last: Array, lookahead: int) -> tuple[Array, Array]:
         rank = jnp.where(places < last, common * len(places) + places, -1)
         best = jnp.argmax(rank)
         period = last - best
-        drafts = history[best + 1 + jnp.arange(lookahead) % jnp.maximum(period, 1)]
+        drafts = history[best + 1 + jnp.arange(count) % jnp.maximum(period, 1)]
         return drafts, rank[best] >= len(places)
 
     return jax.vmap(of_slot)(history, last)
@@ -101,14 +102,14 @@ def draft_tokens(
     forced: tuple[Array, Array] | None = None,
     *,
     spec: ModelSpec,
-    lookahead: int,
+    count: int,
     kind: Kind = "everything",
 ) -> tuple[KVCache, Array]:
-    """What a draft model draws after each slot's newest token: int32 [batch, lookahead].
+    """What a draft model draws after each slot's newest token: int32 [batch, count].
 
     tokens, room: int32 [batch], the newest token and how many the cache has room for after it; -1
     for a slot that draws nothing. forced: draft tokens that are taken as they are, int32 [batch,
-    lookahead], and how many each slot has of them, int32 [batch]. kind: see `sampling.sample`. The
+    count], and how many each slot has of them, int32 [batch]. kind: see `sampling.sample`. The
     last draft token goes through the draft model too, so that its cache holds all of them if they
     are accepted.
     """
@@ -128,5 +129,5 @@ def draft_tokens(
             drawn = jnp.where(i < forced[1], given, drawn)
         return (cache, drawn, record(sampling, drawn, grows, kind)), drawn
 
-    (cache, _, _), drawn = lax.scan(step, (cache, tokens, sampling), jnp.arange(lookahead + 1))
-    return cache, drawn[:lookahead].T
+    (cache, _, _), drawn = lax.scan(step, (cache, tokens, sampling), jnp.arange(count + 1))
+    return cache, drawn[:count].T

@@ -28,7 +28,7 @@ from llama_jax.engine.sampling import (
 from llama_jax.engine.speculation import NO_SPECULATION, Speculation, draft_tokens, look_up
 from llama_jax.model import forward
 from llama_jax.model.kv_cache import KVCache, KVScales, copy_pages, init_cache
-from llama_jax.model.sharding import cache_shardings, default_sharding, whole_on
+from llama_jax.model.sharding import cache_shardings, default_sharding, replicated_on
 from llama_jax.model.spec import ModelSpec, Params
 from pallas_kernels import device
 
@@ -69,7 +69,7 @@ def state_builder(
 
     Arguments as `kv_cache.init_cache` takes them.
     """
-    whole = whole_on(spec.mesh) if spec.mesh else default_sharding()
+    whole = replicated_on(spec.mesh) if spec.mesh else default_sharding()
 
     def build() -> DecodeState:
         scales = None if kv_scales is None else jnp.array(kv_scales, jnp.float32)
@@ -162,7 +162,7 @@ def prefill_step(
     )
     hidden = forward.last_hidden(hidden, num_new_tokens)
     if spec.mesh:
-        hidden = lax.with_sharding_constraint(hidden, whole_on(spec.mesh))
+        hidden = lax.with_sharding_constraint(hidden, replicated_on(spec.mesh))
     return state.replace(cache=cache, draft=draft), hidden
 
 
@@ -241,7 +241,7 @@ def decode_steps(
     `has_free_conditions`).
     """
     state, waiting = _only(state, active, page_table)
-    capacity = max_steps * (1 + speculation.lookahead)
+    capacity = max_steps * (1 + speculation.num_speculative_tokens)
     logits = jax.ShapeDtypeStruct((len(active), spec.config.vocab_size), jnp.float32)
     blank = jax.eval_shape(partial(sample, kind=kind), logits, state.sampling)
     empty = jax.tree.map(lambda a: jnp.zeros((capacity, *a.shape), a.dtype), blank)
@@ -305,7 +305,7 @@ def draft_step(
     spec: ModelSpec,
     speculation: Speculation,
 ) -> tuple[DecodeState, tuple[Array, Array]]:
-    """Propose draft tokens for the active slots: int32 [batch, lookahead], and how many each has,
+    """Propose draft tokens for the active slots: int32 [batch, drafts], and how many each has,
     int32 [batch].
 
     forced, num_forced: draft tokens that are taken first, in the same form. The other arguments are
@@ -332,13 +332,13 @@ def feed_step(
 ) -> tuple[DecodeState, Array]:
     """Feed the active slots their newest tokens and the draft tokens after them.
 
-    drafts: int32 [batch, lookahead]; num_drafts: int32 [batch], how many of them count. Returns
-    hidden states [batch, 1 + lookahead, d], for `draw_fed_step`.
+    drafts: int32 [batch, drafts]; num_drafts: int32 [batch], how many of them count. Returns
+    hidden states [batch, 1 + drafts, d], for `draw_fed_step`.
     """
     state, waiting = _only(state, active, page_table)
     state, hidden = _feed(params, state, drafts, _acceptable(state, num_drafts), spec)
     if spec.mesh:
-        hidden = lax.with_sharding_constraint(hidden, whole_on(spec.mesh))
+        hidden = lax.with_sharding_constraint(hidden, replicated_on(spec.mesh))
     return state.replace(remaining=state.remaining + waiting), hidden
 
 
@@ -357,7 +357,7 @@ def draw_fed_step(
 ) -> tuple[DecodeState, Drawn]:
     """Draw what follows the tokens that `feed_step` fed, for the active slots.
 
-    hidden: what it returned; drafts, num_drafts: what it took; masks: uint32 [batch, 1 + lookahead,
+    hidden: what it returned; drafts, num_drafts: what it took; masks: uint32 [batch, 1 + drafts,
     words], see `sampling.sample` for them and `kind`.
     """
     state, waiting = _only(state, active)
@@ -379,7 +379,7 @@ def _decode(
     """Draw one token for each slot that has any remaining, and one more for each accepted draft
     token.
 
-    Returns the state; which slots drew, bool [1 + lookahead, batch]; what they drew, with the same
+    Returns the state; which slots drew, bool [1 + drafts, batch]; what they drew, with the same
     first axes; and how many draft tokens each had, int32 [batch].
     """
     state, drafts, num_drafts = _propose(draft_params, state, speculation, kind)
@@ -398,7 +398,7 @@ def _feed(
     params: Params, state: DecodeState, drafts: Array, num_drafts: Array, spec: ModelSpec
 ) -> tuple[DecodeState, Array]:
     """Take the newest token of each slot that has any remaining, and the draft tokens after it,
-    through the model: hidden states [batch, 1 + lookahead, d].
+    through the model: hidden states [batch, 1 + drafts, d].
 
     The cache holds them afterwards, but its `cached_lens` are as before.
     """
@@ -422,7 +422,7 @@ def _draw(
 ) -> tuple[DecodeState, Array, Sampled]:
     """Draw after what `_feed` fed; returns which slots drew and what, as `_decode` does.
 
-    masks: uint32 [batch, 1 + lookahead, words], see `sampling.sample`.
+    masks: uint32 [batch, 1 + drafts, words], see `sampling.sample`.
     """
     active = state.remaining > 0
     logits = forward.unembed(params, hidden, spec=spec)
@@ -468,31 +468,31 @@ def _propose(
     kind: Kind,
     forced: tuple[Array, Array] | None = None,
 ) -> tuple[DecodeState, Array, Array]:
-    """Draft tokens for each slot, int32 [batch, lookahead], and how many there are, int32 [batch].
+    """Draft tokens for each slot, int32 [batch, drafts], and how many there are, int32 [batch].
 
     forced: draft tokens of the host, in the same form; a slot's own come after them or, if they are
     looked up, only where there are none.
     """
-    batch, lookahead = len(state.tokens), speculation.lookahead
+    batch, count = len(state.tokens), speculation.num_speculative_tokens
     slots, last = jnp.arange(batch), state.cache.cached_lens
     if speculation.draft:
         assert state.draft is not None and draft_params is not None
         draft, drafts = draft_tokens(
             draft_params, _follow(state.draft, state.cache), state.tokens, state.sampling,
-            state.remaining - 1, forced, spec=speculation.draft, lookahead=lookahead, kind=kind,
+            state.remaining - 1, forced, spec=speculation.draft, count=count, kind=kind,
         )  # fmt: skip
-        return state.replace(draft=draft), drafts, jnp.full(batch, lookahead)
-    if not lookahead:
+        return state.replace(draft=draft), drafts, jnp.full(batch, count)
+    if not count:
         return state, jnp.zeros((batch, 0), jnp.int32), jnp.zeros(batch, jnp.int32)
     history = state.history.at[slots, last].set(state.tokens, mode="drop")
-    drafts, is_any = look_up(history, last, lookahead)
-    num_drafts = jnp.where(is_any, lookahead, 0)
+    drafts, is_any = look_up(history, last, count)
+    num_drafts = jnp.where(is_any, count, 0)
     if forced:
         is_forced = forced[1] > 0
         drafts = jnp.where(is_forced[:, None], forced[0], drafts)
         num_drafts = jnp.where(is_forced, forced[1], num_drafts)
     # Those that are not accepted are overwritten before they are looked at.
-    places = last[:, None] + 1 + jnp.arange(lookahead)
+    places = last[:, None] + 1 + jnp.arange(count)
     history = history.at[slots[:, None], places].set(drafts, mode="drop")
     return state.replace(history=history), drafts, num_drafts
 

@@ -17,7 +17,7 @@ class TokenMasks:
         self._most = options.max_forced_tokens
         self._vocab_size = vocab_size
         self._threads = MaskThreads()
-        has_one = options.lookahead or options.batch_invariant
+        has_one = options.num_speculative_tokens or options.batch_invariant
         # How many draft tokens the programs for structured output take.
         self.widths = (self._most,) if has_one else (0, self._most)
 

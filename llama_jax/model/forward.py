@@ -19,7 +19,13 @@ from jax.sharding import PartitionSpec
 from llama_jax.model.kv_cache import KVCache
 from llama_jax.model.llama import Llama
 from llama_jax.model.params import abstract_params, logical_axes, param_shardings
-from llama_jax.model.sharding import RULES, cache_shardings, default_sharding, make_mesh, whole_on
+from llama_jax.model.sharding import (
+    RULES,
+    cache_shardings,
+    default_sharding,
+    make_mesh,
+    replicated_on,
+)
 from llama_jax.model.spec import Activations, ModelSpec, Params, Phase
 from pallas_kernels import device
 from pallas_kernels.fp8_matmul.limits import MAX_WEIGHT_ONLY_ROWS
@@ -118,7 +124,7 @@ def unembed(params: Params, hidden: Array, *, spec: ModelSpec) -> Array:
     spec, whole = _placed(spec), PartitionSpec()
     by_word = PartitionSpec(*(None,) * (hidden.ndim - 1), RULES["vocab"])
     logits: Array = _apply(spec, "unembed", params, (hidden,), in_specs=(whole,), out_specs=by_word)
-    return lax.with_sharding_constraint(logits, whole_on(spec.mesh)) if spec.mesh else logits
+    return lax.with_sharding_constraint(logits, replicated_on(spec.mesh)) if spec.mesh else logits
 
 
 @cache

@@ -47,12 +47,12 @@ def cache_shardings(config: LlamaConfig, mesh: Mesh | None) -> KVCache:
         # Only the size of the kv heads' dimension matters to the rule.
         shape = (1, 1, config.num_kv_heads, config.head_dim)
         pages = sharding_of(mesh, (None, None, "kv_heads", None), shape)
-        rest = whole_on(mesh)
+        rest = replicated_on(mesh)
     layers, scales = (pages,) * config.num_layers, (rest,) * config.num_layers
     return KVCache(layers, layers, scales, scales, rest, rest)  # type: ignore[arg-type]
 
 
-def whole_on(mesh: Mesh) -> NamedSharding:
+def replicated_on(mesh: Mesh) -> NamedSharding:
     """Return the sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 

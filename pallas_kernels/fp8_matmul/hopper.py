@@ -39,7 +39,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import e4m3
-from pallas_kernels.device import multiprocessors
+from pallas_kernels.device import num_sms
 from pallas_kernels.fp8_matmul import hopper_mainloop
 from pallas_kernels.fp8_matmul.hopper_config import TILE_K, Config, configure, unfit
 from pallas_kernels.fp8_matmul.hopper_epilogues import Epilogue, Store, Swiglu
@@ -233,7 +233,7 @@ def _launch(
     """Multiply tile by tile, and let the epilogue store what comes of it. Returns its results."""
     config, shared = problem.config, _shared_axes(problem.config)
     tiles = problem.grid[0] * problem.grid[1]
-    clusters = min(tiles, multiprocessors() // config.cluster)
+    clusters = min(tiles, num_sms() // config.cluster)
 
     def kernel(gmem: Operands, *outputs_gmem: Any, ring: Ring, scratch: dict[str, Any]) -> None:
         cluster, warpgroup = lax.axis_index("clusters"), lax.axis_index("warpgroup")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jax.experimental import pallas as pl
 
 from pallas_kernels import tuned
-from pallas_kernels.device import multiprocessors
+from pallas_kernels.device import num_sms
 from pallas_kernels.fp8_matmul.reference import BLOCK
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 
@@ -68,7 +68,7 @@ def heuristic(m: int, ns: Sequence[int], *, promote: bool, weights: int = 1) -> 
     """
     tile_m = 64 if m <= 64 and weights == 1 else 128
     cluster = 2 if m > tile_m else 1
-    groups = multiprocessors() // cluster
+    groups = num_sms() // cluster
 
     def cycles(tile_n: int) -> int:
         tiles = pl.cdiv(m, tile_m * cluster) * sum(pl.cdiv(n, tile_n) for n in ns)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jax.experimental import pallas as pl
 
 from pallas_kernels import tuned
-from pallas_kernels.device import multiprocessors
+from pallas_kernels.device import num_sms
 from pallas_kernels.fp8_matmul.reference import BLOCK
 from pallas_kernels.fp8_matmul.terms import MIN_ROWS_TO_SHARE, padded_rows
 from pallas_kernels.hopper import BOX_ROWS, SHARED_MEMORY_BYTES
@@ -90,7 +90,7 @@ def heuristic_cost(ns: Sequence[int], k: int, rows: int, splits: int) -> float:
     All thread blocks read as much as the busiest, a tile that it begins counts as a quarter of a
     step, and the parts of so many rows are written and read.
     """
-    tiles, blocks = sum(pl.cdiv(n, TILE_N) for n in ns), multiprocessors()
+    tiles, blocks = sum(pl.cdiv(n, TILE_N) for n in ns), num_sms()
     busiest = pl.cdiv(tiles * splits, blocks) * (pl.cdiv(k // TILE_K, splits) + 0.25)
     return busiest * blocks * TILE_N * TILE_K + splits * sum(ns) * rows * 2 * 4
 

@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.device import multiprocessors
+from pallas_kernels.device import num_sms
 from pallas_kernels.fp8_matmul.hopper_ring import Ring
 from pallas_kernels.fp8_matmul.hopper_weight_only_config import (
     TILE_K,
@@ -76,7 +76,7 @@ class WeightOnlyProblem:
 
     @property
     def clusters(self) -> int:
-        return min(self.units, multiprocessors() // self.config.cluster)
+        return min(self.units, num_sms() // self.config.cluster)
 
 
 class WeightOnlyOperands(NamedTuple):

@@ -37,7 +37,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import e4m3, tuned
-from pallas_kernels.device import multiprocessors
+from pallas_kernels.device import num_sms
 from pallas_kernels.hopper import BOX_ROWS, SHARED_MEMORY_BYTES, tile
 from pallas_kernels.paged_attention.hopper_combine import (
     MATRIX,
@@ -180,7 +180,7 @@ def heuristic(q: Array, k_pages: Array, capacity: int, is_batch_invariant: bool)
             shape, splits=pl.cdiv(capacity, share), keys_per_split=share, stages=stages
         )  # fmt: skip
     most = min(WORTHWHILE_FP8_SPLITS if is_fp8 else MAX_SPLITS, pl.cdiv(capacity, keys))
-    at_once = BLOCKS_PER_SM * multiprocessors()
+    at_once = BLOCKS_PER_SM * num_sms()
     streams = batch * k_pages.shape[2]
     times = [pl.cdiv(streams * n, at_once) / n for n in range(1, most + 1)]
     splits = next(n for n, time in enumerate(times, 1) if time <= 1.1 * min(times))

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import e4m3, tuned
-from pallas_kernels.device import multiprocessors
+from pallas_kernels.device import num_sms
 from pallas_kernels.rope_and_cache.projections import Projections
 
 NAME = "rope_and_cache"
@@ -150,9 +150,9 @@ def heuristic(parts: Projections, rows: int) -> Config:
     by token where there are many, and no parts to add up."""
     num_kv_heads = parts.k.shape[2]
     tiles = rows * pl.cdiv(parts.q.shape[2] + 2 * num_kv_heads, MOST_HEADS)
-    most = FEWER_HEADS if tiles < multiprocessors() else MOST_HEADS
+    most = FEWER_HEADS if tiles < num_sms() else MOST_HEADS
     heads = max(each for each in (1, 2, 4, 8) if num_kv_heads % each == 0 and each <= most)
-    is_many = tiles >= TILES_PER_MULTIPROCESSOR * multiprocessors()
+    is_many = tiles >= TILES_PER_MULTIPROCESSOR * num_sms()
     return Config(heads, is_many and parts.q.shape[0] == 1)
 
 
