@@ -31,7 +31,7 @@ _STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
 
 
 def is_there(path: Path) -> bool:
-    """Whether anything lies at a path, be it a link that leads nowhere.
+    """Return whether anything lies at a path, be it a link that leads nowhere.
 
     Raises `CheckpointError` where one may not look.
     """
@@ -212,7 +212,7 @@ def _explained(message: str, value: Any) -> str:
 
 
 def kind(mode: int) -> str:
-    """What `st_mode` says that is no file."""
+    """Return what `st_mode` says that is no file."""
     if stat.S_ISDIR(mode):
         return "a directory"
     return "a FIFO" if stat.S_ISFIFO(mode) else "a device or socket"

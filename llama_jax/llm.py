@@ -282,7 +282,7 @@ class LLM:
     @overload
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Prompt]) -> list[Score]: ...
     def score(self, prompts, completions):  # type: ignore[no-untyped-def]
-        """How likely each completion is after its prompt: one `Score`, or a list for lists.
+        """Return how likely each completion is after its prompt: one `Score`, or a list for lists.
 
         Prompt and completion are tokenised together where the prompt's tokens stay the same, and
         separately otherwise, so a completion's tokens are always whole. A prompt may be empty
@@ -320,7 +320,8 @@ class LLM:
         self, texts: Sequence[Prompt], *, window: int | None = None, stride: int | None = None
     ) -> list[Perplexity]: ...
     def perplexity(self, texts, *, window=None, stride=None):  # type: ignore[no-untyped-def]
-        """How well the model predicts a text of any length: one `Perplexity`, or a list for a list.
+        """Return how well the model predicts a text of any length: one `Perplexity`, or a list for
+        a list.
 
         A str is scored whole, after a BOS token; of token ids the first only gives context.
         window: tokens that are looked at together, at most and by default `max_seq_len`.
@@ -340,8 +341,9 @@ class LLM:
         *,
         is_streamed: bool = False,
     ) -> Question[Generation]:
-        """What `generate` asks, for `scoring.answers`, for more prompts than fit in memory, and for
-        whoever steps the engine. is_streamed: the text is wanted as it grows, see `Request`."""
+        """Return what `generate` asks, for `scoring.answers`, for more prompts than fit in memory,
+        and for whoever steps the engine. is_streamed: the text is wanted as it grows, see
+        `Request`."""
         return self._continuation(self._prompt_ids(prompt), sampling, is_streamed=is_streamed)
 
     def chat_question(
@@ -355,7 +357,7 @@ class LLM:
         is_streamed: bool = False,
         **template_kwargs: Any,
     ) -> Question[Generation]:
-        """What `chat` asks, see `generate_question`."""
+        """Return what `chat` asks, see `generate_question`."""
         calls = calling(tools, tool_choice, parallel_tool_calls, self.tokenizer)
         sampling = sampling or self.default_sampling
         if calls.form:
@@ -394,12 +396,12 @@ class LLM:
         return Question(requests, conclude)
 
     def score_question(self, prompt: Prompt, completion: Prompt) -> Question[Score]:
-        """What `score` asks, see `generate_question`."""
+        """Return what `score` asks, see `generate_question`."""
         request = score_request(*self.pair_ids(prompt, completion))
         return Question((request,), lambda requests: score_of(requests[0]))
 
     def rank_question(self, prompt: Prompt, labels: Sequence[Prompt]) -> Question[Ranking]:
-        """What `rank` asks, see `generate_question`."""
+        """Return what `rank` asks, see `generate_question`."""
         if isinstance(labels, str) or not labels:
             raise ValueError(f"labels must be a list of at least one, got {labels!r}")
         requests = [score_request(*self.pair_ids(prompt, label)) for label in labels]
@@ -408,7 +410,7 @@ class LLM:
     def perplexity_question(
         self, text: Prompt, window: int | None = None, stride: int | None = None
     ) -> Question[Perplexity]:
-        """What `perplexity` asks, see `generate_question`."""
+        """Return what `perplexity` asks, see `generate_question`."""
         window, stride = window_and_stride(window, stride, self.max_seq_len)
         if isinstance(text, str):
             ids, read = self.tokenizer.encode(text, bos=True), text
@@ -475,7 +477,7 @@ class LLM:
 
     @property
     def tool_format(self) -> ToolFormat:
-        """How the model writes calls of tools."""
+        """Return how the model writes calls of tools."""
         return tool_format(choose_template(self.tokenizer, tools=True))
 
     def stats(self) -> Stats:
@@ -541,8 +543,8 @@ class LLM:
         )
 
     def result(self, request: Request, is_chat: bool = False) -> Generation:
-        """What has come of one request of a question, when it has ended; with the calls that it
-        makes where `is_chat`."""
+        """Return what has come of one request of a question, when it has ended; with the calls that
+        it makes where `is_chat`."""
         logprobs, error = None, request.error
         if request.params.logprobs is not None and not error:
             try:
@@ -619,5 +621,5 @@ def _only(results: Sequence[Generation]) -> Generation:
 
 
 def _is_prompt(value: Prompt | Sequence[Prompt]) -> bool:
-    """Whether this is one prompt rather than a list of them."""
+    """Return whether this is one prompt rather than a list of them."""
     return isinstance(value, str) or bool(len(value) and isinstance(value[0], int | np.integer))

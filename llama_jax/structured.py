@@ -69,7 +69,8 @@ class StructuredOutput:
 
     @property
     def text(self) -> str:
-        """What is given, as text: a JSON schema, a list in JSON, an expression or a grammar."""
+        """Return what is given, as text: a JSON schema, a list in JSON, an expression or a
+        grammar."""
         if self.json_object:
             return json.dumps({"type": "object", "x-guidance": JSON_FORM})
         if self.choice is not None:

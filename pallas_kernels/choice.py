@@ -53,7 +53,7 @@ class Kernel:
 
     @property
     def fuses(self) -> tuple[str, ...]:
-        """What a launch does beside the operation, in words."""
+        """Return what a launch does beside the operation, in words."""
         return ()
 
 
@@ -71,7 +71,8 @@ class Choice[K: Kernel]:
 
     @property
     def why_no_kernel(self) -> str | None:
-        """Why XLA's code runs, or the reference; None if a kernel does, or if there is none."""
+        """Return why XLA's code runs, or the reference; None if a kernel does, or if there is
+        none."""
         if self.kernel.launches:
             return None
         return f"{self.asked} was asked for" if self.asked else _in_words(self.refusals) or None

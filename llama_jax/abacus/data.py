@@ -42,7 +42,7 @@ def exchange(question: tasks.Question) -> list[Message]:
 def segments(
     messages: list[Message], *, date: str, tools: list[dict[str, Any]] | None = None
 ) -> list[Segment]:
-    """What the chat template makes of ``messages``, as (role, content) pairs.
+    """Return what the chat template makes of ``messages``, as (role, content) pairs.
 
     A short form of ``chat_template.jinja`` for the messages that :func:`exchange` and
     :func:`draw_chat` produce; the tests hold the two against each other.

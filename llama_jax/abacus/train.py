@@ -162,7 +162,8 @@ def update(
 
 @jax.jit
 def answered(params: Params, tokens: Array, mask: Array) -> tuple[Array, Array]:
-    """Whether greedy decoding gives exactly the masked targets, bool [batch], and their mean NLL.
+    """Return whether greedy decoding gives exactly the masked targets, bool [batch], and their mean
+    NLL.
 
     Greedy decoding writes the right answer if and only if, given the right answer so far, the
     likeliest next token is right at every place: one forward pass tells.

@@ -108,7 +108,7 @@ def read_part(
 
 
 def holds(directory: Path, dtype: np.dtype, shape: Shape, sha256: str, advance: Advance) -> bool:
-    """Whether the array is complete and has the SHA-256 that `write_array` returned.
+    """Return whether the array is complete and has the SHA-256 that `write_array` returned.
 
     advance: called with the bytes of each piece that was read.
     """

@@ -10,7 +10,7 @@ PARAMS = "params"
 
 
 def is_converted(directory: Path) -> bool:
-    """Whether a directory is a converted checkpoint.
+    """Return whether a directory is a converted checkpoint.
 
     Raises `CheckpointError` if the directory may not be read.
     """

@@ -112,7 +112,7 @@ def _spec(
     dtype: Any,
     activations: Any,
 ) -> tuple[Path | None, "ModelSpec"]:
-    """What to measure, and where its parameters are: None for a preset, whose are made up.
+    """Return what to measure, and where its parameters are: None for a preset, whose are made up.
 
     path: of a checkpoint, None for a preset.
     """

@@ -112,7 +112,7 @@ def _table(title: str, found: "Report") -> Table:
 
 
 def _draw(timings: "list[Timing]", path: Path) -> None:
-    """What part of the requests took how long."""
+    """Return what part of the requests took how long."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:

@@ -99,7 +99,7 @@ def _locked(journal: Path) -> Iterator[BinaryIO]:
 def _continues(
     notes: BinaryIO, partial: Path, settings: Mapping[str, Any], overwrite: bool
 ) -> bool:
-    """Whether an earlier run with the same settings left `partial`."""
+    """Return whether an earlier run with the same settings left `partial`."""
     if not partial.exists():
         return False
     notes.seek(0)

@@ -179,7 +179,7 @@ def check_extra() -> None:
 
 
 def _announce(service: "Service", url: str) -> None:
-    """What is served, where, and how to try it."""
+    """Return what is served, where, and how to try it."""
     engine = service.llm.engine
     tokens = engine.options.pool_size * engine.pages.page_size
     note(

@@ -69,8 +69,8 @@ class BatchBuilder:
     # Admission.
 
     def settings(self, request: Request) -> SamplingState:
-        """What the sampler knows of a request, as a batch of one. Raises ValueError for token ids
-        outside the vocabulary."""
+        """Return what the sampler knows of a request, as a batch of one. Raises ValueError for
+        token ids outside the vocabulary."""
         return host_rows(
             [request.params], [request.prompt], [request.stop_ids], self.vocab_size,
             [request.token_ids], [request.eos_ids],

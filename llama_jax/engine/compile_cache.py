@@ -33,7 +33,7 @@ class CompileReport:
     seconds: float
 
     def since(self, earlier: "CompileReport") -> "CompileReport":
-        """What has happened after `earlier`."""
+        """Return what has happened after `earlier`."""
         return CompileReport(
             self.compiled - earlier.compiled,
             self.from_cache - earlier.from_cache,
@@ -91,7 +91,7 @@ def directory() -> Path | None:
 
 
 def report() -> CompileReport:
-    """What this process has compiled since this module was imported."""
+    """Return what this process has compiled since this module was imported."""
     with _lock:
         seconds = sum(end - start for start, end in _spans)
         return CompileReport(_counts[_BACKEND] - _counts[_HIT], _counts[_HIT], seconds)

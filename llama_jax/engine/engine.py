@@ -181,7 +181,7 @@ class Engine:
                 self.cancel(request_id)
 
     def stats(self) -> Stats:
-        """What has happened so far."""
+        """Return what has happened so far."""
         with self._lock:
             return Stats(**vars(self.counts), **vars(self.pages.counts))
 
@@ -362,7 +362,7 @@ class Engine:
     def _computed_masks(
         self, size: int, width: int, wanted: Sequence[tuple[int, Request, list[int]]]
     ) -> np.ndarray:
-        """What `TokenMasks.masks` returns; requests whose masks cannot be computed end."""
+        """Return what `TokenMasks.masks` returns; requests whose masks cannot be computed end."""
         masks, failed = self._masks.masks(size, width, wanted)
         for request, error in failed:
             with self._outputs.alone(request):

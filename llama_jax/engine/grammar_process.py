@@ -54,7 +54,7 @@ def new_matcher(vocabulary: Any, grammar: str) -> Any:
 
 
 def in_large_stack[T](function: Callable[[], T]) -> T:
-    """What `function` returns or raises, in a thread with room for deep recursion."""
+    """Return what `function` returns or raises, in a thread with room for deep recursion."""
     results: list[T] = []
     errors: list[BaseException] = []
 

@@ -36,7 +36,7 @@ _KEPT_GRAMMARS = 128
 
 
 def num_words(vocab_size: int) -> int:
-    """How many words of 32 bits hold one for each token, as `sampling.sample` takes them."""
+    """Return how many words of 32 bits hold one for each token, as `sampling.sample` takes them."""
     return -(-vocab_size // 32)
 
 
@@ -73,8 +73,8 @@ class Matcher:
         return copy
 
     def masks(self, token_ids: Sequence[int], guesses: Sequence[int] = ()) -> np.ndarray:
-        """What may follow a reply so far, and what may follow it with one guess, two, ...: uint32
-        [1 + guesses, words], as `sampling.sample` takes them. After a guess that the grammar
+        """Return what may follow a reply so far, and what may follow it with one guess, two, ...:
+        uint32 [1 + guesses, words], as `sampling.sample` takes them. After a guess that the grammar
         refuses, or that ends the reply, nothing may follow.
 
         token_ids: all of the reply, at least those of the call before.

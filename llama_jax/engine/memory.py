@@ -136,7 +136,7 @@ def plan_memory(
     num_pages: int | None = None,
     speculation: Speculation = NO_SPECULATION,
 ) -> MemoryPlan:
-    """What `spec` takes with a cache of max_batch_size rows of max_seq_len tokens.
+    """Return what `spec` takes with a cache of max_batch_size rows of max_seq_len tokens.
 
     kv_dtype: of the cache, as `kv_cache.init_cache` takes it. prefill_chunk: tokens of a row that
     go through the model at once, all rows together. limit: bytes on each device, in place of what
@@ -177,8 +177,8 @@ def _weights(spec: ModelSpec) -> int:
 
 
 def fitting_pages(plan: Callable[[int], MemoryPlan], least: int, most: int) -> int:
-    """How many pages to make a cache of: `most`, if they fit, else what a twentieth less than the
-    limit has room for; at least `least`.
+    """Return how many pages to make a cache of: `most`, if they fit, else what a twentieth less
+    than the limit has room for; at least `least`.
 
     plan: the plan with so many pages.
     """
@@ -215,7 +215,7 @@ def capacity(
     prefill_chunk: int,
     limit: int,
 ) -> Capacity:
-    """What fits into `limit` bytes on one device; the arguments are those of `plan_memory`.
+    """Return what fits into `limit` bytes on one device; the arguments are those of `plan_memory`.
 
     Contexts are whole pages, of at least `prefill_chunk` tokens and at most the model's own.
     """
@@ -263,7 +263,8 @@ def device_memory_bytes(device: jax.Device | None = None) -> int:
 
 
 def _available_ram() -> int:
-    """What the machine has available, or the container that this process runs in, if less."""
+    """Return what the machine has available, or the container that this process runs in, if
+    less."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         kibibytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))

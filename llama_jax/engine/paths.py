@@ -77,7 +77,7 @@ class KernelCall:
 
     @property
     def why_not(self) -> str | None:
-        """Why XLA multiplies where there are kernels; None where there are none."""
+        """Return why XLA multiplies where there are kernels; None where there are none."""
         return self.choice.why_no_kernel if self.choice else None
 
 
@@ -88,8 +88,9 @@ def programs(
     prompts: int = 1,
     kind: Kind = "everything",
 ) -> tuple[Program, Program]:
-    """What is done with `prompts` whole chunks that end prompts, `prefill_step` and `draw_step` one
-    after the other, and `decode_steps`, on the device that is lowered for. kind: of the draws."""
+    """Return what is done with `prompts` whole chunks that end prompts, `prefill_step` and
+    `draw_step` one after the other, and `decode_steps`, on the device that is lowered for. kind: of
+    the draws."""
     rows, chunk = options.max_batch_size, min(options.prefill_chunk, options.max_seq_len)
     params, state = _stored(spec), _state(spec, options, storage_dtype(kv_dtype, spec.dtype))
     table = _ints(rows, options.pages_per_row)

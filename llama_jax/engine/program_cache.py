@@ -101,7 +101,7 @@ def _rebuilt(cls: type, _: Any, children: Sequence[Any]) -> Any:
 
 
 def _directory() -> Path | None:
-    """Where traces are kept; None where they are not, see the head of this file."""
+    """Return where traces are kept; None where they are not, see the head of this file."""
     directory, mesh = compile_cache.directory(), jax.sharding.get_abstract_mesh()
     is_plain = (
         jax.default_backend() == "cpu"

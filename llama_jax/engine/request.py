@@ -129,7 +129,7 @@ class Request:
 
     @property
     def _is_followed(self) -> bool:
-        """Whether the text is decoded token by token."""
+        """Return whether the text is decoded token by token."""
         return self.is_streamed or bool(self.params.stop)
 
     def _append(self, token_id: int, limit: int) -> None:
@@ -167,8 +167,8 @@ class Request:
 
 
 def first_stop(text: str, stops: Sequence[str], searched: int) -> tuple[int, str] | None:
-    """Where in `text` the first stop string begins that ends after `searched` characters, and
-    which one it is; of several at one place the first."""
+    """Return where in `text` the first stop string begins that ends after `searched` characters,
+    and which one it is; of several at one place the first."""
     hits = [
         (at, stop)
         for stop in stops

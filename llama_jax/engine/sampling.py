@@ -257,8 +257,8 @@ def record(
 
 
 def is_stop(state: SamplingState, tokens: Array) -> Array:
-    """Whether each slot's token, int32 [batch], ends its text: bool [batch]. state: as the tokens
-    were drawn with, before they are recorded."""
+    """Return whether each slot's token, int32 [batch], ends its text: bool [batch]. state: as the
+    tokens were drawn with, before they are recorded."""
     marks = jnp.take_along_axis(state.stop_mask, tokens[:, None], axis=-1)[:, 0]
     return (marks == 2) & (state.step >= state.min_new_tokens)
 

@@ -78,8 +78,8 @@ class Scheduler:
 
     @property
     def step_counts(self) -> tuple[int, ...]:
-        """How many steps decode programs are compiled for. Programs of different numbers of steps
-        might round differently, so `batch_invariant` has one."""
+        """Return how many steps decode programs are compiled for. Programs of different numbers of
+        steps might round differently, so `batch_invariant` has one."""
         most = self.options.max_steps
         if self.options.batch_invariant and not self._stops_early:
             return (1,)
@@ -270,8 +270,8 @@ class Scheduler:
         return DecodeCall(self.slots.launch(counts), steps, kind, wants_logprobs, structured)
 
     def _num_steps(self) -> int:
-        """How many tokens to draw before the host looks again: as many as leave few slots idle, but
-        1 where somebody waits for each token."""
+        """Return how many tokens to draw before the host looks again: as many as leave few slots
+        idle, but 1 where somebody waits for each token."""
         slots = self.slots
         remaining = slots.min_remaining[slots.min_remaining > 0]
         if not remaining.size:
@@ -283,7 +283,8 @@ class Scheduler:
         return max(n for n in possible if n == 1 or (n <= most and self._few_idle(n, remaining)))
 
     def _few_idle(self, steps: int, remaining: np.ndarray) -> bool:
-        """Whether few slots idle in a launch of so many steps, and few first tokens wait for it.
+        """Return whether few slots idle in a launch of so many steps, and few first tokens wait for
+        it.
 
         A slot idles where the prompt is not through, and where a sequence ends that another one
         waits for. remaining: tokens left, of the slots that draw.
@@ -350,7 +351,7 @@ def _first_output(request: Request, tokens: Sequence[int]) -> int:
 
 
 def _is_coming(request: Request, prefix: Match, in_prefill: list[Request]) -> bool:
-    """Whether a prompt in prefill will fill the next page that could be shared."""
+    """Return whether a prompt in prefill will fill the next page that could be shared."""
     count = len(prefix.pages)
     wanted = request.block_hashes[count : count + 1]
     return bool(wanted) and any(

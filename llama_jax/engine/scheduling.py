@@ -73,7 +73,7 @@ class EngineOptions:
 
     @property
     def max_forced_tokens(self) -> int:
-        """How many tokens that a grammar forces go through the model together."""
+        """Return how many tokens that a grammar forces go through the model together."""
         return self.num_speculative_tokens or MAX_FORCED
 
     @property
@@ -145,7 +145,7 @@ class Stats(EngineCounts, PageCounts):
         return self.hit / self.queried if self.queried else 0.0
 
     def since(self, earlier: "Stats") -> "Stats":
-        """What has happened after `earlier`."""
+        """Return what has happened after `earlier`."""
         names = [field.name for field in fields(self)]
         return Stats(**{name: getattr(self, name) - getattr(earlier, name) for name in names})
 

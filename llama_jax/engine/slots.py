@@ -32,7 +32,7 @@ class RunningSequence:
 
     @property
     def remaining(self) -> int:
-        """How many of `tokens` still have to be scheduled for prefill."""
+        """Return how many of `tokens` still have to be scheduled for prefill."""
         return len(self.tokens) - self.num_computed
 
     @property
@@ -136,7 +136,7 @@ class Slots:
         self.starting.add(sequence)
 
     def num_missing_pages(self, counts: np.ndarray) -> np.ndarray:
-        """How many more pages each slot needs to draw `counts` tokens: int64 [batch]."""
+        """Return how many more pages each slot needs to draw `counts` tokens: int64 [batch]."""
         needed = -(-(self._max_cached_lens + counts) // PAGE_SIZE) - self._num_pages
         return np.where(counts > 0, np.maximum(needed, 0), 0)
 
@@ -147,14 +147,15 @@ class Slots:
         self._note_pages(sequence)
 
     def needs(self, counts: np.ndarray) -> tuple[Kind, bool]:
-        """What the slots that draw `counts` tokens need of the sampler, and whether any of them
-        wants logprobs."""
+        """Return what the slots that draw `counts` tokens need of the sampler, and whether any of
+        them wants logprobs."""
         draws = counts > 0
         kind = KINDS[int(np.max(self._kinds * draws))]
         return kind, bool(np.any(self._wants_logprobs * draws))
 
     def with_grammar(self, counts: np.ndarray) -> list[RunningSequence]:
-        """Those of the sequences that draw `counts` tokens whose grammar says what may follow."""
+        """Return those of the sequences that draw `counts` tokens whose grammar says what may
+        follow."""
         slots = np.flatnonzero((counts > 0) & (self._has_grammar > 0)).tolist()
         return [sequence for slot in slots if (sequence := self._sequences[slot])]
 

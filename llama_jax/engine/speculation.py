@@ -105,7 +105,7 @@ def draft_tokens(
     count: int,
     kind: Kind = "everything",
 ) -> tuple[KVCache, Array]:
-    """What a draft model draws after each slot's newest token: int32 [batch, count].
+    """Return what a draft model draws after each slot's newest token: int32 [batch, count].
 
     tokens, room: int32 [batch], the newest token and how many the cache has room for after it; -1
     for a slot that draws nothing. forced: draft tokens that are taken as they are, int32 [batch,

@@ -206,8 +206,8 @@ def draw_step(
 
 
 def has_free_conditions() -> bool:
-    """Whether a loop may end by a condition at no cost. On a GPU XLA has the host evaluate it, and
-    the device is idle before each step until the host has answered."""
+    """Return whether a loop may end by a condition at no cost. On a GPU XLA has the host evaluate
+    it, and the device is idle before each step until the host has answered."""
     return device.platform() == "cpu"
 
 

@@ -56,7 +56,7 @@ class KVCache(struct.PyTreeNode):
 
     @property
     def capacity(self) -> int:
-        """How many tokens a row has room for."""
+        """Return how many tokens a row has room for."""
         return self.page_table.shape[1] * self.k[0].shape[1]
 
 

@@ -216,7 +216,8 @@ class Products:
             )  # fmt: skip
 
     def _is_one_launch(self) -> bool:
-        """Whether one launch takes all: the operand is one, and a kernel takes several weights."""
+        """Return whether one launch takes all: the operand is one, and a kernel takes several
+        weights."""
         formats = [linear.format for linear in self.linears]
         alike = {(x.scale, x.activation_scale_ub, x.activation_group) for x in formats}
         choices = [choice for choice in self.choices if choice]
@@ -262,7 +263,7 @@ def multiply(
 def leave_sums(
     spec: ModelSpec, residual: Array, launches: Sequence[Products], inner: int = 0
 ) -> bool:
-    """Whether products leave their sums over splits of K to the launch that follows.
+    """Return whether products leave their sums over splits of K to the launch that follows.
 
     They do if each has a kernel that can, which is for few rows, and if `row_fusions` takes what
     lies between them.

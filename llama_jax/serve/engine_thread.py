@@ -194,7 +194,7 @@ class EngineThread:
 
     @property
     def is_stepping(self) -> bool:
-        """Whether it is alive, and no step has taken suspiciously long."""
+        """Return whether it is alive, and no step has taken suspiciously long."""
         began = self._step_began
         is_stalled = began and time.perf_counter() - began > _STALLED_AFTER
         return self._thread.is_alive() and not self.failure and not is_stalled

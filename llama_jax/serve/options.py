@@ -63,5 +63,5 @@ class ServeOptions:
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine can reach the server."""
+        """Return whether only this machine can reach the server."""
         return self.host in ("localhost", "::1") or self.host.startswith("127.")

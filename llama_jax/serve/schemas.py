@@ -310,12 +310,12 @@ class ChatRequest(Asked):
 
     @property
     def must_call(self) -> bool:
-        """Whether the reply has to be a call."""
+        """Return whether the reply has to be a call."""
         return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     @property
     def may_call(self) -> bool:
-        """Whether calls in the reply are told of."""
+        """Return whether calls in the reply are told of."""
         return bool(self.tools) and self.tool_choice != "none"
 
     @property

@@ -122,7 +122,7 @@ def tiktoken_ranks(
 
 
 def _all_listed(token: str, vocab: Mapping[str, int], listed: set[Merge]) -> bool:
-    """Whether every pair of tokens that makes `token` is a merge."""
+    """Return whether every pair of tokens that makes `token` is a merge."""
     for i in range(1, len(token)):
         left, right = token[:i], token[i:]
         if left in vocab and right in vocab and (left, right) not in listed:

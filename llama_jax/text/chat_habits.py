@@ -58,7 +58,7 @@ def template_habits(source: str) -> Habits:
 
 @lru_cache(maxsize=16)
 def takes_text_arguments(source: str) -> bool:
-    """Whether a template writes a call's arguments only if they are JSON text."""
+    """Return whether a template writes a call's arguments only if they are JSON text."""
 
     def works(arguments: Any) -> bool:
         call = {"type": "function", "id": "call00001"}

@@ -532,8 +532,8 @@ def _around(path: Path, step: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | 
 
 
 def _stripped_spaces(path: Path, decoder: Any, is_byte_level: bool) -> int:
-    """How many spaces decoding takes away at the beginning, by a decoder that otherwise turns
-    tokens into what `Vocabulary.pieces` says."""
+    """Return how many spaces decoding takes away at the beginning, by a decoder that otherwise
+    turns tokens into what `Vocabulary.pieces` says."""
     steps = list(_flat(decoder, "decoders"))
     kinds = [type(step) for step in steps]
     if is_byte_level and kinds == [_ByteLevel]:

@@ -32,7 +32,7 @@ class Calling:
 def calling(
     tools: Tools | None, choice: ToolChoice, is_parallel: bool, tokenizer: Tokenizer
 ) -> Calling:
-    """What `choice` means with these tools, which may be functions or JSON schemas.
+    """Return what `choice` means with these tools, which may be functions or JSON schemas.
 
     Raises ValueError for a choice that is none, that names no tool, or that needs tools where there
     are none.

@@ -17,7 +17,8 @@ def window_and_stride(window: int | None, stride: int | None, max_seq_len: int) 
 
 
 def rolling_windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """How to score a text that is longer than the model's context: (begin, first, end) of passes.
+    """Return how to score a text that is longer than the model's context: (begin, first, end) of
+    passes.
 
     A pass reads tokens begin to end - 1, at most `window`, and scores those from `first` on. The
     first one scores all it can, each later one the next `stride`, or what is left, after as many

@@ -45,7 +45,7 @@ _COMPILE_SECONDS = 300
 
 
 def why_not() -> str | None:
-    """Why there is no library here; None once it is loaded and XLA knows `TARGET`.
+    """Return why there is no library here; None once it is loaded and XLA knows `TARGET`.
 
     The first call compiles, if need be, which takes seconds.
     """
@@ -54,7 +54,7 @@ def why_not() -> str | None:
 
 
 def number(instructions: Instructions | None) -> int:
-    """What the library calls an instruction set; None is the best."""
+    """Return what the library calls an instruction set; None is the best."""
     return 0 if instructions is None else 1 + get_args(Instructions).index(instructions)
 
 

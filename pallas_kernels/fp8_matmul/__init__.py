@@ -102,7 +102,7 @@ def fp8_matmuls(
 
 
 def is_one_launch(choices: Sequence[Choice[Kernel]]) -> bool:
-    """Whether one kernel is chosen for all products of one x, and takes several weights."""
+    """Return whether one kernel is chosen for all products of one x, and takes several weights."""
     (kernel, *others) = {choice.kernel for choice in choices}
     return not others and kernel.takes_several
 

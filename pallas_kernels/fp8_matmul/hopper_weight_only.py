@@ -101,7 +101,7 @@ def fp8_matmuls(
 def refusal(
     x: Array | jax.ShapeDtypeStruct, weight: Array, weight_scale: Array, out_dtype: jnp.dtype
 ) -> str | None:
-    """Why the kernel cannot take these operands; None if it can."""
+    """Return why the kernel cannot take these operands; None if it can."""
     (m, k), n = x.shape, weight.shape[0]
     if x.dtype != jnp.bfloat16 or weight.dtype != e4m3.DTYPE:
         return f"x must be bfloat16 and weight float8_e4m3fn, got {x.dtype} and {weight.dtype}"

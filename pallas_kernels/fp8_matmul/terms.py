@@ -59,7 +59,7 @@ class Terms(NamedTuple):
     mean_squares: Array | None = None
 
     def values(self, m: int) -> Array:
-        """What they stand for, float32 [m, k]."""
+        """Return what they stand for, float32 [m, k]."""
         a, b = jnp.split(self.codes.astype(jnp.float32), 2)
         units = jnp.repeat(self.units.T, a.shape[1] // len(self.units), axis=1)
         x = (a + b * (1 / TERM_RATIO)) * units

@@ -318,7 +318,7 @@ class _DecodeProblem:
 
     @property
     def is_whole(self) -> bool:
-        """Whether keys are not split, so that one launch makes the result."""
+        """Return whether keys are not split, so that one launch makes the result."""
         return self.config.splits == 1
 
 

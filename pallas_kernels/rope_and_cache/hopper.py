@@ -45,7 +45,7 @@ class Config:
 
 
 def refusal(parts: Projections, k_pages: Array, dtype: jnp.dtype) -> str | None:
-    """Why the kernel cannot take these arrays; None if it can."""
+    """Return why the kernel cannot take these arrays; None if it can."""
     if dtype != jnp.bfloat16:
         return f"q must be bfloat16, got {dtype}"
     if k_pages.dtype not in PAGE_DTYPES:
@@ -139,7 +139,8 @@ def configure(parts: Projections, rows: int) -> Config:
 
 
 def tuned_as(parts: Projections, rows: int) -> str:
-    """What problems that share a tuned configuration are called: rows up to a power of two."""
+    """Return what problems that share a tuned configuration are called: rows up to a power of
+    two."""
     count, _, num_heads, head_dim = parts.q.shape
     heads = f"{num_heads}/{parts.k.shape[2]}x{head_dim}"
     return f"heads={heads} parts={count} {parts.q.dtype} rows<={pl.next_power_of_2(rows)}"
@@ -157,7 +158,7 @@ def heuristic(parts: Projections, rows: int) -> Config:
 
 
 def unfit(config: Config, parts: Projections) -> str | None:
-    """Why no kernel can be made of a configuration; None if one can."""
+    """Return why no kernel can be made of a configuration; None if one can."""
     num_kv_heads = parts.k.shape[2]
     if config.heads not in (1, 2, 4, 8) or num_kv_heads % config.heads:
         return f"heads must be 1, 2, 4 or 8 and divide {num_kv_heads}, got {config.heads}"
@@ -165,8 +166,8 @@ def unfit(config: Config, parts: Projections) -> str | None:
 
 
 def tile_layout(heads: int, half: int) -> Any:
-    """How a warpgroup has [heads, half] elements: lanes along a head, warps along heads, and where
-    there are too few heads, several warps the same."""
+    """Return how a warpgroup has [heads, half] elements: lanes along a head, warps along heads, and
+    where there are too few heads, several warps the same."""
     elements = max(half // LANES, min(MAX_ELEMENTS, heads * half // (WARPS * LANES)))
     of_warp = LANES * elements // half
     warps = max(1, heads // of_warp)
@@ -262,7 +263,7 @@ class _Kernel:
 
     @property
     def halves(self) -> tuple[Any, Any]:
-        """Where both halves of a head are."""
+        """Return where both halves of a head are."""
         return pl.ds(0, self.half), pl.ds(self.half, self.half)
 
     def load(self, ref: Any, *place: Any) -> _Halves:

@@ -39,7 +39,8 @@ def silu_and_mul(gate: Parts, up: Parts) -> Terms:
 
 
 def why_not(residual: Array | jax.ShapeDtypeStruct, inner: int) -> str | None:
-    """Why the kernels cannot take these activations on what is lowered for; None if they can.
+    """Return why the kernels cannot take these activations on what is lowered for; None if they
+    can.
 
     Operands as in `refusal`.
     """
@@ -47,7 +48,7 @@ def why_not(residual: Array | jax.ShapeDtypeStruct, inner: int) -> str | None:
 
 
 def refusal(residual: Array | jax.ShapeDtypeStruct, inner: int) -> str | None:
-    """Why the kernels cannot take these activations; None if they can.
+    """Return why the kernels cannot take these activations; None if they can.
 
     residual: [m, d]; inner: columns of what `silu_and_mul` returns.
     """
