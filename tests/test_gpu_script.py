@@ -59,7 +59,7 @@ def test_the_stage_of_kernels_names_cases_of_every_kernel():
 
 @pytest.mark.slow
 def test_every_stage_at_tiny_sizes(tmp_path):
-    for call in ("first", "second"):
+    for call in ("first", "second", "tune"):
         env = {"SECONDS_PER_STAGE": "540"}  # a CPU's time
         done = run(tmp_path, "--simulate", call, **env)
         assert done.returncode == 0, done.stderr
