@@ -28,7 +28,7 @@ CONFIG = PRESETS["llama-3.1-8b"]
 OPTIONS = EngineOptions(max_batch_size=8, max_seq_len=8192, prefill_chunk=2048)
 # q, k and v, rotary and cache, attention, o, gate and up, down. Few rows: q, k and v in one launch,
 # attention in two; with bfloat16 activations also two norms and SwiGLU.
-LAUNCHES = {("prefill", "auto"): 8, ("decode", "auto"): 10, ("decode", "dynamic"): 7}
+LAUNCHES = {("prefill", "auto"): 6, ("decode", "auto"): 10, ("decode", "dynamic"): 7}
 MOST_OF_XLA = {("prefill", "auto"): 8, ("decode", "auto"): 1, ("decode", "dynamic"): 13}
 GRAPHS = [("prefill", "auto"), ("decode", "auto"), ("decode", "dynamic")]
 
