@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llama_jax.engine.paths import Call, calls, programs
+from llama_jax.engine.paths import KernelCall, calls, programs
 from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.params import abstract_params
@@ -27,7 +27,7 @@ OPTIONS = EngineOptions(max_batch_size=2, max_seq_len=128, prefill_chunk=128)
 @cache
 def traced(
     config: LlamaConfig = FITTING, device: str = "h200", dtype: str = "bfloat16"
-) -> dict[str, list[Call]]:
+) -> dict[str, list[KernelCall]]:
     spec = ModelSpec(config, tiny.fp8_formats(config, input_scale=False), dtype, "dynamic")
     on_h200 = jax.sharding.use_abstract_mesh(sm90.H200)
     with on_h200 if device == "h200" else contextlib.nullcontext():
@@ -40,7 +40,7 @@ def matrices(config: LlamaConfig) -> set[str]:
     return paths - {"lm_head" if config.tie_word_embeddings else "embed_tokens"}
 
 
-def of_module(found: list[Call], module: str) -> list[Call]:
+def of_module(found: list[KernelCall], module: str) -> list[KernelCall]:
     return [call for call in found if call.module == module]
 
 
