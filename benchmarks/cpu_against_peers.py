@@ -37,6 +37,7 @@ from typing import IO, Any
 
 import cpu_peers
 import numpy as np
+import tables
 
 OURS = "llama-jax"
 TRANSFORMERS = ("transformers bf16", "transformers f32")
@@ -400,9 +401,7 @@ def main() -> None:
     }
     print(to_markdown(result))
     if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        options.save.with_suffix(".md").write_text(to_markdown(result))
+        tables.save(options.save, to_markdown(result), result)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ blocks of 32, so that no two rows of a matrix are equal.
 """
 
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -179,7 +180,7 @@ class LlamaJax:
 # --- Engines that are asked for logits.
 
 
-class ByLogits:
+class ByLogits(ABC):
     """An engine of which `begin` starts empty sequences and `extend` appends to all of them.
 
     `extend` takes int64 [batch, tokens] and gives the likeliest next token of each, int64 [batch];
@@ -190,14 +191,14 @@ class ByLogits:
         self._batch = 0
         self._last = np.zeros(0, np.int64)
 
-    def begin(self, batch: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def begin(self, batch: int) -> None: ...
 
-    def extend(self, tokens: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+    @abstractmethod
+    def extend(self, tokens: np.ndarray) -> np.ndarray: ...
 
-    def logprobs(self, tokens: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+    @abstractmethod
+    def logprobs(self, tokens: np.ndarray) -> np.ndarray: ...
 
     def decode(self, batch: int, steps: int) -> float:
         self.begin(batch)

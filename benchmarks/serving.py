@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import tables
+
 from llama_jax import LLM, SamplingParams
 from llama_jax.bench import environment
 from llama_jax.engine.request import Request
@@ -192,9 +194,7 @@ def main() -> None:
     text = to_markdown(" ".join(["python", *sys.argv]), result)
     print(text)
     if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.with_suffix(".md").write_text(text)
-        options.save.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        tables.save(options.save, text, result)
 
 
 if __name__ == "__main__":

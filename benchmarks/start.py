@@ -31,6 +31,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import tables
+
 CORES = 2
 # At most; the model answers with fewer.
 TOKENS = 16
@@ -216,13 +218,10 @@ def main() -> None:
         "machine": machine(), "repeats": options.repeats, "command": f"python {' '.join(sys.argv)}",
     }  # fmt: skip
     print(to_markdown(result))
-    text = json.dumps(result, indent=1) + "\n"
     if options.json:
-        options.json.write_text(text)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.with_suffix(".json").write_text(text)
-        options.save.with_suffix(".md").write_text(to_markdown(result))
+        tables.save(options.save, to_markdown(result), result)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ masks of a larger one are timed by themselves.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tables
 
 from llama_jax import LLM, SamplingParams
 from llama_jax.bench import environment
@@ -132,9 +132,7 @@ def main() -> None:
     text = to_markdown(" ".join(["python", *sys.argv]), result)
     print(text)
     if options.save:
-        options.save.parent.mkdir(parents=True, exist_ok=True)
-        options.save.with_suffix(".md").write_text(text)
-        options.save.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        tables.save(options.save, text, result)
 
 
 if __name__ == "__main__":

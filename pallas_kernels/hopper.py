@@ -1,9 +1,13 @@
 """What Mosaic GPU kernels for Hopper share: shared memory, its layout, and what TMA can copy."""
 
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 # Per block (CUDA C++ programming guide, compute capability 9.0).
@@ -38,3 +42,29 @@ def in_whole_boxes(x: Array, axis: int = 0) -> Array:
     missing = -rows % BOX_ROWS if rows > BOX_ROWS else 0
     widths = [(0, missing if each == axis else 0) for each in range(x.ndim)]
     return jnp.pad(x, widths) if missing else x
+
+
+def tile_bounds(counts: Iterable[int]) -> list[tuple[int, int]]:
+    """Return the first tile of each of several matrices and the next one's, counted over all.
+
+    counts: how many tiles each has.
+    """
+    return list(itertools.pairwise(itertools.accumulate(counts, initial=0)))
+
+
+def for_owner_of(
+    tile: Array,
+    bounds: Sequence[tuple[int, int]],
+    each: Sequence[Any],
+    use: Callable[[Any, Array], None],
+) -> None:
+    """Call use(the one of `each` that a tile belongs to, which of its tiles it is).
+
+    bounds: of each, as `tile_bounds` returns them.
+    """
+    for (first, end), one in zip(bounds, each, strict=True):
+        here = functools.partial(use, one, tile - first)
+        if len(each) == 1:
+            here()
+        else:
+            pl.when((first <= tile) & (tile < end))(here)

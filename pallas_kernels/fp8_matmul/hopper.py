@@ -27,8 +27,7 @@ on the other rows nor on the configuration, `promote` aside.
 """
 
 import functools
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +45,7 @@ from pallas_kernels.fp8_matmul.hopper_epilogues import Epilogue, Store, Swiglu
 from pallas_kernels.fp8_matmul.hopper_mainloop import Operands, Problem, StepTiles, tile_of
 from pallas_kernels.fp8_matmul.hopper_ring import Ring, ring_types
 from pallas_kernels.fp8_matmul.reference import BLOCK, is_grouped, is_per_block
-from pallas_kernels.hopper import in_whole_boxes
+from pallas_kernels.hopper import for_owner_of, in_whole_boxes
 from pallas_kernels.hopper import tile as smem_tile
 
 COMPUTE_WARPGROUPS = 2
@@ -239,14 +238,15 @@ def _launch(
         cluster, warpgroup = lax.axis_index("clusters"), lax.axis_index("warpgroup")
         visits = lax.div(tiles - 1 - cluster, clusters) + 1
         schedule = _Schedule(problem, clusters, cluster, visits)
+        products = _products(problem, gmem, outputs_gmem)
 
         @pl.when(warpgroup == LOADER)
         def load() -> None:
-            _load_tiles(schedule, gmem, ring)
+            _load_tiles(schedule, products, ring)
 
         @pl.when(warpgroup < COMPUTE_WARPGROUPS)
         def compute() -> None:
-            _compute_tiles(schedule, warpgroup, epilogue, gmem, outputs_gmem, ring, scratch)
+            _compute_tiles(schedule, warpgroup, epilogue, products, ring, scratch)
 
     return plgpu.kernel(
         kernel,
@@ -308,7 +308,7 @@ class _Schedule:
         return m, n
 
 
-def _load_tiles(schedule: _Schedule, gmem: Operands, ring: Ring) -> None:
+def _load_tiles(schedule: _Schedule, products: Sequence[tuple[Operands, Any]], ring: Ring) -> None:
     """Copy the operands of every tile and step into the ring: the loader's work."""
     problem, config, smem = schedule.problem, schedule.problem.config, ring.smem
     plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
@@ -318,7 +318,8 @@ def _load_tiles(schedule: _Schedule, gmem: Operands, ring: Ring) -> None:
         tile_m, tile_n = schedule.locate(visit)
         rows = pl.ds(tile_m * config.tile_m, config.tile_m)
 
-        def load_product(gmem: Operands, _: Any, tile_n: Array) -> None:
+        def load_product(product: tuple[Operands, Any], tile_n: Array) -> None:
+            gmem, _ = product
             columns = pl.ds(tile_n * config.tile_n, config.tile_n)
 
             @pl.loop(0, problem.steps)
@@ -335,7 +336,7 @@ def _load_tiles(schedule: _Schedule, gmem: Operands, ring: Ring) -> None:
                 if problem.x_grouped:
                     plgpu.copy_gmem_to_smem(gmem.x_scale.at[k, rows], smem.x_scale.at[slot], filled)
 
-        _for_product_of(problem, tile_n, gmem, (), load_product)
+        for_owner_of(tile_n, problem.bounds, products, load_product)
 
     ring.drain(schedule.visits * problem.steps)
 
@@ -344,8 +345,7 @@ def _compute_tiles(
     schedule: _Schedule,
     warpgroup: Array,
     epilogue: Epilogue,
-    gmem: Operands,
-    outputs_gmem: Any,
+    products: Sequence[tuple[Operands, Sequence[Any]]],
     ring: Ring,
     scratch: dict[str, Any],
 ) -> None:
@@ -357,30 +357,27 @@ def _compute_tiles(
     def compute_tile(visit: Array) -> None:
         tile_m, tile_n = schedule.locate(visit)
 
-        def compute_product(gmem: Operands, outputs_gmem: Sequence[Any], tile_n: Array) -> None:
+        def compute_product(product: tuple[Operands, Sequence[Any]], tile_n: Array) -> None:
+            gmem, outputs_gmem = product
             tile = tile_of(problem.config, warpgroup, tile_m, tile_n)
             epilogue.begin(tile, gmem, scratch)
             sums = hopper_mainloop.sums(problem, gmem, ring, tile, visit * problem.steps)
             epilogue.finish(tile, sums, gmem, outputs_gmem, scratch)
 
-        _for_product_of(problem, tile_n, gmem, outputs_gmem, compute_product)
+        for_owner_of(tile_n, problem.bounds, products, compute_product)
 
     plgpu.wait_smem_to_gmem(0)
 
 
-def _for_product_of(
-    problem: Problem,
-    tile_n: Array,
-    gmem: Operands,
-    outputs_gmem: Sequence[Any],
-    use: Callable[[Operands, Sequence[Any], Array], None],
-) -> None:
-    """Call use(its operands, its outputs, its own number) for the product that a tile is of."""
+def _products(
+    problem: Problem, gmem: Operands, outputs_gmem: Sequence[Any]
+) -> list[tuple[Operands, Sequence[Any]]]:
+    """Return the operands and the results of each product of the launch."""
     if len(problem.ns) == 1:
-        use(gmem, outputs_gmem, tile_n)
-        return
-    for i, (first, end) in enumerate(itertools.pairwise([0, *problem.ends])):
-        one = slice(i, i + 1)
-        own = gmem._replace(weights=gmem.weights[one], weight_scales=gmem.weight_scales[one])
-        here = functools.partial(use, own, outputs_gmem[one], tile_n - first)
-        pl.when((first <= tile_n) & (tile_n < end))(here)
+        return [(gmem, outputs_gmem)]
+    return [
+        (gmem._replace(weights=(weight,), weight_scales=(scale,)), (output,))
+        for weight, scale, output in zip(
+            gmem.weights, gmem.weight_scales, outputs_gmem, strict=True
+        )
+    ]

@@ -10,7 +10,6 @@ There are three ways to add up, all of them in the order of K:
       registers             | promote step 0  | promote step 1  | ...
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.fp8_matmul.hopper_config import TILE_K, WARPGROUP_ROWS, Config
 from pallas_kernels.fp8_matmul.hopper_ring import Ring
 from pallas_kernels.fp8_matmul.reference import BLOCK
+from pallas_kernels.hopper import tile_bounds
 
 # Steps of which one is promoted while the tensor cores are at the next one.
 IN_TURN = 2
@@ -63,12 +63,12 @@ class Problem:
     @property
     def grid(self) -> tuple[int, int]:
         """Tiles along M, each of a whole cluster, and along N."""
-        return pl.cdiv(self.m, self.rows_per_step), self.ends[-1]
+        return pl.cdiv(self.m, self.rows_per_step), self.bounds[-1][1]
 
     @property
-    def ends(self) -> list[int]:
-        """The first tile along N that is not each product's any more."""
-        return list(itertools.accumulate(pl.cdiv(n, self.config.tile_n) for n in self.ns))
+    def bounds(self) -> list[tuple[int, int]]:
+        """The first tile along N of each product, and the next one's."""
+        return tile_bounds(pl.cdiv(n, self.config.tile_n) for n in self.ns)
 
 
 class Operands(NamedTuple):

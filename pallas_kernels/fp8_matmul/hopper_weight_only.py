@@ -50,7 +50,7 @@ from pallas_kernels.fp8_matmul.hopper_weight_only_loop import (
 from pallas_kernels.fp8_matmul.limits import MAX_WEIGHT_ONLY_ROWS
 from pallas_kernels.fp8_matmul.reference import is_per_block
 from pallas_kernels.fp8_matmul.terms import Parts, Terms, two_terms
-from pallas_kernels.hopper import BOX_ROWS, in_whole_boxes
+from pallas_kernels.hopper import BOX_ROWS, for_owner_of, in_whole_boxes
 from pallas_kernels.hopper import tile as smem_tile
 
 LOADER = COMPUTE_WARPGROUPS  # the last warpgroup of a thread block
@@ -259,4 +259,4 @@ def _store(
             staged_smem, output_gmem.at[part.split, pl.ds(0, problem.rows), columns]
         )
 
-    loop.for_weight_of(problem, part.tile, outputs_gmem, copy)
+    for_owner_of(part.tile, problem.bounds, outputs_gmem, copy)

@@ -9,8 +9,7 @@ Each of the two compute warpgroups multiplies 64 rows of the weight with x, in o
 """
 
 import functools
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from pallas_kernels.fp8_matmul.hopper_weight_only_config import (
     rows_in_boxes,
 )
 from pallas_kernels.fp8_matmul.terms import TERM_RATIO
+from pallas_kernels.hopper import for_owner_of, tile_bounds
 
 MATRIX = plgpu.Layout.WGMMA
 
@@ -66,8 +66,7 @@ class WeightOnlyProblem:
     def bounds(self) -> list[tuple[int, int]]:
         """The first tile of each weight, and the next one's."""
         cluster = self.config.cluster
-        ends = list(itertools.accumulate(pl.cdiv(n, TILE_N * cluster) * cluster for n in self.ns))
-        return list(zip([0, *ends], ends, strict=False))
+        return tile_bounds(pl.cdiv(n, TILE_N * cluster) * cluster for n in self.ns)
 
     @property
     def units(self) -> int:
@@ -134,7 +133,7 @@ def load_part(problem: WeightOnlyProblem, gmem: WeightOnlyOperands, ring: Ring, 
                 collective_axes=shared,
             )
 
-    for_weight_of(problem, part.tile, gmem.weights, load_steps)
+    for_owner_of(part.tile, problem.bounds, gmem.weights, load_steps)
 
 
 def sums(
@@ -295,15 +294,3 @@ def for_each_part(problem: WeightOnlyProblem, visit: Callable[[Part], None]) -> 
 
     visits = lax.div(problem.units - 1 - cluster, problem.clusters) + 1
     return lax.fori_loop(0, visits, one, jnp.int32(0))
-
-
-def for_weight_of(
-    problem: WeightOnlyProblem, tile: Array, each: Sequence[Any], use: Callable[[Any, Array], None]
-) -> None:
-    """Call use(what belongs to the weight of `tile`, out of `each`; which of its tiles that is)."""
-    for (first, end), one in zip(problem.bounds, each, strict=True):
-        here = functools.partial(use, one, tile - first)
-        if len(each) == 1:
-            here()
-        else:
-            pl.when((first <= tile) & (tile < end))(here)
