@@ -24,6 +24,7 @@ namespace {
 namespace ffi = xla::ffi;
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
+#define NEVER_INLINE __attribute__((noinline))
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
 #else
@@ -32,7 +33,7 @@ namespace ffi = xla::ffi;
 
 enum class Format { codes, bfloat16, float32 };
 
-// y [m, n] = x [m, k] @ weight [n, k].T. A scale belongs to `scale_rows` rows of the weight and
+// y [m, n] = x [m, k] @ weight [n, k].T. A scale belongs to 2^`row_shift` rows of the weight and
 // `run_columns` of its columns, the last ones perhaps fewer; `runs` scales lie beside each other.
 // Without scales `scale` is null and there is one run.
 struct Product {
@@ -40,10 +41,10 @@ struct Product {
   const void* w;
   Format weight;
   const float* scale;
-  int64_t scale_rows, run_columns, runs;
+  int64_t row_shift, run_columns, runs;
   float* y;
 
-  float scale_of(int64_t row, int64_t run) const { return scale[row / scale_rows * runs + run]; }
+  float scale_of(int64_t row, int64_t run) const { return scale[(row >> row_shift) * runs + run]; }
 };
 
 // Rows of x; behind each, up to a multiple of MAX_COLUMNS, lie zeros.
@@ -61,8 +62,9 @@ constexpr int64_t FEW_ROWS = 16;
 constexpr int64_t PANEL_BYTES = 256 << 10;
 // Of the weight, that a thread takes at a time: its rows a multiple of those of most tiles.
 constexpr int64_t CHUNK_BYTES = 128 << 10, CHUNK_ROWS = 24;
-// Where `__builtin_prefetch` puts what it fetches; into level 1 a core reads half as fast.
-constexpr int LEVEL_2 = 2, LINE = 64;
+// Where `__builtin_prefetch` puts what it fetches. From memory into level 1 a core reads half as
+// fast.
+constexpr int LEVEL_1 = 3, LEVEL_2 = 2, LINE = 64;
 // Of x, that a thread copies at a time.
 constexpr int64_t COPIED_ROWS = 32;
 
@@ -146,7 +148,10 @@ ALWAYS_INLINE void store(const Part (&from)[PARTS], float* to) { memcpy(to, from
 ALWAYS_INLINE Sum zero() { return Sum{}; }
 ALWAYS_INLINE Sum multiply_add(Part a, Part b, Sum c) { return a * b + c; }
 ALWAYS_INLINE Sum add_scaled(Sum sum, float scale, Sum to) { return sum * scale + to; }
-ALWAYS_INLINE float total(Sum s) { return (s[0] + s[2]) + (s[1] + s[3]); }
+constexpr int TOTALS = 1;
+ALWAYS_INLINE void totals(const Sum (&s)[TOTALS], float* to) {
+  to[0] = (s[0][0] + s[0][2]) + (s[0][1] + s[0][3]);
+}
 #include "tiles.inc"
 #undef TARGET
 }  // namespace portable
@@ -186,10 +191,11 @@ TARGET ALWAYS_INLINE Sum multiply_add(Part a, Part b, Sum c) { return _mm256_fma
 TARGET ALWAYS_INLINE Sum add_scaled(Sum sum, float scale, Sum to) {
   return _mm256_fmadd_ps(sum, _mm256_set1_ps(scale), to);
 }
-TARGET ALWAYS_INLINE float total(Sum s) {
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+constexpr int TOTALS = 1;
+TARGET ALWAYS_INLINE void totals(const Sum (&s)[TOTALS], float* to) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(s[0]), _mm256_extractf128_ps(s[0], 1));
   four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  to[0] = _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 #include "tiles.inc"
 #undef TARGET
@@ -221,11 +227,24 @@ TARGET ALWAYS_INLINE Sum multiply_add(Part a, Part b, Sum c) { return _mm512_fma
 TARGET ALWAYS_INLINE Sum add_scaled(Sum sum, float scale, Sum to) {
   return _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), to);
 }
-TARGET ALWAYS_INLINE float total(Sum s) {
-  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+// [a, b, c, d]: a quarter of the result each, the sums of four lanes each.
+TARGET ALWAYS_INLINE Sum quarters(Sum a, Sum b, Sum c, Sum d) {
+  const Sum ab =
+      _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  const Sum cd =
+      _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+}
+TARGET ALWAYS_INLINE Sum halves(Sum a, Sum b) {
+  return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+}
+// The lanes of 16 registers are added together, by halves: 45 instructions for 16 results.
+constexpr int TOTALS = 16;
+TARGET ALWAYS_INLINE void totals(const Sum (&s)[TOTALS], float* to) {
+  const Sum ab = halves(quarters(s[0], s[4], s[8], s[12]), quarters(s[1], s[5], s[9], s[13]));
+  const Sum cd = halves(quarters(s[2], s[6], s[10], s[14]), quarters(s[3], s[7], s[11], s[15]));
+  _mm512_storeu_ps(
+      to, _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xdd)));
 }
 #include "tiles.inc"
 #undef TARGET
@@ -285,7 +304,8 @@ TARGET ALWAYS_INLINE Sum multiply_add(Part a, Part b, Sum c) {
 TARGET ALWAYS_INLINE Sum add_scaled(Sum sum, float scale, Sum to) {
   return _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), to);
 }
-TARGET ALWAYS_INLINE float total(Sum s) { return avx512::total(s); }
+using avx512::totals;
+using avx512::TOTALS;
 #include "tiles.inc"
 #undef TARGET
 }  // namespace avx512_bf16
@@ -429,7 +449,8 @@ ffi::Error call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs opera
   const bool in_bf16 = x.element_type() == ffi::DataType::BF16;
   const Format format = in_bf16 ? Format::bfloat16 : Format::float32;
   bool is_valid = x.dimensions().size() == 2 && operands.size() == 2 * results.size() &&
-                  results.size() && scale_rows > 0 && scale_columns > 0 &&
+                  results.size() && scale_rows > 0 && (scale_rows & (scale_rows - 1)) == 0 &&
+                  scale_columns > 0 &&
                   (in_bf16 || x.element_type() == ffi::DataType::F32);
   for (size_t i = 0; is_valid && i < results.size(); i++) {
     const auto w = operands.get<ffi::AnyBuffer>(2 * i), s = operands.get<ffi::AnyBuffer>(2 * i + 1);
@@ -444,7 +465,7 @@ ffi::Error call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs opera
     int64_t scales = 0;
     if (s->element_count()) {
       p.scale = static_cast<const float*>(s->untyped_data());
-      p.scale_rows = scale_rows, p.run_columns = scale_columns;
+      p.row_shift = __builtin_ctzll(scale_rows), p.run_columns = scale_columns;
       p.runs = (p.k + scale_columns - 1) / scale_columns;
       scales = (p.n + scale_rows - 1) / scale_rows * p.runs;
     }
