@@ -1,13 +1,14 @@
 """Llama 3.2 1B's shape on a CPU, beside other engines: python benchmarks/cpu_against_peers.py
 
 The engines of `cpu_peers.py`, with the same random weights, two threads each, in a process of their
-own: this one with FP8 matrices and the rest in bfloat16, transformers in bfloat16 and float32,
-llama.cpp with Q8_0 and BF16 (in huge pages), OpenVINO with int8 weights. After a round to compile
-and to warm up, workloads go round the engines in turn, so that a change in the machine's speed
-meets all of them; rounds go on as long as there are minutes left. Figures are medians, a ratio is
-the median of those of each round. Reading memory alone takes its turn, too: bytes of weights over
-what it reaches are the floor of a decode step. The peak is the largest resident set of a process.
-How the logprobs of a prompt correlate with transformers' in float32 shows that it is one model.
+own: this one with all matrices in FP8 (the embedding, too, as Q8_0 and int8 have it), transformers
+in bfloat16 and float32, llama.cpp with Q8_0 and BF16 (in huge pages), OpenVINO with int8 weights.
+After a round to compile and to warm up, workloads go round the engines in turn, so that a change in
+the machine's speed meets all of them; rounds go on as long as there are minutes left. Figures are
+medians, a ratio is the median of those of each round. Reading memory alone takes its turn, too:
+bytes of weights over what it reaches are the floor of a decode step. The peak is the largest
+resident set of a process. How the logprobs of a prompt correlate with those of transformers in
+float32 shows that it is one model.
 
 An engine that cannot be had, or fails, or finds too little memory, is named with the reason, and
 the others go on. llama-cpp-python compiles llama.cpp for the machine where there is no wheel.
@@ -341,7 +342,8 @@ def to_markdown(result: Mapping[str, Any]) -> str:
             "",
             f"Reading alone reaches {reading / 1e9:.1f} GB/s. A token reads "
             f"{about['weight_bytes'] / 1e9:.2f} GB of our weights, so {floor:.1f} tokens/s are the "
-            f"most at batch 1; decoding reaches {share:.0%} of it.",
+            f"most at batch 1; decoding reaches {share:.0%} of it. The embedding, which is the "
+            "output matrix, too, is in FP8, as Q8_0 and int8 have theirs in 8 bits.",
         ]
     lines += [""] + [f"- {name} is missing: {why}" for name, why in found.missing.items()]
     return "\n".join(lines).rstrip() + "\n"
@@ -361,12 +363,11 @@ def environment() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    spec = bench.preset_spec(cpu_peers.CONFIG)
     return {
         "device": bench.environment().device,
         "instructions": [each for each in INSTRUCTIONS if each in flags],
         "kernel": library.why_not() or library.best(),
-        "weight_bytes": bench.decode_weight_bytes(spec, 1),
+        "weight_bytes": bench.decode_weight_bytes(cpu_peers.our_spec(), 1),
         "versions": {"python": sys.version.split()[0]} | versions,
     }
 

@@ -80,7 +80,7 @@ def calibrate(
         for i, layer in enumerate(layers)
         for name, absmax in layer["inputs"].items()
     }
-    inputs["lm_head"] = np.max([_channel_absmax(x) for x in hidden], axis=0)
+    inputs[plan.output] = np.max([_channel_absmax(x) for x in hidden], axis=0)
     return Ranges(
         inputs,
         tuple(layer["k"] for layer in layers),

@@ -3,12 +3,17 @@
 In bf16 a quantised matrix is written as code * scale, rounded once. In fp8 codes and scales are
 written as they are, with a `quantization_config` of compressed-tensors (format `float-quantized`),
 which transformers, vLLM and SGLang read. Scales are float32, so nothing is lost.
+
+A quantised embedding is written in bfloat16 all the same, with a warning: of compressed-tensors'
+embeddings vLLM reads integer weights alone (`CompressedTensorsEmbeddingWNA16Int`), and others read
+none. Users want a directory that loads anywhere, rather than a refusal because of one matrix.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +39,7 @@ from converters.writing import (
 from llama_jax.model import fp8
 from pallas_kernels.fp8_matmul.reference import BLOCK
 
+_log = logging.getLogger(__name__)
 ExportFormat = Literal["bf16", "fp8"]
 
 # The field of config.json by which an export is known: nothing else is ever replaced.
@@ -63,7 +69,8 @@ def export(
     format: "bf16" writes code * scale, rounded once to bfloat16, where a matrix is quantised, and
         drops scales of activations and of the cache. "fp8" keeps them: activations are static where
         the checkpoint has input scales, and otherwise dynamic (per token; per 128 features where
-        weights have block scales), as engines expect. Unquantised weights keep their dtype in both.
+        weights have block scales), as engines expect. Unquantised weights keep their dtype in both,
+        and a quantised embedding becomes bfloat16 in both.
     Raises `CheckpointError` or `ConfigError` for a source that cannot be read, or cannot be written
     as fp8; FileExistsError for a target that may not be replaced; OSError when the disk is full.
     """
@@ -73,7 +80,9 @@ def export(
     tokenizer_paths = opened.tokenizer_paths()
     config = opened.config.to_hf() | {EXPORT_MARK: package_version()}
     if format == "fp8":
-        tensors, config["quantization_config"] = compressed_tensors(opened.plan)
+        tensors, config["quantization_config"] = compressed_tensors(
+            _with_plain_embedding(opened.plan)
+        )
     else:
         tensors = dequantized_tensors(opened.plan)
     total = sum(array.nbytes for array in tensors.values())
@@ -91,6 +100,18 @@ def export(
                 (work / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, work / name)
     return Exported(total, shards, opened.tokenizer_files)
+
+
+def _with_plain_embedding(plan: Plan) -> Plan:
+    """Replace a quantised embedding by code * scale in bfloat16, and say so."""
+    embedding = plan.modules["embed_tokens"]
+    if embedding.format.scale is None:
+        return plan
+    _log.warning(
+        "embed_tokens is FP8 here, for which engines have no layout: the export has it in bfloat16"
+    )
+    plain = Module(fp8.WeightFormat("bfloat16"), {"weight": _dequantized(embedding)})
+    return replace(plan, modules={**plan.modules, "embed_tokens": plain})
 
 
 def dequantized_tensors(plan: Plan) -> dict[str, LazyArray]:

@@ -40,7 +40,11 @@ def main(
         ),
     ] = None,
     quantize_lm_head: Annotated[
-        bool, typer.Option("--quantize-lm-head", help="Quantise the output matrix too.")
+        bool,
+        typer.Option(
+            "--quantize-lm-head",
+            help="Quantise the output matrix too: lm_head, or the embedding if they are tied.",
+        ),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a converted TARGET once the new is whole.")

@@ -132,8 +132,7 @@ def logits(plan: Plan, spec: ModelSpec, hidden: list[Array]) -> Iterator[Array]:
 
     hidden: the states of `final_hidden`.
     """
-    name = "embed_tokens" if spec.config.tie_word_embeddings else "lm_head"
-    params = {name: read_module(plan, name)}
+    params = {plan.output: read_module(plan, plan.output)}
     rows = jnp.concatenate([x[:, :-1].reshape(-1, x.shape[-1]) for x in hidden])
     for start in range(0, len(rows), _LOGIT_TOKENS):
         part = rows[start : start + _LOGIT_TOKENS]
@@ -222,7 +221,7 @@ def _batch_size(sequences: int, length: int) -> int:
 @partial(jax.jit, static_argnames="spec")
 def _embed(params: Params, tokens: Array, *, spec: ModelSpec) -> Any:
     return Llama(spec).apply(
-        {"params": params}, tokens, method=lambda model, x: model.embed_tokens(x)
+        {"params": params}, tokens, method=lambda model, x: model.embed_tokens.lookup(x)
     )
 
 

@@ -58,8 +58,9 @@ def convert(
         is kept beside it, and the same call continues from there to the same bytes.
     quantize: None keeps weights as they are; "row", "tensor" or "block" quantises the matrices of
         the decoder layers to float8_e4m3fn with a scale per output row, per matrix or per 128x128
-        block, and lm_head too with `quantize_lm_head`. `QuantizeOptions` calibrate, smooth and
-        report as well; the report lies beside the manifest (`quantization_report.read_report`).
+        block, and with `quantize_lm_head` the output matrix, too: lm_head, or embed_tokens if they
+        are tied. `QuantizeOptions` calibrate, smooth and report as well; the report lies beside the
+        manifest (`quantization_report.read_report`).
     Raises `CheckpointError` or `ConfigError` for a source that is damaged, incomplete or not
     supported, FileExistsError for a target that may not be replaced, OSError when the disk is full.
     """

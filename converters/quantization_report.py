@@ -33,7 +33,10 @@ REPORT = "quantization_report.json"
 _LARGEST_ROUNDED = 464.0
 _WORST_ROWS = 3
 # The order in which a model uses them.
-_KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+_KINDS = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    "lm_head", "embed_tokens",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,9 @@ class MatrixError:
 
     @property
     def layer(self) -> int | None:
-        """The matrix's layer, None for lm_head."""
-        layer = self.path.partition("/")[0]
-        return None if layer == "lm_head" else int(layer.removeprefix("layers_"))
+        """The matrix's layer, None for the output matrix."""
+        layer, _, inside = self.path.partition("/")
+        return int(layer.removeprefix("layers_")) if inside else None
 
     @property
     def snr(self) -> float:
@@ -293,10 +296,10 @@ def _perplexity(
     for layer, seen in enumerate(observed):
         means = jax.tree.map(lambda *parts: float(np.mean(parts)), *seen)
         shares |= {f"layers_{layer}/{name}": share for name, share in means.items()}
-    head = plan.modules.get("lm_head")
-    if head and head.format.input_scale:
-        scale = head.arrays["input_scale"].whole()
-        shares["lm_head"] = float(np.mean([_clipped_share(x, scale) for x in hidden]))
+    output = plan.modules[plan.output]
+    if output.format.input_scale:
+        scale = output.arrays["input_scale"].whole()
+        shares[plan.output] = float(np.mean([_clipped_share(x, scale) for x in hidden]))
     return perplexity, shares
 
 

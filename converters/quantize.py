@@ -33,15 +33,16 @@ from pallas_kernels.fp8_matmul.reference import BLOCK
 def quantize(
     checkpoint: Opened, options: QuantizeOptions, progress: bool = True
 ) -> tuple[Plan, Plan]:
-    """Quantise the matrices of the decoder layers, and perhaps lm_head.
+    """Quantise the matrices of the decoder layers, and perhaps the output matrix.
 
-    Embeddings and norms stay as they are. progress: show the calibration's progress on stderr.
+    If embeddings are tied, the output matrix is the embedding; otherwise that stays as it is, as
+    norms do. progress: show the calibration's progress on stderr.
     Returns the plan that is quantised (smoothed, if `options` ask for that), and the result.
-    Raises `CheckpointError` if the checkpoint has FP8 weights already, or no lm_head where one is
-    to be quantised; ValueError for a text that cannot be used.
+    Raises `CheckpointError` if the checkpoint has FP8 weights already; ValueError for a text that
+    cannot be used.
     """
     plan, ranges = checkpoint.plan, None
-    _check(plan, options.lm_head)
+    _check_unquantized(plan)
     if options.text is not None:
         _read(checkpoint, options, options.text)  # a text that cannot be used is found out now
     if options.calibrate is not None:
@@ -96,10 +97,10 @@ def quantize_plan(
 
     Raises `CheckpointError` as `quantize` does.
     """
-    _check(plan, lm_head)
+    _check_unquantized(plan)
     modules = {
         path: _quantized(path, module, layout, ranges)
-        if is_linear(path) and (lm_head or path != "lm_head")
+        if (lm_head if path == plan.output else is_linear(path))
         else module
         for path, module in plan.modules.items()
     }
@@ -107,17 +108,12 @@ def quantize_plan(
     return replace(plan, modules=modules, kv_scales=kv_scales)
 
 
-def _check(plan: Plan, lm_head: bool) -> None:
+def _check_unquantized(plan: Plan) -> None:
     stored = [path for path, module in plan.modules.items() if module.format.scale]
     if stored:
         raise CheckpointError(
             f"{stored[0]} and {len(stored) - 1} more matrices are FP8 already; convert without "
             "quantize (--quantize)"
-        )
-    if lm_head and "lm_head" not in plan.modules:
-        raise CheckpointError(
-            "quantize_lm_head: this checkpoint has no lm_head of its own (tie_word_embeddings); "
-            "leave it out"
         )
 
 

@@ -15,7 +15,7 @@ class QuantizeOptions:
         QuantizeOptions("row", calibrate=Path("book.txt"), smooth=0.5)
 
     layout: a scale per output "row", per matrix ("tensor"), or per 128x128 "block".
-    lm_head: whether to quantise the output matrix, besides the matrices of the decoder layers.
+    lm_head: whether to quantise the output matrix, too, which is the embedding if they are tied.
     calibrate: a UTF-8 text to run the model over. It gives static scales for FP8 activations and
         scales for an FP8 key/value cache. Names of special tokens in it become those tokens, so it
         may hold chats.

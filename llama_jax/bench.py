@@ -341,14 +341,21 @@ def copy_bandwidth(num_bytes: int | None = None, repeats: int = 10) -> float:
     return 2 * source.nbytes / min(times)
 
 
-def preset_spec(config: LlamaConfig, dtype: str = "bfloat16") -> ModelSpec:
-    """A spec with the matrices of the layers in FP8, a scale per row, and the rest in bfloat16."""
+def preset_spec(
+    config: LlamaConfig, dtype: str = "bfloat16", quantize_lm_head: bool = False
+) -> ModelSpec:
+    """A spec with the matrices of the layers in FP8, a scale per row, and the rest in bfloat16.
+
+    quantize_lm_head: the output matrix in FP8, too, which is the embedding if they are tied.
+    """
     config = replace(config, dtype="bfloat16")
+    output = "embed_tokens" if config.tie_word_embeddings else "lm_head"
     leaves = jax.tree_util.tree_leaves_with_path(abstract_params(ModelSpec(config)))
     formats = {
         "/".join(key.key for key in path[:-1]): WeightFormat("float8_e4m3fn", "row")
         for path, leaf in leaves
-        if path[0].key.startswith("layers_") and len(leaf.shape) == 2
+        if (path[0].key.startswith("layers_") and len(leaf.shape) == 2)
+        or (quantize_lm_head and path[0].key == output)
     }
     return ModelSpec(config, formats, dtype)
 

@@ -23,6 +23,7 @@ CONFIG = LlamaConfig(
     num_kv_heads=4, head_dim=128, rope_theta=10_000.0, rope_scaling=None,
     max_position_embeddings=256,
 )  # fmt: skip
+TIED = replace(CONFIG, tie_word_embeddings=True)  # and in FP8, see `spec_of`
 ROW = WeightFormat("float8_e4m3fn", "row", input_scale=True)
 BLOCK = WeightFormat("float8_e4m3fn", "block")
 CASES = {
@@ -47,6 +48,8 @@ def spec_of(name: str, config: LlamaConfig = CONFIG) -> tuple[ModelSpec, str]:
         for i in range(LAYERS)
         for each, format in stored.items()
     }
+    if config.tie_word_embeddings:
+        formats["embed_tokens"] = ROW
     return ModelSpec(config, formats, "float32", activations), cache_dtype
 
 
@@ -93,7 +96,7 @@ def check(name: str, config: LlamaConfig = CONFIG) -> None:
 def check_communication() -> None:
     """The embedding, attention and the MLP are summed, logits are gathered; nothing else. Scales of
     activations are those of whole tokens."""
-    spec, cache_dtype = spec_of("row")
+    spec, cache_dtype = spec_of("row", TIED)
     spec = replace(spec, mesh=make_mesh(4))
     placed = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -118,4 +121,4 @@ def check_communication() -> None:
 def check_formats() -> None:
     for name in CASES:
         check(name)
-    check("row", replace(CONFIG, tie_word_embeddings=True))
+    check("row", TIED)

@@ -9,6 +9,7 @@ from llama_jax import bench
 from llama_jax.bench import Workload
 from llama_jax.engine import compile_cache
 from llama_jax.model.forward import prefill
+from llama_jax.model.fp8 import WeightFormat
 from llama_jax.model.kv_cache import init_cache
 from llama_jax.model.params import abstract_params
 from pallas_kernels import device_trace, e4m3
@@ -177,6 +178,19 @@ def test_preset_spec_quantises_the_layers_matrices_alone():
     }
     leaves = jax.tree.leaves(abstract_params(spec))
     assert {leaf.dtype.name for leaf in leaves} == {"float8_e4m3fn", "bfloat16", "float32"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_preset_spec_quantises_the_output_matrix_where_asked(tied):
+    one = config(tie_word_embeddings=tied)
+    spec = bench.preset_spec(one, quantize_lm_head=True)
+    added = "embed_tokens" if tied else "lm_head"
+    assert spec.formats.keys() - bench.preset_spec(one).formats.keys() == {added}
+    assert spec.formats[added] == WeightFormat("float8_e4m3fn", "row")
+    # 320 rows of 64 codes with a scale each, in place of bfloat16
+    fewer = bench.decode_weight_bytes(bench.preset_spec(one), 1)
+    fewer -= bench.decode_weight_bytes(spec, 1)
+    assert fewer == 320 * 64 - 320 * 4
 
 
 def test_plan_covers_all_workloads():

@@ -390,6 +390,7 @@ BAD_CALLS = [
     (["convert", "./missing", "target"], 2, "./missing is neither a directory nor"),
     (["export", "no/such", "out", "--format", "fp8"], 2, "there is no directory no/such"),
     (["bench", "MODEL", "--preset", "llama-3.1-8b"], 2, "not both"),
+    (["bench", "MODEL", "--quantize-lm-head"], 2, "goes with --preset"),
     (["bench", "--preset", "llama-9"], 2, "llama-3.1-8b"),
     (["bench", "MODEL", "--batch", "one"], 2, "expected numbers with commas"),
     (["bench", "MODEL", "--prompt-len", "600", "--batch", "1"], 2, "context of 512 tokens"),

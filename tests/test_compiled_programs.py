@@ -15,8 +15,9 @@ from tests.tiny import config, fp8_formats
 
 # Wide enough that a weight outweighs every activation.
 WIDE = config(hidden_size=1024, intermediate_size=4096, num_layers=1, num_heads=16,
-              num_kv_heads=4, head_dim=64, vocab_size=512)  # fmt: skip
-SPEC = ModelSpec(WIDE, fp8_formats(WIDE, input_scale=False))
+              num_kv_heads=4, head_dim=64, vocab_size=1536, tie_word_embeddings=True)  # fmt: skip
+FORMATS = fp8_formats(WIDE, input_scale=False)
+SPEC = ModelSpec(WIDE, FORMATS | {"embed_tokens": FORMATS["layers_0/mlp/up_proj"]})
 
 
 def compiled(program, max_seq_len=1024, cache_dtype="bfloat16", spec=SPEC):
@@ -50,11 +51,11 @@ def test_the_cache_is_aliased_and_never_copied(program, cache_dtype):
 @pytest.mark.parametrize("program", ["prefill", "decode"])
 def test_fp8_weights_are_not_widened_as_a_whole(program):
     executable, _ = compiled(program)
-    out, columns = WIDE.intermediate_size, WIDE.hidden_size
-    text = executable.as_text()
-    assert f"s8[{out},{columns}]" in text
-    assert not re.search(rf"(f16|bf16|f32|s16|s32)\[{out},{columns}\]", text)
-    assert not re.search(rf"(f16|bf16|f32|s16|s32)\[{columns},{out}\]", text)
+    columns, text = WIDE.hidden_size, executable.as_text()
+    for out in (WIDE.intermediate_size, WIDE.vocab_size):  # the embedding is one of them
+        assert f"s8[{out},{columns}]" in text
+        assert not re.search(rf"(f16|bf16|f32|s16|s32)\[{out},{columns}\]", text)
+        assert not re.search(rf"(f16|bf16|f32|s16|s32)\[{columns},{out}\]", text)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from converters.dialects.layout import LazyArray, Module, Plan
 from converters.layerwise import final_hidden, log_likelihoods, logits, read_sequences
 from llama_jax.abacus import vocabulary
 from llama_jax.model.forward import prefill
+from llama_jax.model.fp8 import WeightFormat
 from llama_jax.model.kv_cache import init_cache
 from llama_jax.model.linear import INPUTS, inputs_of
 from llama_jax.model.llama import Llama
@@ -22,7 +23,7 @@ from llama_jax.model.spec import ModelSpec
 from llama_jax.text.tokenizer import load_tokenizer
 from pallas_kernels import e4m3
 from tests import float64_llama
-from tests.tiny import config, fp8_spec, tokens
+from tests.tiny import config, fp8_formats, fp8_spec, tokens
 
 ABACUS = Path(vocabulary.__file__).parent / "checkpoint"
 
@@ -75,12 +76,17 @@ def run(plan: Plan, spec: ModelSpec, ids: np.ndarray, **settings: Any) -> np.nda
     return np.concatenate(parts).reshape(len(ids), ids.shape[1] - 1, -1)
 
 
+TIED = config(tie_word_embeddings=True)
+FP8_STATIC = WeightFormat("float8_e4m3fn", "row", input_scale=True)
 SPECS = {
     "dense": ModelSpec(config(), dtype="float32"),
-    "tied": ModelSpec(config(tie_word_embeddings=True), dtype="float32"),
+    "tied": ModelSpec(TIED, dtype="float32"),
     "row": fp8_spec("row"),
     "block": fp8_spec("block", config(hidden_size=136)),
     "static": fp8_spec("row", activations="static"),
+    "tied static": ModelSpec(
+        TIED, fp8_formats(TIED) | {"embed_tokens": FP8_STATIC}, "float32", "static"
+    ),
 }
 
 

@@ -57,6 +57,18 @@ def test_tied_embeddings_are_the_output_matrix() -> None:
     assert last.matrices == ("embed_tokens",)
 
 
+def test_an_output_matrix_in_fp8_goes_to_the_same_kernels_as_others() -> None:
+    """For few rows, that is; the lookup is no call."""
+    for tied, name in ((True, "embed_tokens"), (False, "lm_head")):
+        config = replace(FITTING, tie_word_embeddings=tied, num_layers=1)
+        formats = tiny.fp8_formats(config, input_scale=False)
+        formats[name] = formats["layers_0/mlp/up_proj"]
+        with jax.sharding.use_abstract_mesh(sm90.H200):
+            for program in programs(ModelSpec(config, formats), OPTIONS, "bf16"):
+                (of_output,) = (call for call in calls(program) if name in call.matrices)
+                assert of_output.choice and of_output.choice.kernel.name == "hopper_weight_only"
+
+
 def test_an_h200_takes_the_kernels() -> None:
     found = traced()
     attention, mlp = "layers_1/self_attn/", "layers_1/mlp/"

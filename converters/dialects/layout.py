@@ -82,6 +82,11 @@ class Plan:
     used: frozenset[str]
     kv_scales: KVScales | None = None
 
+    @property
+    def output(self) -> str:
+        """The path of the output matrix, which is the embedding if embeddings are tied."""
+        return "lm_head" if "lm_head" in self.modules else "embed_tokens"
+
 
 @dataclass(frozen=True)
 class Dialect:

@@ -26,6 +26,14 @@ def bench(
         str | None,
         typer.Option(help="Random FP8 weights in the shapes of a model, e.g. llama-3.2-1b."),
     ] = None,
+    quantize_lm_head: Annotated[
+        bool,
+        typer.Option(
+            "--quantize-lm-head",
+            help="The preset's output matrix in FP8, too: lm_head, or the embedding if they are "
+            "tied.",
+        ),
+    ] = False,
     batch: Annotated[str, typer.Option(help="Sequences at the same time.")] = "1,8",
     prompt_len: Annotated[str, typer.Option(help="Tokens per prompt.")] = "128,512",
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
@@ -59,6 +67,8 @@ def bench(
         raise typer.BadParameter("give a MODEL or --preset, not both")
     if preset is not None:
         options.check_preset(preset)
+    elif quantize_lm_head:
+        raise typer.BadParameter("--quantize-lm-head goes with --preset; a MODEL is as converted")
     batches, prompt_lens = _numbers("--batch", batch), _numbers("--prompt-len", prompt_len)
     path = None if preset else locate(SHIPPED_MODEL if model is None else model)
     with stderr.status("starting JAX"):
@@ -67,7 +77,7 @@ def bench(
         from llama_jax.model.kv_cache import storage_dtype
     compile_cache.enable()
     workloads = [benchmark.Workload(*sizes, new_tokens) for sizes in product(batches, prompt_lens)]
-    directory, spec = _spec(path, preset, workloads, dtype, activations)
+    directory, spec = _spec(path, preset, quantize_lm_head, workloads, dtype, activations)
     spec = replace(spec, implementation=implementation)
     spec.check_runs()
     cache_dtype = storage_dtype(kv_dtype, dtype)
@@ -108,6 +118,7 @@ def _numbers(option: str, text: str) -> list[int]:
 def _spec(
     path: Path | None,
     preset: str | None,
+    quantize_lm_head: bool,
     workloads: list["Workload"],
     dtype: Any,
     activations: Any,
@@ -126,7 +137,7 @@ def _spec(
         spec = store.read_manifest(directory).spec(dtype, activations)
     else:
         assert preset is not None
-        spec = options.preset_spec(preset, dtype, activations)
+        spec = options.preset_spec(preset, dtype, activations, quantize_lm_head)
     limit = spec.config.max_position_embeddings
     for workload in workloads:
         if workload.prompt_len + workload.new_tokens > limit:
@@ -170,6 +181,7 @@ def _to_dict(name: str, spec: "ModelSpec", kv_dtype: str, report: "Report") -> d
         "model": name,
         "dtype": spec.dtype,
         "activations": spec.activations,
+        "fp8_lm_head": _has_fp8_lm_head(spec),
         "implementation": spec.implementation,
         "kv_dtype": kv_dtype,
         "environment": asdict(report.environment),
@@ -209,12 +221,20 @@ def _render(name: str, spec: "ModelSpec", kv_dtype: str, report: "Report") -> No
         "copy": f"{report.copy_bytes_per_second / 1e9:,.1f} GB/s, read and written",
         "compile": str(report.compile),
         "peak memory": f"{decimal(report.peak_memory.bytes)} {kind}",
-        "settings": f"{spec.dtype}, activations {spec.activations}, KV cache {kv_dtype}",
+        "settings": f"{spec.dtype}, activations {spec.activations}, KV cache {kv_dtype}"
+        + (", lm_head in FP8" if _has_fp8_lm_head(spec) else ""),
         "versions": f"jax {e.jax}, jaxlib {e.jaxlib}, Python {e.python}; {e.platform}, "
         f"{e.cpu_count} CPU cores",
     }
     stdout.print(table)
     stdout.print(key_value_table("", rows))
+
+
+def _has_fp8_lm_head(spec: "ModelSpec") -> bool:
+    """Return whether the output matrix is in FP8, be it lm_head or the embedding."""
+    return any(
+        stored.scale and not path.startswith("layers_") for path, stored in spec.formats.items()
+    )
 
 
 def _render_kernels(report: "Report") -> None:

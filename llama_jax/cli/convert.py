@@ -31,7 +31,9 @@ def convert(
     quantize_lm_head: Annotated[
         bool,
         typer.Option(
-            "--quantize-lm-head", help="The output matrix too.", rich_help_panel=_QUANTISING
+            "--quantize-lm-head",
+            help="The output matrix too: lm_head, or the embedding if they are tied.",
+            rich_help_panel=_QUANTISING,
         ),
     ] = False,
     calibrate: Annotated[

@@ -259,10 +259,15 @@ def _scale_range(modules: Iterable["Module"], leaf: str) -> Range | None:
 
 
 def _quantized(plan: "Plan") -> dict[str, list[str]]:
-    """Return the paths of quantised matrices, of those with input scales, and of the others."""
+    """Return the paths of quantised matrices, of those with input scales, and of the others that
+    tools quantise."""
     from converters.dialects.layout import is_linear
 
-    formats = {path: module.format for path, module in plan.modules.items() if is_linear(path)}
+    formats = {
+        path: module.format
+        for path, module in plan.modules.items()
+        if module.format.scale or is_linear(path)
+    }
     return {
         "matrices": [path for path, stored in formats.items() if stored.scale],
         "with_input_scale": [path for path, stored in formats.items() if stored.input_scale],

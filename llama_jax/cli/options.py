@@ -151,13 +151,15 @@ def check_preset(preset: str) -> None:
         )
 
 
-def preset_spec(preset: str, dtype: Any, activations: Any) -> "ModelSpec":
+def preset_spec(
+    preset: str, dtype: Any, activations: Any, quantize_lm_head: bool = False
+) -> "ModelSpec":
     """Return the spec of a preset (see `check_preset`) with FP8 matrices."""
     from llama_jax import bench
     from llama_jax.model.config import PRESETS
     from llama_jax.model.spec import ModelSpec
 
-    formats = bench.preset_spec(PRESETS[preset])
+    formats = bench.preset_spec(PRESETS[preset], quantize_lm_head=quantize_lm_head)
     return ModelSpec(formats.config, formats.formats, dtype, activations)
 
 

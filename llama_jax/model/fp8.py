@@ -112,6 +112,18 @@ def dequantize(codes: Array, scale: Array) -> Array:
     return e4m3.load(codes) * expand_scale(scale, (codes.shape[0], codes.shape[1]))
 
 
+def dequantize_rows(codes: Array, scale: Array, stored: WeightFormat) -> Array:
+    """Compute code * scale in float32 for some rows of a quantised matrix.
+
+    codes: [..., in]. scale: of each of these rows, [...], or [..., groups] where columns have
+        scales of their own.
+    """
+    columns = codes.shape[-1]
+    scale = scale.reshape(*codes.shape[:-1], -1)
+    width = BLOCK if stored.scale == "block" else columns // scale.shape[-1]
+    return e4m3.load(codes) * jnp.repeat(scale, width, axis=-1)[..., :columns]
+
+
 def quantize_per_token(
     x: Array, upper_bound: float | None = None, divided_over: str | None = None
 ) -> tuple[Array, Array]:

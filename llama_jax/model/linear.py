@@ -233,7 +233,7 @@ def multiply(
     spec: ModelSpec,
     operands: Operands,
     choice: Choice[Kernel] | None,
-    like: Array,
+    like: Array | jax.ShapeDtypeStruct,
     residual: Array | None = None,
 ) -> Array:
     """Multiply, and add a residual; the result has the dtype and the leading axes of `like`.

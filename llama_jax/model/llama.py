@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
+from llama_jax.model.fp8 import dequantize_rows
 from llama_jax.model.kv_cache import KVCache
 from llama_jax.model.linear import (
     Linear,
@@ -29,7 +30,7 @@ from llama_jax.model.rope import rope_frequencies
 from llama_jax.model.sharding import divided_over
 from llama_jax.model.spec import ModelSpec
 from pallas_kernels.fp8_matmul import swiglu
-from pallas_kernels.fp8_matmul.dense import dense
+from pallas_kernels.fp8_matmul.reference import BLOCK
 from pallas_kernels.fp8_matmul.terms import Parts, Terms
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.rope_and_cache import rope_and_cache
@@ -53,25 +54,34 @@ class LayerCache(NamedTuple):
     kv_lens: Array
 
 
-class Embedding(nn.Module):
-    """Looks up token embeddings, [vocab_size, d]. A model with tied embeddings uses the same matrix
-    for its output."""
+class Embedding(Linear):
+    """Looks up token embeddings, rows of a matrix [vocab_size, d]. A model with tied embeddings
+    multiplies by the same matrix for its output."""
 
-    spec: ModelSpec
+    def lookup(self, tokens: Array) -> Array:
+        """Return the rows of these tokens [...] as [..., d]. If the matrix is quantised, no other
+        row is dequantised."""
+        matrix, axis = self.stored(), divided_over("vocab")
+        if axis is not None:
+            tokens = tokens - lax.axis_index(axis) * matrix.weight.shape[0]
 
-    def setup(self) -> None:
-        config = self.spec.config
-        shape = (config.vocab_size, config.hidden_size)
-        dtype = self.spec.format_of(self.path).dtype
-        self.weight = parameter(self, "weight", shape, ("vocab", "embed"), dtype)
+        def rows(array: Array, places: Array) -> Array:
+            if axis is None:
+                return jnp.take(array, places, axis=0, mode="clip")
+            return array.at[places].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
-    def __call__(self, tokens: Array) -> Array:
-        axis = divided_over("vocab")
-        if axis is None:
-            return jnp.take(self.weight, tokens, axis=0, mode="clip").astype(self.spec.dtype)
-        here = tokens - lax.axis_index(axis) * self.weight.shape[0]
-        x = self.weight.at[here].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-        return lax.psum(x.astype(self.spec.dtype), axis)
+        x = rows(matrix.weight, tokens)
+        if matrix.scale is not None:
+            per = BLOCK if self.format.scale == "block" else 1
+            x = dequantize_rows(x, rows(matrix.scale, tokens // per), self.format)
+        x = x.astype(self.spec.dtype)
+        return x if axis is None else lax.psum(x, axis)
+
+    def logits(self, hidden: Array) -> Array:
+        """Compute float32 logits [..., vocab_size] of hidden states [..., d]."""
+        like = jax.ShapeDtypeStruct(hidden.shape, jnp.float32)
+        choice = self.choose(hidden.size // self.in_features, like.dtype)
+        return multiply(self.spec, self.operands(hidden), choice, like)
 
 
 class Pending(NamedTuple):
@@ -274,19 +284,18 @@ class Llama(nn.Module):
 
     def setup(self) -> None:
         config = self.spec.config
-        self.embed_tokens = Embedding(self.spec)
+        matrix = (self.spec, config.hidden_size, config.vocab_size, ("vocab", "embed"))
+        self.embed_tokens = Embedding(*matrix)
         self.layers = [Block(self.spec) for _ in range(config.num_layers)]
         self.norm = RMSNorm(self.spec)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(
-                self.spec, config.hidden_size, config.vocab_size, ("vocab", "embed")
-            )
+            self.lm_head = Linear(*matrix)
 
     def __call__(self, tokens: Array) -> Array:
         """Compute float32 logits [b, t, vocab] of int [b, t] without a cache, for training and to
         check `extend`."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        x: Array | Pending = self.embed_tokens(tokens)
+        x: Array | Pending = self.embed_tokens.lookup(tokens)
         for layer in self.layers:
             x, _ = layer(x, positions, None)
         return self.unembed(self.norm(added(x)))
@@ -305,7 +314,7 @@ class Llama(nn.Module):
         cached_lens = jnp.take(cache.cached_lens, rows, mode="clip")
         page_table = jnp.take(cache.page_table, rows, axis=0, mode="clip")
         kv_lens = cached_lens + num_new_tokens
-        x: Array | Pending = self.embed_tokens(tokens)
+        x: Array | Pending = self.embed_tokens.lookup(tokens)
         written: list[Any] = []
         for i, layer in enumerate(self.layers):
             pages = LayerCache(
@@ -325,6 +334,4 @@ class Llama(nn.Module):
         """Compute float32 logits [..., vocab] of the final hidden states [..., d]."""
         if not self.spec.config.tie_word_embeddings:
             return self.lm_head(hidden).astype(jnp.float32)
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        logits = dense(rows, self.embed_tokens.weight, self.spec.implementation)
-        return logits.reshape(*hidden.shape[:-1], -1)
+        return self.embed_tokens.logits(hidden)
