@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.forward import decode, device_spec, prefill
@@ -45,7 +45,7 @@ def spec_of(name: str, config: LlamaConfig = CONFIG) -> tuple[ModelSpec, str]:
     stored, activations, cache_dtype = CASES[name]
     formats = {
         f"layers_{i}/{'mlp' if each in ('gate', 'up', 'down') else 'self_attn'}/{each}_proj": format
-        for i in range(LAYERS)
+        for i in range(config.num_layers)
         for each, format in stored.items()
     }
     if config.tie_word_embeddings:
@@ -77,12 +77,15 @@ def logits(spec: ModelSpec, cache_dtype: str, params: Params) -> np.ndarray:
     return np.stack([first, second])
 
 
-def check(name: str, config: LlamaConfig = CONFIG) -> None:
+def check(name: str, config: LlamaConfig = CONFIG, mesh: Mesh | None = None) -> None:
     spec, cache_dtype = spec_of(name, config)
     params = random_params(spec)
     alone = logits(spec, cache_dtype, params)
     assert np.abs(alone).max() > 0.1
-    meshes = (make_mesh(2, data=2), make_mesh(1)) if name == "static" else (make_mesh(4),)
+    if mesh:
+        meshes = (mesh,)
+    else:
+        meshes = (make_mesh(2, data=2), make_mesh(1)) if name == "static" else (make_mesh(4),)
     for mesh in meshes:
         on_mesh = replace(spec, mesh=mesh)
         assert device_spec(on_mesh)
@@ -121,4 +124,7 @@ def check_communication() -> None:
 def check_formats() -> None:
     for name in CASES:
         check(name)
-    check("row", TIED)
+
+
+def check_tied() -> None:
+    check("row", replace(TIED, num_layers=1), make_mesh(2))

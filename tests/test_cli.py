@@ -359,10 +359,11 @@ def test_bench_json_is_complete(run, model, monkeypatch):
         )
         read = m["decode_weight_bytes"] + m["decode_kv_bytes"]
         assert m["fraction_of_copy"] == pytest.approx(read / m["decode_step_seconds"] / 1e9)
+    assert report["fp8_lm_head"] is False
     assert report["model"] == "tiny-fp8" and report["copy_bytes_per_second"] == 1e9
     assert set(report) == {
         "model", "dtype", "activations", "implementation", "kv_dtype", "environment",
-        "measurements", "copy_bytes_per_second", "compile", "peak_memory",
+        "measurements", "copy_bytes_per_second", "compile", "peak_memory", "fp8_lm_head",
     }  # fmt: skip
     code, out, _ = run(
         "bench", model, "--batch", "1", "--prompt-len", "5", "--new-tokens", 2, "--dtype", "float32"

@@ -67,15 +67,19 @@ def run_with_devices(count: int, script: str, *arguments: Path) -> None:
 
 
 def test_four_devices_hold_the_parts_and_give_the_same_logits(tmp_path: Path) -> None:
-    dense = tiny.write(tmp_path / "dense", tiny.dense())
+    arrays = tiny.dense()
+    del arrays["lm_head.weight"]
+    tied = tiny.write(tmp_path / "tied", arrays, {"tie_word_embeddings": True})
     static = tiny.write(tmp_path / "static", tiny.friendli(), tiny.FRIENDLI_03)
-    convert(dense, tmp_path / "a", quantize="block", progress=False)
+    convert(tied, tmp_path / "a", quantize="block", quantize_lm_head=True, progress=False)
     convert(static, tmp_path / "b", progress=False)
     run_with_devices(4, FOUR_DEVICES, tmp_path / "a", tmp_path / "b")
 
 
 def test_devices_sum_and_gather_what_they_must_and_no_more() -> None:
-    run_with_devices(4, "from tests import four_devices; four_devices.check_communication()")
+    """And a tied matrix in FP8 divides over two of them."""
+    checks = "four_devices.check_communication(); four_devices.check_tied()"
+    run_with_devices(4, f"from tests import four_devices; {checks}")
 
 
 @pytest.mark.slow

@@ -120,10 +120,14 @@ class Linear(nn.Module):
         return matrix._replace(input_scale=parameter(self, "input_scale", (), (), "float32"))
 
     def choose(
-        self, rows: int, dtype: jnp.dtype, residual: Array | None = None
+        self,
+        rows: int,
+        dtype: jnp.dtype,
+        residual: Array | None = None,
+        out_dtype: jnp.dtype | None = None,
     ) -> Choice[Kernel] | None:
-        """Choose the kernel for x [rows, in] whose result has `dtype`; return None for a matrix
-        without scales, for which `dense` chooses."""
+        """Choose the kernel for x [rows, in] of `dtype`, which the result has, too, unless it is of
+        `out_dtype`; return None for a matrix without scales, for which `dense` chooses."""
         matrix = self.stored()
         if matrix.scale is None:
             return None
@@ -132,7 +136,10 @@ class Linear(nn.Module):
         added = None
         if residual is not None and not matrix.summed_over:
             added = jax.ShapeDtypeStruct((rows, matrix.weight.shape[0]), residual.dtype)
-        return choose(x, *matrix.quantized, dtype, added, implementation=self.spec.implementation)
+        return choose(
+            x, *matrix.quantized, jnp.dtype(out_dtype or dtype), added,
+            implementation=self.spec.implementation,
+        )  # fmt: skip
 
     def operands(self, x: Array) -> Operands:
         self.sow(INPUTS, _INPUT, x)

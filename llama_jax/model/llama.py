@@ -80,7 +80,7 @@ class Embedding(Linear):
     def logits(self, hidden: Array) -> Array:
         """Compute float32 logits [..., vocab_size] of hidden states [..., d]."""
         like = jax.ShapeDtypeStruct(hidden.shape, jnp.float32)
-        choice = self.choose(hidden.size // self.in_features, like.dtype)
+        choice = self.choose(like.size // self.in_features, hidden.dtype, out_dtype=like.dtype)
         return multiply(self.spec, self.operands(hidden), choice, like)
 
 
