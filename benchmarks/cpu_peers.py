@@ -103,13 +103,14 @@ class LlamaJax:
         import jax
 
         from llama_jax.engine import compile_cache
-        from llama_jax.engine.memory import share_one_arena
+        from llama_jax.engine.allocator import share_one_arena
 
         share_one_arena()  # as the commands do
         compile_cache.enable()
         self.spec = our_spec()
         self.params = self._params()
-        self.engines: dict[tuple[int, int], Any] = {}
+        self.engines: dict[int, Any] = {}
+        self.prefills = 0
         jax.block_until_ready(self.params)
 
     def _params(self) -> Any:
@@ -137,29 +138,29 @@ class LlamaJax:
 
         return jax.tree_util.tree_map_with_path(make, abstract)
 
-    def _engine(self, batch: int, shares_prefixes: bool) -> Any:
+    def _engine(self, batch: int) -> Any:
+        """One that takes prompts, too, for batch 1: a program is compiled for one batch size."""
         import jax.numpy as jnp
 
         from llama_jax.engine.engine import Engine
         from llama_jax.engine.scheduling import EngineOptions
 
-        length = 2 * CONTEXT if shares_prefixes else PROMPT + CONTEXT
-        if (key := (batch, shares_prefixes)) not in self.engines:
-            # Twice the pages that the slots need: those of earlier prompts stay.
-            options = EngineOptions(
-                max_batch_size=batch, max_seq_len=length, share_prefixes=shares_prefixes,
-                num_pages=2 * batch * -(-length // PAGE_SIZE),
-            )  # fmt: skip
-            self.engines[key] = Engine(self.params, self.spec, options, jnp.dtype("bfloat16"))
-        return self.engines[key]
+        if batch not in self.engines:
+            length = PROMPT + CONTEXT if batch == 1 else 2 * CONTEXT
+            # Those of a prompt of `CONTEXT` tokens stay, while sequences append to their own.
+            pages = -(-length // PAGE_SIZE) * batch + CONTEXT // PAGE_SIZE * batch
+            options = EngineOptions(max_batch_size=batch, max_seq_len=length, num_pages=pages)
+            self.engines[batch] = Engine(self.params, self.spec, options, jnp.dtype("bfloat16"))
+        return self.engines[batch]
 
     def decode(self, batch: int, steps: int) -> float:
-        """The difference between outputs of two lengths. The prompts' pages are shared with the
-        runs before, so that they are computed once."""
+        """The difference between outputs of two lengths. The prompts' pages are shared with a run
+        before, so that they are computed once."""
         from llama_jax import bench
 
-        engine = self._engine(batch, True)
+        engine = self._engine(batch)
         sizes = bench.Workload(batch, CONTEXT, steps + 9)
+        bench.run_once(engine, sizes, 1)
         short, long = (bench.run_once(engine, sizes, n).seconds for n in (9, steps + 9))
         return (long - short) / steps
 
@@ -167,8 +168,10 @@ class LlamaJax:
         from llama_jax.engine.request import Request
         from llama_jax.sampling_params import SamplingParams
 
+        self.prefills += 1
+        other = np.roll(prompt, self.prefills)  # nothing of it is there from a time before
         greedy = SamplingParams(temperature=0.0, seed=0, max_new_tokens=1)
-        return self._run(Request(prompt.tolist(), greedy))
+        return self._run(Request(other.tolist(), greedy))
 
     def score(self, prompt: np.ndarray) -> tuple[float, np.ndarray]:
         from llama_jax.engine.request import Request
@@ -177,7 +180,7 @@ class LlamaJax:
         return self._run(request), request.prompt_logprobs
 
     def _run(self, request: Any) -> float:
-        engine = self._engine(1, False)
+        engine = self._engine(1)
         began = time.perf_counter()
         for _ in engine.run([request]):
             pass

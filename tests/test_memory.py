@@ -289,7 +289,7 @@ def ints(shape: tuple[int, ...], dtype: jnp.dtype = jnp.int32) -> jax.ShapeDtype
 
 THREADS = """
 import ctypes, sys, threading
-from llama_jax.engine.memory import share_one_arena
+from llama_jax.engine.allocator import share_one_arena
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.fdopen.restype = ctypes.c_void_p

@@ -191,7 +191,7 @@ def load(model: str | None, *, show_plan: bool, **settings: Any) -> "LLM":
         locate(settings["draft"])  # before the model is converted
     path = locate(SHIPPED_MODEL if model is None else model)
     directory(str(path))
-    from llama_jax.engine.memory import share_one_arena
+    from llama_jax.engine.allocator import share_one_arena
     from llama_jax.llm import LLM
 
     share_one_arena()

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import jax
 
+from llama_jax.engine import allocator
+
 _log = logging.getLogger(__name__)
 
 
@@ -139,6 +141,7 @@ _TIMED = (
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
     _BACKEND,
 )
+_LONG_SECONDS = 0.1  # of a program with layers, or more
 _lock = threading.Lock()
 _counts = {_HIT: 0, _BACKEND: 0}
 _spans: list[tuple[float, float]] = []  # start and end, of `time.time`
@@ -155,6 +158,8 @@ def _on_span(event: str, start_time: float, end_time: float, **details: str | in
     """Spans arrive as they end; tracing a function holds the traces of the functions it calls."""
     if event not in _TIMED:
         return
+    if event == _BACKEND and end_time - start_time > _LONG_SECONDS:
+        allocator.give_back()  # the compiler has freed much, in pieces between what stays
     with _lock:
         if event == _BACKEND:
             _counts[_BACKEND] += 1

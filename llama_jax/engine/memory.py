@@ -1,10 +1,8 @@
 """Will it fit? The bytes that a model needs on each device, before any of them is allocated."""
 
 import bisect
-import ctypes
 import math
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -236,17 +234,6 @@ def capacity(
 def _most(size: Callable[[int], int], limit: int, most: int) -> int:
     """The largest n of 0 to `most` with size(n) <= limit, or -1; size must not fall."""
     return bisect.bisect_right(range(most + 1), limit, key=size) - 1
-
-
-def share_one_arena() -> None:
-    """Have glibc keep what threads free in one arena, not in one for each: XLA's threads free much.
-
-    For the whole process and what it allocates from now on, as MALLOC_ARENA_MAX=1 does from the
-    start (mallopt(3)); other C libraries are left alone.
-    """
-    m_arena_max = -8
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(m_arena_max, 1)
 
 
 def device_memory_bytes(device: jax.Device | None = None) -> int:
