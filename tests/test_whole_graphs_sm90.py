@@ -106,6 +106,25 @@ def test_weights_and_cache_stay_where_they_are(
         assert math.prod(int(size) for size in dims.group(1).split(",") if size) <= logits
 
 
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_tied_matrix_in_fp8_is_dequantised_in_no_form_and_goes_to_the_kernel(phase: str) -> None:
+    """Llama 3.2 1B's 128,256 words, of which a lookup reads the tokens' rows alone."""
+    config = replace(PRESETS["llama-3.2-1b"], num_layers=1)
+    formats = preset_spec(config, quantize_lm_head=True)
+    spec = ModelSpec(formats.config, formats.formats, "bfloat16", "auto")
+    with jax.sharding.use_abstract_mesh(sm90.H200):
+        (found,) = (each for each in programs(spec, OPTIONS, "bf16") if each.phase == phase)
+        (product,) = (call for call in calls(found) if "embed_tokens" in call.matrices)
+    assert product.choice and product.choice.kernel.name == "hopper_weight_only"
+    executable = sm90.compile(found.function, *found.arguments, donate_argnums=1)
+    words, width = config.vocab_size, config.hidden_size
+    text = executable.as_text()
+    assert f"f8e4m3fn[{words},{width}]" in text
+    made = [each for each, _ in results(text)]
+    for shape in (f"[{words},{width}]", f"[{width},{words}]"):
+        assert not [each for each in made if shape in each]
+
+
 @pytest.mark.parametrize(("phase", "activations"), GRAPHS)
 def test_kernel_launches_of_a_layer(phase: str, activations: Activations) -> None:
     """As traced, as compiled, and as wanted; and what XLA launches beside them."""

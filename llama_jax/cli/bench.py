@@ -73,9 +73,10 @@ def bench(
     path = None if preset else locate(SHIPPED_MODEL if model is None else model)
     with stderr.status("starting JAX"):
         from llama_jax import bench as benchmark
-        from llama_jax.engine import compile_cache
+        from llama_jax.engine import allocator, compile_cache
         from llama_jax.model.kv_cache import storage_dtype
     compile_cache.enable()
+    allocator.share_one_arena()
     workloads = [benchmark.Workload(*sizes, new_tokens) for sizes in product(batches, prompt_lens)]
     directory, spec = _spec(path, preset, quantize_lm_head, workloads, dtype, activations)
     spec = replace(spec, implementation=implementation)
