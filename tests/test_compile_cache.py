@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llama_jax.engine import compile_cache
+from llama_jax.engine import allocator, compile_cache
 from llama_jax.engine.compile_cache import CompileReport
 
 ROOT = Path(__file__).parents[1]
@@ -20,7 +20,7 @@ PROGRAM = """
 import json
 import jax.numpy as jnp
 jnp.arange(3) + 1
-from llama_jax.engine import compile_cache
+from llama_jax.engine import allocator, compile_cache
 from llama_jax.model.kv_cache import init_cache
 from llama_jax.model.forward import prefill
 from llama_jax.model.params import init_params
@@ -151,3 +151,12 @@ def test_report_in_words():
     both = "compiled 2 programs and fetched 1 program from the cache in 3.0 s"
     assert str(CompileReport(2, 1, 3)) == both
     assert str(CompileReport(0, 0, 0.1)) == "compiled nothing"
+
+
+def test_memory_goes_back_after_a_long_compilation(monkeypatch):
+    given: list[None] = []
+    monkeypatch.setattr(allocator, "give_back", lambda: given.append(None))
+    for long, times in ((3600.0, 0), (0.0, 1)):
+        monkeypatch.setattr(compile_cache, "_LONG_SECONDS", long)
+        jax.jit(lambda x, long=long: x * 3 + long).lower(jnp.arange(5.0)).compile()
+        assert len(given) == times

@@ -47,10 +47,11 @@ FILES = {
 }
 
 
-def imports(name: str) -> set[str]:
-    """Modules that a file imports anywhere, inside functions and for types too."""
+def imports(name: str, at_once: bool = False) -> set[str]:
+    """Modules that a file imports anywhere, inside functions and for types too, or only at_once."""
     found = set()
-    for node in ast.walk(ast.parse(FILES[name].read_text(encoding="utf-8"))):
+    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    for node in tree.body if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -58,7 +59,10 @@ def imports(name: str) -> set[str]:
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
             modules = inner & FILES.keys()
             # `from package import module` reads nothing in the package itself.
-            found |= modules if modules == inner else modules | {node.module}
+            if at_once:
+                found |= inner | {node.module}
+            else:
+                found |= modules if modules == inner else modules | {node.module}
     return found - {name}
 
 
@@ -164,6 +168,17 @@ def test_text_and_the_scheduler_need_no_jax(beginning):
         seen.add(name := waiting.pop())
         assert not any(each.split(".")[0] in ("jax", "flax") for each in IMPORTS[name]), name
         waiting += (IMPORTS[name] & FILES.keys()) - seen
+
+
+def test_mosaic_gpu_is_imported_by_a_kernel_that_runs_alone():
+    assert "jax.experimental.pallas.mosaic_gpu" in imports("pallas_kernels.fp8_matmul.hopper", True)
+    waiting, seen = ["llama_jax.llm"], set()
+    while waiting:
+        seen.add(name := waiting.pop())
+        found = imports(name, at_once=True)
+        assert not any("mosaic" in each for each in found), name
+        waiting += {each for each in found & FILES.keys() if each not in seen}
+    assert "pallas_kernels.hopper" in seen and "pallas_kernels.fp8_matmul.kernels" in seen
 
 
 @pytest.mark.slow

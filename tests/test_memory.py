@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
-from llama_jax.engine import memory
+from llama_jax.engine import allocator, memory
 from llama_jax.engine.memory import (
     Capacity,
     DoesNotFitError,
@@ -316,3 +316,25 @@ def test_threads_share_one_arena() -> None:
         return run.stdout.count("<heap nr=")
 
     assert 1 <= arenas("shared") < arenas("apart")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="glibc's allocator")
+def test_what_is_free_between_what_stays_is_given_back() -> None:
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
+
+    blocks = [libc.malloc(64 * 1024) for _ in range(1000)]
+    for block in blocks:
+        ctypes.memset(ctypes.c_void_p(block), 1, 64 * 1024)
+    for i, block in enumerate(blocks):
+        if i % 10:
+            libc.free(ctypes.c_void_p(block))
+    before = resident()
+    allocator.give_back()
+    assert before - resident() > 40e6
+    for block in blocks[::10]:
+        libc.free(ctypes.c_void_p(block))
