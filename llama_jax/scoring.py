@@ -16,6 +16,7 @@ from llama_jax.engine.engine import Engine
 from llama_jax.engine.request import Request
 from llama_jax.model.config import PAGE_SIZE
 from llama_jax.results import Perplexity, Score
+from llama_jax.sampling_params import SamplingParams
 
 # Questions that are read before any is asked, so that there is something to sort; at least so many
 # per row of the engine.
@@ -100,9 +101,14 @@ def _well_sorted[T](questions: Sequence[Question[T]]) -> list[Question[T]]:
     return sorted(questions, key=lambda q: (-longest[beginning(q)], beginning(q), -length(q)))
 
 
-def score_request(ids: Sequence[int], start: int) -> Request:
-    """How likely is each of `ids` from `start` on, after those before it?"""
-    return Request(list(ids), wanted="logprobs", score_from=start)
+def score_request(ids: Sequence[int], start: int, num_top: int | None = None) -> Request:
+    """How likely is each of `ids` from `start` on, after those before it?
+
+    num_top: how many of the likeliest tokens in each one's place are wanted, and its rank; None for
+    neither.
+    """
+    params = SamplingParams(temperature=0.0, seed=0, logprobs=num_top)
+    return Request(list(ids), params, wanted="logprobs", score_from=start)
 
 
 def score_of(request: Request) -> Score:

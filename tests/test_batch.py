@@ -9,7 +9,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
 from llama_jax.cli import main
-from llama_jax.cli.resumable import ResumableFile
+from llama_jax.resumable import ResumableFile
 
 
 def chat_line(number: int, **body) -> dict:

@@ -14,8 +14,8 @@ import pytest
 
 from llama_jax import data_rows, scoring
 from llama_jax.cli import score_ray
-from llama_jax.cli.output import parse_jsonl, read_jsonl
-from llama_jax.cli.resumable import resumable_file, survey
+from llama_jax.jsonl import parse_jsonl, read_jsonl
+from llama_jax.resumable import resumable_file, survey
 from tests.test_cli import ROOT, SMALL, cache_directory, model, run, source  # noqa: F401
 
 PAIRS = [{"prompt": "hello", "completion": " you", "id": 7}, {"prompt": "a", "completion": "b"}]

@@ -276,7 +276,9 @@ def test_the_workspace_holds_what_the_steps_and_the_sampler_need(
         prefill_step.lower(params, state, table, tokens, rows, rows, spec=spec),
         draw_step.lower(params, state, hidden, rows, rows, spec=spec),
         decode_steps.lower(params, state, table, flags, steps, spec=spec, max_steps=8),
-        score_step.lower(params, state, table, tokens, rows, rows, tokens, spec=spec),
+        score_step.lower(
+            params, state, table, tokens, rows, rows, tokens, ints((), jnp.bool_), spec=spec
+        ),
     )
     needed = max(step.compile().memory_analysis().temp_size_in_bytes for step in lowered)
     needed += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.sampling))

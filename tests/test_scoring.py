@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llama_jax.data_rows import score_rows
 from llama_jax.model.llama import Llama
 from llama_jax.sampling_params import SamplingParams
-from llama_jax.scoring import Question, answers
+from llama_jax.scoring import Question, answers, score_request
 from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.text.windows import rolling_windows
 from tests.test_llm import BOS, SPEC, make
@@ -32,16 +32,26 @@ def llm(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def logprobs(llm):
-    """Of ids[first:], each after those before it, by the forward pass of the whole in float64."""
+def rows(llm):
+    """Logprobs of all tokens after each of `ids`, by the forward pass of the whole in float64."""
     apply = jax.jit(Llama(SPEC).apply)
 
-    def logprobs(ids, first):
+    def rows(ids):
         padded = np.zeros((1, 128), np.int32)
         padded[0, : len(ids)] = ids
         logits = np.asarray(apply({"params": llm.engine.params}, padded))[0].astype(np.float64)
-        logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
-        return np.array([logits[i - 1, ids[i]] for i in range(first, len(ids))])
+        return (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[: len(ids)]
+
+    return rows
+
+
+@pytest.fixture(scope="module")
+def logprobs(rows):
+    """Of ids[first:], each after those before it."""
+
+    def logprobs(ids, first):
+        found = rows(ids)
+        return np.array([found[i - 1, ids[i]] for i in range(first, len(ids))])
 
     return logprobs
 
@@ -114,6 +124,28 @@ def test_rank_normalises_over_the_labels(llm, logprobs):
     np.testing.assert_allclose(result.probabilities, expected, rtol=1e-3)
     assert result.best == totals.argmax()
     assert llm.rank([PROMPT, "a"], labels)[0].best == result.best
+
+
+def test_the_likeliest_in_the_places_of_a_prompts_tokens_and_their_ranks(llm, rows):
+    """Beside requests that want none, and in chunks of which some are cached."""
+    prompts = [[BOS, *TEXT.encode()[:count]] for count in (100, 100, 3)]
+    wanted = [(1, None), (40, 20), (1, 3)]
+    asked = [score_request(ids, *each) for ids, each in zip(prompts, wanted, strict=True)]
+    for _ in llm.engine.run(asked):
+        pass
+    assert (asked[0].prompt_top, asked[0].prompt_ranks) == ([], [])
+    for request, (first, count) in zip(asked[1:], wanted[1:], strict=True):
+        expected = rows(request.prompt)[first - 1 : -1]
+        assert len(request.prompt_top) == len(request.prompt_ranks) == len(expected)
+        for row, token_id, top, rank in zip(
+            expected, request.prompt[first:], request.prompt_top, request.prompt_ranks, strict=True
+        ):
+            ids, values = zip(*top, strict=True)
+            assert len(set(ids)) == count and list(values) == sorted(values, reverse=True)
+            np.testing.assert_allclose(values, row[list(ids)], atol=1e-4)
+            np.testing.assert_allclose(values, np.sort(row)[: -count - 1 : -1], atol=1e-4)
+            # Of those that are nearly as likely another may come first.
+            assert np.sum(row > row[token_id] + 1e-4) < rank <= np.sum(row > row[token_id] - 1e-4)
 
 
 def test_rank_survives_probabilities_that_float32_cannot_hold(llm):

@@ -149,8 +149,8 @@ def test_echo_puts_the_prompt_in_front(client):
     assert "".join(chunk.choices[0].text for chunk in chunks) == "2, 4, 6," + plain
 
 
-@pytest.mark.parametrize("logprobs", [0, 1])
-def test_echo_with_logprobs_scores_the_prompt(server, client, llm, logprobs):
+@pytest.mark.parametrize("logprobs", [0, 1, 5])
+def test_echo_with_logprobs_scores_the_prompt(client, llm, logprobs):
     asked = {"model": "abacus", "prompt": "47 + 85 = 132", "echo": True, "logprobs": logprobs}
     (choice,) = client.completions.create(**asked, max_tokens=1).choices
     (alone,) = client.completions.create(**asked, max_tokens=0).choices
@@ -167,8 +167,40 @@ def test_echo_with_logprobs_scores_the_prompt(server, client, llm, logprobs):
     assert is_greedy == (not logprobs or score.is_greedy)
     assert alone.text == asked["prompt"] and alone.finish_reason == "length"
     assert alone.logprobs.token_logprobs[1:] == pytest.approx(made.token_logprobs[1:-1], abs=0.05)
-    for change in ({"logprobs": 2}, {"logprobs": 1, "stream": True}):
-        assert server.post("/v1/completions", asked | change).status_code == 400
+    assert all(logprobs <= len(top) <= max(1, logprobs + 1) for top in made.top_logprobs[1:])
+    chunks = list(client.completions.create(**asked, max_tokens=1, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == choice.text
+    pieces = [each for c in chunks if (each := c.choices[0].logprobs)]
+    for name in ("tokens", "text_offset", "top_logprobs"):
+        told = [each for piece in pieces for each in getattr(piece, name)]
+        assert len(told) == len(ids) + 1
+        assert name == "top_logprobs" or told == getattr(made, name)
+
+
+def test_prompt_logprobs_tell_ranks_and_the_likeliest(server, llm):
+    """vLLM's field, with ranks; more than one prompt, a single token, n, and for a chat."""
+    encode = llm.tokenizer.encode
+    prompts = [encode("47 + 85 = 132", bos=True), [5], encode("a b c", bos=True)]
+    asked = {"max_tokens": 2, "prompt_logprobs": 3}
+    reply = server.post("/v1/completions", {**asked, "prompt": prompts, "n": 2}).json()
+    told = [choice["prompt_logprobs"] for choice in reply["choices"]]
+    assert told[::2] == told[1::2] and told[2] == [None]
+    assert reply["usage"]["completion_tokens"] <= 12
+    chat = server.post("/v1/chat/completions", {**asked, "messages": SUM, "n": 2}).json()
+    ids = [*prompts[::2], server.post("/tokenize", {"messages": SUM}).json()["tokens"]]
+    for tokens, found in zip(ids, [told[0], told[4], chat["prompt_logprobs"]], strict=True):
+        score = llm.score(tokens[:1], tokens[1:])
+        own = [entry[str(token)] for token, entry in zip(tokens[1:], found[1:], strict=True)]
+        assert found[0] is None
+        assert [each["logprob"] for each in own] == pytest.approx(score.logprobs, abs=0.05)
+        for entry, each in zip(found[1:], own, strict=True):
+            assert {1, 2, 3} <= {each["rank"] for each in entry.values()} and len(entry) <= 4
+            above = sum(other["logprob"] > each["logprob"] for other in entry.values())
+            assert above <= each["rank"] - 1 and (above == each["rank"] - 1 or above == 3)
+            texts = [llm.tokenizer.token_text(int(key)) for key in entry]
+            assert texts == [other["decoded_token"] for other in entry.values()]
+    plain = server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).json()
+    assert plain["choices"][0]["prompt_logprobs"] is None
 
 
 def test_stop_strings_and_limits(client):
@@ -337,7 +369,7 @@ BAD = [
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 100_000}, "max_tokens"),
     ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
-    ({"top_logprobs": 2}, None),
+    ({"top_logprobs": 2}, "top_logprobs"),
     ({"stop": ["x"] * 17}, "stop"),
     ({"stop": ""}, "stop"),
     ({"logit_bias": {"x": 1}}, "logit_bias"),
@@ -358,6 +390,8 @@ BAD = [
     ({f"x{i}": i for i in range(300)}, None),
     ({"chat_template": "{{ 1 }}"}, "chat_template"),
     ({"suffix": "x"}, "suffix"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs"),
+    ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
     ({"best_of": 2}, "best_of"),
     ({"best_of": True}, "best_of"),
     ({"response_format": {"type": "json_schema"}}, "response_format"),

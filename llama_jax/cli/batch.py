@@ -9,10 +9,11 @@ import typer
 from converters.locate import locate
 from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.cli import options
-from llama_jax.cli.output import check_output, json_line, note, progress_bar, read_jsonl
-from llama_jax.cli.resumable import ResumableFile, resumable_file, survey
+from llama_jax.cli.output import check_output, note, progress_bar
 from llama_jax.cli.serve import check_extra
 from llama_jax.cli.speed import Clock
+from llama_jax.jsonl import json_line, read_jsonl
+from llama_jax.resumable import ResumableFile, resumable_file, survey
 
 if TYPE_CHECKING:
     from llama_jax.llm import LLM
@@ -63,7 +64,7 @@ def batch(
         "activations": activations, "kv_dtype": kv_dtype, "max_seq_len": llm.max_seq_len,
     }  # fmt: skip
     name = served_model_name or options.model_name(model)
-    with resumable_file(output, settings, overwrite) as file:
+    with resumable_file(output, settings, overwrite, tell=note) as file:
         done, failed = asyncio.run(_write(llm, name, input, num_lines, file))
     note(f"{done} answered, {failed} of them with an error")
 

@@ -9,14 +9,12 @@ import typer
 from llama_jax.cli import options
 from llama_jax.cli.output import (
     check_output,
-    json_line,
     note,
     progress_bar,
-    read_jsonl,
-    read_lines,
     whole_file,
 )
 from llama_jax.cli.speed import Clock, snapshot, speed_since
+from llama_jax.jsonl import json_line, read_jsonl, read_lines
 
 if TYPE_CHECKING:
     from llama_jax.llm import LLM

@@ -18,18 +18,17 @@ from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.cli import options
 from llama_jax.cli.output import (
     check_output,
-    json_line,
     note,
     print_json,
     progress_bar,
-    read_jsonl,
     seconds_left,
     stderr,
     whole_file,
 )
-from llama_jax.cli.resumable import ResumableFile, resumable_file, survey
 from llama_jax.cli.score_ray import score_lines
 from llama_jax.cli.speed import Clock, Snapshot, snapshot
+from llama_jax.jsonl import json_line, read_jsonl
+from llama_jax.resumable import ResumableFile, resumable_file, survey
 from llama_jax.text.windows import window_and_stride
 
 if TYPE_CHECKING:
@@ -194,7 +193,10 @@ def score(
     before, clock = snapshot(llm) if llm else None, Clock()
     # Stdin cannot be read again, so there is nothing to resume.
     whole = output == "-" or input == "-"
-    with whole_file(output) if whole else resumable_file(output, settings, overwrite) as file:
+    destination = (
+        whole_file(output) if whole else resumable_file(output, settings, overwrite, tell=note)
+    )
+    with destination as file:
         summary = _write_scores(input, num_lines, file, scored, clock)
     seconds = clock.seconds()
     _report(summary, seconds, snapshot(llm).since(before) if llm and before else None, as_json)

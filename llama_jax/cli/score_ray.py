@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from llama_jax.cli.output import json_line, parse_jsonl
+from llama_jax.jsonl import json_line, parse_jsonl
 
 # The most that an actor gets at once: as many lines as are sorted together, a few seconds of work.
 _MOST_LINES, _MOST_BYTES = 1024, 1 << 20

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _KEY = "LLAMA_JAX_API_KEY"
 _SERVER, _LIMITS = "Server", "Limits"
-_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "pydantic", "llguidance")
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "pydantic", "llguidance", "python_multipart")
 
 
 def serve(
@@ -59,6 +59,13 @@ def serve(
         list[str] | None,
         typer.Option(
             help="A web page's origin whose scripts may call the server (CORS); may be repeated.",
+            rich_help_panel=_SERVER,
+        ),
+    ] = None,
+    batch_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where files and batches are kept; with it, /v1/files and /v1/batches are served.",
             rich_help_panel=_SERVER,
         ),
     ] = None,
@@ -142,6 +149,7 @@ def serve(
         names=tuple(served_model_name or (options.model_name(model),)),
         max_waiting=max_waiting, request_timeout=request_timeout, drain_timeout=shutdown_timeout,
         allowed_origins=tuple(allowed_origins or ()), log_texts=enable_log_requests,
+        batch_dir=batch_dir,
     )  # fmt: skip
     if not asked.is_local and not keys:
         note(f"warning: everybody who reaches {host} may use this server: give --api-key")

@@ -137,7 +137,7 @@ class BatchBuilder:
             static["speculation"] = self.speculation
             return Call(prefill_step, (*args, self.draft_params), static)
         if call.wanted == "logprobs":
-            return Call(score_step, (*args, targets), static)
+            return Call(score_step, (*args, targets, np.bool_(call.wants_logprobs)), static)
         return Call(logits_step, args, static)
 
     def first_draws(

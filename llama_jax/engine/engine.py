@@ -336,6 +336,8 @@ class Engine:
         if call.wanted == "tokens":
             self._launch_first_draws(call, outputs)
         elif call.wanted == "logprobs":
+            scores, top = outputs
+            outputs = scores, top if call.wants_logprobs else None
             self._send(outputs, partial(self._outputs.take_logprobs, call.chunks))
         else:
             self._send(outputs, partial(self._outputs.take_logits, call.chunks))

@@ -90,15 +90,22 @@ class OutputProcessor:
             assert sequence is not None
             self._extend(sequence, token_ids, now, sampled, (slice(len(token_ids)), slot))
 
-    def take_logprobs(self, chunks: Sequence[Chunk], outputs: tuple[Array, Array, Array]) -> None:
-        """Take in how likely the tokens after those of prompts' chunks are."""
-        logprobs, likeliest, most = self.fetch(outputs)
+    def take_logprobs(
+        self,
+        chunks: Sequence[Chunk],
+        outputs: tuple[tuple[Array, ...], tuple[Array, ...] | None],
+    ) -> None:
+        """Take in how likely the tokens after those of prompts' chunks are, and the likeliest in
+        their places, if these were computed."""
+        (logprobs, likeliest, most), top = self.fetch(outputs)
         for i, chunk in enumerate(chunks):
             request = chunk.sequence.request
             first = max(0, request.score_from - 1 - chunk.start)
             wanted = slice(first, max(first, chunk.stop - chunk.start))
             with self.alone(request):
                 request.extend_prompt(logprobs[i, wanted], likeliest[i, wanted], most[i, wanted])
+                if request.params.logprobs is not None:
+                    request.extend_prompt_top(*(each[i, wanted] for each in top))
                 self._end_chunk(chunk)
 
     def take_logits(self, chunks: Sequence[Chunk], outputs: Array) -> None:

@@ -56,7 +56,8 @@ class PrefillCall:
     """A call that takes chunks of prompts through the model.
 
     wanted: what all of them are for. shape: prompts and tokens of each that the program is compiled
-    for. kind, wants_logprobs: as in `DecodeCall`, for the first tokens of the prompts that end.
+    for. kind, wants_logprobs: as in `DecodeCall`, for the first tokens of the prompts that end;
+    where "logprobs" of prompts are wanted, `wants_logprobs` is for the likeliest tokens too.
     """
 
     wanted: Wanted

@@ -26,7 +26,8 @@ class Request:
         `stop_ids` that `params.stop` names.
     matcher: for `params.structured`, at the beginning of the reply.
     wanted: "tokens" continues the prompt; "logprobs" asks how likely the prompt's own tokens are,
-        from `score_from` on; "logits" for float32 logits of every prompt token.
+        from `score_from` on, and which would be likeliest if `params.logprobs` is not None;
+        "logits" for float32 logits of every prompt token.
     is_streamed: the caller wants each token when it is drawn, rather than several at a time.
 
     on_change: called by the engine whenever there is something new in the request.
@@ -40,6 +41,8 @@ class Request:
         turn out to be the beginning of a stop string.
     prompt_logprobs: float32, one per token from `score_from` on. prompt_likeliest,
         prompt_most: int32 and float32, the likeliest token in each one's place, and its logprob.
+    prompt_top, prompt_ranks: where they are asked for, the `params.logprobs` likeliest tokens in
+        each one's place with their logprobs, and its own rank among all tokens, from 1 on.
     prompt_logits: float32 [length, vocab]. num_cached: prompt tokens that were found in the cache
     when it was admitted last. block_hashes: of all tokens or a prefix of them, see
     `pages.extend_block_hashes`. Times are of `time.perf_counter`.
@@ -68,6 +71,8 @@ class Request:
     prompt_logprobs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
     prompt_likeliest: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     prompt_most: np.ndarray = field(default_factory=lambda: np.zeros(0, np.float32))
+    prompt_top: list[list[tuple[int, float]]] = field(default_factory=list)
+    prompt_ranks: list[int] = field(default_factory=list)
     prompt_logits: np.ndarray | None = None
     num_cached: int = 0
     block_hashes: list[BlockHash] = field(default_factory=list)
@@ -85,6 +90,7 @@ class Request:
         self.prompt_logprobs = np.zeros(0, np.float32)
         self.prompt_likeliest = np.zeros(0, np.int32)
         self.prompt_most = np.zeros(0, np.float32)
+        self.prompt_top, self.prompt_ranks = [], []
         self.prompt_logits = None
 
     @property
@@ -98,6 +104,14 @@ class Request:
         self.prompt_logprobs = np.append(self.prompt_logprobs, logprobs)
         self.prompt_likeliest = np.append(self.prompt_likeliest, likeliest)
         self.prompt_most = np.append(self.prompt_most, most)
+
+    def extend_prompt_top(self, ids: np.ndarray, logprobs: np.ndarray, ranks: np.ndarray) -> None:
+        """Take in the likeliest tokens, [tokens, k], in the places of the next of the prompt, and
+        the ranks of these."""
+        count = self.params.logprobs or 0
+        pairs = zip(ids[:, :count].tolist(), logprobs[:, :count].tolist(), strict=True)
+        self.prompt_top += [list(zip(*pair, strict=True)) for pair in pairs]
+        self.prompt_ranks += ranks.tolist()
 
     def extend(self, token_ids: Sequence[int], limit: int) -> int:
         """Take in drawn tokens until one of them ends the request; returns how many.

@@ -341,6 +341,8 @@ class Scheduler:
             self.slots.begin(sequence)
         params = [each.request.params for each in ended]
         kind = max(map(kind_of, params), key=KINDS.index, default=KINDS[0])
+        if wanted == "logprobs":
+            params = [each.request.params for each in sequences]
         wants_logprobs = any(each.logprobs is not None for each in params)
         return PrefillCall(wanted, shape, tuple(chunks), self._kind(kind), wants_logprobs)
 

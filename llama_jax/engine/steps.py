@@ -30,6 +30,7 @@ from llama_jax.model import forward
 from llama_jax.model.kv_cache import KVCache, KVScales, copy_pages, init_cache
 from llama_jax.model.sharding import cache_shardings, default_sharding, replicated_on
 from llama_jax.model.spec import ModelSpec, Params
+from llama_jax.sampling_params import MAX_TOP_LOGPROBS
 from pallas_kernels import device
 
 # Tokens whose logits exist at one time while scoring: 64 of 128,256 words in float32 are 33 MB.
@@ -511,14 +512,17 @@ def score_step(
     num_new_tokens: Array,
     slots: Array,
     targets: Array,
+    wants_top: Array,
     *,
     spec: ModelSpec,
-) -> tuple[DecodeState, tuple[Array, Array, Array]]:
+) -> tuple[DecodeState, tuple[tuple[Array, ...], tuple[Array, ...]]]:
     """Append a chunk of each text; how likely is targets[b, t], the token after tokens[b, t]?
 
     tokens, targets: int32 [b, t]; the others as in `prefill_step`. Returns float32 logprobs [b, t],
-    and the likeliest token in the target's place, int32 [b, t], with its logprob. The logits of
-    `TOKENS_PER_LOGITS_BLOCK` tokens exist at a time.
+    and the likeliest token in the target's place, int32 [b, t], with its logprob; and, if
+    `wants_top`, bool [], is true, the `MAX_TOP_LOGPROBS` likeliest tokens there, int32 [b, t, k],
+    with their logprobs, and the target's rank among all tokens from 1 on, int32 [b, t]. The logits
+    of `TOKENS_PER_LOGITS_BLOCK` tokens exist at a time.
     """
     cache = state.cache.replace(page_table=page_table)
     hidden, cache = forward.extend(
@@ -530,20 +534,39 @@ def score_step(
     flat = jnp.pad(hidden.reshape(count, -1), ((0, padding), (0, 0)))
     wanted = jnp.pad(targets.reshape(count), (0, padding))
 
-    def score_block(part: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+    most_top = min(MAX_TOP_LOGPROBS, spec.config.vocab_size)
+
+    def score_block(
+        part: tuple[Array, Array], has_top: bool
+    ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         hidden, targets = part
         logits = forward.unembed(params, hidden, spec=spec)
-        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)
         ids = likeliest(logits)
         most = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
         total = jax.nn.logsumexp(logits, axis=-1)
-        return chosen - total, ids, most - total
+        scores = chosen[:, 0] - total, ids, most - total
+        if not has_top:
+            none = jnp.zeros((block, most_top))
+            return scores, (none.astype(jnp.int32), none, jnp.zeros(block, jnp.int32))
+        top, top_ids = lax.top_k(logits, most_top)
+        ranks = 1 + jnp.sum(logits > chosen, axis=-1, dtype=jnp.int32)
+        return scores, (top_ids.astype(jnp.int32), top - total[:, None], ranks)
 
+    # One condition around all blocks: on a GPU the host evaluates each.
     blocks = (flat.reshape(-1, block, flat.shape[-1]), wanted.reshape(-1, block))
-    logprobs, ids, most = (
-        each.reshape(-1)[:count].reshape(tokens.shape) for each in lax.map(score_block, blocks)
+    found = lax.cond(
+        wants_top,
+        lambda: lax.map(partial(score_block, has_top=True), blocks),
+        lambda: lax.map(partial(score_block, has_top=False), blocks),
     )
-    return state.replace(cache=cache), (logprobs, ids, most)
+    found = jax.tree.map(
+        lambda each: each.reshape(-1, *each.shape[2:])[:count].reshape(
+            *tokens.shape, *each.shape[2:]
+        ),
+        found,
+    )
+    return state.replace(cache=cache), found
 
 
 @partial(kept_jit, static_argnames="spec", donate_argnames="state")

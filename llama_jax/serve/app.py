@@ -16,6 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from llama_jax.serve import chat, completions, tokens
+from llama_jax.serve.batch_api import add_batches
+from llama_jax.serve.batch_runs import BatchRuns
 from llama_jax.serve.errors import (
     ApiError,
     ClientGone,
@@ -49,6 +51,8 @@ from llama_jax.serve.schemas import (
 )
 from llama_jax.serve.service import Service
 
+# What FastAPI raises for a body that it cannot read.
+_FASTAPIS_400 = "There was an error parsing the body"
 _JSON = re.compile(r"application/([\w.-]+\+)?json\b", re.IGNORECASE)
 _STATUSES = {
     400: "The request is wrong; `param` names the field",
@@ -61,14 +65,18 @@ _STATUSES = {
     500: "The server failed",
     503: "The server is starting or going down",
     504: "The request's deadline has passed",
+    507: "The server's disk is full",
 }
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply, "description": text} for status, text in _STATUSES.items()
 }
 
 
-def create_app(service: Service) -> FastAPI:
-    """Returns the application that serves a model; `service.thread` has to be started."""
+def create_app(service: Service, runs: BatchRuns | None = None) -> FastAPI:
+    """Returns the application that serves a model; `service.thread` has to be started.
+
+    runs: of batches; None for a server without.
+    """
     app = FastAPI(
         title="llama-jax",
         version=_version(),
@@ -80,13 +88,15 @@ def create_app(service: Service) -> FastAPI:
     _add_completions(app, service)
     _add_tokens(app, service)
     _add_monitoring(app, service)
+    if runs:
+        add_batches(app, runs)
     _correct_document(app)
     app.add_middleware(Gate, options=service.options)
     if service.options.allowed_origins:  # around the gate, so that its refusals can be read too
         app.add_middleware(
             CORSMiddleware,
             allow_origins=service.options.allowed_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
         )
     return app
@@ -186,13 +196,14 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def refuse_body(request: Request, error: RequestValidationError) -> Response:
         kind = request.headers.get("content-type", "")
-        if not _JSON.match(kind):
+        is_of_body = error.errors()[0]["loc"][:1] == ("body",)
+        if is_of_body and not _JSON.match(kind):
             return not_json(kind).response()
         return invalid(error.errors()).response()
 
     @app.exception_handler(HTTPException)
     async def refuse_path(request: Request, error: HTTPException) -> Response:
-        if error.status_code == 400:  # the one that FastAPI raises
+        if error.status_code == 400 and error.detail == _FASTAPIS_400:
             return bad_request("the body is no JSON in UTF-8, or nested too deeply").response()
         refusal = ApiError(error.status_code, str(error.detail)).response()
         refusal.headers.update(error.headers or {})

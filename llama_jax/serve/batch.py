@@ -41,13 +41,32 @@ async def answer_lines(
     service = Service(llm, options, name, warms_up=False)
     service.thread.start()
     ahead = _PER_ROW * llm.engine.options.max_batch_size
-    under_way: deque[asyncio.Task[dict[str, Any]]] = deque()
-    source = iter(lines)
     try:
         if not await service.ready():
             raise RuntimeError("the engine failed") from service.thread.failure
+        async for answer in answers(service, lines, lambda _: ahead):
+            yield answer
+    finally:
+        await asyncio.to_thread(service.thread.stop, 60.0)
+
+
+async def answers(
+    service: Service,
+    lines: Iterable[dict[str, Any] | ValueError],
+    most: Callable[[int], int],
+) -> AsyncIterator[dict[str, Any]]:
+    """Yields the answers of `answer_lines` from a service that is ready.
+
+    most: how many lines may be under way, if so many are. Raises RuntimeError where the engine
+    fails, or the server goes down.
+    """
+    under_way: deque[asyncio.Task[dict[str, Any]]] = deque()
+    source = iter(lines)
+    try:
         while True:
-            while len(under_way) < ahead and (line := next(source, None)) is not None:
+            while len(under_way) < most(len(under_way)):
+                if (line := next(source, None)) is None:
+                    break
                 under_way.append(asyncio.create_task(_answer(service, line)))
             if not under_way:
                 return
@@ -59,7 +78,6 @@ async def answer_lines(
         for task in under_way:
             task.cancel()
         await asyncio.gather(*under_way, return_exceptions=True)
-        await asyncio.to_thread(service.thread.stop, 60.0)
 
 
 async def _answer(service: Service, line: dict[str, Any] | ValueError) -> dict[str, Any]:
@@ -77,13 +95,26 @@ async def _answer(service: Service, line: dict[str, Any] | ValueError) -> dict[s
         message = f'"custom_id" must be a text, got {custom_id!r:.100}'
         return answer | {"error": {"code": "invalid_line", "message": message}}
     try:
-        status, body = 200, (await _reply(service, line)).model_dump(mode="json")
+        status, body = 200, (await _patient_reply(service, line)).model_dump(mode="json")
     except ApiError as error:
+        if service.is_draining:  # it is asked again when the server is back
+            raise RuntimeError("the server is going down") from error
         status, body = error.status, error.as_dict()
     except Exception as error:
         status, body = 500, internal_error(error).as_dict()
     response = {"status_code": status, "request_id": new_id("req"), "body": body}
     return answer | {"custom_id": custom_id, "response": response}
+
+
+async def _patient_reply(service: Service, line: Mapping[str, Any]) -> BaseModel:
+    """Returns a reply. Waits where the queue, or what compiles grammars, has no room for it now."""
+    while True:
+        try:
+            return await _reply(service, line)
+        except ApiError as error:
+            if error.body.error.code not in ("queue_full", "busy"):
+                raise
+            await asyncio.sleep(error.retry_after or 1)
 
 
 async def _reply(service: Service, line: Mapping[str, Any]) -> BaseModel:

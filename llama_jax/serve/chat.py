@@ -9,7 +9,9 @@ from llama_jax.results import Generation, TokenLogprob
 from llama_jax.scoring import Question
 from llama_jax.serve.engine_thread import Job, Update
 from llama_jax.serve.errors import bad_request, request_failed
+from llama_jax.serve.prompt_logprobs import prompt_logprobs, scoring
 from llama_jax.serve.replies import (
+    LEAST_LOGPROB,
     AssistantMessage,
     ChatChoice,
     ChatCompletion,
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer
 
 _TAG = "<|python_tag|>"
-# JSON has no minus infinity: what vLLM writes for it.
-LEAST_LOGPROB = -9999.0
 
 
 async def prepare(service: Service, body: ChatRequest) -> Question[Generation]:
@@ -74,6 +74,11 @@ async def prepare(service: Service, body: ChatRequest) -> Question[Generation]:
 async def whole(service: Service, body: ChatRequest, began: float) -> ChatCompletion:
     """Returns a reply in one piece. began: when the request came."""
     question = await prepare(service, body)
+    drawn = question.requests
+    (scored,) = scoring([drawn[0].prompt], body.prompt_logprobs, has_ranks=True)
+    if scored is not None:
+        conclude = question.conclude
+        question = Question((*drawn, scored), lambda requests: conclude(requests[:-1]))
     result = await service.answer(question, began)
     choices = [_choice(service.llm, body, *each) for each in enumerate(result.samples)]
     return ChatCompletion(
@@ -81,7 +86,12 @@ async def whole(service: Service, body: ChatRequest, began: float) -> ChatComple
         created=int(time.time()),
         model=service.name,
         choices=choices,
-        usage=service.usage(question.requests),
+        usage=service.usage(drawn),
+        prompt_logprobs=(
+            None
+            if body.prompt_logprobs is None
+            else prompt_logprobs(service.llm.tokenizer, scored, body.prompt_logprobs)
+        ),
     )
 
 

@@ -1,16 +1,21 @@
 """This module answers /v1/completions: it continues prompts, texts or token ids, as they are."""
 
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama_jax.engine.request import Request
 from llama_jax.results import Generation
-from llama_jax.scoring import Question, score_request
-from llama_jax.serve.chat import LEAST_LOGPROB
-from llama_jax.serve.engine_thread import Job
+from llama_jax.scoring import Question
+from llama_jax.serve.engine_thread import Job, Update
 from llama_jax.serve.errors import request_failed
-from llama_jax.serve.replies import Completion, CompletionChoice, CompletionLogprobs
+from llama_jax.serve.prompt_logprobs import likeliest, prompt_logprobs, scoring
+from llama_jax.serve.replies import (
+    LEAST_LOGPROB,
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+)
 from llama_jax.serve.schemas import CompletionRequest
 from llama_jax.serve.service import Service, new_id
 
@@ -23,7 +28,7 @@ _Top = Sequence[tuple[int, float]]
 
 async def prepare(service: Service, body: CompletionRequest) -> Question[list[CompletionChoice]]:
     """Returns what a request asks of the engine: continuations of all its prompts in their order,
-    and then, where they are echoed with logprobs, how likely the prompts are."""
+    and then, where that is asked, how likely the prompts are."""
     service.check_model(body.model)
     service.check_queue(len(body.prompts) * (body.n or 1))  # before it costs anything
     limit = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
@@ -45,32 +50,28 @@ def _question(
     ]
     prompts = [part.requests[0].prompt for part in parts]
     drawn = [request for part in parts for request in part.requests] if body.max_tokens != 0 else []
-    scored: list[Request] = []
-    if body.echo and body.logprobs is not None:
-        # Of a single token, which follows nothing, nothing is asked.
-        scored = [score_request(ids, 1) for ids in prompts if len(ids) > 1]
+    scored = scoring(prompts, body.num_prompt_top, body.prompt_logprobs is not None)
 
     def conclude(requests: Sequence[Request]) -> list[CompletionChoice]:
-        left = iter(scored)
-        before = [_echoed_logprobs(llm.tokenizer, body, ids, left) for ids in prompts]
         if not drawn:
             return [
-                _choice(service, body, index, before[index], None) for index in range(len(prompts))
+                _choice(service, body, index, ids, each, None)
+                for index, (ids, each) in enumerate(zip(prompts, scored, strict=True))
             ]
         samples = [sample for part in parts for sample in part.answer().samples]
         return [
-            _choice(service, body, index, before[index // sampling.n], sample)
-            for index, sample in enumerate(samples)
+            _choice(service, body, i, prompts[i // sampling.n], scored[i // sampling.n], sample)
+            for i, sample in enumerate(samples)
         ]
 
-    return Question((*drawn, *scored), conclude)
+    return Question((*drawn, *filter(None, scored)), conclude)
 
 
 async def whole(service: Service, body: CompletionRequest, began: float) -> Completion:
     """Returns all continuations at once. began: when the request came."""
     question = await prepare(service, body)
     choices = await service.answer(question, began)
-    drawn = [request for request in question.requests if request.wanted == "tokens"]
+    drawn = _drawn(question.requests)
     return Completion(
         id=new_id("cmpl"),
         created=int(time.time()),
@@ -80,17 +81,25 @@ async def whole(service: Service, body: CompletionRequest, began: float) -> Comp
     )
 
 
+def _drawn(requests: Sequence[Request]) -> list[Request]:
+    """Returns those that continue prompts, without those that score them."""
+    return [request for request in requests if request.wanted == "tokens"]
+
+
 def _choice(
     service: Service,
     body: CompletionRequest,
     index: int,
-    before: CompletionLogprobs | None,
+    prompt: Sequence[int],
+    scored: Request | None,
     sample: Generation | None,
 ) -> CompletionChoice:
-    """Makes a choice. before: logprobs of an echoed prompt. sample: its continuation, if any."""
+    """Makes a choice. scored: of the prompt, where logprobs of it are wanted. sample: its
+    continuation, if any."""
+    tokenizer = service.llm.tokenizer
+    before = _echoed_logprobs(tokenizer, body, prompt, scored)
     text, logprobs = _echoed(service, body, index), before
     if sample is not None:
-        tokenizer = service.llm.tokenizer
         offset = sum(map(len, before.tokens)) if before else 0
         logprobs = _joined(before, _sample_logprobs(tokenizer, sample, offset))
         text += sample.text
@@ -100,6 +109,11 @@ def _choice(
         logprobs=logprobs,
         finish_reason=_finish(sample) if sample else "length",
         stop_reason=sample.stop_reason if sample else None,
+        prompt_logprobs=(
+            None
+            if body.prompt_logprobs is None
+            else prompt_logprobs(tokenizer, scored, body.prompt_logprobs)
+        ),
     )
 
 
@@ -115,18 +129,22 @@ async def pieces(
         "model": service.name,
     }
     offsets: dict[int, int] = {}
-    num_prompts = len(body.prompts)
-    async for update in service.updates(job, began):
+    num_prompts, drawn = len(body.prompts), _drawn(job.requests)
+    scored = _by_prompt(job.requests)
+    async for update in _scored_first(service.updates(job, began), job.requests):
         index, text = update.index, update.text
+        made: CompletionLogprobs | None = None
         if index not in offsets:
             text = _echoed(service, body, index) + text
-            offsets[index] = 0
-        logprobs = None
+            prompt = update.request.prompt
+            made = _echoed_logprobs(tokenizer, body, prompt, scored.get(tuple(prompt)))
+            offsets[index] = sum(map(len, made.tokens)) if made else 0
         if body.logprobs is not None and update.token_ids:
             tokens = zip(update.token_ids, update.logprobs, update.top, strict=True)
-            made = completion_logprobs(tokenizer, tokens, offsets[index])
-            offsets[index] += sum(map(len, made.tokens))
-            logprobs = made.model_dump()
+            new = completion_logprobs(tokenizer, tokens, offsets[index])
+            offsets[index] += sum(map(len, new.tokens))
+            made = _joined(made, new)
+        logprobs = made and made.model_dump()
         finish: dict[str, Any] = {"finish_reason": None, "stop_reason": None}
         if update.is_last:
             sample = service.llm.result(update.request)
@@ -140,13 +158,37 @@ async def pieces(
             "choices": [{"index": index, "text": text, "logprobs": logprobs, **finish}],
         }
         if body.usage_always_asked:
-            chunk["usage"] = service.usage(job.requests, num_prompts).model_dump()
+            chunk["usage"] = service.usage(drawn, num_prompts).model_dump()
         elif body.usage_asked:
             chunk["usage"] = None
         yield chunk
     if body.usage_asked:
-        usage = service.usage(job.requests, num_prompts).model_dump()
+        usage = service.usage(drawn, num_prompts).model_dump()
         yield {**head, "choices": [], "usage": usage}
+
+
+def _by_prompt(requests: Sequence[Request]) -> dict[tuple[int, ...], Request]:
+    """Returns the requests that score prompts."""
+    return {tuple(each.prompt): each for each in requests if each.wanted == "logprobs"}
+
+
+async def _scored_first(
+    updates: AsyncIterator[Update], requests: Sequence[Request]
+) -> AsyncIterator[Update]:
+    """Yields updates of continuations, once all the prompts that are to be scored are."""
+    left = len(requests) - len(_drawn(requests))
+    held: list[Update] = []
+    async for update in updates:
+        if update.request.wanted == "tokens":
+            held.append(update)
+        elif update.is_last:
+            left -= 1
+            if update.request.error:
+                raise request_failed(update.request.error)
+        if not left:
+            for each in held:
+                yield each
+            held.clear()
 
 
 def _finish(sample: Generation) -> Literal["stop", "length"]:
@@ -162,11 +204,11 @@ def _echoed(service: Service, body: CompletionRequest, index: int) -> str:
 
 
 def _echoed_logprobs(
-    tokenizer: "Tokenizer", body: CompletionRequest, ids: Sequence[int], scored: Iterator[Request]
+    tokenizer: "Tokenizer", body: CompletionRequest, ids: Sequence[int], scored: Request | None
 ) -> CompletionLogprobs | None:
-    """Returns logprobs of a prompt's tokens, if they were asked for.
+    """Returns logprobs of an echoed prompt's tokens, if they were asked for.
 
-    scored: the next one is this prompt's, unless that has a single token.
+    scored: how likely they are, unless there is a single one.
     """
     if not body.echo or body.logprobs is None:
         return None
@@ -174,14 +216,10 @@ def _echoed_logprobs(
     made = CompletionLogprobs(
         tokens=[first], token_logprobs=[None], top_logprobs=[None], text_offset=[0]
     )
-    if len(ids) == 1:
+    if scored is None:
         return made
-    request = next(scored)
-    top: list[_Top] = [[]] * (len(ids) - 1)
-    if body.logprobs:
-        best = zip(request.prompt_likeliest.tolist(), request.prompt_most.tolist(), strict=True)
-        top = [[each] for each in best]
-    tokens = zip(ids[1:], request.prompt_logprobs.tolist(), top, strict=True)
+    top = likeliest(scored, body.logprobs)
+    tokens = zip(ids[1:], scored.prompt_logprobs.tolist(), top, strict=True)
     return _joined(made, completion_logprobs(tokenizer, tokens, len(first)))
 
 

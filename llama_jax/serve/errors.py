@@ -14,6 +14,7 @@ from llama_jax.serve.replies import ErrorBody, ErrorReply
 from llama_jax.structured import StructuredOutputError
 
 _FIELD = re.compile("[a-z0-9_]+")
+_NAMED = re.compile("([a-z0-9_]+): (.*)", re.DOTALL)
 _TYPES = {"str", "int", "float", "bool", "list", "dict"}
 _PARAM_LENGTH = 200
 
@@ -115,6 +116,8 @@ def invalid(error: ValidationError | Sequence[Mapping[str, Any]]) -> ApiError:
     best = max(same_field, key=_closeness, default=first)
     param = _dotted(_path(best))
     message = str(best["msg"]).removeprefix("Value error, ")
+    if not param and (named := _NAMED.match(message)):  # by a check of several fields together
+        param, message = named.groups()
     if not _path(best) and best["type"] in ("missing", "model_attributes_type"):
         message = "the body has to be a JSON object"
     more = f" (and {len(fields) - 1} more fields)" if len(fields) > 1 else ""
@@ -122,9 +125,9 @@ def invalid(error: ValidationError | Sequence[Mapping[str, Any]]) -> ApiError:
 
 
 def _path(mistake: Mapping[str, Any]) -> tuple[str | int, ...]:
-    """Returns where a mistake is; FastAPI puts "body" in front."""
+    """Returns where a mistake is; FastAPI puts "body" or "query" in front."""
     path = mistake["loc"]
-    return path[1:] if path[:1] == ("body",) else path
+    return path[1:] if path[:1] in (("body",), ("query",)) else path
 
 
 def _closeness(mistake: Mapping[str, Any]) -> tuple[bool, int]:

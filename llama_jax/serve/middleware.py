@@ -13,15 +13,17 @@ from traceback import format_tb
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama_jax.serve.errors import ApiError, ClientGone, internal_error, too_late
-from llama_jax.serve.options import BODY_SECONDS, MAX_BODY_BYTES, ServeOptions
+from llama_jax.serve.options import BODY_SECONDS, MAX_BODY_BYTES, MAX_FILE_BYTES, ServeOptions
 
 _log = logging.getLogger(__name__)
 
 # What monitors ask, without a key. None of it has a user's text.
 OPEN_PATHS = ("/health", "/ready", "/metrics")
+UPLOADS = "/v1/files"  # whose bodies are larger, and go to a file as they come
 BEGAN = "llama_jax.began"  # in a scope: when the request came, of `time.perf_counter`
 # What a response may take beyond the request's deadline before its connection is cut.
 _GRACE = 10.0
@@ -57,7 +59,7 @@ class Gate:
                 await self._guarded(scope, receive, send_on)
         except ApiError as error:
             refusal = error
-        except ClientGone:
+        except (ClientGone, ClientDisconnect):
             status = 499
         except TimeoutError:
             refusal = too_late(self._options.request_timeout)
@@ -75,7 +77,9 @@ class Gate:
         headers = Headers(scope=scope)
         if scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
             check_key(headers.get("authorization", ""), self._options.api_keys)
-        if scope["method"] == "POST":
+        if scope["method"] == "POST" and scope["path"] == UPLOADS:
+            receive = _bounded(headers, receive)
+        elif scope["method"] == "POST":
             body = await _read_body(headers, receive)
             if self._options.log_texts:
                 _log.info("%s: %s", scope["path"][:200], body.decode(errors="replace"))
@@ -108,9 +112,7 @@ def check_key(authorization: str, keys: Sequence[str]) -> None:
 
 async def _read_body(headers: Headers, receive: Receive) -> bytes:
     """Returns the whole body. Raises `ApiError` where it is too large, or too slow."""
-    declared = headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
-        raise _too_large()
+    _check_declared(headers, MAX_BODY_BYTES)
     parts, size = [], 0
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -121,7 +123,7 @@ async def _read_body(headers: Headers, receive: Receive) -> bytes:
                 part = message.get("body", b"")
                 size += len(part)
                 if size > MAX_BODY_BYTES:
-                    raise _too_large()
+                    raise _too_large(MAX_BODY_BYTES)
                 parts.append(part)
                 if not message.get("more_body", False):
                     return b"".join(parts)
@@ -131,10 +133,30 @@ async def _read_body(headers: Headers, receive: Receive) -> bytes:
         ) from error
 
 
-def _too_large() -> ApiError:
-    return ApiError(
-        413, f"the body is larger than {MAX_BODY_BYTES >> 20} MiB", code="body_too_large"
-    )
+def _bounded(headers: Headers, receive: Receive) -> Receive:
+    """Returns a `receive` that raises `ApiError` where an upload is too large."""
+    _check_declared(headers, MAX_FILE_BYTES)
+    size = 0
+
+    async def received() -> Message:
+        nonlocal size
+        message = await receive()
+        size += len(message.get("body", b""))
+        if size > MAX_FILE_BYTES:
+            raise _too_large(MAX_FILE_BYTES)
+        return message
+
+    return received
+
+
+def _check_declared(headers: Headers, most: int) -> None:
+    declared = headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > most:
+        raise _too_large(most)
+
+
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {most >> 20} MiB", code="body_too_large")
 
 
 def _after(body: bytes, receive: Receive) -> Receive:

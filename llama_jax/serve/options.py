@@ -2,8 +2,10 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 MAX_BODY_BYTES = 16 << 20
+MAX_FILE_BYTES = 200 << 20  # of a batch, with the form around it
 MAX_HEADER_BYTES = 64 << 10  # that come after the first part of a request's headers
 BODY_SECONDS = 60.0  # in which a body has to have arrived
 HEADER_SECONDS = 10.0  # in which a request's headers have to have arrived
@@ -30,7 +32,7 @@ class ServeOptions:
     max_waiting: sequences that may wait for a row. request_timeout: seconds for one request, from
     its arrival to its last byte. drain_timeout: seconds that running requests get after SIGTERM.
     allowed_origins: of pages whose scripts may call the server ("*" for all). log_texts: write
-    bodies of requests to the log.
+    bodies of requests to the log. batch_dir: where files and batches are kept; None for none.
     """
 
     host: str = "127.0.0.1"
@@ -43,6 +45,7 @@ class ServeOptions:
     drain_timeout: float = 30.0
     allowed_origins: tuple[str, ...] = ()
     log_texts: bool = False
+    batch_dir: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("port", "metrics_port"):

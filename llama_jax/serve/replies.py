@@ -9,6 +9,8 @@ from typing import Literal
 from pydantic import BaseModel
 
 ChatFinish = Literal["stop", "length", "tool_calls"]
+# JSON has no minus infinity: what vLLM writes for it.
+LEAST_LOGPROB = -9999.0
 
 
 class ErrorBody(BaseModel):
@@ -68,6 +70,14 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
+class PromptLogprob(BaseModel):
+    """vLLM's. rank: among all tokens that could stand there, from 1 on."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
@@ -83,6 +93,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None
 
 
 class CompletionLogprobs(BaseModel):
@@ -100,6 +111,7 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
     stop_reason: int | str | None
+    prompt_logprobs: list[dict[str, PromptLogprob] | None] | None
 
 
 class Completion(BaseModel):

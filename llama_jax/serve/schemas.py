@@ -6,7 +6,7 @@ OpenAI know and that are not done here are refused, unless their value asks for 
 
 import logging
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -59,7 +59,6 @@ _NOT_DONE: Mapping[str, tuple[Any, ...]] = {
     "prediction": (),
     "priority": (0,),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
     "return_token_ids": (False,),
     "return_tokens_as_token_ids": (False,),
     "skip_special_tokens": (True,),
@@ -217,8 +216,15 @@ class Asked(_Body):
         Annotated[list[_TokenId], Field(fail_fast=True, max_length=MAX_STOP_IDS)] | None
     ) = None
     ignore_eos: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+
+    @model_validator(mode="after")
+    def _is_told_at_once(self) -> Self:
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs: not possible with stream")
+        return self
 
     @property
     def usage_asked(self) -> bool:
@@ -328,9 +334,9 @@ class ChatRequest(Asked):
     @model_validator(mode="after")
     def _agrees(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
+            raise ValueError("top_logprobs: needs logprobs to be true")
         if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+            raise ValueError("continue_final_message: add_generation_prompt has to be false")
         return self
 
 
@@ -353,10 +359,16 @@ class CompletionRequest(Asked):
     @model_validator(mode="after")
     def _agrees(self) -> "CompletionRequest":
         if self.max_tokens == 0 and (not self.echo or self.stream or (self.n or 1) > 1):
-            raise ValueError("max_tokens 0 needs echo, without stream and n")
-        if self.echo and self.logprobs is not None and (self.stream or self.logprobs > 1):
-            raise ValueError("with echo, logprobs may be 0 or 1, and not streamed")
+            raise ValueError("max_tokens: 0 needs echo, without stream and n")
         return self
+
+    @property
+    def num_prompt_top(self) -> int | None:
+        """The likeliest tokens that are wanted in the place of each of a prompt's, if its logprobs
+        are."""
+        echoed = self.logprobs if self.echo else None
+        asked = [each for each in (echoed, self.prompt_logprobs) if each is not None]
+        return max(asked, default=None)
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -395,6 +407,7 @@ class DetokenizeRequest(_Body):
 
 
 _Prompt = str | _Ids
+_Metadata = Annotated[str, Field(max_length=512)]
 
 
 class ScoreRequest(_Body):
@@ -405,6 +418,15 @@ class ScoreRequest(_Body):
     completions: Annotated[
         list[_Prompt], Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)
     ]
+
+
+class BatchRequest(_Body):
+    """POST /v1/batches."""
+
+    input_file_id: str
+    endpoint: str
+    completion_window: Literal["24h"]
+    metadata: Annotated[dict[str, _Metadata], Field(max_length=16)] | None = None
 
 
 def check_unknown(body: BaseModel) -> None:

@@ -22,6 +22,8 @@ from uvicorn.loops.auto import auto_loop_factory
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from llama_jax.serve.app import create_app
+from llama_jax.serve.batch_runs import BatchRuns
+from llama_jax.serve.batch_store import BatchStore
 from llama_jax.serve.errors import ApiError
 from llama_jax.serve.options import HEADER_SECONDS, MAX_HEADER_BYTES, ServeOptions
 from llama_jax.serve.service import Service
@@ -50,7 +52,7 @@ def serve(
 
     root: what was loaded. on_ready: called with the URL when requests are answered. The engine's
     thread may still be at work afterwards, where it was stuck or still compiling. Raises OSError
-    where a port cannot be had.
+    where a port or `options.batch_dir` cannot be had.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
     _allow_connections()
@@ -58,8 +60,11 @@ def serve(
         sockets = [stack.enter_context(listen(options.host, options.port))]
         if options.metrics_port is not None:
             sockets.append(stack.enter_context(listen(options.host, options.metrics_port)))
+        store = None
+        if options.batch_dir is not None:
+            store = stack.enter_context(contextlib.closing(BatchStore(options.batch_dir)))
         return asyncio.run(
-            _serve(llm, options, root, sockets, on_ready), loop_factory=auto_loop_factory()
+            _serve(llm, options, root, sockets, store, on_ready), loop_factory=auto_loop_factory()
         )
 
 
@@ -76,10 +81,12 @@ async def _serve(
     options: ServeOptions,
     root: str,
     sockets: list[socket.socket],
+    store: BatchStore | None,
     on_ready: Callable[[Service, str], None],
 ) -> int:
     service = Service(llm, options, root)
-    servers = [_Server(create_app(service), options, sockets[0])]
+    runs = BatchRuns(service, store) if store else None
+    servers = [_Server(create_app(service, runs), options, sockets[0])]
     if options.metrics_port is not None:
         servers.append(_Server(_metrics_app(service), options, sockets[1]))
     ending = Ending(service, servers)
@@ -87,9 +94,13 @@ async def _serve(
     url = url_of(options.host, sockets[0])
     with ending.handling_signals():
         service.thread.start()
-        announcing = asyncio.create_task(_announce(service, url, on_ready))
+        beside = [asyncio.create_task(_announce(service, url, on_ready))]
+        if runs:
+            beside.append(asyncio.create_task(runs.run()))
         await asyncio.gather(*(server.serve() for server in servers))
-        announcing.cancel()
+        for task in beside:
+            task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
     is_stopped = await asyncio.to_thread(service.thread.stop, _CLOSING_SECONDS)
     is_stuck = service.thread.is_ready and not is_stopped
     return int(service.thread.failure is not None or ending.is_forced or is_stuck)

@@ -8,13 +8,11 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-
-from llama_jax.cli.output import note
 
 
 @dataclass(frozen=True)
@@ -54,11 +52,15 @@ def survey(path: str) -> tuple[int | None, str | None]:
 
 @contextmanager
 def resumable_file(
-    path: str, settings: Mapping[str, Any], overwrite: bool
+    path: str,
+    settings: Mapping[str, Any],
+    overwrite: bool,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> Iterator[ResumableFile]:
     """Write lines to the file `path`, which appears when the block ends without an error.
 
-    settings: JSON values that decide what is written. Raises FileExistsError if another run writes
+    settings: JSON values that decide what is written. tell: called with what stays behind when the
+    block ends by an error. Raises FileExistsError if another run writes
     here, or one with other settings was cut short and `overwrite` does not say to discard it.
     """
     target = Path(path).absolute()
@@ -76,7 +78,7 @@ def resumable_file(
                 os.fsync(file.fileno())
             except BaseException:
                 if file.seek(0, os.SEEK_END):
-                    note(f"{partial} keeps what was done: the same command goes on from there")
+                    tell(f"{partial} keeps what was done: the same command goes on from there")
                 else:
                     partial.unlink()
                     journal.unlink()

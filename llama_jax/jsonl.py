@@ -1,0 +1,91 @@
+"""Files of JSON lines: each line is an object, and one that is not stands for the error it is."""
+
+import io
+import json
+import math
+import string
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO
+
+
+def json_line(value: Any) -> str:
+    """Write valid JSON on one line; numbers that JSON does not have become null."""
+    finite = _finite(value)
+    text = json.dumps(finite, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate, which can only be written as an escape
+        return json.dumps(finite)
+    return text
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """Yield the objects of a JSONL file, "-" for stdin, with their line numbers.
+
+    Blank lines are skipped. A line that is not a JSON object in UTF-8 comes as the ValueError that
+    says so.
+    """
+    return _parsed(_lines(path, "surrogateescape"))
+
+
+def parse_jsonl(
+    lines: bytes, first_number: int
+) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    """Read some lines of a file as `read_jsonl` does; the first of them has this number."""
+    text = io.TextIOWrapper(io.BytesIO(lines), "utf-8", "surrogateescape", newline="\n")
+    return _parsed(_numbered(text, first_number))
+
+
+def _parsed(
+    lines: Iterable[tuple[int, str]],
+) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
+    for number, line in lines:
+        try:
+            line.encode()
+            value = json.loads(line, parse_constant=_refuse_constant)
+        except UnicodeEncodeError:
+            yield number, ValueError("not valid UTF-8")
+        except (ValueError, RecursionError) as error:
+            yield number, ValueError(f"not valid JSON ({error})")
+        else:
+            if isinstance(value, dict):
+                yield number, value
+            else:
+                yield number, ValueError(f"expected an object, got {type(value).__name__}")
+
+
+def read_lines(path: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a text file that are not blank, "-" for stdin, with their numbers."""
+    try:
+        yield from _lines(path, "strict")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a UTF-8 text file: {error}") from error
+
+
+def _lines(path: str, errors: str) -> Iterator[tuple[int, str]]:
+    if path == "-":
+        yield from _numbered(sys.stdin)
+        return
+    with open(path, encoding="utf-8", errors=errors, newline="\n") as file:
+        yield from _numbered(file)
+
+
+def _numbered(file: TextIO, first_number: int = 1) -> Iterator[tuple[int, str]]:
+    for number, line in enumerate(file, first_number):
+        if line.strip(string.whitespace):
+            yield number, line.rstrip("\r\n")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,141 @@
+"""This module answers /v1/files and /v1/batches, as OpenAI's client asks."""
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.responses import FileResponse
+from pydantic import BaseModel
+from starlette.datastructures import UploadFile
+
+from llama_jax.serve.batch_runs import BatchRuns
+from llama_jax.serve.batch_store import (
+    BatchList,
+    BatchObject,
+    DeletedFile,
+    FileList,
+    FileObject,
+)
+from llama_jax.serve.errors import ApiError, bad_request
+from llama_jax.serve.schemas import BatchRequest, check_unknown
+
+_UPLOAD = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["file", "purpose"],
+                "properties": {
+                    "file": {"type": "string", "format": "binary"},
+                    "purpose": {"type": "string", "enum": ["batch"]},
+                },
+            }
+        }
+    },
+}
+
+
+def add_batches(app: FastAPI, runs: BatchRuns) -> None:
+    """Adds the paths of files and batches."""
+    _add_files(app, runs)
+    store = runs.store
+
+    @app.post("/v1/batches", response_model=BatchObject, tags=["Batches"])
+    async def create_batch(body: BatchRequest) -> Response:
+        """Begins to answer the lines of a file that was uploaded."""
+        check_unknown(body)
+        with _storage():
+            return _reply(await runs.create(body.input_file_id, body.endpoint, body.metadata))
+
+    @app.get("/v1/batches", response_model=BatchList, tags=["Batches"])
+    async def list_batches(
+        limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str | None = None
+    ) -> Response:
+        """Lists batches, the newest first."""
+        batches = list(store.batches.values())[::-1]
+        if after is not None:
+            ids = [each.id for each in batches]
+            batches = batches[ids.index(store.batch(after).id) + 1 :]
+        shown = batches[:limit]
+        return _reply(
+            BatchList(
+                data=shown,
+                first_id=shown[0].id if shown else None,
+                last_id=shown[-1].id if shown else None,
+                has_more=len(batches) > limit,
+            )
+        )
+
+    @app.get("/v1/batches/{batch_id}", response_model=BatchObject, tags=["Batches"])
+    async def batch(batch_id: str) -> Response:
+        """Tells how far a batch has come."""
+        return _reply(store.batch(batch_id))
+
+    @app.post("/v1/batches/{batch_id}/cancel", response_model=BatchObject, tags=["Batches"])
+    async def cancel_batch(batch_id: str) -> Response:
+        """Ends a batch early; what is answered already is kept."""
+        with _storage():
+            return _reply(await runs.cancel(batch_id))
+
+
+def _add_files(app: FastAPI, runs: BatchRuns) -> None:
+    store = runs.store
+
+    @app.post(
+        "/v1/files", response_model=FileObject, tags=["Batches"],
+        openapi_extra={"requestBody": _UPLOAD},
+    )  # fmt: skip
+    async def upload(request: Request) -> Response:
+        """Keeps a file of requests, for a batch."""
+        kind = request.headers.get("content-type", "")
+        if not kind.lower().startswith("multipart/form-data"):
+            raise ApiError(415, "the header Content-Type has to be multipart/form-data")
+        store.check_room()
+        with _storage():
+            async with request.form(max_files=1, max_fields=8) as form:
+                file, purpose = form.get("file"), form.get("purpose")
+                if not isinstance(file, UploadFile):
+                    raise bad_request("file: expected a file in the form", "file")
+                if purpose != "batch":
+                    raise bad_request('purpose: only "batch" is possible', "purpose")
+                name = (file.filename or "")[:255]
+                return _reply(await asyncio.to_thread(store.add, file.file, name, "batch"))
+
+    @app.get("/v1/files", response_model=FileList, tags=["Batches"])
+    async def list_files() -> Response:
+        """Lists files, the newest first."""
+        return _reply(FileList(data=list(store.files.values())[::-1]))
+
+    @app.get("/v1/files/{file_id}", response_model=FileObject, tags=["Batches"])
+    async def file(file_id: str) -> Response:
+        return _reply(store.file(file_id))
+
+    @app.get("/v1/files/{file_id}/content", response_class=FileResponse, tags=["Batches"])
+    async def content(file_id: str) -> Response:
+        """Returns what is in a file: lines that were uploaded, or answers."""
+        return FileResponse(store.content(file_id), media_type="application/octet-stream")
+
+    @app.delete("/v1/files/{file_id}", response_model=DeletedFile, tags=["Batches"])
+    async def delete_file(file_id: str) -> Response:
+        runs.check_unused(file_id)
+        with _storage():
+            await asyncio.to_thread(store.delete, file_id)
+        return _reply(DeletedFile(id=file_id))
+
+
+@contextmanager
+def _storage() -> Iterator[None]:
+    """A context in which the disk's errors are told as such."""
+    try:
+        yield
+    except OSError as error:
+        raise ApiError(
+            507, f"the server cannot keep it: {error.strerror}", type="server_error", code="storage"
+        ) from error
+
+
+def _reply(model: BaseModel) -> Response:
+    return Response(model.model_dump_json(), media_type="application/json")

@@ -1,0 +1,222 @@
+"""OpenAI's files and batches (`--batch-dir`), by its own client over a socket."""
+
+import errno
+import json
+import shutil
+import time
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+from openai.types import Batch
+
+from llama_jax import LLM
+from llama_jax.engine.compile_cache import CompileReport
+from llama_jax.resumable import ResumableFile
+from llama_jax.serve import batch_runs, middleware
+from tests.served import PATIENCE, Served, serving
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    """Without the warm-up, see tests/test_serve.py."""
+    llm = LLM.load(max_batch_size=4, max_seq_len=256, prefill_chunk=128, verbose=False)
+    llm.warmup = lambda wanted, structured: CompileReport(0, 0, 0.0)
+    return llm
+
+
+@pytest.fixture
+def server(llm, tmp_path):
+    with serving(llm, batch_dir=tmp_path / "batches") as served:
+        yield served
+
+
+def lines(count: int, **changes) -> list[dict]:
+    return [
+        {
+            "custom_id": f"line {i}", "method": "POST", "url": CHAT,
+            "body": {"messages": [{"role": "user", "content": f"What is {i} + 5?"}], **changes},
+        }
+        for i in range(20, 20 + count)
+    ]  # fmt: skip
+
+
+def as_file(rows: list) -> bytes:
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def begin(client: openai.OpenAI, rows: list, **settings) -> Batch:
+    file = client.files.create(file=("in.jsonl", as_file(rows)), purpose="batch")
+    asked = {"endpoint": CHAT, "completion_window": "24h", **settings}
+    return client.batches.create(input_file_id=file.id, **asked)
+
+
+def ended(client: openai.OpenAI, batch: Batch) -> Batch:
+    ends = time.monotonic() + PATIENCE
+    while (found := client.batches.retrieve(batch.id)).status not in (
+        "completed", "failed", "cancelled"
+    ):  # fmt: skip
+        assert time.monotonic() < ends, found
+        time.sleep(0.05)
+    return found
+
+
+def answers(client: openai.OpenAI, file_id: str) -> list[dict]:
+    return [json.loads(line) for line in client.files.content(file_id).text.splitlines()]
+
+
+def kept(tmp_path: Path) -> list[str]:
+    """What there is beside records and files."""
+    names = [path.name for path in (tmp_path / "batches" / "batches").iterdir()]
+    return [name for name in names if not name.endswith(".json")]
+
+
+def test_a_batch_is_uploaded_answered_and_downloaded(server, tmp_path):
+    client = server.client()
+    wrong = [{**lines(1, temperature="hot")[0], "custom_id": "hot"}]
+    batch = begin(client, lines(6) + wrong, metadata={"for": "a test"})
+    assert batch.status == "validating" and batch.metadata == {"for": "a test"}
+    chat = client.chat.completions.create(  # beside it
+        model="abacus", messages=[{"role": "user", "content": "What is 47 + 85?"}]
+    )
+    assert chat.choices[0].message.content == "132"
+    done = ended(client, batch)
+    counts = done.request_counts
+    assert (done.status, counts.total, counts.completed, counts.failed) == ("completed", 7, 6, 1)
+    found = answers(client, done.output_file_id)
+    assert [each["custom_id"] for each in found] == [f"line {i}" for i in range(20, 26)]
+    texts = [each["response"]["body"]["choices"][0]["message"]["content"] for each in found]
+    assert sum(text == str(i + 5) for i, text in enumerate(texts, 20)) >= 5
+    (error,) = answers(client, done.error_file_id)
+    assert error["response"]["body"]["error"]["param"] == "temperature"
+    output = client.files.retrieve(done.output_file_id)
+    assert output.purpose == "batch_output" and output.bytes > 0 and kept(tmp_path) == []
+    assert [each.id for each in client.batches.list()] == [batch.id]
+    assert {each.id for each in client.files.list()} == {
+        batch.input_file_id, done.output_file_id, done.error_file_id
+    }  # fmt: skip
+    assert client.files.delete(batch.input_file_id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.files.content(batch.input_file_id)
+
+
+def test_a_file_that_is_no_batch_is_told_line_by_line(server):
+    client = server.client()
+    rows = [
+        *lines(1), {**lines(1)[0], "url": "/v1/completions"}, {"custom_id": 5}, "text",
+        {**lines(2)[1], "method": "GET"},
+    ]  # fmt: skip
+    failed = ended(client, begin(client, rows))
+    assert failed.status == "failed" and failed.output_file_id is None
+    told = [(each.line, each.param) for each in failed.errors.data]
+    assert told == [
+        (2, "custom_id"), (2, "url"), (3, "custom_id"), (3, "url"), (3, "method"), (3, "body"),
+        (4, None), (5, "method"),
+    ]  # fmt: skip
+    empty = ended(client, begin(client, []))
+    assert empty.errors.data[0].code == "empty_file"
+
+
+def test_a_batch_is_cancelled_and_its_file_is_in_use_until_then(server, llm, tmp_path):
+    client = server.client()
+    batch = begin(client, lines(40, max_tokens=200, ignore_eos=True))
+    waiting = begin(client, lines(1))
+    with pytest.raises(openai.BadRequestError, match="still reads"):
+        client.files.delete(batch.input_file_id)
+    assert [each.id for each in client.batches.list(limit=1)] == [waiting.id, batch.id]
+    assert client.batches.cancel(batch.id).status == "cancelling"
+    cancelled = ended(client, batch)
+    assert cancelled.status == "cancelled" and cancelled.request_counts.completed < 40
+    assert ended(client, waiting).status == "completed"
+    with pytest.raises(openai.BadRequestError, match="completed and cannot"):
+        client.batches.cancel(waiting.id)
+    assert kept(tmp_path) == []
+    ends = time.monotonic() + PATIENCE
+    while llm.engine.has_work and time.monotonic() < ends:
+        time.sleep(0.02)
+    assert llm.engine.pages.num_available == llm.engine.pages.num_pages
+
+
+def test_a_batch_goes_on_where_a_server_was_stopped(llm, tmp_path, monkeypatch):
+    rows = lines(12)
+    written = ResumableFile.write
+    texts: list[str] = []
+
+    def write(self: ResumableFile, text: str) -> None:
+        written(self, text)
+        texts.append(text)
+        if len(texts) == 3:
+            served.service.thread.loop.call_soon_threadsafe(served.service.end_server)
+            time.sleep(0.2)
+
+    monkeypatch.setattr(ResumableFile, "write", write)
+    directory = tmp_path / "batches"
+    with serving(llm, batch_dir=directory) as served:
+        batch = begin(served.client(), rows)
+        assert served.ended.wait(PATIENCE)
+    assert 3 <= len(texts) < 12 and kept(tmp_path)
+    with serving(llm, batch_dir=directory) as served:
+        done = ended(served.client(), batch)
+        found = answers(served.client(), done.output_file_id)
+    assert (done.status, done.request_counts.completed) == ("completed", 12)
+    assert [each["custom_id"] for each in found] == [row["custom_id"] for row in rows]
+    assert len(texts) == 12 and kept(tmp_path) == []
+
+
+def test_a_full_disk_ends_a_batch_and_nothing_else(server, tmp_path, monkeypatch):
+    client = server.client()
+
+    def full(self: ResumableFile) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumableFile, "flush", full)
+        failed = ended(client, begin(client, lines(3)))
+    assert failed.status == "failed" and "No space left" in failed.errors.data[0].message
+    assert kept(tmp_path) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfileobj", lambda source, target: full(None))
+        with pytest.raises(openai.InternalServerError, match="No space left") as caught:
+            begin(client, lines(1))
+        assert caught.value.status_code == 507
+    assert ended(client, begin(client, lines(1))).status == "completed"
+
+
+def test_what_is_wrong_with_uploads_and_batches(server: Served, monkeypatch):
+    def post(path: str, **sent) -> tuple[int, str | None]:
+        reply = httpx2.post(server.url + path, timeout=PATIENCE, **sent)
+        return reply.status_code, reply.json()["error"]["param"]
+
+    file = {"file": ("a", b"{}")}
+    assert post("/v1/files", files=file, data={"purpose": "fine-tune"}) == (400, "purpose")
+    assert post("/v1/files", files=file) == (400, "purpose")
+    assert post("/v1/files", files={"x": ("a", b"{}")}, data={"purpose": "batch"}) == (400, "file")
+    assert post("/v1/files", json={"purpose": "batch"})[0] == 415
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    assert post("/v1/files", content=b"--y\r\n", headers=headers)[0] == 400
+    monkeypatch.setattr(middleware, "MAX_FILE_BYTES", 1000)
+    big = {"file": ("a", b"{}" * 1000)}
+    assert post("/v1/files", files=big, data={"purpose": "batch"}) == (413, None)
+    asked = {"input_file_id": "file-0", "endpoint": CHAT, "completion_window": "24h"}
+    assert post("/v1/batches", json=asked) == (400, "input_file_id")
+    assert post("/v1/batches", json=asked | {"completion_window": "1h"}) == (
+        400,
+        "completion_window",
+    )
+    asked["input_file_id"] = server.client().files.create(file=b"{}", purpose="batch").id
+    assert post("/v1/batches", json=asked | {"endpoint": "/v1/embeddings"}) == (400, "endpoint")
+    monkeypatch.setattr(batch_runs, "MAX_OPEN_BATCHES", 0)
+    assert post("/v1/batches", json=asked)[0] == 429
+    for path in ("files/..%2Flock", "files/../lock", "files/lock/content", "batches/x"):
+        assert server.get(f"/v1/{path}").status_code == 404
+
+
+def test_one_server_uses_a_directory(server, llm, tmp_path):
+    from llama_jax.serve.batch_store import BatchStore
+
+    with pytest.raises(FileExistsError, match="another server"):
+        BatchStore(tmp_path / "batches")
+    assert server.get("/v1/batches?limit=0").json()["error"]["param"] == "limit"
