@@ -95,6 +95,23 @@ def _choices(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _bounded_json(value: Any) -> str:
+    """Return a value as JSON, of which no more is written than may be.
+
+    In pieces, between which other threads have their turn.
+    """
+    pieces: list[str] = []
+    size = 0
+    for piece in json.JSONEncoder(ensure_ascii=False, allow_nan=False).iterencode(value):
+        pieces.append(piece)
+        size += len(piece)
+        if size > MAX_CHARACTERS:
+            raise StructuredOutputError(
+                f"structured.json_schema: more than {MAX_CHARACTERS:,} characters of text"
+            )
+    return "".join(pieces)
+
+
 def _schema_text(schema: Any) -> str:
     """A JSON schema as text, its properties in their order."""
     where = "structured.json_schema"
@@ -106,7 +123,9 @@ def _schema_text(schema: Any) -> str:
         read = json.loads(schema) if isinstance(schema, str) else schema
         if isinstance(read, Mapping):
             read = {"x-guidance": JSON_FORM, **read}
-        text = json.dumps(read, ensure_ascii=False, allow_nan=False)
+        text = _bounded_json(read)
+    except StructuredOutputError:
+        raise
     except RecursionError:
         raise StructuredOutputError(f"{where}: nested too deeply") from None
     except (TypeError, ValueError) as error:

@@ -306,6 +306,49 @@ def test_bodies_may_not_be_larger_than_16_mib(server):
             assert sender.recv(1000).startswith(b"HTTP/1.1 413")
 
 
+def keys(count: int) -> str:
+    return ",".join(f'"{i:x}":0' for i in range(count))
+
+
+# Of the largest size: what is refused, and what the most of is that is not.
+MESSAGES = f'"messages": {json.dumps(SUM)}'
+LARGE = [
+    (413, f'{{{MESSAGES}, "x": [{"[]," * 5_000_000}0]}}'),
+    (413, f'{{{MESSAGES}, "x": {{{keys(1_500_000)}}}}}'),
+    (413, f'{{"messages": [{{"role": "user", "x": [{"{},".join([""] * 5_000_000)}0]}}]}}'),
+    (413, f'{{"prompt": [[{"1," * 8_000_000}0]]}}'),
+    (400, f'{{"prompt": [{",".join(["[" + "1," * 2000 + "0]"] * 1024)}]}}'),
+    (400, f'{{"messages": [{{"role": "bob", "x": [{"{}," * 900_000}0]}}]}}'),
+    (400, f'{{{MESSAGES}, "n": 0, "x": {{{keys(480_000)}}}}}'),
+    (400, f'{{"messages": [{{"role": "bob", "content": "{"a, [b]: " * 1_000}"}}]}}'),
+]
+
+
+@pytest.mark.parametrize(("status", "body"), LARGE, ids=range(len(LARGE)))
+def test_no_body_keeps_the_event_loop(llm, status, body):
+    """For longer than a few times what Python takes to read two million numbers."""
+    numbers = f"[{'1,' * 2_000_000}0]"
+    began = time.perf_counter()
+    json.loads(numbers)
+    unit = time.perf_counter() - began
+    path = "/v1/completions" if '"prompt"' in body[:20] else "/v1/chat/completions"
+    with serving(llm) as served:
+        gaps: list[float] = []
+
+        async def watch() -> None:
+            while True:
+                began = time.perf_counter()
+                await asyncio.sleep(0)
+                gaps.append(time.perf_counter() - began)
+
+        loop = served.service.thread.loop
+        watching = asyncio.run_coroutine_threadsafe(watch(), loop)
+        reply = served.post_text(path, body)
+        watching.cancel()
+    assert reply.status_code == status, reply.text[:300]
+    assert max(gaps) < 8 * unit
+
+
 def test_a_deadline_ends_a_request(llm):
     with serving(llm, request_timeout=0.3) as served, steps(llm, slowly):
         reply = served.post("/v1/chat/completions", LONG)

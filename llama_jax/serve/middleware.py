@@ -17,7 +17,15 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama_jax.serve.errors import ApiError, ClientGone, internal_error, too_late
-from llama_jax.serve.options import BODY_SECONDS, MAX_BODY_BYTES, MAX_FILE_BYTES, ServeOptions
+from llama_jax.serve.options import (
+    BODY_SECONDS,
+    MAX_BODY_BYTES,
+    MAX_BODY_UNITS,
+    MAX_FILE_BYTES,
+    UNCOUNTED_BODY_BYTES,
+    UNITS,
+    ServeOptions,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +89,7 @@ class Gate:
             receive = _bounded(headers, receive)
         elif scope["method"] == "POST":
             body = await _read_body(headers, receive)
+            check_structure(body)
             if self._options.log_texts:
                 _log.info("%s: %s", scope["path"][:200], body.decode(errors="replace"))
             receive = _after(body, receive)
@@ -131,6 +140,14 @@ async def _read_body(headers: Headers, receive: Receive) -> bytes:
         raise ApiError(
             408, f"the body took longer than {BODY_SECONDS:g} seconds", code="body_too_slow"
         ) from error
+
+
+def check_structure(body: bytes) -> None:
+    """Raises `ApiError` where a body has so many values that it would keep the event loop long."""
+    if len(body) < UNCOUNTED_BODY_BYTES:
+        return
+    if sum(units * body.count(sign) for sign, units in UNITS.items()) > MAX_BODY_UNITS:
+        raise ApiError(413, "the body has too many JSON values", code="body_too_complex")
 
 
 def _bounded(headers: Headers, receive: Receive) -> Receive:
