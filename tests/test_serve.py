@@ -368,6 +368,8 @@ BAD = [
     ({"n": 10_000}, "n"),
     ({"max_tokens": 0}, "max_tokens"),
     ({"max_tokens": 100_000}, "max_tokens"),
+    ({"max_completion_tokens": 100_000}, "max_completion_tokens"),
+    ({"messages": [{"role": "user", "content": "a b " * 1000}]}, "messages"),
     ({"top_logprobs": 21, "logprobs": True}, "top_logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"stop": ["x"] * 17}, "stop"),
@@ -427,6 +429,7 @@ def test_what_is_wrong_is_named(server, change, param):
 
 CHAT, TEXT = {"messages": SUM}, {"prompt": "a"}
 NEAREST = [
+    (CompletionRequest, {"prompt": "\ud800", "echo": True}, "prompt", "surrogate"),
     (ChatRequest, CHAT | {"stop": ["x"] * 10_000}, "stop", "at most 16 items"),
     (ChatRequest, CHAT | {"stop": [""]}, "stop[0]", "at least 1 character"),
     (ChatRequest, CHAT | {"tool_choice": "some"}, "tool_choice", "'none', 'auto' or 'required'"),
@@ -477,6 +480,9 @@ def test_bodies_have_to_be_said_to_be_json(server, kind):
     headers = {"Content-Type": kind} if kind else {}
     reply = httpx2.post(f"{server.url}/v1/chat/completions", content=content, headers=headers)
     assert reply.status_code == 415 and kind in reply.json()["error"]["message"]
+    headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
+    reply = httpx2.post(f"{server.url}/v1/completions", content=content, headers=headers)
+    assert reply.status_code == 415 and "Content-Encoding" in reply.json()["error"]["message"]
 
 
 def test_a_form_that_fails_in_the_middle_of_a_reply_is_the_clients_mistake(server):
@@ -546,13 +552,26 @@ def test_scores_equal_those_in_the_process(server, llm):
 def test_metrics_have_vllms_names(server, client):
     client.chat.completions.create(model="abacus", messages=SUM)
     text = server.get("/metrics").text
-    for name in (
-        "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc",
-        "vllm:prompt_tokens_total", "vllm:generation_tokens_total", "vllm:prefix_cache_hits_total",
-        "vllm:time_to_first_token_seconds_bucket", "vllm:e2e_request_latency_seconds_count",
-        'vllm:request_success_total{engine="0",finished_reason="stop",model_name="abacus"}',
-    ):  # fmt: skip
-        assert name in text
+    gauges = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc",
+              "gpu_cache_usage_perc", "cache_config_info")  # fmt: skip
+    counters = ("prompt_tokens", "generation_tokens", "prefix_cache_hits", "prefix_cache_queries",
+                "num_preemptions", "request_success")  # fmt: skip
+    # Of vLLM's own dashboards, and of their older forms.
+    histograms = (
+        "e2e_request_latency_seconds", "time_to_first_token_seconds", "inter_token_latency_seconds",
+        "time_per_output_token_seconds", "request_prompt_tokens", "request_generation_tokens",
+        "request_queue_time_seconds", "request_prefill_time_seconds", "iteration_tokens_total",
+        "request_decode_time_seconds", "request_inference_time_seconds", "request_params_n",
+        "request_max_num_generation_tokens", "request_params_max_tokens",
+        "request_time_per_output_token_seconds",
+    )  # fmt: skip
+    names = [*gauges, *(f"{name}_total" for name in counters)]
+    names += [f"{name}_{end}" for name in histograms for end in ("bucket", "sum", "count")]
+    samples = [line for line in text.splitlines() if 'model_name="abacus"' in line]
+    for name in names:
+        assert any(line.startswith(f"vllm:{name}{{") for line in samples), name
+    finished = 'vllm:request_success_total{engine="0",finished_reason="%s",model_name="abacus"}'
+    assert f"{finished % 'abort'} 0.0" in text and finished % "stop" in text
 
 
 def test_a_load_is_measured(server):

@@ -141,9 +141,11 @@ def test_a_client_killed_in_the_middle_of_a_stream(server, llm):
         (b"GET /health HTTP/1.1\r\nHost: x\r\nA: ", 431),
         (b"GET /", 431),
         (b"POST /v1/completions HTTP/1.1\r\nContent-Length: -5\r\n\r\n", 400),
+        (b"POST /v1/completions HTTP/1.1\r\nAuthorization: Bearer right\r\n"
+         b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
     ],
-)
+)  # fmt: skip
 def test_what_is_no_http_is_refused(server, sent, status):
     """Headers without an end too, and in the shape in which everything is refused."""
     with connection(server) as sender:

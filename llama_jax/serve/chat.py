@@ -66,7 +66,8 @@ async def prepare(service: Service, body: ChatRequest) -> Question[Generation]:
         )
 
     question = await service.in_thread(make, body)
-    service.check_room(question.requests[0], body.limit)
+    named = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    service.check_room(question.requests[0], body.limit, named)
     service.metrics.asked(question.requests)
     return question
 

@@ -1,6 +1,7 @@
 """This module has what /metrics tells.
 
-Names and buckets are vLLM's for what they name, so that its dashboards work; a few are our own.
+Names and buckets are vLLM's for what they name, so that its dashboards work, older ones too; a few
+are our own.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from llama_jax.engine.request import Request
+from llama_jax.model.config import PAGE_SIZE
 from llama_jax.serve.engine_thread import EngineThread
 
 _FIRST_TOKEN = (
@@ -24,6 +26,7 @@ _WHOLE = (
 )  # fmt: skip
 _PER_STEP = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _N = (1, 2, 5, 10, 20)
+_REASONS = ("stop", "length", "abort", "error")
 _ENGINE = "0"  # vLLM's label, for servers with several
 
 
@@ -47,6 +50,8 @@ class Metrics:
             "vllm:request_success", "Requests that ended, by how.",
             ["model_name", "engine", "finished_reason"], registry=self.registry,
         )  # fmt: skip
+        for reason in _REASONS:  # so that the first of each is an increase
+            self._success.labels(*self._labels, reason)
         self.failures = Counter(
             "llama_jax:request_failures",
             "Requests without an answer: rejected, timeout, cancelled or error.",
@@ -55,6 +60,9 @@ class Metrics:
         self._prompt = histogram("request_prompt_tokens", "Tokens of a prompt.", tokens)
         self._generation = histogram("request_generation_tokens", "Tokens of a reply.", tokens)
         self._max_tokens = histogram("request_params_max_tokens", "max_tokens asked for.", tokens)
+        self._longest = histogram(
+            "request_max_num_generation_tokens", "Tokens of the longest of n replies.", tokens
+        )
         self._n = histogram("request_params_n", "n asked for.", _N)
         self._per_step = histogram("iteration_tokens_total", "Tokens of a step.", _PER_STEP)
         self._first = histogram(
@@ -62,6 +70,9 @@ class Metrics:
         )
         self._between = histogram(
             "inter_token_latency_seconds", "Between two pieces of a stream, per token.", _PER_TOKEN
+        )
+        self._between_before = histogram(
+            "time_per_output_token_seconds", "Older name of inter_token_latency.", _PER_TOKEN
         )
         self._per_token = histogram(
             "request_time_per_output_token_seconds", "Mean of a request.", _PER_TOKEN
@@ -85,6 +96,7 @@ class Metrics:
         """Counts how long a stream waited for so many tokens."""
         for _ in range(tokens):
             self._between.observe(seconds / tokens)
+            self._between_before.observe(seconds / tokens)
 
     def request(self, request: Request, began: float) -> None:
         """Counts a sequence that has ended. began: when its HTTP request came."""
@@ -108,6 +120,11 @@ class Metrics:
         if count > 1:
             self._per_token.observe((request.finished_at - first) / (count - 1))
 
+    def ended(self, requests: Sequence[Request]) -> None:
+        """Counts the continuations that one HTTP request asked for, when the last has ended."""
+        if longest := max((len(request.token_ids) for request in requests), default=0):
+            self._longest.observe(longest)
+
     def exposition(self) -> bytes:
         """Returns all of it in Prometheus' text format."""
         return generate_latest(self.registry)
@@ -128,6 +145,8 @@ class _EngineCollector(Collector):
             ("vllm:num_requests_waiting", "Sequences that wait for a row.", seen.num_waiting),
             ("vllm:kv_cache_usage_perc", "Of the cache's pages, in use; 1 is all.",
              seen.pages_used / seen.num_pages),
+            ("vllm:gpu_cache_usage_perc", "Older name of kv_cache_usage_perc.",
+             seen.pages_used / seen.num_pages),
         )  # fmt: skip
         counters = (
             ("vllm:prefix_cache_queries", "Tokens looked for in the cache.", stats.queried),
@@ -145,6 +164,12 @@ class _EngineCollector(Collector):
             gauge = GaugeMetricFamily(name, help, labels=["model_name", "engine"])
             gauge.add_metric(self._labels, value)
             yield gauge
+        config = GaugeMetricFamily(
+            "vllm:cache_config_info", "Of the cache.",
+            labels=["model_name", "engine", "block_size", "num_gpu_blocks"],
+        )  # fmt: skip
+        config.add_metric([*self._labels, str(PAGE_SIZE), str(seen.num_pages)], 1)
+        yield config
         for name, help, value in counters:
             counter = CounterMetricFamily(name, help, labels=["model_name", "engine"])
             counter.add_metric(self._labels, value)

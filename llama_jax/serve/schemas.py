@@ -360,6 +360,8 @@ class CompletionRequest(Asked):
     def _agrees(self) -> "CompletionRequest":
         if self.max_tokens == 0 and (not self.echo or self.stream or (self.n or 1) > 1):
             raise ValueError("max_tokens: 0 needs echo, without stream and n")
+        if self.echo and not all(isinstance(ids, list) or _is_unicode(ids) for ids in self.prompts):
+            raise ValueError("prompt: half of a surrogate pair is no text that could be echoed")
         return self
 
     @property
@@ -395,7 +397,7 @@ class TokenizeRequest(_Body):
     @model_validator(mode="after")
     def _is_one(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
+            raise ValueError("prompt: give either this or messages")
         return self
 
 
@@ -441,6 +443,14 @@ def check_unknown(body: BaseModel) -> None:
     if ignored:
         names = [name if name.isidentifier() and len(name) < 64 else "..." for name in ignored[:8]]
         _log.warning("unknown fields without effect: %s", ", ".join(names))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_any(value: Any, others: tuple[Any, ...]) -> bool:

@@ -233,7 +233,11 @@ class _Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
 
     def _refuse(self, status: int, message: str) -> None:
         """Answers and closes; or only closes, where an answer is on its way."""
-        if self.cycle is None or self.cycle.response_complete:
+        cycle = self.cycle
+        if cycle is not None and cycle.more_body and not cycle.response_started:
+            cycle.disconnected = True  # nobody waits for an answer to a body that is broken
+            cycle.message_event.set()
+        if cycle is None or cycle.response_complete or cycle.disconnected:
             body = bytes(ApiError(status, message).response().body)
             head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nConnection: close\r\n"
             head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"

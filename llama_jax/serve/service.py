@@ -31,7 +31,7 @@ from llama_jax.serve.errors import (
 from llama_jax.serve.metrics import Metrics
 from llama_jax.serve.options import WAITING_POOLS, ServeOptions
 from llama_jax.serve.replies import PromptTokensDetails, Usage
-from llama_jax.serve.schemas import SAMPLING_FIELDS, Asked
+from llama_jax.serve.schemas import SAMPLING_FIELDS, Asked, ChatRequest
 from llama_jax.serve.structured import field_of_form, structured_output
 from llama_jax.structured import GrammarsBusyError
 
@@ -162,16 +162,20 @@ class Service:
         try:
             return await asyncio.get_running_loop().run_in_executor(pool, make)
         except (ValueError, TypeError) as error:
-            raise _mistake(error, form) from error
+            prompt = "messages" if isinstance(body, ChatRequest) else "prompt"
+            raise _mistake(error, form, prompt) from error
 
-    def check_room(self, request: Request, limit: int | None) -> None:
-        """Raises `ApiError` where more tokens are asked for than the context has room for."""
+    def check_room(self, request: Request, limit: int | None, field: str = "max_tokens") -> None:
+        """Raises `ApiError` where more tokens are asked for than the context has room for.
+
+        field: by which `limit` was given.
+        """
         length = len(request.prompt)
         if limit is not None and length + limit > self.llm.max_seq_len:
             raise bad_request(
-                f"max_tokens {limit} and a prompt of {length} tokens are more than the "
+                f"{field} {limit} and a prompt of {length} tokens are more than the "
                 f"{self.llm.max_seq_len} tokens of the context",
-                "max_tokens",
+                field,
                 "context_length_exceeded",
             )
 
@@ -198,7 +202,7 @@ class Service:
         capacity = self.llm.engine.options.max_batch_size + self.options.max_waiting
         if sequences > capacity:
             raise bad_request(
-                f"{sequences} sequences in one request; at most {capacity} are possible"
+                f"{sequences} sequences in one request; at most {capacity} are possible", "n"
             )
         pools = WAITING_POOLS * self.thread.snapshot.num_pages * self.llm.engine.pages.page_size
         is_full = self.thread.num_open + sequences > capacity
@@ -242,6 +246,7 @@ class Service:
                     self._ended.append(update.at)
                     self.metrics.request(update.request, began)
                 yield update
+            self.metrics.ended(job.requests)
         finally:
             deadline.cancel()
 
@@ -305,10 +310,10 @@ def _token_id(text: str) -> int:
     return int(text)
 
 
-def _mistake(error: Exception, form: str | None) -> ApiError:
+def _mistake(error: Exception, form: str | None, prompt: str) -> ApiError:
     """Tells a mistake that `LLM` or `SamplingParams` found, with the field as the client knows it.
 
-    form: what the client calls `SamplingParams.structured`.
+    form, prompt: what the client calls `SamplingParams.structured` and the prompt.
     """
     message = str(error)
     if isinstance(error, GrammarsBusyError):  # no mistake of this client's
@@ -317,7 +322,10 @@ def _mistake(error: Exception, form: str | None) -> ApiError:
         message = message.replace(ours, theirs)
     field = re.match(r"(\w+)(\[\d+\])?", message)
     param = field[0] if field and field[1] in _FIELDS else None
-    if field and field[1] == "structured":
+    if message.startswith("the prompt "):
+        param = prompt
+    elif form and field and field[1] == "structured":
         param = form
+        message = re.sub(r"structured(\.\w+)?", form, message, count=1)
     code = "context_length_exceeded" if isinstance(error, PromptTooLongError) else None
     return bad_request(message, param, code)
