@@ -87,9 +87,7 @@ class Gate:
             check_key(headers.get("authorization", ""), self._options.api_keys)
         encoding = headers.get("content-encoding", "identity")
         if encoding.lower() != "identity":
-            raise ApiError(
-                415, "the header Content-Encoding is not supported; send it as it is"
-            )
+            raise ApiError(415, "the header Content-Encoding is not supported; send it as it is")
         if scope["method"] == "POST" and scope["path"] == UPLOADS:
             receive = _bounded(headers, receive)
         elif scope["method"] == "POST":
