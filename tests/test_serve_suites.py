@@ -11,11 +11,11 @@ CONTINUATIONS = ["132", " 8", " Paris"]
 
 
 @pytest.fixture(scope="module")
-def server():
+def server(tmp_path_factory):
     llm = LLM.load(
         max_batch_size=4, max_seq_len=512, prefill_chunk=128, dtype="float32", verbose=False
     )
-    with serving(llm) as served:
+    with serving(llm, batch_dir=tmp_path_factory.mktemp("batches")) as served:
         yield served
 
 

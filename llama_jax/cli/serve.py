@@ -131,7 +131,7 @@ def serve(
 
         llama-jax serve
         llama-jax serve ./llama-8b --port 8080 --max-num-seqs 64 --max-model-len 8192
-        LLAMA_JAX_API_KEY=secret llama-jax serve ./llama-8b --host 0.0.0.0
+        LLAMA_JAX_API_KEY=secret llama-jax serve ./llama-8b --host 0.0.0.0 --batch-dir ./batches
         llama-jax serve --hf-model-name meta-llama/Llama-3.1-8B-Instruct --web-server-port 8000
     """
     check_extra()
@@ -160,6 +160,10 @@ def serve(
     locate(SHIPPED_MODEL if model is None else model)
     for wanted in (port, metrics_port or 0):
         listen(host, wanted).close()
+    if batch_dir is not None:
+        from llama_jax.serve.batch_store import BatchStore
+
+        BatchStore(batch_dir).close()
     from llama_jax.model.sharding import make_mesh
     from llama_jax.serve.server import serve as run
 

@@ -11,8 +11,9 @@ from pydantic import BaseModel, ValidationError
 from llama_jax.serve import chat, completions, tokens
 from llama_jax.serve.errors import ApiError, bad_request, internal_error, invalid
 from llama_jax.serve.options import ServeOptions
+from llama_jax.serve.replies import new_id
 from llama_jax.serve.schemas import ChatRequest, CompletionRequest, ScoreRequest, check_unknown
-from llama_jax.serve.service import Service, new_id
+from llama_jax.serve.service import Service
 
 if TYPE_CHECKING:
     from llama_jax.llm import LLM

@@ -27,7 +27,8 @@ from llama_jax.serve.batch_store import (
     RequestCounts,
 )
 from llama_jax.serve.errors import ApiError, bad_request
-from llama_jax.serve.service import Service, new_id
+from llama_jax.serve.replies import new_id
+from llama_jax.serve.service import Service
 
 _log = logging.getLogger(__name__)
 

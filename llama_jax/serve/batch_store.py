@@ -15,7 +15,7 @@ from typing import BinaryIO, Literal
 from pydantic import BaseModel
 
 from llama_jax.serve.errors import ApiError, bad_request
-from llama_jax.serve.service import new_id
+from llama_jax.serve.replies import new_id
 
 MAX_FILES = 1000
 MAX_BATCHES = 1000  # of which the oldest that have ended are forgotten

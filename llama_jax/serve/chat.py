@@ -21,9 +21,10 @@ from llama_jax.serve.replies import (
     FunctionCall,
     ToolCallReply,
     TopLogprob,
+    new_id,
 )
 from llama_jax.serve.schemas import ChatRequest
-from llama_jax.serve.service import Service, new_id
+from llama_jax.serve.service import Service
 from llama_jax.serve.tool_stream import Delta, ToolCallStream, arguments_text
 from llama_jax.text.tools import ToolCall
 

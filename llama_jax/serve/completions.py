@@ -15,9 +15,10 @@ from llama_jax.serve.replies import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    new_id,
 )
 from llama_jax.serve.schemas import CompletionRequest
-from llama_jax.serve.service import Service, new_id
+from llama_jax.serve.service import Service
 
 if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer

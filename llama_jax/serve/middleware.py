@@ -40,7 +40,8 @@ _GRACE = 10.0
 class Gate:
     """Checks key and size, keeps to the deadline, and turns what was raised into an answer.
 
-    Log lines have method, path, status and duration; with `options.log_texts` bodies as well.
+    Log lines have method, path, status and duration; with `options.log_texts` bodies as well. What
+    monitors ask every second is not worth one.
     """
 
     def __init__(self, app: ASGIApp, options: ServeOptions) -> None:
@@ -79,7 +80,9 @@ class Gate:
                 raise _BrokenStreamError
             await refusal.response()(scope, receive, send_on)
         seconds = time.perf_counter() - began
-        _log.info("%s %s %s %.0f ms", scope["method"], scope["path"][:200], status, 1e3 * seconds)
+        level = logging.DEBUG if scope["path"] in OPEN_PATHS else logging.INFO
+        told = scope["method"], scope["path"][:200], status, 1e3 * seconds
+        _log.log(level, "%s %s %s %.0f ms", *told)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)

@@ -5,12 +5,17 @@ there are many of them, and pydantic would take longer than the rest of the work
 """
 
 from typing import Literal
+from uuid import uuid4
 
 from pydantic import BaseModel
 
 ChatFinish = Literal["stop", "length", "tool_calls"]
 # JSON has no minus infinity: what vLLM writes for it.
 LEAST_LOGPROB = -9999.0
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}-{uuid4().hex}"
 
 
 class ErrorBody(BaseModel):

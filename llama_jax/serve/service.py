@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 from llama_jax.engine.request import Request
 from llama_jax.llm import PromptTooLongError
@@ -291,10 +290,6 @@ class Service:
                 cached_tokens=sum(request.num_cached for request in prompts)
             ),
         )
-
-
-def new_id(prefix: str) -> str:
-    return f"{prefix}-{uuid4().hex}"
 
 
 def _biases(given: dict[str, float]) -> dict[int, float]:

@@ -16,9 +16,10 @@ from llama_jax.serve.replies import (
     Text,
     TokenizerInfo,
     Tokens,
+    new_id,
 )
 from llama_jax.serve.schemas import DetokenizeRequest, ScoreRequest, TokenizeRequest
-from llama_jax.serve.service import Service, new_id
+from llama_jax.serve.service import Service
 
 
 def models(service: Service) -> ModelList:
