@@ -600,5 +600,7 @@ def test_nothing_is_compiled_after_the_warm_up():
         form = {"structured_outputs": {"regex": "[0-9]+"}, "max_tokens": 8}
         client.chat.completions.create(model="abacus", messages=SUM, extra_body=form)
         served.post("/v1/score", {"prompt": "47 + 85 =", "completions": [" 132", " 133"]})
+        echo = {"prompt": "47 + 85 =", "echo": True, "logprobs": 5, "prompt_logprobs": 2}
+        assert served.post("/v1/completions", echo).status_code == 200
         lines = [each for each in served.get("/metrics").text.splitlines() if "compiled" in each]
     assert lines[-1].endswith(" 0.0"), lines

@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import socket
 import time
 from pathlib import Path
 
@@ -95,9 +96,9 @@ def test_a_batch_is_uploaded_answered_and_downloaded(server, tmp_path):
     output = client.files.retrieve(done.output_file_id)
     assert output.purpose == "batch_output" and output.bytes > 0 and kept(tmp_path) == []
     assert [each.id for each in client.batches.list()] == [batch.id]
-    assert {each.id for each in client.files.list()} == {
-        batch.input_file_id, done.output_file_id, done.error_file_id
-    }  # fmt: skip
+    results = {done.output_file_id, done.error_file_id}
+    assert {each.id for each in client.files.list()} == {batch.input_file_id, *results}
+    assert {each.id for each in client.files.list(purpose="batch_output")} == results
     assert client.files.delete(batch.input_file_id).deleted
     with pytest.raises(openai.NotFoundError):
         client.files.content(batch.input_file_id)
@@ -195,6 +196,8 @@ def test_what_is_wrong_with_uploads_and_batches(server: Served, monkeypatch):
     assert post("/v1/files", files=file) == (400, "purpose")
     assert post("/v1/files", files={"x": ("a", b"{}")}, data={"purpose": "batch"}) == (400, "file")
     assert post("/v1/files", json={"purpose": "batch"})[0] == 415
+    expires = {"purpose": "batch", "expires_after[anchor]": "created_at"}
+    assert post("/v1/files", files=file, data=expires) == (400, "expires_after[anchor]")
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
     assert post("/v1/files", content=b"--y\r\n", headers=headers)[0] == 400
     monkeypatch.setattr(middleware, "MAX_FILE_BYTES", 1000)
@@ -202,6 +205,8 @@ def test_what_is_wrong_with_uploads_and_batches(server: Served, monkeypatch):
     assert post("/v1/files", files=big, data={"purpose": "batch"}) == (413, None)
     asked = {"input_file_id": "file-0", "endpoint": CHAT, "completion_window": "24h"}
     assert post("/v1/batches", json=asked) == (400, "input_file_id")
+    expires = {"output_expires_after": {"anchor": "created_at", "seconds": 3600}}
+    assert post("/v1/batches", json=asked | expires) == (400, "output_expires_after")
     assert post("/v1/batches", json=asked | {"completion_window": "1h"}) == (
         400,
         "completion_window",
@@ -212,6 +217,33 @@ def test_what_is_wrong_with_uploads_and_batches(server: Served, monkeypatch):
     assert post("/v1/batches", json=asked)[0] == 429
     for path in ("files/..%2Flock", "files/../lock", "files/lock/content", "batches/x"):
         assert server.get(f"/v1/{path}").status_code == 404
+
+
+def test_an_upload_that_breaks_off_leaves_nothing(server, tmp_path, caplog):
+    head = b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: 5000000\r\n"
+    head += b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+    head += b'Content-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    address = server.url.removeprefix("http://").split(":")
+    held = [socket.create_connection(address) for _ in range(16)]
+    for count, sender in enumerate(held):
+        sender.sendall(head + b"a" * count * 200_000)
+    file = ("a", as_file(lines(1)))
+
+    def upload_until_refused() -> None:
+        ends = time.monotonic() + PATIENCE
+        while time.monotonic() < ends:
+            server.client().files.create(file=file, purpose="batch")
+
+    with pytest.raises(openai.RateLimitError, match="16 files are being uploaded"):
+        upload_until_refused()
+    for sender in held:
+        sender.close()
+    made = server.client(max_retries=20).files.create(file=file, purpose="batch")
+    assert made.filename == "a"
+    names = {path.name for path in (tmp_path / "batches" / "files").iterdir()}
+    known = {each.id for each in server.client().files.list()}
+    assert names == known | {f"{each}.json" for each in known}
+    assert "while a request was answered" not in caplog.text
 
 
 def test_one_server_uses_a_directory(server, llm, tmp_path):

@@ -21,6 +21,7 @@ from llama_jax.serve.batch_store import (
 from llama_jax.serve.errors import ApiError, bad_request
 from llama_jax.serve.schemas import BatchRequest, check_unknown
 
+_MAX_UPLOADS = 16  # at the same time; each is a temporary file before it is kept
 _UPLOAD = {
     "required": True,
     "content": {
@@ -82,7 +83,7 @@ def add_batches(app: FastAPI, runs: BatchRuns) -> None:
 
 
 def _add_files(app: FastAPI, runs: BatchRuns) -> None:
-    store = runs.store
+    store, uploads = runs.store, asyncio.Semaphore(_MAX_UPLOADS)
 
     @app.post(
         "/v1/files", response_model=FileObject, tags=["Batches"],
@@ -94,20 +95,28 @@ def _add_files(app: FastAPI, runs: BatchRuns) -> None:
         if not kind.lower().startswith("multipart/form-data"):
             raise ApiError(415, "the header Content-Type has to be multipart/form-data")
         store.check_room()
+        if uploads.locked():
+            raise ApiError(
+                429, f"{_MAX_UPLOADS} files are being uploaded; try again later",
+                type="rate_limit_error", code="queue_full", retry_after=5,
+            )  # fmt: skip
         with _storage():
-            async with request.form(max_files=1, max_fields=8) as form:
+            async with uploads, request.form(max_files=1, max_fields=8) as form:
                 file, purpose = form.get("file"), form.get("purpose")
                 if not isinstance(file, UploadFile):
                     raise bad_request("file: expected a file in the form", "file")
+                for name in form.keys() - {"file", "purpose"}:
+                    raise bad_request(f"{name[:100]}: not supported by this server", name[:100])
                 if purpose != "batch":
                     raise bad_request('purpose: only "batch" is possible', "purpose")
                 name = (file.filename or "")[:255]
                 return _reply(await asyncio.to_thread(store.add, file.file, name, "batch"))
 
     @app.get("/v1/files", response_model=FileList, tags=["Batches"])
-    async def list_files() -> Response:
-        """Lists files, the newest first."""
-        return _reply(FileList(data=list(store.files.values())[::-1]))
+    async def list_files(purpose: str | None = None) -> Response:
+        """Lists files, the newest first; all of them, or those of a purpose."""
+        files = list(store.files.values())[::-1]
+        return _reply(FileList(data=[each for each in files if purpose in (None, each.purpose)]))
 
     @app.get("/v1/files/{file_id}", response_model=FileObject, tags=["Batches"])
     async def file(file_id: str) -> Response:

@@ -26,6 +26,11 @@ _WHOLE = (
 )  # fmt: skip
 _PER_STEP = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _N = (1, 2, 5, 10, 20)
+# What vLLM called these until 2025, as dashboards still do.
+_OLDER_NAMES = {
+    b"vllm:inter_token_latency_seconds": b"vllm:time_per_output_token_seconds",
+    b"vllm:kv_cache_usage_perc": b"vllm:gpu_cache_usage_perc",
+}
 _REASONS = ("stop", "length", "abort", "error")
 _ENGINE = "0"  # vLLM's label, for servers with several
 
@@ -71,9 +76,6 @@ class Metrics:
         self._between = histogram(
             "inter_token_latency_seconds", "Between two pieces of a stream, per token.", _PER_TOKEN
         )
-        self._between_before = histogram(
-            "time_per_output_token_seconds", "Older name of inter_token_latency.", _PER_TOKEN
-        )
         self._per_token = histogram(
             "request_time_per_output_token_seconds", "Mean of a request.", _PER_TOKEN
         )
@@ -96,7 +98,6 @@ class Metrics:
         """Counts how long a stream waited for so many tokens."""
         for _ in range(tokens):
             self._between.observe(seconds / tokens)
-            self._between_before.observe(seconds / tokens)
 
     def request(self, request: Request, began: float) -> None:
         """Counts a sequence that has ended. began: when its HTTP request came."""
@@ -126,8 +127,15 @@ class Metrics:
             self._longest.observe(longest)
 
     def exposition(self) -> bytes:
-        """Returns all of it in Prometheus' text format."""
-        return generate_latest(self.registry)
+        """Returns all of it in Prometheus' text format, some under two names."""
+        text = generate_latest(self.registry)
+        older = [
+            line.replace(name, before)
+            for name, before in _OLDER_NAMES.items()
+            for line in text.splitlines(keepends=True)
+            if name in line
+        ]
+        return text + b"".join(older)
 
 
 class _EngineCollector(Collector):
@@ -144,8 +152,6 @@ class _EngineCollector(Collector):
             ("vllm:num_requests_running", "Sequences in rows of the engine.", seen.num_running),
             ("vllm:num_requests_waiting", "Sequences that wait for a row.", seen.num_waiting),
             ("vllm:kv_cache_usage_perc", "Of the cache's pages, in use; 1 is all.",
-             seen.pages_used / seen.num_pages),
-            ("vllm:gpu_cache_usage_perc", "Older name of kv_cache_usage_perc.",
              seen.pages_used / seen.num_pages),
         )  # fmt: skip
         counters = (

@@ -55,6 +55,7 @@ _NOT_DONE: Mapping[str, tuple[Any, ...]] = {
     "logits_processors": ([],),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
+    "output_expires_after": (),
     "prediction": (),
     "priority": (0,),
     "prompt_embeds": (),
