@@ -16,9 +16,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # a barrier: with as many as a small machine has cores, none may be left to arrive there.
 os.environ.setdefault("NPROC", "8")
 
-# LLVM's optimisation takes a third of what compiling takes, and these models run for milliseconds.
-# Set XLA_FLAGS, to nothing even, for programs as users get them: .ci/run does, see tests/README.md.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# XLA compiles without LLVM's optimisation, each program in one piece, and fusions by its older
+# emitters rather than through MLIR: in little more than half the time, and these models run for
+# milliseconds. Set XLA_FLAGS, to nothing even, for programs as users get them: .ci/run does, see
+# tests/README.md.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+)
 
 # Workers and the commands that tests start share what one of them has compiled. Set before JAX is
 # imported, by the first process: the others inherit it.
