@@ -280,13 +280,20 @@ def test_where_templates_are_read_from(tmp_path: Path) -> None:
         read_chat_templates(tmp_path, None)
 
 
-def test_messages_name_file_and_line(plain: Tokenizer) -> None:
-    source = TemplateSource("a\n{{ raise_exception('no') }}", "dir/chat_template.jinja")
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        ("raise_exception('no')", "the template itself refuses this conversation: no"),
+        ("'a' * 10 * 1000 * 1000", "the template is stopped: a text or list needs more than 8 MiB"),
+    ],
+    ids=["refused", "stopped"],
+)
+def test_messages_name_file_and_line(plain: Tokenizer, expression: str, message: str) -> None:
+    source = TemplateSource("a\n{{ " + expression + " }}", "dir/chat_template.jinja")
     tokenizer = dataclasses.replace(plain, chat_template=source)
     with pytest.raises(ChatTemplateError) as error:
         render_chat(tokenizer, user("a"))
-    refusal = "the template itself refuses this conversation: no"
-    assert str(error.value) == f"dir/chat_template.jinja, line 2: {refusal}"
+    assert str(error.value) == f"dir/chat_template.jinja, line 2: {message}"
 
 
 @pytest.mark.parametrize("style", ["llama31", "hermes", "r1", None])

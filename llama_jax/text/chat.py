@@ -179,7 +179,7 @@ def _unused_characters(text: str, count: int) -> str:
 
 def _formed(messages: list[dict[str, Any]], template: str) -> list[dict[str, Any]]:
     """Bring messages into the form that the template takes; change nothing else."""
-    habits = template_habits(str(template))
+    habits = template_habits(template)
     formed = []
     for given in messages:
         message = dict(given) if habits.takes_lists else _joined(given)
@@ -191,7 +191,7 @@ def _formed(messages: list[dict[str, Any]], template: str) -> list[dict[str, Any
         else:
             if habits.fills_content:
                 message.setdefault("content", None)
-            if takes_text_arguments(str(template)):
+            if takes_text_arguments(template):
                 message["tool_calls"] = [_with_text(call) for call in message["tool_calls"]]
         formed.append(message)
     return formed
