@@ -65,7 +65,7 @@ CALLS = [
     (["inspect", "--preset", "llama-9", "--paths"], 2, "llama-3.1-8b"),
     (["inspect", "--memory", "much"], 2, "expected a size"),
     (["compare", "/nonexistent", ".", "--text", "FILE"], 2, "/nonexistent is neither"),
-    (["compare", ".", ".", "--text", "missing.txt"], 2, "missing.txt"),
+    (["compare", ".", ".", "--text", "missing.txt"], 2, "error: --text: missing.txt: No such file"),
     (["bench", "/nonexistent"], 2, "/nonexistent is neither"),
     (["bench", "--preset", "llama-9"], 2, "llama-3.1-8b"),
     (["bench", "--batch", "one"], 2, "expected numbers with commas"),

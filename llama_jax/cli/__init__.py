@@ -111,8 +111,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _report(error: Exception) -> None:
     if os.environ.get(_DEBUG):
         traceback.print_exception(error)
-    message = in_few_lines(error) or type(error).__name__
+    message = in_few_lines(_words(error)) or type(error).__name__
     stderr.print("[bold red]error:[/bold red]", end=" ")
     stderr.print(message, markup=False, highlight=False, soft_wrap=True)
     if isinstance(error, RuntimeError) and not os.environ.get(_DEBUG):
         note("llama-jax --debug ... shows where")
+
+
+def _words(error: Exception) -> str:
+    """Return the message; of the system's errors without the number, and with the file first."""
+    if isinstance(error, OSError) and error.filename and error.strerror and not error.filename2:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

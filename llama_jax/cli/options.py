@@ -180,7 +180,7 @@ def check_file(option: str, path: Path | None) -> None:
     try:
         path.open("rb").close()
     except OSError as error:
-        raise type(error)(error.errno, f"{option}: {error.strerror}", str(path)) from error
+        raise type(error)(error.errno, error.strerror, f"{option}: {path}") from error
 
 
 def load(model: str | None, *, show_plan: bool, **settings: Any) -> "LLM":
