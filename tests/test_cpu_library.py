@@ -113,7 +113,8 @@ def test_it_keeps_within_the_instructions_that_xla_may_use(flags, most, monkeypa
 SANITIZED = """
 import jax, jax.numpy as jnp, numpy as np
 from pallas_kernels.cpu import library
-library._FLAGS = (*library._FLAGS, *"-O1 -g -fsanitize=address,undefined -fno-sanitize-recover".split())
+sanitized = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover"
+library._FLAGS = (*library._FLAGS, *sanitized.split())
 from tests.test_cpu_fp8_matmul import ALL, exact, multiply, operands
 from pallas_kernels.fp8_matmul import cpu
 for instructions in ALL[: 1 + ALL.index(library.best())]:

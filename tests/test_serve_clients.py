@@ -1,7 +1,7 @@
 """LangChain and LlamaIndex (extra `clients`) against a server.
 
-They need an older version of OpenAI's own client, and pip is slow to find versions that fit: .ci/run
-leaves them out.
+They need an older version of OpenAI's own client, and pip is slow to find versions that fit, so
+.ci/run leaves them out.
 """
 
 from typing import Literal
