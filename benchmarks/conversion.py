@@ -1,11 +1,11 @@
-"""Conversion against `cp`: python benchmarks/conversion.py [--layers N] [--directory DIR]
+"""Compares conversion with `cp`: python benchmarks/conversion.py [--layers N] [--directory DIR]
 
-Writes checkpoints of Llama 3.1 8B's shapes with random numbers (bfloat16, 16 GB, and FriendliAI's
-FP8, 9 GB; fewer layers make them smaller), then copies and converts each in turn, and deletes
-everything. `cp` is followed by a sync, as the conversion is. Before each, the source is put out of
-the page cache. Times are medians; the ratio is that of each pair, its median too. The peak is
-memory above that of the interpreter with JAX imported, mapped files included. The load is that of
-the machine, by all its processes, averaged over the minute before each conversion ends.
+It writes checkpoints of Llama 3.1 8B's shapes with random numbers (bfloat16, 16 GB, and
+FriendliAI's FP8, 9 GB; fewer layers make them smaller), copies and converts each in turn, and
+deletes everything. `cp` is followed by a sync, like the conversion. Before each run, the source is
+evicted from the page cache. Times are medians, and so is the ratio of each pair. The peak is memory
+above that of the interpreter with JAX imported, including mapped files. The load is that of the
+whole machine, averaged over the minute before each conversion ends.
 """
 
 import argparse
@@ -49,7 +49,7 @@ CASES: Mapping[str, tuple[bool, str | None]] = {
 
 @dataclass(frozen=True)
 class Result:
-    """The seconds of each run, in the order they were made, and the most memory of any."""
+    """The seconds of each run in order, and the most memory of any."""
 
     source_bytes: int
     cp_seconds: list[float]
@@ -66,7 +66,7 @@ class Result:
 
 
 def tensors(config: LlamaConfig, fp8: bool) -> dict[str, LazyArray]:
-    """Random finite numbers under the names of Hugging Face, matrices of layers as FP8 codes."""
+    """Make random finite tensors with Hugging Face's names; fp8: layers' matrices as FP8 codes."""
     pool = np.random.default_rng(0).integers(0, 256, 64 << 20, np.uint8)
     pool[1::2] &= 0xBF  # a bit of the exponent, of bfloat16's upper byte and of every second code
     codes = pool & 0xBF
@@ -97,7 +97,7 @@ def _slices(pool: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> LazyAr
 
 @contextmanager
 def generated(parent: Path, config: LlamaConfig, fp8: bool) -> Iterator[Path]:
-    """A checkpoint directory, which is deleted afterwards. Needs three times its size."""
+    """Write a checkpoint directory, and delete it afterwards. Needs three times its size."""
     arrays = tensors(config, fp8)
     total = sum(array.nbytes for array in arrays.values())
     check_space(parent / "source", 3 * total)
@@ -113,7 +113,7 @@ def generated(parent: Path, config: LlamaConfig, fp8: bool) -> Iterator[Path]:
 
 
 def copy(source: Path, target: Path) -> float:
-    """Seconds of `cp`, until the disk has it."""
+    """Return the seconds of `cp`, until the data are on the disk."""
     began = time.perf_counter()
     subprocess.run(["cp", "-r", "--reflink=never", source, target], check=True)
     subprocess.run(["sync", "-f", target], check=True)
@@ -121,7 +121,7 @@ def copy(source: Path, target: Path) -> float:
 
 
 def converted(source: Path, target: Path, quantize: Any) -> tuple[float, int]:
-    """Seconds of a conversion, and the bytes by which this process grew meanwhile."""
+    """Convert. Returns the seconds, and the bytes by which this process grew meanwhile."""
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     began = time.perf_counter()
@@ -136,14 +136,14 @@ def _resident(what: str) -> int:
 
 
 def evict(directory: Path) -> None:
-    """Put the files of a directory out of the page cache."""
+    """Evict the files of a directory from the page cache."""
     for path in directory.iterdir():
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def measure(source: Path, quantize: str | None, repeats: int) -> Result:
-    """Medians of interleaved runs; each conversion in a process of its own."""
+    """Measure interleaved runs, each conversion in a process of its own."""
     target = source.with_name("target")
     copies, conversions, peaks, loads = [], [], [], []
     for _ in range(repeats):
@@ -167,7 +167,7 @@ def measure(source: Path, quantize: str | None, repeats: int) -> Result:
 
 
 def table(results: Mapping[str, Result]) -> str:
-    """In Markdown."""
+    """Format the results in Markdown."""
     lines = [
         "| source | size | `cp` | convert | rate | ratio | peak memory | load |",
         "|---|---|---|---|---|---|---|---|",

@@ -1,17 +1,17 @@
-"""Llama 3.2 1B's shape on a CPU, beside other engines: python benchmarks/cpu_against_peers.py
+"""Compares CPU engines on Llama 3.2 1B's shape: python benchmarks/cpu_against_peers.py
 
-The engines of `cpu_peers.py`, with the same random weights, two threads each, in a process of their
-own: this one with all matrices in FP8 (the embedding, too, as Q8_0 and int8 have it), transformers
-in bfloat16 and float32, llama.cpp with Q8_0 and BF16 (in huge pages), OpenVINO with int8 weights.
-After a round to compile and to warm up, workloads go round the engines in turn, so that a change in
-the machine's speed meets all of them; rounds go on as long as there are minutes left. Figures are
-medians, a ratio is the median of those of each round. Reading memory alone takes its turn, too:
-bytes of weights over what it reaches are the floor of a decode step. The peak is the largest
-resident set of a process. How the logprobs of a prompt correlate with those of transformers in
-float32 shows that it is one model.
+The engines of `cpu_peers.py` have the same random weights, two threads and a process each: this one
+with all matrices in FP8 (the embedding too, which llama.cpp and OpenVINO hold in int8),
+transformers in bfloat16 and float32, llama.cpp with Q8_0 and BF16 (in huge pages), and OpenVINO
+with int8 weights. After a round to compile and warm up, the engines take turns with each workload,
+so that a change in the machine's speed affects all of them; rounds continue as long as time
+remains. Figures are medians, and a ratio is the median of those of each round. Reading memory alone
+takes turns, too: the bytes of the weights divided by its speed are the floor of a decode step. The
+peak is the largest resident set of a process. The correlation of a prompt's logprobs with those of
+transformers in float32 shows that the models are the same.
 
-An engine that cannot be had, or fails, or finds too little memory, is named with the reason, and
-the others go on. llama-cpp-python compiles llama.cpp for the machine where there is no wheel.
+An engine that is not installed, fails, or has too little memory is listed with the reason, and the
+others go on. llama-cpp-python compiles llama.cpp if there is no wheel for the machine.
 
     pip install -e ".[peers]"
     python benchmarks/cpu_against_peers.py --save benchmarks/results/cpu_against_peers
@@ -44,13 +44,18 @@ OURS = "llama-jax"
 TRANSFORMERS = ("transformers bf16", "transformers f32")
 LLAMA_CPP = ("llama.cpp Q8_0", "llama.cpp BF16")
 OPENVINO = "OpenVINO int8"
-READING = "reading"  # memory alone
+READING = "reading"  # reading memory alone
 
 
 @dataclass(frozen=True)
 class Peer:
-    """write: makes what it loads. modules: without which it cannot run. gigabytes: that it takes at
-    most, with what it loads."""
+    """An engine to compare.
+
+    load: makes the engine from a directory.
+    modules: required packages.
+    gigabytes: the most memory that it takes, including its files.
+    write: makes its files.
+    """
 
     load: Callable[[Path], cpu_peers.Engine]
     modules: Sequence[str]
@@ -91,7 +96,7 @@ WORKLOADS: Mapping[str, Mapping[str, Any]] = {
     "prefill, 512 tokens": {"kind": "prefill"},
     "scoring, 512 tokens": {"kind": "score"},
 }
-# Of a workload: at least so many times the best of some engines.
+# For each workload, the least ratio to the best of some engines.
 TARGETS: Sequence[tuple[str, Sequence[str], float]] = (
     ("decode, batch 1", LLAMA_CPP[:1], 1.1),
     ("decode, batch 8", (*LLAMA_CPP, OPENVINO), 1.0),
@@ -104,13 +109,13 @@ MOST_GIGABYTES = 1.8
 SECONDS_TO_ANSWER = 90.0
 
 
-# --- A worker: one engine, asked on stdin, answering on what was stdout.
+# --- A worker: one engine, which reads workloads from stdin and replies on the original stdout.
 
 
 def work(name: str, directory: Path) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: cpu_peers.THREADS])
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # engines print what they like
+    os.dup2(2, 1)  # engines may print to stdout
     engine = PEERS[name].load(directory)
     prompt = cpu_peers.prompts(1, cpu_peers.PROMPT)[0]
     print(json.dumps({}), file=answers, flush=True)
@@ -125,13 +130,13 @@ def work(name: str, directory: Path) -> None:
         else:
             seconds, logprobs = engine.score(prompt)
             answer |= {"rate": len(prompt) / seconds, "logprobs": logprobs.tolist()}
-        # Not getrusage's, which begins with that of the process that started this one.
+        # getrusage's peak would begin with that of the parent process.
         answer["peak"] = _kilobytes(Path("/proc/self/status"), "VmHWM") * 1024
         print(json.dumps(answer), file=answers, flush=True)
 
 
 class Failed(Exception):
-    """What an engine says last, or what it lacks."""
+    """Raised with an engine's last words, or with what is missing."""
 
 
 class Worker:
@@ -158,7 +163,7 @@ class Worker:
             )  # fmt: skip
 
     def _write(self, directory: Path) -> None:
-        """In a process of its own, whose memory is not the engine's."""
+        """Write the engine's files in another process, whose memory does not count."""
         writing = self._start("--write", directory)
         try:
             status = writing.wait(SECONDS_TO_ANSWER)
@@ -169,7 +174,7 @@ class Worker:
             raise Failed(f"its files were not written: {self._last_words()}")
 
     def ask(self, workload: str | None) -> dict[str, Any]:
-        """The answer to a workload; None waits until the engine is loaded."""
+        """Run a workload and return its result; None waits until the engine is loaded."""
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin and stdout
         try:
@@ -197,7 +202,7 @@ class Worker:
 
 
 def _line(stream: IO[str], seconds: float) -> str:
-    """The next line; empty at the end, or when none comes."""
+    """Return the next line; empty at the end of the stream or after the time limit."""
     ready, _, _ = select.select([stream], [], [], seconds)
     return stream.readline() if ready else ""
 
@@ -218,8 +223,11 @@ def _kilobytes(file: Path, name: str) -> int:
 
 @dataclass
 class Found:
-    """rates: {engine: {workload: tokens/s of each round}}, those of `READING` in bytes/s. missing:
-    why an engine is not among them."""
+    """The measurements.
+
+    rates: {engine: {workload: tokens/s of each round}}; of `READING` in bytes/s.
+    missing: the reason why an engine is missing.
+    """
 
     rates: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     peaks: dict[str, float] = field(default_factory=dict)
@@ -242,7 +250,7 @@ def compare(engines: Sequence[str], directory: Path, deadline: float) -> Found:
         for workload in WORKLOADS:
             for name, worker in list(workers.items()):
                 if not rounds and workload.startswith("scoring") and name != OURS:
-                    continue  # it compiles nothing that prefill has not compiled
+                    continue  # it needs no programs beyond those of prefill
                 try:
                     answer = worker.ask(workload)
                 except Failed as error:
@@ -257,7 +265,7 @@ def compare(engines: Sequence[str], directory: Path, deadline: float) -> Found:
             if rounds:
                 found.rates.setdefault(READING, {}).setdefault(workload, []).append(read())
         rounds, ended = rounds + 1, time.monotonic()
-        # The first round compiles, and says little of the others.
+        # The first round compiles, so its duration does not predict the others.
         longest, began = max(longest, ended - began) if rounds > 1 else 0.0, ended
     found.load = os.getloadavg()[0]
     for worker in workers.values():
@@ -271,7 +279,8 @@ def compare(engines: Sequence[str], directory: Path, deadline: float) -> Found:
 
 
 def _reader() -> Callable[[], float]:
-    """Bytes per second of reading 512 MiB in huge pages, the best of three times."""
+    """Return a function that measures reading 512 MiB in huge pages, in bytes/s, the best of
+    three."""
     from cpu_fp8_matmul import read
 
     from llama_jax.checkpoint.huge_pages import Room
@@ -292,7 +301,8 @@ def _reader() -> Callable[[], float]:
 
 
 def ratios(found: Found, workload: str, others: Sequence[str]) -> list[float]:
-    """Ours over the best of the others, of each round; empty where one of them is missing."""
+    """Return the ratio of our rate to the best of the others in each round; empty if one is
+    missing."""
     rates = [found.rates[name][workload] for name in others if name in found.rates]
     if OURS not in found.rates or not rates:
         return []
@@ -350,7 +360,7 @@ def to_markdown(result: Mapping[str, Any]) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Only after measuring: it loads JAX."""
+    """Describe the machine. To be called after measuring, because it loads JAX."""
     from start import INSTRUCTIONS
 
     from llama_jax import bench
@@ -374,7 +384,7 @@ def environment() -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=5.5, help="all of it, if two rounds fit")
+    parser.add_argument("--minutes", type=float, default=5.5, help="total time, if two rounds fit")
     parser.add_argument("--engines", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--save", type=Path, help="writes PATH.json and PATH.md")
     parser.add_argument("--directory", type=Path, help="for 5 GB of files; by default a new one")

@@ -1,9 +1,10 @@
-"""FP8 matmuls on a CPU: python benchmarks/cpu_fp8_matmul.py [--json] [--instructions avx2]
+"""Times FP8 matmuls on a CPU: python benchmarks/cpu_fp8_matmul.py [--json] [--instructions avx2]
 
-Times (m, 2048) x (8192, 2048), gate_proj of Llama 3.2 1B, by XLA and by the kernel of
-`pallas_kernels.cpu`, for bfloat16 and float32 activations, in turns; the best of all runs counts.
-Each run goes through several weights that no cache holds together. Beside them stands what reading
-the same memory takes alone: the floor for few rows. Each result is checked against float64 first.
+The product is (m, 2048) x (8192, 2048), gate_proj of Llama 3.2 1B, by XLA and by the kernel of
+`pallas_kernels.cpu`, with bfloat16 and float32 activations, in turns; the fastest run counts. Each
+run goes through several weights, which together exceed the caches. The time of reading the same
+memory alone, the floor for few rows, is printed beside them. Results are first checked against
+float64.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def by_kernel(
 
 
 def weights(seed: int) -> np.ndarray:
-    """int8 bits [WEIGHTS, OUT, IN] of codes that are numbers, in huge pages."""
+    """Make int8 bits [WEIGHTS, OUT, IN] of finite codes, in huge pages."""
     codes = np.random.default_rng(seed).integers(-128, 128, (OUT, IN), np.int8)
     codes[codes & 0x7F == 0x7F] = 0
     found = Room([WEIGHTS * OUT * IN]).empty((WEIGHTS, OUT, IN), np.dtype(np.int8))
@@ -52,14 +53,14 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def read(memory: np.ndarray, threads: int) -> Callable[[], Any]:
-    """Reads all of it once."""
+    """Return a function that reads all of the memory once."""
     parts = np.array_split(memory.reshape(-1).view(np.int64), 8 * threads)
     pool = ThreadPoolExecutor(threads)
     return lambda: list(pool.map(np.bitwise_or.reduce, parts))
 
 
 def measure(rows: int, repeats: int, instructions: library.Instructions | None) -> dict[str, float]:
-    """Milliseconds for one weight, by name of the formulation."""
+    """Return the milliseconds for one weight, by name of the implementation."""
     memory, rng = weights(0), np.random.default_rng(1)
     stored = [jax.device_put(each, may_alias=True) for each in memory]
     scale = jnp.asarray(rng.uniform(0.5, 2, OUT).astype(np.float32))

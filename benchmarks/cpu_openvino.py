@@ -1,8 +1,8 @@
-"""Llama as a graph of OpenVINO, with the weights of `cpu_peers.py`.
+"""Builds Llama as a graph of OpenVINO, with the weights of `cpu_peers.py`.
 
-The graph is what OpenVINO's exporters make, in the forms that its CPU plugin fuses: RMSNorm, rotary
+The graph is like that of OpenVINO's exporters, in forms that its CPU plugin fuses: RMSNorm, rotary
 embedding, attention with a cache in variables, and matrices in uint8 with a zero point and a scale
-per row, as NNCF's INT8_ASYM writes them.
+per row, as in NNCF's INT8_ASYM.
 """
 
 from pathlib import Path
@@ -32,15 +32,19 @@ def _constant(value: Any, dtype: Any = np.int64) -> Any:
 
 
 class _Graph:
-    """ids, positions: int64 [batch, tokens]. beams: int32 [batch], the row of the cache that each
-    row goes on from. wanted: int64, the tokens whose logits are asked for."""
+    """The graph and its inputs.
+
+    ids, positions: int64 [batch, tokens].
+    beams: int32 [batch], the row of the cache that each row continues.
+    selected: int64, the tokens whose logits are computed.
+    """
 
     def __init__(self) -> None:
         self.ids = op.parameter([-1, -1], np.int64, name="input_ids")
         self.positions = op.parameter([-1, -1], np.int64, name="position_ids")
         self.beams = op.parameter([-1], np.int32, name="beam_idx")
-        self.wanted = op.parameter([-1], np.int64, name="wanted")
-        self.inputs = [self.ids, self.positions, self.beams, self.wanted]
+        self.selected = op.parameter([-1], np.int64, name="selected")
+        self.inputs = [self.ids, self.positions, self.beams, self.selected]
         self.sinks: list[Any] = []
         numbers = cpu_peers.ring()
         self._scale = np.float32(np.abs(numbers).max() / 127)
@@ -54,7 +58,7 @@ class _Graph:
             at = f"model.layers.{layer}"
             x = op.add(x, self._attention(_norm(x), at))
             x = op.add(x, self._mlp(_norm(x), at))
-        return self._linear(op.gather(_norm(x), self.wanted, _constant(1)), "model.embed_tokens")
+        return self._linear(op.gather(_norm(x), self.selected, _constant(1)), "model.embed_tokens")
 
     def _attention(self, x: Any, at: str) -> Any:
         heads, kv_heads = _C.num_heads, _C.num_kv_heads
@@ -84,7 +88,7 @@ class _Graph:
         return op.convert(scaled, "f32")
 
     def _rotation(self) -> tuple[Any, Any]:
-        """Cosines and sines, [batch, 1, tokens, head_dim]."""
+        """Return cosines and sines, [batch, 1, tokens, head_dim]."""
         frequencies = op.constant(rope_frequencies(_C).reshape(1, -1, 1))
         positions = op.convert(op.unsqueeze(self.positions, _constant(1)), "f32")
         product = op.matmul(frequencies, positions, False, False)
@@ -99,8 +103,8 @@ class _Graph:
         return op.add(op.multiply(x, self._cos), op.multiply(turned, self._sin))
 
     def _causal(self) -> Any:
-        """float32 [1, 1, tokens, all tokens]: 0 for those that a token sees. All rows are as
-        long."""
+        """Return the mask, float32 [1, 1, tokens, all tokens]: 0 for tokens that a token sees. All
+        sequences have the same length."""
         positions = op.squeeze(
             op.gather(self.positions, _constant([0]), _constant(0)), _constant(0)
         )
@@ -113,7 +117,7 @@ class _Graph:
         return op.unsqueeze(mask, _constant([0, 1]))
 
     def _appended(self, x: Any, name: str) -> Any:
-        """The cache's heads, with those of x, each for all query heads that share it."""
+        """Append the heads of x to the cache, and repeat each for the query heads that share it."""
         info = VariableInfo()
         info.data_shape = ov.PartialShape([-1, _C.num_kv_heads, -1, _C.head_dim])
         info.data_type, info.variable_id = ov.Type.f32, name
@@ -130,13 +134,13 @@ class _Graph:
 
 
 def _by_head(x: Any, count: int) -> Any:
-    """[batch, tokens, count * head_dim] to [batch, count, tokens, head_dim]."""
+    """Reshape [batch, tokens, count * head_dim] to [batch, count, tokens, head_dim]."""
     split = op.reshape(x, _constant([0, 0, count, _C.head_dim]), True)
     return op.transpose(split, _constant([0, 2, 1, 3]))
 
 
 def _norm(x: Any) -> Any:
-    """RMSNorm with weights of 1."""
+    """Compute RMSNorm with weights of 1."""
     square = op.reduce_mean(op.power(x, _constant(2, np.float32)), _constant([-1]), True)
     root = op.sqrt(op.add(square, _constant(_C.rms_norm_eps, np.float32)))
     unit = op.multiply(x, op.divide(_constant(1, np.float32), root))

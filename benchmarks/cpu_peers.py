@@ -1,7 +1,7 @@
-"""Other engines, and this one, with the same random Llama: what `cpu_against_peers.py` measures.
+"""Runs this and other engines on the same random Llama, for `cpu_against_peers.py`.
 
-All matrices are cut from one ring of random numbers, so that each engine holds the same model, up
-to the rounding of its format: FP8 with a scale per row here, int8 with a scale per 32 weights
+All matrices are taken from one ring of random numbers, so that the engines have the same model up
+to the rounding of their formats: FP8 with a scale per row here, int8 with a scale per 32 weights
 (llama.cpp's Q8_0) or per row (OpenVINO), bfloat16, float32. The ring's length is a prime number of
 blocks of 32, so that no two rows of a matrix are equal.
 """
@@ -21,26 +21,27 @@ THREADS = 2
 BLOCK = 32  # of Q8_0
 _BLOCKS, _SPREAD = 131_071, 0.02
 OPENVINO_FILE = "openvino.xml"
-CONTEXT = 64  # tokens before those that are decoded
-PROMPT = 512  # tokens that are prefilled or scored
+CONTEXT = 64  # tokens before the decoded ones
+PROMPT = 512  # tokens to prefill or score
 BATCHES = (1, 8)
 
 
 class Engine(Protocol):
-    """How long an engine takes. Prompts are int64 arrays of token ids."""
+    """An engine that times its own work. Prompts are int64 arrays of token ids."""
 
     def decode(self, batch: int, steps: int) -> float:
-        """Seconds of a step that draws the likeliest token for each of `batch` sequences."""
+        """Return the seconds of a step that draws the likeliest token of each of `batch`
+        sequences."""
 
     def prefill(self, prompt: np.ndarray) -> float:
-        """Seconds until the first token after the prompt is known."""
+        """Return the seconds until the first token after the prompt is known."""
 
     def score(self, prompt: np.ndarray) -> tuple[float, np.ndarray]:
-        """Seconds, and the logprobs of all tokens of the prompt but the first."""
+        """Return the seconds, and the logprobs of all tokens of the prompt but the first."""
 
 
 def prompts(batch: int, tokens: int) -> np.ndarray:
-    """int64 [batch, tokens]"""
+    """Draw prompts, int64 [batch, tokens]."""
     return np.random.default_rng(0).integers(0, CONFIG.vocab_size, (batch, tokens))
 
 
@@ -48,13 +49,13 @@ def prompts(batch: int, tokens: int) -> np.ndarray:
 
 
 def ring() -> np.ndarray:
-    """float32 [_BLOCKS, BLOCK], values of bfloat16."""
+    """Make the ring, float32 [_BLOCKS, BLOCK], of values that bfloat16 can represent."""
     numbers = np.random.default_rng(1).standard_normal((_BLOCKS, BLOCK), np.float32) * _SPREAD
     return (numbers.view(np.uint32) & 0xFFFF0000).view(np.float32)
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """Every parameter by its name in Hugging Face's checkpoints; vectors are ones."""
+    """Return the shape of every parameter by Hugging Face's name; vectors are all ones."""
     c, found = CONFIG, {"model.embed_tokens.weight": (CONFIG.vocab_size, CONFIG.hidden_size)}
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     matrices = {
@@ -72,7 +73,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def fill(into: np.ndarray, of_ring: np.ndarray, name: str) -> np.ndarray:
-    """A parameter from a ring of a format, [_BLOCKS, ...], which may hold blocks in any way."""
+    """Fill a parameter from a ring in some format, [_BLOCKS, ...]."""
     blocks = into.reshape(-1, *of_ring.shape[1:])
     position = list(shapes()).index(name) * 7919 % _BLOCKS
     done = 0
@@ -87,8 +88,8 @@ def fill(into: np.ndarray, of_ring: np.ndarray, name: str) -> np.ndarray:
 
 
 def our_spec() -> Any:
-    """The embedding, which is the output matrix, too, in FP8: llama.cpp and OpenVINO hold theirs in
-    int8."""
+    """Return a spec with the embedding, which is also the output matrix, in FP8: llama.cpp and
+    OpenVINO hold theirs in int8."""
     from llama_jax import bench
 
     return bench.preset_spec(CONFIG, quantize_lm_head=True)
@@ -98,7 +99,7 @@ class LlamaJax:
     def __init__(self, directory: Path) -> None:
         import sys
 
-        # As where jax is installed for a CPU: the GPU's libraries would take 0.35 GB.
+        # As if jax were installed for a CPU: the GPU's libraries would take 0.35 GB.
         sys.modules["jax_plugins.xla_cuda13"] = None  # type: ignore[assignment]
         import jax
 
@@ -139,7 +140,7 @@ class LlamaJax:
         return jax.tree_util.tree_map_with_path(make, abstract)
 
     def _engine(self, batch: int) -> Any:
-        """One that takes prompts, too, for batch 1: a program is compiled for one batch size."""
+        """Return the engine of a batch size. That of batch 1 also computes prompts."""
         import jax.numpy as jnp
 
         from llama_jax.engine.engine import Engine
@@ -147,15 +148,15 @@ class LlamaJax:
 
         if batch not in self.engines:
             length = PROMPT + CONTEXT if batch == 1 else 2 * CONTEXT
-            # Those of a prompt of `CONTEXT` tokens stay, while sequences append to their own.
+            # Pages of prompts of `CONTEXT` tokens are kept while sequences append to their own.
             pages = -(-length // PAGE_SIZE) * batch + CONTEXT // PAGE_SIZE * batch
             options = EngineOptions(max_batch_size=batch, max_seq_len=length, num_pages=pages)
             self.engines[batch] = Engine(self.params, self.spec, options, jnp.dtype("bfloat16"))
         return self.engines[batch]
 
     def decode(self, batch: int, steps: int) -> float:
-        """The difference between outputs of two lengths. The prompts' pages are shared with a run
-        before, so that they are computed once."""
+        """Time two output lengths and take the difference. Prompts are computed once, because later
+        runs share their pages."""
         from llama_jax import bench
 
         engine = self._engine(batch)
@@ -169,14 +170,14 @@ class LlamaJax:
         from llama_jax.sampling_params import SamplingParams
 
         self.prefills += 1
-        other = np.roll(prompt, self.prefills)  # nothing of it is there from a time before
+        other = np.roll(prompt, self.prefills)  # so that no page of an earlier prompt is shared
         greedy = SamplingParams(temperature=0.0, seed=0, max_new_tokens=1)
         return self._run(Request(other.tolist(), greedy))
 
     def score(self, prompt: np.ndarray) -> tuple[float, np.ndarray]:
         from llama_jax.engine.request import Request
 
-        request = Request(prompt.tolist(), wanted="logprobs")
+        request = Request(prompt.tolist(), output_kind="logprobs")
         return self._run(request), request.prompt_logprobs
 
     def _run(self, request: Any) -> float:
@@ -187,14 +188,14 @@ class LlamaJax:
         return time.perf_counter() - began
 
 
-# --- Engines that are asked for logits.
+# --- Engines that return logits.
 
 
 class ByLogits(ABC):
-    """An engine of which `begin` starts empty sequences and `extend` appends to all of them.
+    """An engine whose `begin` starts empty sequences and whose `extend` appends to all of them.
 
-    `extend` takes int64 [batch, tokens] and gives the likeliest next token of each, int64 [batch];
-    `logprobs` takes [tokens] and gives those of all but the first.
+    `extend` takes int64 [batch, tokens] and returns the likeliest next token of each, int64
+    [batch]. `logprobs` takes [tokens] and returns those of all but the first.
     """
 
     def __init__(self) -> None:
@@ -283,7 +284,7 @@ class LlamaCpp(ByLogits):
         self.lib = llama_cpp
         llama_cpp.llama_backend_init()
         options = llama_cpp.llama_model_default_params()
-        # Read into memory of its own, which may be in huge pages, where it is a quarter faster.
+        # Read into memory, which may be in huge pages and is then a quarter faster, not mapped.
         if hasattr(options, "load_mode"):
             options.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
         else:
@@ -311,7 +312,7 @@ class LlamaCpp(ByLogits):
         self.length = 0
 
     def _logits(self, tokens: np.ndarray, of_all: bool) -> np.ndarray:
-        """float32, one row for each sequence, or of_all tokens."""
+        """Return float32 logits, a row for each sequence, or with of_all for each token."""
         batch, (rows, count) = self.batch, tokens.shape
         for row in range(rows):
             for i in range(count):
@@ -354,7 +355,7 @@ class OpenVINO(ByLogits):
             "input_ids": tokens,
             "position_ids": np.tile(np.arange(self.length, self.length + count), (batch, 1)),
             "beam_idx": np.arange(batch, dtype=np.int32),
-            "wanted": np.arange(count) if of_all else np.array([count - 1]),
+            "selected": np.arange(count) if of_all else np.array([count - 1]),
         })  # fmt: skip
         self.length += count
         found: np.ndarray = self.request.get_output_tensor(0).data
@@ -368,7 +369,7 @@ class OpenVINO(ByLogits):
 
 
 def _logprobs(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Of tokens [n], in place of logits [n, vocab]."""
+    """Return the logprobs of tokens [n] by logits [n, vocab]."""
     logits = logits - logits.max(-1, keepdims=True)
     chosen = np.take_along_axis(logits, tokens[:, None], -1)[:, 0]
     return chosen - np.log(np.exp(logits, out=logits).sum(-1))
@@ -386,7 +387,7 @@ _GGUF_NAMES = {
 
 
 def write_gguf(directory: Path, *, file: str) -> None:
-    """llama.cpp's file, with matrices in the format that `file` is named for, without words."""
+    """Write llama.cpp's file, with matrices in the format in its name, without a vocabulary."""
     import gguf
 
     kind = gguf.GGMLQuantizationType[Path(file).stem]
@@ -417,7 +418,7 @@ def write_gguf(directory: Path, *, file: str) -> None:
             continue
         row_bytes = shape[1] // BLOCK * of_ring.shape[1]
         matrix = fill(np.empty((shape[0], row_bytes), np.uint8), of_ring.view(np.uint8), name)
-        if "q_proj" in name or "k_proj" in name:  # pairs of rotary embedding beside each other
+        if "q_proj" in name or "k_proj" in name:  # rotary pairs next to each other
             pairs = matrix.reshape(-1, 2, c.head_dim // 2, row_bytes)
             matrix = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(shape[0], row_bytes)
         writer.add_tensor(found, matrix, raw_dtype=kind)

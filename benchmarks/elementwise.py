@@ -1,10 +1,10 @@
-"""What XLA needs for the passes between the kernels, beside the bytes that they have to move.
+"""Times XLA's passes between the kernels, and compares them with the bytes that they have to move.
 
     python benchmarks/elementwise.py --json FILE       on a GPU
-    python benchmarks/elementwise.py --tiny            any machine, shapes that say nothing
+    python benchmarks/elementwise.py --tiny            any machine, shapes too small to matter
 
-RMSNorm with the quantisation of its result, and rotary embedding with the write into the cache: if
-XLA stays far from the floor in a step's time, kernels of their own would pay.
+The passes are RMSNorm with quantisation of its result, and rotary embedding with the write into the
+cache. If XLA is far from the floor there, kernels of our own would pay off.
 """
 
 import argparse
@@ -32,7 +32,7 @@ TOKENS = (1, 16, 64, 2048, 8192)
 
 @dataclass(frozen=True)
 class Pass:
-    """arguments: for a key. bytes: read and written."""
+    """A pass. arguments: makes random arguments from a key. bytes: read and written."""
 
     name: str
     run: Callable[..., Any]
@@ -41,7 +41,7 @@ class Pass:
 
 
 def norm_and_quantize(tokens: int) -> Pass:
-    """bfloat16 in, codes and a scale per token out."""
+    """Return a pass that normalises bfloat16 and quantises to codes with a scale per token."""
     hidden = CONFIG.hidden_size
 
     def run(x: Array, weight: Array) -> tuple[Array, Array]:
@@ -57,7 +57,7 @@ def norm_and_quantize(tokens: int) -> Pass:
 
 
 def rotary_and_write(tokens: int, dtype: Any) -> Pass:
-    """bfloat16 q, k and v in; q out, k and v into the cache, of which the rest is not counted."""
+    """Return a pass that rotates bfloat16 q and k, and writes k and v into the cache."""
     heads, kv_heads, head_dim = CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.head_dim
     frequencies = rope_frequencies(CONFIG)
     pages = -(-tokens // PAGE_SIZE)

@@ -58,7 +58,7 @@ left() { echo $((deadline - SECONDS)); }
 kernels() {
     if [ $simulate ]; then run -m pallas_kernels.dev.bench --simulate; else
         local cases='^8B TP1 (q|qkv|gate|down)_proj .* m=(65|128|2048|8192) row( swiglu| after swiglu)?$'
-        cases+='|^8B TP1 .* m=(1|64) row weight-only$|^8B TP1 .* m=(1|16|64) row weight-only in terms$|^8B TP1 (hidden|inner) .* m=(1|64) '
+        cases+='|^8B TP1 .* m=(1|64) row weight-only$|^8B TP1 .* m=(1|16|64) row weight-only in terms$|^8B TP1 (hidden|intermediate) .* m=(1|64) '
         cases+='|^8B TP1 (qkv|down)_proj .* m=1 block weight-only$'
         cases+='|^8B TP1 heads.* (T=8192 bf16|T=8192 fp8|T=2048 after 30720 bf16) prefill'
         cases+='|^8B TP1 heads.* fp8 rope and cache'

@@ -1,21 +1,22 @@
-"""The engine's throughput where TensorRT-LLM publishes figures for 8B in FP8, and in scoring.
+"""Measures the engine's throughput on TensorRT-LLM's published workloads for 8B in FP8, and
+scoring.
 
     python benchmarks/offline_throughput.py --json FILE       8B, random weights, on a GPU
-    python benchmarks/offline_throughput.py --tiny            any machine, sizes that say nothing
+    python benchmarks/offline_throughput.py --tiny            any machine, sizes too small to matter
 
-FP8 weights, activations and cache, prompts of random tokens that have nothing in common, always
-more of them waiting than the engine can take; no tokenizer. The published figures are output tokens
-per second over a run of thousands of requests; here the beginning is skipped: the first requests
-come at every stage of their output (their prompts hold what they would have drawn), and the clock
-starts when all of these are decoding. Every workload has an equal part of --seconds; nothing may
-compile meanwhile.
+Weights, activations and cache are FP8. Prompts are random tokens without common prefixes, and more
+of them wait than the engine can take; there is no tokenizer. The published figures are output
+tokens per second over a run of thousands of requests. Here the ramp-up is skipped: the first
+requests are at every stage of their output (their prompts contain what they would have drawn), and
+the clock starts once all of them are decoding. Every workload gets an equal share of --seconds, and
+nothing may compile meanwhile.
 
-In the table: rows, how many requests were worked on at the same time, on average. padding: the part
-of the tokens in prefill's calls that was computed for nothing. host: the part of the time in which
-the host worked, rather than waited for the device; near 100 % it is what limits. H200, H100: what
-TensorRT-LLM publishes for one; ratio: output over that of the card in use. For scoring, "of peak"
-counts the multiplications and additions of all matrices and of causal attention, over the data
-sheet's FP8 rate.
+Columns of the table: rows, the mean number of requests in progress; padding, the share of prefill's
+tokens that are padding; host, the share of the time in which the host worked instead of waiting for
+the device (near 100 % it is the limit); H200, H100, TensorRT-LLM's published figures for one;
+ratio, our output relative to that of the card in use. For scoring, "of peak" is the rate of
+multiplications and additions of all matrices and causal attention, relative to the data sheet's FP8
+rate.
 """
 
 import argparse
@@ -64,8 +65,8 @@ TINY = LlamaConfig(
 
 @dataclass(frozen=True)
 class Workload:
-    """Requests with input_tokens in their prompt that draw output_tokens; with 0 of these, texts
-    whose every token but the first is scored."""
+    """Requests with input_tokens in their prompts and output_tokens to draw; if those are 0, texts
+    to score."""
 
     input_tokens: int
     output_tokens: int
@@ -81,25 +82,27 @@ class Workload:
         return self.input_tokens + self.output_tokens
 
     def requests(self, vocab_size: int, num_rows: int) -> Iterator[Request]:
-        """Without end. The first `num_rows` stand at every stage of their output, those that are
-        nearly done in front."""
+        """Yield endless requests. The first `num_rows` are at every stage of their output, those
+        that are nearly done first."""
         rng = np.random.default_rng(0)
         for i in count():
             drawn = max(0, num_rows - 1 - i) * self.output_tokens // num_rows
             prompt = rng.integers(0, vocab_size, self.input_tokens + drawn).tolist()
             if self.output_tokens:
-                left = self.output_tokens - drawn
-                yield Request(prompt, SamplingParams(temperature=0, seed=0, max_new_tokens=left))
+                remaining = self.output_tokens - drawn
+                yield Request(
+                    prompt, SamplingParams(temperature=0, seed=0, max_new_tokens=remaining)
+                )
             else:
-                yield Request(prompt, wanted="logprobs")
+                yield Request(prompt, output_kind="logprobs")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What happened in `seconds` of a workload, as the head of this file describes it.
+    """The figures of a workload over `seconds`, see the module's docstring.
 
-    is_steady: whether all of the first requests were decoding, or done, when the clock started;
-        if not, half of the workload's time was over.
+    is_steady: whether all of the first requests were decoding or done when the clock started. If
+        not, it started after half of the workload's time.
     """
 
     workload: Workload
@@ -127,7 +130,7 @@ class Result:
 
 
 def run(engine: Engine, workload: Workload, seconds: float) -> Result:
-    """Keep the engine busy with a workload for so many seconds."""
+    """Keep the engine busy with a workload for `seconds`."""
     options = engine.options
     mean_pages = (workload.input_tokens + workload.output_tokens // 2) // PAGE_SIZE + 1
     num_rows = max(1, min(options.max_batch_size, options.pool_size // mean_pages))
@@ -168,7 +171,7 @@ def run(engine: Engine, workload: Workload, seconds: float) -> Result:
 
 
 def operations_per_token(spec: ModelSpec, length: int) -> float:
-    """Multiplications and additions for a token of a scored text, on average over its length."""
+    """Return the mean multiplications and additions per token of a scored text."""
     config, params = spec.config, abstract_params(spec)
     embedding = config.vocab_size * config.hidden_size
     weights = [leaf.size for leaf in jax.tree.leaves(params) if len(leaf.shape) == 2]
@@ -178,7 +181,7 @@ def operations_per_token(spec: ModelSpec, length: int) -> float:
 
 
 def make_engine(config: LlamaConfig, max_batch_size: int, max_seq_len: int) -> Engine:
-    """Random weights, and a cache that fills the device's memory, if rows can fill it."""
+    """Make an engine with random weights, and a cache for all rows or as large as fits."""
     formats = preset_spec(config)
     spec = ModelSpec(formats.config, formats.formats, activations="auto")
     options = EngineOptions(max_batch_size, max_seq_len)
@@ -197,7 +200,7 @@ def make_engine(config: LlamaConfig, max_batch_size: int, max_seq_len: int) -> E
 
 
 def published_for(model: str, workload: Workload) -> dict[str, int]:
-    """What TensorRT-LLM publishes for such requests, by card."""
+    """Return TensorRT-LLM's published figures for such requests, by card."""
     key = workload.input_tokens, workload.output_tokens
     found = PUBLISHED if model == PUBLISHED_FOR else {}
     return {card: figures[key] for card, figures in found.items() if key in figures}
@@ -214,7 +217,7 @@ def to_dict(result: Result, published: Mapping[str, int]) -> dict[str, Any]:
 
 
 def row(result: Result, max_batch_size: int, published: Mapping[str, int]) -> str:
-    """A line of the table. The ratio is to what is published for the card in use."""
+    """Format a line of the table, with the ratio to the published figure of the card in use."""
     output = f"{result.output_per_second:,.0f}" if result.output_tokens else ""
     rows = f"{result.mean_rows:.0f} of {max_batch_size}"
     beside = "".join(f"{published[c]:>9,}" if c in published else f"{'':>9}" for c in PUBLISHED)
@@ -248,7 +251,7 @@ def main() -> None:
     option("--preset", choices=PRESETS, default=PUBLISHED_FOR, help="whose shapes")
     option("--lengths", type=workload, nargs="+", metavar="IN/OUT", help="tokens per request")
     option("--max-batch-size", type=int, default=512, help="rows (8 with --tiny)")
-    option("--seconds", type=float, default=300, help="for all workloads, once all is compiled")
+    option("--seconds", type=float, default=300, help="for all workloads, not counting compilation")
     option("--json", type=Path, help="also write the results to this file")
     option("--tiny", action="store_true", help="a model and lengths for any machine")
     chosen = options.parse_args()

@@ -1,14 +1,14 @@
-"""What the server costs beside the bare engine, with the model that ships, in one run.
+"""Measures the cost of the server compared with the bare engine, with the shipped model.
 
     python benchmarks/serving.py --save benchmarks/results/serving
 
-One process has the engine, and the server around it; the client is a process of its own
-(`llama-jax bench-serve`). The same sequences go through the bare engine and over the server, in
-turns: all at once, streamed, for throughput at saturation, and one after the other for the time to
-the first token. Figures are medians of the rounds. A round that is not counted comes first.
+One process has the engine and the server; the client is another process (`llama-jax bench-serve`).
+The same sequences go through the bare engine and through the server in turns: all at once,
+streamed, for throughput at saturation, and one after the other for the time to the first token.
+Figures are medians of the rounds, after a warm-up round.
 
-The client reads every token on the same processors, which the table has apart from the server's
-event loop: processor time for a token hardly depends on what else runs on the machine.
+The client reads every token on the same processors, so the table has its processor time and that of
+the server's event loop separately. These times hardly depend on what else runs on the machine.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def requests_of(llm: LLM, load: Load) -> list[Request]:
     return [
         request
         for prompt, count in load.sequences(CONTEXT)
-        for request in llm.generate_question(
+        for request in llm.generate_job(
             prompt,
             SamplingParams(max_new_tokens=count, ignore_eos=True, temperature=0),
             is_streamed=True,
@@ -52,7 +52,7 @@ def requests_of(llm: LLM, load: Load) -> list[Request]:
 
 
 def bare_throughput(llm: LLM, load: Load) -> float:
-    """Tokens a second of the engine alone."""
+    """Return the tokens per second of the engine alone."""
     requests = requests_of(llm, load)
     began = time.perf_counter()
     for _ in llm.engine.run(requests):
@@ -61,7 +61,7 @@ def bare_throughput(llm: LLM, load: Load) -> float:
 
 
 def bare_first_token(llm: LLM, load: Load) -> float:
-    """Milliseconds until the first token of requests that are alone, the median."""
+    """Return the median milliseconds to the first token of single requests."""
     times = []
     for request in requests_of(llm, load):
         began = time.perf_counter()
@@ -72,7 +72,7 @@ def bare_first_token(llm: LLM, load: Load) -> float:
 
 
 def over_the_server(url: str, load: Load) -> dict[str, Any]:
-    """What the client reports."""
+    """Run the client and return its report."""
     lengths = [] if load.prompt_tokens is None else [
         "--prompt-tokens", str(load.prompt_tokens), "--reply-tokens", str(load.reply_tokens)
     ]  # fmt: skip
@@ -87,7 +87,7 @@ def over_the_server(url: str, load: Load) -> dict[str, Any]:
 
 
 def loop_seconds(service: Service) -> float:
-    """Processor time of the event loop's thread so far."""
+    """Return the processor time of the event loop's thread so far."""
 
     async def read() -> float:
         return time.thread_time()
@@ -96,15 +96,18 @@ def loop_seconds(service: Service) -> float:
 
 
 def client_seconds() -> float:
-    """Processor time of clients that have ended."""
+    """Return the processor time of clients that have ended."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 @dataclass(frozen=True)
 class Round:
-    """tokens_per_second, first_token_ms: of the bare engine, and over the server. loop_us,
-    client_us: processor time for a token."""
+    """The figures of one round.
+
+    tokens_per_second, first_token_ms: of the bare engine, and through the server.
+    loop_us, client_us: processor time per token of the event loop and of the client.
+    """
 
     tokens_per_second: tuple[float, float]
     first_token_ms: tuple[float, float]
@@ -113,8 +116,7 @@ class Round:
 
 
 def measured(service: Service, url: str, requests: int, seed: int) -> Round:
-    """One round. The event loop is idle while the engine works alone: its thread waits for nothing
-    else."""
+    """Measure one round. The event loop is idle while the engine runs alone."""
     llm = service.llm
     full = Load(requests, ROWS, seed=seed)
     single = Load(20, 1, seed=seed, prompt_tokens=64, reply_tokens=4)

@@ -1,14 +1,14 @@
-"""How long a command takes to start: python benchmarks/start.py
+"""Measures how long commands take to start: python benchmarks/start.py
 
-Every start is a process of its own, on two cores; the commands take turns, so that a change in the
-machine's speed meets all of them, and the figures are medians. A "first" start finds no cache and
-converts and compiles, a "second" one finds what the first has left. Python's bytecode is there
-before anything is measured, as pip makes it. transformers reads the same small model in bfloat16
-and answers the same message in eager mode; llama-cli needs a GGUF file of it (--gguf) and is left
-out, with a remark, where it is not on the PATH.
+Every start is a process of its own, on two cores. The commands take turns, so that a change in the
+machine's speed affects all of them, and figures are medians. A "first" start has no cache, so it
+converts and compiles; a "second" one finds the cache of the first. Python's bytecode exists before
+anything is measured, as after installing with pip. transformers reads the same small model in
+bfloat16 and replies to the same message in eager mode. llama-cli needs a GGUF file of it (--gguf),
+and is left out with a remark if it is not on the PATH.
 
-first token: seconds until something appears on stdout. end: until the process has ended. CPU: user
-and system time of all its threads, which hardly depends on what else runs on the machine.
+first token: seconds until something appears on stdout. end: seconds until the process has ended.
+CPU: user and system time of all its threads, which hardly depends on what else runs on the machine.
 
     pip install -e ".[parity]"
     python benchmarks/start.py --save benchmarks/results/start
@@ -34,16 +34,16 @@ from typing import Any
 import tables
 
 CORES = 2
-# At most; the model answers with fewer.
+# The most tokens of a reply; the model's has fewer.
 TOKENS = 16
 ROOT = Path(__file__).parents[1]
 BF16 = ROOT / "llama_jax" / "abacus" / "checkpoint_bf16"
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
 LIBRARIES = ("jax", "jaxlib", "flax", "torch", "transformers")
-# Seconds until the end, at most, on two cores that have nothing else to do.
+# The most seconds until the end, on two idle cores.
 TARGETS = {"inspect /nonexistent": 1.0, "chat -m hi, second": 3.5}
 
-# What somebody writes who has read transformers' documentation.
+# A program as in transformers' documentation.
 TRANSFORMERS = f"""
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
@@ -63,8 +63,8 @@ model.generate(
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a command: seconds until its first output (None without any) and until its end,
-    and CPU seconds."""
+    """One start of a command: seconds to its first output (None without any) and to its end, and
+    CPU seconds."""
 
     first_output: float | None
     end: float
@@ -72,7 +72,7 @@ class Start:
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], expected: int = 0) -> Start:
-    """Run a command to its end; raises RuntimeError for another exit status than expected."""
+    """Run a command to its end. Raises RuntimeError for an unexpected exit status."""
     began = time.perf_counter()
     process = subprocess.Popen(
         command, env=environment, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -96,7 +96,7 @@ def _two_cores() -> None:
 
 @contextmanager
 def commands(gguf: Path | None) -> Iterator[dict[str, Any]]:
-    """What to run, by name: a function that starts it once."""
+    """Yield the commands by name, each with a function that starts it once."""
     with tempfile.TemporaryDirectory() as directory:
         inherited = {
             name: value
@@ -143,7 +143,7 @@ def commands(gguf: Path | None) -> Iterator[dict[str, Any]]:
 
 
 def measure(repeats: int, gguf: Path | None) -> dict[str, Any]:
-    """Every start of every round but the first, which writes bytecode and fills the page cache."""
+    """Measure all rounds but the first, which writes bytecode and fills the page cache."""
     starts: dict[str, list[Start]] = {}
     loads = []
     with commands(gguf) as found:
@@ -161,7 +161,7 @@ def measure(repeats: int, gguf: Path | None) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
+    """Describe the machine and the versions that the figures depend on."""
     cpu, flags = platform.processor(), set()
     if (info := Path("/proc/cpuinfo")).exists():
         fields = dict(

@@ -1,12 +1,12 @@
-"""What structured output costs: tokens per second with and without, and what the host does for it.
+"""Measures the cost of structured output: tokens per second with and without it, and of masks.
 
     python benchmarks/structured_output.py --save benchmarks/results/structured_output
 
-The shipped model, so many prompts at the same time, all replies of one length. "any text" is the
-regular expression (?s:.*), which allows what is drawn anyway; "schema" an array of objects, whose
-names are forced; "one of all" that one reply alone is structured, by "any text". "one step" is
-without, at one token per launch, as where anybody streams. The model's vocabulary has 1,024 tokens;
-masks of a larger one are timed by themselves.
+The shipped model gets several prompts at the same time, and all replies have the same length. "any
+text" is the regular expression (?s:.*), which allows everything; "schema" is an array of objects,
+whose keys are forced; in "one of all" a single reply is structured, by "any text"; "one step" is
+without structure at one token per launch, as for streams. The model's vocabulary has 1,024 tokens;
+masks of a larger one are timed separately.
 """
 
 import argparse
@@ -47,8 +47,8 @@ SCHEMA = StructuredOutput(
 
 
 def tokens_per_second(llm: LLM, structured: Sequence[StructuredOutput | None], count: int) -> float:
-    """All rows from their first token on. No reply ends before it has `count` tokens: what would
-    end it is barred."""
+    """Return the tokens per second of all replies from their first token on. Stop tokens are
+    barred, so that no reply ends before `count` tokens."""
     barred = dict.fromkeys(llm.tokenizer.eos_ids, -1000000000.0)
     params = [
         SamplingParams(
@@ -57,7 +57,7 @@ def tokens_per_second(llm: LLM, structured: Sequence[StructuredOutput | None], c
         for each in structured
     ]
     prompts = [f"What is {17 * i} + {i}?" for i in range(len(params))]
-    llm.generate(prompts, params)  # compiles
+    llm.generate(prompts, params)  # compile first
     began = time.perf_counter()
     results = llm.generate(prompts, params)
     elapsed = time.perf_counter() - began
@@ -66,7 +66,8 @@ def tokens_per_second(llm: LLM, structured: Sequence[StructuredOutput | None], c
 
 
 def milliseconds_of_masks(tokenizer: Tokenizer, vocab_size: int, rows: int) -> float:
-    """For the next token of so many replies, in threads; the median of 50 tokens."""
+    """Return the median milliseconds of computing masks for the next token of so many replies, in
+    threads, over 50 tokens."""
     grammars = Grammars(tokenizer, vocab_size, tokenizer.eos_ids)
     matchers: list[Matcher] = [grammars.matcher(SCHEMA) for _ in range(rows)]
     threads, ids = MaskThreads(), list[int]()

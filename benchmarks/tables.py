@@ -1,4 +1,4 @@
-"""How the benchmarks keep what they measured: a table for people, and all figures for machines."""
+"""Saves results of benchmarks: a table for people, and all figures for programs."""
 
 import json
 from collections.abc import Mapping

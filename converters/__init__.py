@@ -1,5 +1,5 @@
-"""Converters from the checkpoints that people publish to the one layout that `llama_jax` loads.
+"""Converts published checkpoints of any layout to the one layout that `llama_jax` loads.
 
-`dialects` maps each tool's names and scales to the canonical parameter tree, `pipeline` streams any
-of them into an Orbax directory, and `resolve` does so once for whatever a user names.
+`dialects` maps each tool's names and scales to the canonical parameter tree, `pipeline` streams it
+into an Orbax directory, and `resolve` does so once for each checkpoint that a user names.
 """

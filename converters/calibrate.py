@@ -1,13 +1,13 @@
-"""Calibration on text: measures how large activations become, and smooths their outliers.
+"""Calibrates on a text: measures the magnitudes of activations, and smooths their outliers.
 
 Smoothing is SmoothQuant's (Xiao et al. 2022, equation 4, https://arxiv.org/abs/2211.10438): channel
 j of a matrix's input is divided by
 
     s_j = max|X_j| ** alpha / max|W_j| ** (1 - alpha)
 
-in whatever makes that input (a norm's weight, or rows of the matrix before it), and column j of the
-matrix is multiplied by it. The factors are powers of two, so folding them in rounds nothing, and
-the model computes what it did before, up to the order of sums.
+in its producer (a norm's weight, or rows of the matrix before it), and column j of the matrix is
+multiplied by it. The factors are powers of two, so folding them in is exact, and the model computes
+the same as before, up to the order of sums.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,14 +23,14 @@ from jax import Array
 from converters.dialects.layout import LazyArray, Module, Plan, pieces
 from converters.layerwise import final_hidden
 from converters.on_host import on_host
+from llama_jax.model.cached_attention import LayerCache
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.fp8 import WeightFormat
-from llama_jax.model.llama import LayerCache
 from llama_jax.model.spec import ModelSpec, Params
 from pallas_kernels import e4m3
 
 _V_PROJ = "self_attn/v_proj"
-# What makes an input within a layer, and the matrices that take it.
+# The producers of inputs within a layer, and the matrices that consume them.
 _FOLDS = (
     ("input_layernorm", ("self_attn/q_proj", "self_attn/k_proj", "self_attn/v_proj")),
     (_V_PROJ, ("self_attn/o_proj",)),
@@ -44,7 +44,7 @@ class Ranges:
     """The largest magnitudes of activations, float32.
 
     inputs: [in] for each matrix, one per channel of its input, by path ("layers_0/mlp/up_proj").
-    k, v: [kv_heads, head_dim] for each layer, of what an FP8 cache has to hold (k after rotation).
+    k, v: [kv_heads, head_dim] for each layer, of the cache's contents (k after rotation).
     """
 
     inputs: Mapping[str, np.ndarray]
@@ -94,7 +94,7 @@ def smooth(plan: Plan, config: LlamaConfig, ranges: Ranges, alpha: float) -> tup
     The model computes the same as before, from inputs with smaller outliers. Weights keep their
     dtype, except that float16 becomes float32, since float16 has too few exponents.
 
-    alpha: 0 to 1; the larger, the more of the outliers moves from activations into weights.
+    alpha: 0 to 1; larger values move more of the outliers from activations into weights.
     """
     rows: dict[str, np.ndarray] = {}
     columns: dict[str, np.ndarray] = {}
@@ -102,8 +102,8 @@ def smooth(plan: Plan, config: LlamaConfig, ranges: Ranges, alpha: float) -> tup
         for maker, takers in _FOLDS:
             paths = [f"layers_{layer}/{name}" for name in takers]
             weights = [column_absmax(plan.modules[path].arrays["weight"]) for path in paths]
-            # On axis 1, channels of the input that share a channel of what makes it: each kv head
-            # makes the input of o_proj for a group of heads.
+            # Axis 1 has the channels of the input that share a channel of the producer: each kv
+            # head produces the input of o_proj for a group of heads.
             groups = (config.num_kv_heads, -1, config.head_dim) if maker == _V_PROJ else (-1, 1)
             x = ranges.inputs[paths[0]].reshape(groups)
             w = np.max(weights, axis=0).reshape(groups)

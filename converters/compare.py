@@ -23,7 +23,7 @@ _TOP = 5
 
 @dataclass(frozen=True)
 class Setting:
-    """A checkpoint and how it is run (see `LLM.load`)."""
+    """A checkpoint and its settings (see `LLM.load`)."""
 
     checkpoint: Opened
     dtype: str = "bfloat16"
@@ -33,7 +33,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two models predict at each position; all arrays are [sequences, length - 1].
+    """The predictions of two models at each position; all arrays are [sequences, length - 1].
 
     kl: float32, KL(A || B) in nats.
     log_likelihood_a, log_likelihood_b: float32, of the text's next token.
@@ -54,7 +54,7 @@ class Comparison:
         return float(np.exp(-a.mean(dtype=np.float64))), float(np.exp(-b.mean(dtype=np.float64)))
 
     def worst(self, count: int) -> list[tuple[int, int]]:
-        """Return where KL is largest, as (sequence, index of the token that was predicted)."""
+        """Return the places with the largest KL, as (sequence, index of the predicted token)."""
         order = np.argsort(-self.kl, axis=None, kind="stable")[:count]
         places = np.unravel_index(order, self.kl.shape)
         return [(int(i), int(j) + 1) for i, j in zip(*places, strict=True)]
@@ -86,7 +86,7 @@ def compare(
     """Compare two models of one vocabulary on tokens, int [sequences, length].
 
     advance: as in `layerwise.final_hidden`, for one model and then the other.
-    Raises ValueError if the vocabularies differ, or a setting does not go with its checkpoint.
+    Raises ValueError if the vocabularies differ, or if a setting does not suit its checkpoint.
     """
     sizes = [each.checkpoint.config.vocab_size for each in (a, b)]
     if sizes[0] != sizes[1]:

@@ -1,7 +1,7 @@
-"""Writes FP8 weights as compressed-tensors does, in its format `float-quantized`.
+"""Writes FP8 weights in compressed-tensors' format `float-quantized`.
 
 Source: `QuantizationConfig`, `QuantizationScheme` and `QuantizationArgs` in compressed-tensors, and
-what llm-compressor writes with them.
+checkpoints of llm-compressor.
 """
 
 import logging
@@ -20,11 +20,12 @@ def compressed_tensors(plan: Plan) -> tuple[dict[str, LazyArray], dict[str, Any]
     """Return the tensors by Hugging Face's names, and the quantization_config for them.
 
     Modules with the same kind of scales are one group. Weight scales are float32 [1] (strategy
-    "tensor") where each matrix of the group has a single one, else [out, 1] ("channel"), or one per
-    128x128 block ("block"); input_scale, k_scale and v_scale are float32 [1], the latter two
-    [heads, 1, 1] where heads have scales of their own.
-    Raises `CheckpointError` for a plan without FP8 weights, and naming the first module that
-    compressed-tensors cannot hold.
+    "tensor") if each matrix of the group has a single one, else [out, 1] ("channel"), or one per
+    128x128 block ("block"). input_scale, k_scale and v_scale are float32 [1], the latter two
+    [heads, 1, 1] if they are per head.
+
+    Raises `CheckpointError` for a plan without FP8 weights, or with the name of the first module
+    that compressed-tensors cannot represent.
     """
     groups: dict[tuple[str, bool], dict[str, Module]] = {}
     for path, module in plan.modules.items():
@@ -40,7 +41,7 @@ def compressed_tensors(plan: Plan) -> tuple[dict[str, LazyArray], dict[str, Any]
     if any(module.format.activation_scale_ub for module in plan.modules.values()):
         _log.warning(
             "this checkpoint bounds activations (activation_scale_ub), which compressed-tensors "
-            "cannot say: whoever loads the export will not bound them"
+            "cannot express: programs that load the export will not bound them"
         )
     tensors = {
         f"{source_name(path)}.weight": module.arrays["weight"]
@@ -96,7 +97,7 @@ def _check_expressible(path: str, module: Module) -> None:
 
 
 def _weight_scales(layout: str, modules: dict[str, Module]) -> tuple[str, list[np.ndarray]]:
-    """Return the strategy of a group, and each matrix's scales in the shape that it demands."""
+    """Return the strategy of a group, and each matrix's scales in the shape that it needs."""
     scales = [module.arrays["weight_scale"].whole() for module in modules.values()]
     if layout == "block":
         return "block", scales

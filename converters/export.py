@@ -1,12 +1,12 @@
 """Exports any checkpoint that can be read to a Hugging Face directory.
 
 In bf16 a quantised matrix is written as code * scale, rounded once. In fp8 codes and scales are
-written as they are, with a `quantization_config` of compressed-tensors (format `float-quantized`),
-which transformers, vLLM and SGLang read. Scales are float32, so nothing is lost.
+written unchanged, with a `quantization_config` of compressed-tensors (format `float-quantized`),
+which transformers, vLLM and SGLang read. Scales are float32, so this is exact.
 
-A quantised embedding is written in bfloat16 all the same, with a warning: of compressed-tensors'
-embeddings vLLM reads integer weights alone (`CompressedTensorsEmbeddingWNA16Int`), and others read
-none. Users want a directory that loads anywhere, rather than a refusal because of one matrix.
+A quantised embedding is written in bfloat16 in both formats, with a warning: of compressed-tensors'
+embeddings vLLM reads only integer weights (`CompressedTensorsEmbeddingWNA16Int`), and others read
+none. A directory that loads anywhere is more useful than a refusal because of one matrix.
 """
 
 import json
@@ -42,12 +42,12 @@ from pallas_kernels.fp8_matmul.reference import BLOCK
 _log = logging.getLogger(__name__)
 ExportFormat = Literal["bf16", "fp8"]
 
-# The field of config.json by which an export is known: nothing else is ever replaced.
+# The field of config.json that marks an export; no other directory is ever replaced.
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote. total_bytes: of all tensors; shards: names of the safetensors files."""
+    """The result of an export. total_bytes: of all tensors. shards: names of safetensors files."""
 
     total_bytes: int
     shards: tuple[str, ...]
@@ -65,14 +65,15 @@ def export(
     """Write a Hugging Face directory: config.json, safetensors of 5 GB, the tokenizer's files.
 
     source: a converted checkpoint, or a published one of any dialect.
-    target: appears when it is whole. With `overwrite`, an earlier export stays until then.
-    format: "bf16" writes code * scale, rounded once to bfloat16, where a matrix is quantised, and
-        drops scales of activations and of the cache. "fp8" keeps them: activations are static where
-        the checkpoint has input scales, and otherwise dynamic (per token; per 128 features where
-        weights have block scales), as engines expect. Unquantised weights keep their dtype in both,
-        and a quantised embedding becomes bfloat16 in both.
-    Raises `CheckpointError` or `ConfigError` for a source that cannot be read, or cannot be written
-    as fp8; FileExistsError for a target that may not be replaced; OSError when the disk is full.
+    target: appears when it is complete. With `overwrite`, it replaces an earlier export then.
+    format: "bf16" writes quantised matrices as code * scale, rounded once to bfloat16, and drops
+        scales of activations and of the cache. "fp8" keeps them: activations are static if the
+        checkpoint has input scales, and otherwise dynamic (per token, or per 128 features for block
+        scales), as engines expect. Unquantised weights keep their dtype in both, and a quantised
+        embedding becomes bfloat16 in both.
+
+    Raises `CheckpointError` or `ConfigError` for a source that cannot be read or not be written as
+    fp8, FileExistsError for a target that may not be replaced, and OSError if the disk is full.
     """
     directory, target = Path(source).resolve(), Path(target).absolute()
     check_export(directory, target, overwrite)
@@ -108,7 +109,7 @@ def _with_plain_embedding(plan: Plan) -> Plan:
     if embedding.format.scale is None:
         return plan
     _log.warning(
-        "embed_tokens is FP8 here, for which engines have no layout: the export has it in bfloat16"
+        "embed_tokens is FP8, for which other engines have no layout: the export has it in bfloat16"
     )
     plain = Module(fp8.WeightFormat("bfloat16"), {"weight": _dequantized(embedding)})
     return replace(plan, modules={**plan.modules, "embed_tokens": plain})

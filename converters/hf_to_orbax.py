@@ -1,4 +1,4 @@
-"""Command line of the converter: python -m converters.hf_to_orbax SOURCE TARGET."""
+"""Defines the converter's command line: python -m converters.hf_to_orbax SOURCE TARGET."""
 
 import sys
 from collections import Counter
@@ -16,9 +16,9 @@ from llama_jax.checkpoint.store import Manifest
 HELP = f"""Convert a Hugging Face checkpoint of Llama into an Orbax directory.
 
 SOURCE is a directory with config.json, safetensors and tokenizer files. TARGET appears when it is
-whole; an interrupted conversion leaves nothing that could be mistaken for a checkpoint.
+complete; an interrupted conversion leaves nothing that could be mistaken for a checkpoint.
 
-Layouts that are read:
+Supported layouts:
 
 {chr(10).join(f"- {dialect.name}: {dialect.description}" for dialect in DIALECTS)}
 
@@ -47,7 +47,10 @@ def main(
         ),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a converted TARGET once the new is whole.")
+        bool,
+        typer.Option(
+            "--overwrite", help="Replace a converted TARGET once the new one is complete."
+        ),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the manifest as JSON, and no progress bar.")

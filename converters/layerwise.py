@@ -1,9 +1,9 @@
-"""Runs a model over whole texts one layer at a time, straight from a checkpoint on disk.
+"""Runs a model over texts layer by layer, directly from a checkpoint on disk.
 
-A model larger than memory can be calibrated, scored and compared this way: only one layer's weights
-and the hidden states of all tokens are held at once. Each layer runs as a model one layer deep, by
-the model's own code (`llama_jax.model.llama.Llama`) with a cache, so layers that are stored alike
-share one compiled program.
+So a model larger than memory can be calibrated, scored and compared: only one layer's weights and
+the hidden states of all tokens are in memory. Each layer runs as a one-layer model by the model's
+own code (`llama_jax.model.llama.Llama`) with a cache, so layers with the same formats share one
+compiled program.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,22 +30,23 @@ from rich.progress import (
 from rich.text import Text
 
 from converters.dialects.layout import Plan, pieces
+from llama_jax.model.cached_attention import LayerCache
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.kv_cache import KVDtype, init_cache, storage_dtype
 from llama_jax.model.linear import INPUTS, inputs_of
-from llama_jax.model.llama import LayerCache, Llama
+from llama_jax.model.llama import Llama
 from llama_jax.model.spec import ModelSpec, Params
 from llama_jax.text.tokenizer import Tokenizer
 from pallas_kernels import e4m3
 
-# Tokens that go through a layer at once, and tokens whose logits exist at once.
+# Tokens per call of a layer, and tokens whose logits exist at once.
 _BATCH_TOKENS = 2048
 _LOGIT_TOKENS = 256
-# In any text worth calibrating on, a token has fewer characters than this on average.
+# An upper bound of the mean characters per token in texts for calibration.
 _CHARS_PER_TOKEN = 16
 
-# Called inside the compiled layer with the inputs of its matrices by name ("mlp/up_proj"), each
-# [b, t, in]; its part of the cache after it ran; and its parameters.
+# A function that is called inside the compiled layer with the inputs of its matrices by name
+# ("mlp/up_proj"), each [b, t, in]; its updated part of the cache; and its parameters.
 Observe = Callable[[Mapping[str, Array], LayerCache, Params], Any]
 
 
@@ -54,7 +55,8 @@ def read_sequences(
 ) -> np.ndarray:
     """Read the first `tokens` tokens of a text.
 
-    Only whole sequences count; a text shorter than one is one sequence of its own length.
+    An incomplete last sequence is dropped, but a text shorter than one sequence is kept.
+
     Returns int32 [sequences, length]; each sequence begins with BOS.
     Raises ValueError for a text without two tokens, or one that is not UTF-8, and for a length
     beyond the model's context.
@@ -95,11 +97,12 @@ def final_hidden(
 ) -> tuple[list[Array], list[list[Any]]]:
     """Run all layers over tokens, int [sequences, length], each sequence from its beginning.
 
-    plan: the parameters, in the formats of `spec`. kv_dtype: of the cache, with the plan's scales.
-    observe: an `Observe`; a function at module level.
-    advance: called with the tokens that a layer has done, num_layers * tokens.size in all.
-    Returns the final hidden states, normed, as batches [b, length, d] of `spec.dtype` in order, and
-    what was observed, [layer][batch].
+    plan: the parameters, in the formats of `spec`.
+    kv_dtype: of the cache, with the plan's scales.
+    observe: an `Observe`, which must be a function at module level.
+    advance: called with the tokens that a layer has processed, in total num_layers * tokens.size.
+    Returns the final hidden states, after the last norm, as batches [b, length, d] of `spec.dtype`
+    in order, and the observations, [layer][batch].
     """
     batch = _batch_size(*tokens.shape)
     embedding = read_module(plan, "embed_tokens")
@@ -157,7 +160,7 @@ def log_likelihoods(
 
 
 class _Tokens(ProgressColumn):
-    """Shows the tokens done and their rate; a task counts each token once for each layer."""
+    """Shows the tokens done and their rate. A task counts each token once per layer."""
 
     def render(self, task: Task) -> Text:
         layers = task.fields["layers"]
@@ -170,9 +173,9 @@ class _Tokens(ProgressColumn):
 def token_progress(
     description: str, tokens: int, layers: int, shown: bool
 ) -> Iterator[Callable[[int], None]]:
-    """Show a bar on stderr with rate and time left. Gives an `advance` for the functions above.
+    """Show a progress bar on stderr, and yield an `advance` for the functions above.
 
-    tokens, layers: how many tokens go through how many layers.
+    tokens, layers: the numbers of tokens and of layers that they go through.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), _Tokens(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
@@ -180,7 +183,7 @@ def token_progress(
 
 
 def layer_spec(spec: ModelSpec, layer: int) -> ModelSpec:
-    """Return the spec of a model that consists of this layer alone, as its layer 0."""
+    """Return the spec of a model with this layer alone, as its layer 0."""
     prefix = f"layers_{layer}/"
     formats = {
         "layers_0/" + path.removeprefix(prefix): stored
@@ -202,7 +205,7 @@ def read_layer(plan: Plan, layer: int) -> Params:
 
 
 def read_module(plan: Plan, path: str) -> dict[str, np.ndarray]:
-    """Read the arrays of a module. On a CPU, FP8 codes come as int8 bits, as from `load_params`."""
+    """Read the arrays of a module. On a CPU, FP8 codes are int8 bits, as in `load_params`."""
     on_cpu = jax.default_backend() == "cpu"
     arrays = {}
     for name, lazy in plan.modules[path].arrays.items():
@@ -244,13 +247,13 @@ def _layer(
         cache.page_table, cached_lens, kv_lens,
     )  # fmt: skip
     positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-    (y, pages), left = Llama(spec).apply(
+    (y, pages), recorded = Llama(spec).apply(
         {"params": params}, x, positions, pages,
         method=lambda model, *args: model.layers[0](*args), mutable=INPUTS,
     )  # fmt: skip
     if observe is None:
         return y, None
-    inputs = {path.removeprefix("layers_0/"): x for path, x in inputs_of(left).items()}
+    inputs = {path.removeprefix("layers_0/"): x for path, x in inputs_of(recorded).items()}
     return y, observe(inputs, pages, params["layers_0"])
 
 

@@ -1,6 +1,6 @@
-"""Finds the directory of a checkpoint by its name.
+"""Finds the directory of a checkpoint by its path or hub id.
 
-Needs no JAX, so that a wrong name is told at once.
+Imports no JAX, so that a wrong name is reported at once.
 """
 
 import re
@@ -20,7 +20,7 @@ def locate(path_or_id: str | Path) -> Path:
     """
     try:
         path = Path(path_or_id).expanduser()
-    except RuntimeError as error:  # "~name" where nobody has that name
+    except RuntimeError as error:  # "~name" of an unknown user
         raise CheckpointError(f"{path_or_id}: {error}") from error
     return path if path.exists() else _download(str(path_or_id))
 

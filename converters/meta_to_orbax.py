@@ -1,4 +1,4 @@
-"""The converter for Meta's files: python -m converters.meta_to_orbax SOURCE TARGET."""
+"""Defines the command line for Meta's files: python -m converters.meta_to_orbax SOURCE TARGET."""
 
 import typer
 
@@ -6,9 +6,9 @@ from converters.hf_to_orbax import main
 
 HELP = """Convert a checkpoint of Llama as Meta distributes it into an Orbax directory.
 
-SOURCE is a directory with params.json, all of `consolidated.*.pth`, tokenizer.model and, of an FP8
-checkpoint, `fp8_scales_*.pt`. Nothing that the files contain is run. TARGET appears when it is
-whole; an interrupted conversion leaves nothing that could be mistaken for a checkpoint.
+SOURCE is a directory with params.json, all of `consolidated.*.pth`, tokenizer.model and, for an FP8
+checkpoint, `fp8_scales_*.pt`. No code in the files is executed. TARGET appears when it is complete;
+an interrupted conversion leaves nothing that could be mistaken for a checkpoint.
 
 Examples:
 

@@ -1,4 +1,4 @@
-"""Compiles arithmetic on pieces of weights for the host's CPU, whatever other devices there are."""
+"""Compiles arithmetic on pieces of weights for the host's CPU, even if there are other devices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 def on_host(function: Callable[..., Any], static: tuple[str, ...] = ()) -> Callable[..., Any]:
     """Compile a function for the CPU, with NumPy arrays in and out.
 
-    static: names of arguments that are static.
+    static: names of static arguments.
     """
     compiled = jax.jit(function, static_argnames=static)
 

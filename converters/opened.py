@@ -1,4 +1,4 @@
-"""Opens any checkpoint that can be read, published or converted, in the same terms."""
+"""Opens any supported checkpoint, published or converted, in the same form."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ from llama_jax.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint of which no weight has been read yet.
+    """A checkpoint whose weights have not been read yet.
 
-    dialect: the layout it was published in.
-    generation: the contents of generation_config.json, {} without one.
+    dialect: the layout in which it was published.
+    generation: the contents of generation_config.json; {} without one.
     tokenizer_files: names of files in `directory`.
-    weight_files: the files that `plan` reads from.
-    tokenizer: None where there is none.
+    weight_files: the files from which `plan` reads.
+    tokenizer: None if there is none.
     """
 
     directory: Path
@@ -42,7 +42,7 @@ class Opened:
         return [tokenizer_path(self.directory, name) for name in self.tokenizer_files]
 
     def spec(self, dtype: str = "bfloat16", activations: Activations = "bf16") -> ModelSpec:
-        """Return the spec of the model that these parameters belong to."""
+        """Return the spec of the model of these parameters."""
         formats = {path: module.format for path, module in self.plan.modules.items()}
         return ModelSpec(self.config, formats, dtype, activations)
 
@@ -50,7 +50,7 @@ class Opened:
 def open_checkpoint(directory: Path) -> Opened:
     """Open a converted checkpoint, or a published one of any dialect.
 
-    Raises `CheckpointError` or `ConfigError` for a directory that is neither, or is damaged.
+    Raises `CheckpointError` or `ConfigError` for a directory that is neither, or damaged.
     """
     if is_converted(directory):
         manifest = read_manifest(directory)

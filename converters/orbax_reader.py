@@ -1,4 +1,4 @@
-"""Presents a converted checkpoint as a `Plan`, so that it can be read like any published one."""
+"""Presents a converted checkpoint as a `Plan`, so that it can be read like a published one."""
 
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,10 @@ from llama_jax.model.params import abstract_params
 
 
 def converted_plan(directory: Path, manifest: Manifest) -> Plan:
-    """Return the parameters of a converted checkpoint, which are read when asked for, by rows.
+    """Return the parameters of a converted checkpoint, which are read lazily by rows.
 
-    directory: a converted checkpoint; manifest: what `read_manifest` says of it.
-    Raises `CheckpointError` unless all of them are there.
+    directory: of the converted checkpoint. manifest: from `read_manifest`.
+    Raises `CheckpointError` unless all parameters exist.
     """
     root, params = directory.absolute() / PARAMS, abstract_params(manifest.spec())
     check_stored(root, params)

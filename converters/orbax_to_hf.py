@@ -1,4 +1,4 @@
-"""Command line of the export: python -m converters.orbax_to_hf SOURCE TARGET."""
+"""Defines the export's command line: python -m converters.orbax_to_hf SOURCE TARGET."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from converters.locate import locate
 HELP = """Write a checkpoint as a Hugging Face directory that transformers and vLLM load.
 
 SOURCE is a converted checkpoint, or a published one in any layout that llama-jax reads. TARGET
-appears when it is whole.
+appears when it is complete.
 
 Examples:
 
@@ -31,7 +31,7 @@ def main(
         typer.Option(help="fp8: codes and scales, as compressed-tensors. bf16: their products."),
     ],
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier export once the new is whole.")
+        bool, typer.Option("--overwrite", help="Replace an earlier export once done.")
     ] = False,
 ) -> None:
     try:

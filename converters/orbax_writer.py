@@ -1,8 +1,8 @@
 """Writes the files that make a directory of arrays an Orbax PyTree checkpoint.
 
-Orbax saves a tree that is wholly in memory. What it writes without OCDBT is simple enough to be
-streamed: for each array a zarr directory named by its path with dots
-(`llama_jax.checkpoint.array_file` writes them), and a `_METADATA` file that lists the tree.
+Orbax itself saves only trees that are completely in memory. Its files without OCDBT are simple
+enough to be streamed: for each array a zarr directory named by its path with dots (written by
+`llama_jax.checkpoint.array_file`), and a `_METADATA` file that lists the tree.
 """
 
 import json
@@ -13,7 +13,7 @@ _HANDLER = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheck
 
 
 def tree_metadata(shapes: Mapping[tuple[str, ...], tuple[int, ...]]) -> dict[str, str]:
-    """Return the contents, by name, of the two files beside the arrays of nested dictionaries.
+    """Return the contents of the two files beside the arrays of nested dictionaries, by name.
 
     shapes: the shape of each array, by its path in the tree.
     """

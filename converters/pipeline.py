@@ -1,7 +1,7 @@
 """Converts any supported checkpoint to an Orbax directory, several modules at a time.
 
-Each worker holds a few pieces of one array, so memory does not grow with the model. What is
-finished is recorded (`converters.journal`), so that the same call continues after a kill.
+Each worker holds a few pieces of one array, so memory does not grow with the model. Finished
+modules are recorded (`converters.journal`), so that the same call continues after a kill.
 """
 
 import hashlib
@@ -50,19 +50,28 @@ def convert(
 ) -> Manifest:
     """Convert a published checkpoint into a directory that `llama_jax.checkpoint.store` loads.
 
-    source: config.json, safetensors (one file, or shards with an index) and tokenizer files; Meta's
-        params.json, consolidated.*.pth and tokenizer.model; or a converted checkpoint, to quantise
-        it.
-    target: appears when it is whole. Until then nothing is there or, with `overwrite`, the
-        converted checkpoint that was there before. What a killed or interrupted call had finished
-        is kept beside it, and the same call continues from there to the same bytes.
-    quantize: None keeps weights as they are; "row", "tensor" or "block" quantises the matrices of
-        the decoder layers to float8_e4m3fn with a scale per output row, per matrix or per 128x128
-        block, and with `quantize_lm_head` the output matrix, too: lm_head, or embed_tokens if they
-        are tied. `QuantizeOptions` calibrate, smooth and report as well; the report lies beside the
-        manifest (`quantization_report.read_report`).
+    source: a directory with config.json, safetensors (one file, or shards with an index) and
+        tokenizer files; with Meta's params.json, consolidated.*.pth and tokenizer.model; or a
+        converted checkpoint, to quantise it.
+    target: appears when it is complete. Until then nothing is there or, with `overwrite`, the
+        earlier converted checkpoint. If the call is interrupted or killed, its finished modules are
+        kept beside the target, and the same call continues from there to the same bytes.
+    quantize: None keeps weights unchanged; "row", "tensor" or "block" quantises the matrices of the
+        decoder layers to float8_e4m3fn with a scale per output row, per matrix or per 128x128
+        block. `QuantizeOptions` can also calibrate, smooth and report; the report is stored beside
+        the manifest (`quantization_report.read_report`).
+    quantize_lm_head: whether to quantise the output matrix as well, which is embed_tokens if they
+        are tied.
+
     Raises `CheckpointError` or `ConfigError` for a source that is damaged, incomplete or not
-    supported, FileExistsError for a target that may not be replaced, OSError when the disk is full.
+    supported, FileExistsError for a target that may not be replaced, and OSError if the disk is
+    full.
+
+    >>> from llama_jax.abacus import SHIPPED_MODEL
+    >>> source = SHIPPED_MODEL.parent / "checkpoint_bf16"
+    >>> manifest = convert(source, "abacus-fp8", quantize="row", progress=False)
+    >>> manifest.formats["layers_0/mlp/up_proj"].scale
+    'row'
     """
     directory, target = Path(source).resolve(), Path(target).absolute()
     check_conversion(directory, target, overwrite)
@@ -121,7 +130,7 @@ def _nbytes(module: Module) -> int:
 
 
 def _array_path(path: str, leaf: str) -> str:
-    """Return where an array lies in the directory, as Orbax wants it."""
+    """Return an array's path in the directory, in Orbax's layout."""
     return f"{PARAMS}/{path.replace('/', '.')}.{leaf}"
 
 
@@ -134,7 +143,7 @@ def _shapes(plan: Plan) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 
 def _fingerprint(source: Opened, manifest: Manifest, options: QuantizeOptions | None) -> str:
-    """Hash all that the result depends on: versions, options, and the files' identities."""
+    """Hash everything that the result depends on: versions, options, and the files' identities."""
     paths = source.weight_files | {source.directory / name for name in source.tokenizer_files}
     if options:
         paths |= {path for path in (options.calibrate, options.text) if path}
@@ -148,7 +157,7 @@ def _fingerprint(source: Opened, manifest: Manifest, options: QuantizeOptions | 
 def _write_modules(
     plan: Plan, work: Path, recorded: Mapping[str, Checksums], advance: Advance
 ) -> dict[str, str]:
-    """Write every array, the largest modules first. Returns their checksums."""
+    """Write all arrays, largest modules first. Returns their checksums."""
     (work / PARAMS).mkdir(exist_ok=True)
     stopping = threading.Event()
 
@@ -183,7 +192,7 @@ def _write_modules(
 def _write_module(
     path: str, module: Module, work: Path, recorded: Checksums | None, advance: Advance
 ) -> Checksums:
-    """Write a module's arrays, unless they are there as recorded. Returns checksums by array."""
+    """Write a module's arrays, unless they exist as recorded. Returns checksums by array."""
     arrays = {_array_path(path, leaf): array for leaf, array in module.arrays.items()}
     if recorded and all(
         holds(work / name, array.dtype, array.shape, recorded.get(name, ""), lambda size: None)

@@ -1,4 +1,4 @@
-"""Finds where the tensors of PyTorch's state dicts (.pth, .pt, .bin) lie, for `read_rows`.
+"""Locates the tensors in PyTorch's state dicts (.pth, .pt, .bin), for `read_rows`.
 
 Such a file is a zip archive of uncompressed members: `data.pkl`, which `torch_pickle` reads, and
 the raw bytes of each storage. Format: `torch.save` since PyTorch 1.6 (torch/serialization.py).
@@ -18,8 +18,8 @@ from converters.safetensors_reader import StoredTensor, read_shards, shard_path
 from converters.torch_pickle import MAX_PROGRAM, Tensor, described_tensors
 from llama_jax.checkpoint.store import CheckpointError
 
-# The signature and, after fields that the archive's directory repeats, the lengths of the name and
-# of the extra field.
+# The signature, fields that the archive's directory repeats, and the lengths of the name and of the
+# extra field.
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _ENCRYPTED = 0x1
 _MAX_DIMENSIONS, _MAX_LENGTH = 8, 2**48
@@ -30,8 +30,8 @@ _SCALES = re.compile(r"fp8_scales_(\d+)\.pt")
 def read_state_dict(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of one file, by name.
 
-    Raises `CheckpointError`, which names the file, for anything that is not a state dict of plain
-    tensors in PyTorch's zip format, is damaged, or does not store a tensor row by row.
+    Raises `CheckpointError`, which names the file, unless it is an intact state dict of plain
+    tensors in PyTorch's zip format, stored row by row.
     """
     with path.open("rb") as file:
         try:
@@ -44,7 +44,7 @@ def read_state_dict(path: Path) -> dict[str, StoredTensor]:
             }
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        # All that zipfile raises for damaged archives.
+        # zipfile's errors for damaged archives.
         except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError,
                 OSError, OverflowError, struct.error) as error:  # fmt: skip
             file.seek(0)
@@ -54,7 +54,7 @@ def read_state_dict(path: Path) -> dict[str, StoredTensor]:
 def read_bin_checkpoint(directory: Path) -> dict[str, StoredTensor]:
     """Return all tensors of a directory with `pytorch_model.bin` or its shards, by name.
 
-    Raises `CheckpointError` as `read_state_dict` and `safetensors_reader.read_checkpoint` do.
+    Raises `CheckpointError` like `read_state_dict` and `safetensors_reader.read_checkpoint`.
     """
     return read_shards(directory, "pytorch_model.bin", "pytorch_model*.bin", read_state_dict)
 
@@ -62,9 +62,9 @@ def read_bin_checkpoint(directory: Path) -> dict[str, StoredTensor]:
 def read_consolidated(directory: Path) -> dict[str, StoredTensor]:
     """Return all tensors of Meta's `consolidated.*.pth`, and of `fp8_scales_*.pt` if there are any.
 
-    Each file holds the part of one rank under the same names, so a tensor is found by its file and
-    its name: "consolidated.00/norm.weight", "fp8_scales_0/1_feed_forward.w1_0".
-    Raises `CheckpointError` for a missing rank, and as `read_state_dict` does.
+    Each file has the part of one rank under the same names, so tensors are named by file and name:
+    "consolidated.00/norm.weight", "fp8_scales_0/1_feed_forward.w1_0".
+    Raises `CheckpointError` for a missing rank, and like `read_state_dict`.
     """
     directory = directory.resolve()
     tensors: dict[str, StoredTensor] = {}
@@ -77,7 +77,7 @@ def read_consolidated(directory: Path) -> dict[str, StoredTensor]:
 
 
 def _ranks(directory: Path, pattern: re.Pattern[str]) -> list[str]:
-    """Return the names of all ranks' files, in the order of the ranks."""
+    """Return the names of all ranks' files, in order."""
     found = sorted(
         (int(match[1]), match[0])
         for match in (pattern.fullmatch(path.name) for path in directory.iterdir())
@@ -106,10 +106,10 @@ def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
 
 
 def _program(archive: zipfile.ZipFile, members: dict[str, zipfile.ZipInfo]) -> tuple[str, bytes]:
-    """Return the name of the archive's one folder, and the pickle in it."""
+    """Return the name of the archive's only folder, and the pickle in it."""
     roots = [name.removesuffix("/data.pkl") for name in members if name.endswith("/data.pkl")]
     if len(roots) != 1:
-        raise CheckpointError("is a zip archive, but none of torch.save: it needs one data.pkl")
+        raise CheckpointError("is a zip archive, but not from torch.save: it needs one data.pkl")
     [root] = roots
     if f"{root}/constants.pkl" in members:
         raise CheckpointError("holds a TorchScript program; a state dict is expected")
@@ -142,7 +142,7 @@ def _stored(
     if len(numbers) > 1 + 2 * _MAX_DIMENSIONS or not all(
         type(number) is int and 0 <= number <= _MAX_LENGTH for number in numbers
     ):
-        raise CheckpointError(f"the shape, strides or offset of {name} are no lengths")
+        raise CheckpointError(f"the shape, strides or offset of {name} are not lengths")
     if not _is_contiguous(tensor):
         raise CheckpointError(
             f"{name} is a view with shape {list(tensor.shape)} and strides {list(tensor.strides)}, "
@@ -155,10 +155,8 @@ def _stored(
 
 
 def _is_contiguous(tensor: Tensor) -> bool:
-    """Return whether rows lie one after the other.
-
-    The stride of a dimension of length 1 may be anything.
-    """
+    """Return whether the tensor is stored row by row; strides of dimensions of length 1 are
+    ignored."""
     if len(tensor.strides) != len(tensor.shape):
         return False
     if 0 in tensor.shape:
@@ -172,7 +170,7 @@ def _is_contiguous(tensor: Tensor) -> bool:
 
 
 def _start(file: BinaryIO, member: zipfile.ZipInfo) -> int:
-    """Return where a member's bytes start, after checking the header before them."""
+    """Return the offset of a member's bytes, after checking the header before them."""
     file.seek(member.header_offset)
     signature, name_length, extra_length = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
     name = file.read(name_length).decode()
@@ -183,8 +181,8 @@ def _start(file: BinaryIO, member: zipfile.ZipInfo) -> int:
     return start
 
 
-def _explanation(beginning: bytes, error: Exception) -> str:
-    if beginning == b"PK":
+def _explanation(head: bytes, error: Exception) -> str:
+    if head == b"PK":
         return f"is damaged ({error}). Download it again."
     return (
         "is not a zip archive, or is cut short. Download it again. If it is in PyTorch's format "

@@ -1,4 +1,4 @@
-"""Measures what quantising did: the error of each matrix, and the perplexity before and after."""
+"""Measures the effect of quantisation: each matrix's error, and the perplexity before and after."""
 
 import json
 import math
@@ -19,8 +19,8 @@ from converters.on_host import on_host
 from converters.quantize_options import check_report_path
 from llama_jax.checkpoint.store import CheckpointError
 from llama_jax.model import fp8
+from llama_jax.model.cached_attention import LayerCache
 from llama_jax.model.config import LlamaConfig
-from llama_jax.model.llama import LayerCache
 from llama_jax.model.spec import Activations, ModelSpec, Params
 from pallas_kernels.fp8_matmul.reference import BLOCK, expand_scale
 
@@ -32,7 +32,7 @@ REPORT = "quantization_report.json"
 # Values up to this one round to the largest code, 448; larger ones are clipped.
 _LARGEST_ROUNDED = 464.0
 _WORST_ROWS = 3
-# The order in which a model uses them.
+# In the order of their use in the model.
 _KINDS = (
     "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     "lm_head", "embed_tokens",
@@ -41,14 +41,14 @@ _KINDS = (
 
 @dataclass(frozen=True)
 class MatrixError:
-    """How far a quantised matrix is from the original.
+    """The error of a quantised matrix.
 
     path: such as "layers_0/mlp/up_proj".
-    relative_error: |quantised - original| / |original|, of Frobenius norms.
-    clipped: the share of the weights that are beyond the largest code.
+    relative_error: |quantised - original| / |original|, with Frobenius norms.
+    clipped: the share of weights beyond the largest code.
     worst_rows: the three rows with the largest relative errors, as (row, error).
-    inputs_clipped: the share of its input that is beyond the largest code under its static scale;
-        None without such a scale, or without a text.
+    inputs_clipped: the share of its inputs beyond the largest code with its static scale; None
+        without such a scale, or without a text.
     """
 
     path: str
@@ -59,18 +59,18 @@ class MatrixError:
 
     @property
     def kind(self) -> str:
-        """The matrix's name without its layer, such as "up_proj"."""
+        """Return the matrix's name without its layer, such as "up_proj"."""
         return self.path.rpartition("/")[2]
 
     @property
     def layer(self) -> int | None:
-        """The matrix's layer, None for the output matrix."""
+        """Return the matrix's layer, or None for the output matrix."""
         layer, _, inside = self.path.partition("/")
         return int(layer.removeprefix("layers_")) if inside else None
 
     @property
     def snr(self) -> float:
-        """The signal-to-noise ratio in dB."""
+        """Return the signal-to-noise ratio in dB."""
         return -20 * math.log10(self.relative_error) if self.relative_error else math.inf
 
 
@@ -79,9 +79,9 @@ class QuantizationReport:
     """The errors of all matrices, and perplexities.
 
     matrices: in the order of the model.
-    perplexity: over `scored_tokens` tokens of a text, by what was run: "original", or with FP8
-        weights the activations "bf16", "dynamic" and, where there are scales, "static". Empty
-        without a text.
+    perplexity: of `scored_tokens` tokens of a text, by model: "original", or for FP8 weights the
+        format of activations, "bf16", "dynamic" and, if there are scales, "static". Empty without a
+        text.
     """
 
     matrices: tuple[MatrixError, ...]
@@ -95,7 +95,7 @@ class QuantizationReport:
 def measure(original: Plan, quantized: Plan) -> QuantizationReport:
     """Measure the errors of all matrices that are FP8 in `quantized` but not in `original`.
 
-    Weights are read a piece at a time. With smoothing, the original has to be the smoothed one.
+    Weights are read piece by piece. With smoothing, `original` must be the smoothed plan.
     """
     matrices = [
         _matrix_error(path, original.modules[path].arrays["weight"], module)
@@ -136,7 +136,7 @@ def with_perplexity(
 
 
 def activations_of(plan: Plan) -> tuple[Activations, ...]:
-    """Return the settings of activations that an FP8 checkpoint can be run with."""
+    """Return the formats of activations with which an FP8 checkpoint can run."""
     stored = [module.format for module in plan.modules.values() if module.format.scale]
     static = all(form.input_scale for form in stored)
     return ("bf16", "dynamic", "static") if static else ("bf16", "dynamic")
@@ -161,7 +161,8 @@ def read_report(directory: Path) -> QuantizationReport:
 
 
 def tables(report: QuantizationReport, worst: int = 8) -> list[Table]:
-    """Make tables for a terminal: by kind of matrix, by layer, the `worst` rows, perplexities."""
+    """Make tables for a terminal: by kind of matrix, by layer, of the `worst` rows,
+    perplexities."""
     kinds = _summary("kind", report.matrices, lambda m: m.kind)
     layers = _summary(
         "layer", report.matrices, lambda m: m.kind if m.layer is None else str(m.layer)
@@ -216,7 +217,7 @@ def write_report(report: QuantizationReport, path: Path) -> None:
 
 
 def plot(report: QuantizationReport) -> "Figure":
-    """Plot SNR, relative errors and clipped shares over layers, a line for each kind of matrix."""
+    """Plot SNR, relative errors and clipped shares by layer, with a line per kind of matrix."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -254,7 +255,7 @@ def plot(report: QuantizationReport) -> "Figure":
 def _matrix_error(path: str, original: LazyArray, module: Module) -> MatrixError:
     codes, scales = module.arrays["weight"], module.arrays["weight_scale"]
     scale = scales.rows(0, scales.shape[0])
-    height = BLOCK if module.format.scale == "block" else 1  # of rows that share scales
+    height = BLOCK if module.format.scale == "block" else 1  # rows that share scales
     step = piece_rows(original.shape, original.dtype.itemsize)
     parts = []
     for start in range(0, original.shape[0], step):

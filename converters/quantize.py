@@ -1,7 +1,7 @@
 """Quantises matrices to FP8 while they are converted.
 
-Nothing is stored on the way: codes and scales are computed from the source's rows each time they
-are read. So they are the same in any order, in any number of threads, and after an interruption.
+Codes and scales are computed from the source's rows each time they are read, and not stored in
+between. So they are the same in any order, in any number of threads, and after an interruption.
 """
 
 from dataclasses import replace
@@ -33,18 +33,19 @@ from pallas_kernels.fp8_matmul.reference import BLOCK
 def quantize(
     checkpoint: Opened, options: QuantizeOptions, progress: bool = True
 ) -> tuple[Plan, Plan]:
-    """Quantise the matrices of the decoder layers, and perhaps the output matrix.
+    """Quantise the matrices of the decoder layers, and the output matrix if `options` say so.
 
-    If embeddings are tied, the output matrix is the embedding; otherwise that stays as it is, as
-    norms do. progress: show the calibration's progress on stderr.
-    Returns the plan that is quantised (smoothed, if `options` ask for that), and the result.
-    Raises `CheckpointError` if the checkpoint has FP8 weights already; ValueError for a text that
-    cannot be used.
+    The output matrix is the embedding if they are tied. Other embeddings and norms are not changed.
+
+    progress: show the calibration's progress on stderr.
+    Returns the plan before quantisation (after smoothing, if any) and the quantised plan.
+    Raises `CheckpointError` if the checkpoint has FP8 weights already, and ValueError for a text
+    that cannot be used.
     """
     plan, ranges = checkpoint.plan, None
     _check_unquantized(plan)
     if options.text is not None:
-        _read(checkpoint, options, options.text)  # a text that cannot be used is found out now
+        _read(checkpoint, options, options.text)  # raises now for a text that cannot be used
     if options.calibrate is not None:
         tokens = _read(checkpoint, options, options.calibrate)
         layers = checkpoint.config.num_layers
@@ -62,9 +63,9 @@ def report(
     quantized: Plan,
     progress: bool = True,
 ) -> QuantizationReport:
-    """Report what `quantize` did: errors and, where there is a text, perplexities.
+    """Report the errors of `quantize` and, if there is a text, perplexities.
 
-    original, quantized: the plans that it returned, or the same modules read from elsewhere.
+    original, quantized: the plans that it returned, or the same modules from elsewhere.
     """
     errors = measure(original, quantized)
     text = options.text or options.calibrate
@@ -86,16 +87,16 @@ def _read(checkpoint: Opened, options: QuantizeOptions, text: Path) -> np.ndarra
 
 
 def _dtype(checkpoint: Opened) -> str:
-    """Return the dtype of activations when the model is calibrated or scored: as it is served."""
+    """Return the dtype of activations for calibration and scoring: that of serving."""
     return "float32" if checkpoint.config.dtype == "float32" else "bfloat16"
 
 
 def quantize_plan(
     plan: Plan, layout: Layout, lm_head: bool = False, ranges: Ranges | None = None
 ) -> Plan:
-    """Quantise the matrices of a plan. With `ranges`, it gets static input and KV scales, too.
+    """Quantise the matrices of a plan. With `ranges`, add static input and KV scales.
 
-    Raises `CheckpointError` as `quantize` does.
+    Raises `CheckpointError` like `quantize`.
     """
     _check_unquantized(plan)
     modules = {
@@ -148,7 +149,7 @@ def _quantized(path: str, module: Module, layout: Layout, ranges: Ranges | None)
     if ranges is not None:
         input_scale = np.asarray(ranges.input_scale(path))
         arrays["input_scale"] = LazyArray(input_scale.dtype, (), lambda start, stop: input_scale)
-    # As compressed-tensors and DeepSeek go about blocks.
+    # As in compressed-tensors and DeepSeek with blocks.
     group = BLOCK if stored == "block" else None
     is_static = ranges is not None
     stored_as = fp8.WeightFormat("float8_e4m3fn", stored, is_static, activation_group=group)

@@ -1,4 +1,4 @@
-"""The options of quantisation. Needs no JAX, so that a mistake is told at once."""
+"""Defines the options of quantisation. Imports no JAX, so that a mistake is reported at once."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,22 +10,23 @@ Layout = Literal["row", "tensor", "block"]
 
 @dataclass(frozen=True)
 class QuantizeOptions:
-    """What to quantise, and how.
+    """The options of quantisation.
 
         QuantizeOptions("row", calibrate=Path("book.txt"), smooth=0.5)
 
     layout: a scale per output "row", per matrix ("tensor"), or per 128x128 "block".
-    lm_head: whether to quantise the output matrix, too, which is the embedding if they are tied.
-    calibrate: a UTF-8 text to run the model over. It gives static scales for FP8 activations and
-        scales for an FP8 key/value cache. Names of special tokens in it become those tokens, so it
-        may hold chats.
+    lm_head: whether to quantise the output matrix too, which is the embedding if they are tied.
+    calibrate: a UTF-8 text to run the model on, for static scales of FP8 activations and scales of
+        an FP8 key/value cache. Names of special tokens in it become those tokens, so it may contain
+        chats.
     smooth: the strength alpha of SmoothQuant, 0 to 1 (see `converters.calibrate`); needs
-        `calibrate`. None leaves weights as they are.
-    report: whether to measure the errors and keep them beside the weights
-        (`converters.quantization_report`), with the perplexity before and after.
-    text: what the report's perplexity is measured on; None takes `calibrate`.
-    tokens, sequence_length: how much of the texts is read, and in sequences of which length.
-    Raises ValueError for settings that do not go together.
+        `calibrate`. None for no smoothing.
+    report: whether to measure the errors, and the perplexity before and after, and store them
+        beside the weights (`converters.quantization_report`).
+    text: for the report's perplexity; None takes `calibrate`.
+    tokens, sequence_length: the most tokens to read of the texts, and the tokens per sequence.
+
+    Raises ValueError for settings that exclude each other.
     """
 
     layout: Layout = "row"
@@ -49,7 +50,7 @@ class QuantizeOptions:
 
 
 def check_report_path(path: Path) -> None:
-    """Raise ValueError unless `write_report` can write such a file."""
+    """Raise ValueError unless `write_report` supports this kind of file."""
     if path.suffix not in (".json", *_PLOTS):
         raise ValueError(f"{path}: a report is a .json file, or a plot ({', '.join(_PLOTS)})")
     if path.suffix in _PLOTS:

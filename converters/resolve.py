@@ -1,4 +1,4 @@
-"""Turns whatever names a checkpoint into a converted directory: converts once, then finds it."""
+"""Resolves the name of a checkpoint to a converted directory: converts once, then finds it."""
 
 import hashlib
 import os
@@ -21,16 +21,17 @@ def resolve(
     quantize: "Layout | None" = None,
     progress: bool = True,
 ) -> Path:
-    """Return the converted directory for a converted or a published directory, or a hub id.
+    """Return the converted directory of a converted or published directory, or a hub id.
 
         resolve("meta-llama/Llama-3.1-8B-Instruct")    # ~/.cache/llama_jax/...
 
-    A directory of Hugging Face's or Meta's files is converted once into `cache_dir` (default
-    `$LLAMA_JAX_CACHE`, or else `~/.cache/llama_jax`) and found there as long as its files keep
-    their sizes and times. A hub id ("org/name") is downloaded first. Processes that ask for the
+    A directory of Hugging Face's or Meta's files is converted once into `cache_dir` (by default
+    `$LLAMA_JAX_CACHE`, or else `~/.cache/llama_jax`), and found there as long as its files keep
+    their sizes and times. A hub id ("org/name") is downloaded first. Processes that resolve the
     same checkpoint at the same time share one conversion.
+
     Raises `CheckpointError` for a path that is none of these, for an id that cannot be downloaded,
-    and for whatever `convert` refuses.
+    and for a checkpoint that `convert` refuses.
     """
     path = locate(path_or_id)
     if is_converted(path):
@@ -43,7 +44,7 @@ def resolve(
     name = published_name(path.resolve()).rpartition("/")[2]
     target = _cache(cache_dir) / f"{name}-{_fingerprint(path, quantize)}"
     if not target.exists():
-        from converters.pipeline import convert  # slow to import, and seldom needed
+        from converters.pipeline import convert  # slow to import, and rarely needed
 
         try:
             convert(path, target, quantize=quantize, progress=progress)
@@ -67,7 +68,7 @@ def _cache(cache_dir: str | Path | None) -> Path:
 
 
 def _fingerprint(directory: Path, quantize: str | None) -> str:
-    """Hash what the conversion depends on: its version, its options, the files' identities."""
+    """Hash everything that the conversion depends on: its version, options, files' identities."""
     wanted = [path for pattern in [*WANTED_FILES, *OLDER_FILES] for path in directory.glob(pattern)]
     parts = [f"{CONVERTER_VERSION} {quantize}"]
     for path in sorted(wanted):

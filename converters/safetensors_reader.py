@@ -1,8 +1,8 @@
-"""Reads safetensors checkpoints, one file or shards with an index, strictly and by memory maps.
+"""Reads safetensors checkpoints (one file, or shards with an index), strictly and by memory maps.
 
-Format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes back to back
-(https://github.com/huggingface/safetensors). Views go through ml_dtypes because the safetensors
-package's numpy frontend does not know the FP8 types.
+Format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes without gaps
+(https://github.com/huggingface/safetensors). Views use ml_dtypes, because the safetensors package's
+numpy frontend lacks the FP8 dtypes.
 """
 
 import math
@@ -43,8 +43,8 @@ DTYPES: Mapping[str, np.dtype] = MappingProxyType(
 )
 _MAX_AXES = 32
 _MAX_ELEMENTS = 2**60
-# The config says all that these say; old versions and ColossalAI store them, and an index may name
-# them although they are not stored.
+# Constants that follow from the config. Old versions and ColossalAI store them, and an index may
+# list them although they are not stored.
 ROTARY_CONSTANT = re.compile(r"\.rotary_emb\.(?:inv_freq|cos_cached|sin_cached)$")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 
@@ -67,8 +67,8 @@ class StoredTensor:
 def read_rows(tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
     """Return rows [start, stop) of a tensor as a read-only view of the file.
 
-    A scalar has one row. Each call maps only the bytes it returns, and the mapping ends with the
-    array, so a process that drops what it has read does not grow with the checkpoint.
+    A scalar has one row. Each call maps only the bytes that it returns, and the mapping ends with
+    the array, so a process that drops its arrays does not grow with the checkpoint.
     """
     rows, *rest = tensor.shape or (1,)
     row_bytes = math.prod(rest) * tensor.dtype.itemsize
@@ -91,8 +91,8 @@ def read_rows(tensor: StoredTensor, start: int, stop: int) -> np.ndarray:
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of one safetensors file, by name.
 
-    Raises `CheckpointError`, which names the file, for a header that is cut short or is not JSON,
-    for offsets that do not fill the file exactly, and for unknown dtypes.
+    Raises `CheckpointError`, which names the file, for a header that is truncated or not JSON, for
+    offsets that do not cover the file exactly, and for unknown dtypes.
     """
     header, end = _read_json(path)
     _metadata(header, path)
@@ -126,10 +126,10 @@ def read_metadata(path: Path) -> dict[str, str]:
 def read_checkpoint(directory: Path) -> dict[str, StoredTensor]:
     """Return all tensors of a Hugging Face directory, by name.
 
-    They are in `model.safetensors`, or in the shards that `model.safetensors.index.json` names, or,
-    with neither, in whatever complete set of `*.safetensors` is there.
-    Raises `CheckpointError` for a missing shard, one outside the directory, a tensor found twice,
-    and an index that differs from the shards.
+    They are in `model.safetensors`, or in the shards of `model.safetensors.index.json`, or, with
+    neither, in any complete set of `*.safetensors`.
+    Raises `CheckpointError` for a missing shard, one outside the directory, a duplicate tensor, and
+    an index that differs from the shards.
     """
     return read_shards(directory, "model.safetensors", "*.safetensors", read_header)
 
@@ -137,9 +137,9 @@ def read_checkpoint(directory: Path) -> dict[str, StoredTensor]:
 def read_shards(
     directory: Path, whole: str, shards: str, read: Callable[[Path], Mapping[str, StoredTensor]]
 ) -> dict[str, StoredTensor]:
-    """Do what `read_checkpoint` does, for files of any format.
+    """Read all tensors like `read_checkpoint`, from files of any format.
 
-    whole: the name of the file that holds everything, if there is one; the index is named after it.
+    whole: the name of a single file with everything; the index is named after it.
     shards: a pattern of the shards' names.
     read: reads one file.
     """
@@ -177,11 +177,11 @@ def read_shards(
 
 
 def shard_path(directory: Path, name: str) -> Path:
-    """Return the path of a checkpoint's file, and refuse one that leads out of the directory.
+    """Return the path of a checkpoint's file, and refuse one outside the directory.
 
-    A link may stay inside the directory, or go to the `blobs` of the Hugging Face hub's cache
-    (`models--org--name/snapshots/<revision>/<file> -> ../../blobs/<hash>`), where Meta's files lie
-    a folder or two further down.
+    A link may lead into the directory, or to the `blobs` of the Hugging Face hub's cache
+    (`models--org--name/snapshots/<revision>/<file> -> ../../blobs/<hash>`), in which Meta's files
+    are a folder or two further down.
 
     directory: resolved.
     """
@@ -195,7 +195,7 @@ def shard_path(directory: Path, name: str) -> Path:
     try:
         target = path.resolve()
         mode = target.stat().st_mode if target.exists() else None
-    except (OSError, RuntimeError) as error:  # a name that is too long, links in a circle
+    except (OSError, RuntimeError) as error:  # the name is too long, or links form a circle
         raise CheckpointError(f"{path} cannot be opened: {error}") from error
     if not any(target.is_relative_to(root) for root in allowed):
         raise CheckpointError(
@@ -210,7 +210,7 @@ def shard_path(directory: Path, name: str) -> Path:
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], int]:
-    """Return a file's header, and the byte where it ends and the first tensor starts."""
+    """Return a file's header, and the offset of the first tensor after it."""
     size = path.stat().st_size
     with path.open("rb") as file:
         prefix = file.read(8)

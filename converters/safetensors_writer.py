@@ -1,8 +1,8 @@
 """Writes Hugging Face's safetensors files, a piece of a tensor at a time.
 
-Format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes back to back
-(https://github.com/huggingface/safetensors). As there, tensors of wider types come first and the
-header is padded with spaces, so that each tensor lies at a multiple of its item's size.
+Format: 8 bytes little-endian header length, a JSON header, then the tensors' bytes without gaps
+(https://github.com/huggingface/safetensors). As there, tensors of wider dtypes come first and the
+header is padded with spaces, so that the offset of each tensor is a multiple of its item size.
 """
 
 import json
@@ -27,7 +27,9 @@ def write_checkpoint(
     """Write `model.safetensors`, or numbered shards with `model.safetensors.index.json`.
 
     Shards are filled in the order of `tensors` up to `shard_bytes`; a larger tensor gets a shard of
-    its own. written: called with the number of bytes of each piece.
+    its own.
+
+    written: called with the number of bytes of each piece.
     Returns the names of the safetensors files.
     """
     shards = _shards(tensors, shard_bytes)

@@ -1,4 +1,4 @@
-"""Reads what a published checkpoint's directory holds, except for the weights."""
+"""Reads the contents of a published checkpoint's directory, except for the weights."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from llama_jax.model.config_files import GENERATION_KEYS, read_params
 from llama_jax.text.chat_files import TEMPLATE_DIRECTORY
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
-# To be raised when the same source would convert to something else.
+# To be increased when the result of converting a source changes.
 CONVERTER_VERSION = 4
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -29,7 +29,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# Weights: what transformers writes, what it wrote until 2023 (each with its index), and Meta's.
+# Weights: transformers' today and until 2023 (each with its index), and Meta's.
 SAFETENSORS = "*.safetensors*"
 BIN_FILES = "pytorch_model*.bin*"
 META_FILES = "consolidated.*.pth"
@@ -37,7 +37,7 @@ META_SCALES = "fp8_scales_*.pt"
 META_CONFIG = "params.json"
 # modelopt's.
 QUANTIZATION_FILE = "hf_quant_config.json"
-# Globs of what a conversion may read, and of weights that safetensors hold too where there are any.
+# Globs of files that a conversion may read, and of weights that are not read beside safetensors.
 WANTED_FILES = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -48,9 +48,9 @@ WANTED_FILES = (
     f"{TEMPLATE_DIRECTORY}/*.jinja",
 )
 OLDER_FILES = (BIN_FILES, META_FILES, META_CONFIG, META_SCALES)
-# modelopt's names, and what config.json calls the same.
+# modelopt's names, and the names in config.json.
 _RENAMED = {"exclude_modules": "ignore"}
-# Where config.json may say how the weights are quantised; the second is compressed-tensors' oldest.
+# Keys of config.json for quantisation; the second is compressed-tensors' oldest.
 _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 
 
@@ -58,14 +58,14 @@ _QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 class Source:
     """A published checkpoint.
 
-    hf_config: the contents of config.json, {} for Meta's files.
-    quantization: what config.json, or else hf_quant_config.json, says about quantised weights, {}
-        if neither says anything.
-    tensors: by the names they are stored under (Meta's: see `pth_reader.read_consolidated`).
-    generation: the contents of generation_config.json, or else what config.json says about it, {}
-        if neither does.
+    hf_config: the contents of config.json; {} for Meta's files.
+    quantization: the description of quantised weights in config.json, or else in
+        hf_quant_config.json; {} if there is none.
+    tensors: by their stored names (for Meta's see `pth_reader.read_consolidated`).
+    generation: the contents of generation_config.json, or else config.json's fields for it; {} if
+        there are none.
     tokenizer_files: names of files in `directory`.
-    tokenizer: what these hold, None if there is no vocabulary among them.
+    tokenizer: the tokenizer in these files, or None if they have no vocabulary.
     """
 
     directory: Path
@@ -81,8 +81,8 @@ class Source:
 def read_source(directory: Path) -> Source:
     """Read the configuration, the tokenizer and the tensors' headers.
 
-    Raises `CheckpointError` or `ConfigError` for a directory that is incomplete, damaged or holds
-    something that is not supported.
+    Raises `CheckpointError` or `ConfigError` for a directory that is incomplete, damaged or not
+    supported.
     """
     _refuse_gguf(directory)
     if not directory.is_dir():
@@ -94,7 +94,7 @@ def read_source(directory: Path) -> Source:
     path = directory / "config.json"
     hf_config = read_object(path)
     config = LlamaConfig.from_hf(hf_config, path)
-    tokenizer = read_tokenizer(directory, config)  # what is wrong with it is said first
+    tokenizer = read_tokenizer(directory, config)  # its errors are reported first
     return Source(
         directory=directory,
         config=config,
@@ -110,7 +110,7 @@ def read_source(directory: Path) -> Source:
 def read_tokenizer(directory: Path, config: LlamaConfig | None) -> Tokenizer | None:
     """Read a checkpoint's tokenizer as it will be loaded with the model; None if there is none.
 
-    Raises `CheckpointError` for one that cannot be used, or that lies outside `directory`.
+    Raises `CheckpointError` for one that cannot be used or is outside `directory`.
     """
     for name in _tokenizer_files(directory):
         tokenizer_path(directory, name)
@@ -121,7 +121,7 @@ def read_tokenizer(directory: Path, config: LlamaConfig | None) -> Tokenizer | N
 
 
 def tokenizer_path(directory: Path, name: str) -> Path:
-    """Return the path of one of `tokenizer_files`; refuse one that leads out of the directory."""
+    """Return the path of one of `tokenizer_files`, and refuse one outside the directory."""
     template = name.removeprefix(f"{TEMPLATE_DIRECTORY}/")
     if template == name:
         return shard_path(directory.resolve(), name)
@@ -142,7 +142,7 @@ def published_name(directory: Path) -> str:
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
-    Raises `CheckpointError`, which names the file, for anything else, and for a link that leads out
+    Raises `CheckpointError`, which names the file, for anything else, and for a link to the outside
     of the directory.
     """
     if path.is_symlink():
@@ -151,7 +151,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def as_object(fields: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    """Return an object inside a config, {} if it is null or absent."""
+    """Return an object inside a config; {} if it is null or absent."""
     found = fields.get(key)
     if not isinstance(found, dict | None):
         raise CheckpointError(f"{where}: {key} must be an object, got {json_file.shown(found)}")
@@ -159,7 +159,7 @@ def as_object(fields: Mapping[str, Any], key: str, where: str) -> Mapping[str, A
 
 
 def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
-    """Return whether two tensors are equal bit for bit; reading stops where they differ."""
+    """Return whether two tensors are bit-equal; reading stops at the first difference."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
     rows = (a.shape or (1,))[0]
@@ -183,11 +183,11 @@ def _is_meta(directory: Path) -> bool:
 
 
 def _read_meta(directory: Path) -> Source:
-    """Read Meta's files. What params.json does not say comes from the tensors and the tokenizer.
+    """Read Meta's files. Properties that params.json lacks come from the tensors and the tokenizer.
 
-    The output matrix is tied to the embedding if it has the same bytes, or is in no file. Nothing
-    says whether a model is an Instruct one, so every token that ends a turn ends its texts; a base
-    model writes only one of them.
+    The output matrix counts as tied to the embedding if it has the same bytes or is missing. The
+    files do not tell an Instruct model from a base model, so all tokens that end a turn end a text;
+    a base model writes only one of them.
     """
     path = directory / META_CONFIG
     if not path.exists():
@@ -199,7 +199,7 @@ def _read_meta(directory: Path) -> Source:
             f"{path} has quantization_args: INT4 is not supported. Take the bfloat16 checkpoint, "
             "with --quantize row if it is to become FP8."
         )
-    read_params(params, path)  # before the weights are looked at
+    read_params(params, path)  # before the weights are read
     tokenizer = read_tokenizer(directory, None)
     tensors = read_consolidated(directory)
     if not tensors:
@@ -229,7 +229,7 @@ def _split(tensors: Mapping[str, StoredTensor], name: str) -> list[StoredTensor]
 def _generation(
     directory: Path, hf_config: Mapping[str, Any], vocab_size: int
 ) -> Mapping[str, Any]:
-    """Return the contents of generation_config.json, or what an older config.json says instead."""
+    """Return the contents of generation_config.json, or the fields of an older config.json."""
     path = directory / "generation_config.json"
     if json_file.is_there(path):
         values: Mapping[str, Any] = read_object(path)
@@ -249,7 +249,7 @@ def _tokenizer_files(directory: Path) -> tuple[str, ...]:
 
 
 def _read_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """Read the tensors' headers, of safetensors or of the pickles that transformers once wrote."""
+    """Read the tensors' headers, from safetensors or from transformers' older pickles."""
     if any(directory.glob(BIN_FILES)) and not any(directory.glob(SAFETENSORS)):
         return read_bin_checkpoint(directory)
     return read_checkpoint(directory)

@@ -1,8 +1,7 @@
-"""Makes a directory appear whole or not at all, even if several processes write the same one.
+"""Makes a directory appear complete or not at all, even if several processes write it.
 
-The work happens in `.<name>.converting` beside the target. A file lock there says that its writer
-is alive. What a killed writer left behind is unlocked; the next writer clears it away, or
-continues.
+Files are written in `.<name>.converting` beside the target. A file lock there shows that its writer
+is alive. The directory of a killed writer is unlocked, and the next writer clears it or continues.
 """
 
 import fcntl
@@ -20,16 +19,17 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def staged(target: Path, overwrite: bool, journal: str | None = None) -> Iterator[Path]:
-    """Give a directory to fill, which becomes `target` if the block ends without an error.
+    """Yield a directory to fill, which becomes `target` if the block ends without an error.
 
     Waits for another process that is writing the same target. An existing target is replaced only
     at the end; an empty directory needs no `overwrite`.
 
-    journal: the name of a file in the directory that says what is done. With one, the directory
-        is as a killed writer left it, is kept if this writer is interrupted (Ctrl-C), and loses
-        the journal at the end. Without one, the directory is empty at first.
-    Raises FileExistsError if the target holds anything and `overwrite` is false, and if a link is
-    in the place of the target or of the directory.
+    journal: the name of a file in the directory that records finished work. With it, the directory
+        of a killed writer is continued, that of an interrupted writer (Ctrl-C) is kept, and the
+        journal is removed at the end. Without it, the directory is empty at first.
+
+    Raises FileExistsError if the target is not empty and `overwrite` is false, and if the target or
+    the directory is a link.
     """
     if target.is_symlink():
         raise FileExistsError(f"{target} is a link: give the directory itself, or remove the link")
@@ -76,7 +76,7 @@ def clear(directory: Path) -> None:
 
 
 def _claim(work: Path) -> tuple[int, Path]:
-    """Make `work` a directory that this process alone has locked."""
+    """Make the directory `work`, locked by this process alone."""
     while True:
         if work.is_symlink():
             raise FileExistsError(f"{work} is a link where a directory is to be made: remove it")

@@ -1,8 +1,8 @@
-"""Finds out what a state dict's pickle describes, without unpickling it.
+"""Reads the tensors that a state dict's pickle describes, without unpickling it.
 
-A pickle is a program that may import and call whatever it likes. This interpreter knows the few
-instructions that `torch.save` uses for state dicts. It imports nothing and calls nothing: it
-compares the names in the program with a list, and notes what they would build.
+A pickle is a program that may import and call anything. This interpreter has the few instructions
+that `torch.save` uses for state dicts. It imports and calls nothing: it compares the names in the
+program with a list, and records what they would build.
 
 Source: the instructions in pickletools; `torch._utils._rebuild_tensor_v2`, `_rebuild_tensor_v3`
 and `persistent_id` in torch/serialization.py.
@@ -33,7 +33,7 @@ _STORAGES: Mapping[str, np.dtype] = MappingProxyType(
     }
 )  # fmt: skip
 _UNTYPED = "torch.storage.UntypedStorage"
-# Types younger than the storage classes: their tensors are views of untyped storages.
+# Dtypes without storage classes: their tensors are views of untyped storages.
 _DTYPES: Mapping[str, np.dtype] = MappingProxyType(
     {
         f"torch.{name}": np.dtype(getattr(ml_dtypes, name))
@@ -54,9 +54,9 @@ _LITERALS = {
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes beside the pickle.
+    """A storage: bytes beside the pickle.
 
-    key: their name. length: in elements of dtype, or in bytes if dtype is None.
+    key: its name. length: in elements of dtype, or in bytes if dtype is None.
     """
 
     key: str
@@ -85,8 +85,8 @@ class _Name:
 def described_tensors(program: bytes) -> dict[str, Tensor]:
     """Return the tensors of a pickled state dict, by name.
 
-    Raises `CheckpointError` for a program that does anything but describe a flat dictionary of
-    plain tensors; it names what the program wants.
+    Raises `CheckpointError`, which names the offending object, unless the program describes a flat
+    dictionary of plain tensors.
     """
     if len(program) > MAX_PROGRAM:
         raise CheckpointError(f"a pickle of {len(program)} bytes is no state dict")

@@ -1,4 +1,4 @@
-"""Checks a writer's target and the room for it, and shows its progress."""
+"""Checks a writer's target and the free space, and shows its progress."""
 
 import errno
 import shutil
@@ -23,9 +23,9 @@ from llama_jax.checkpoint.converted import is_converted
 from llama_jax.errors import CheckpointError
 from llama_jax.json_file import read_object
 
-# Bytes beside the arrays: the file system's metadata, and rounding up to blocks.
+# Bytes besides the arrays: the file system's metadata, and rounding to blocks.
 _SPARE_BYTES = 16 * 1024 * 1024
-# The field of config.json by which an export is known.
+# The field of config.json that marks an export.
 EXPORT_MARK = "llama_jax_version"
 
 
@@ -34,10 +34,11 @@ def check_paths(
 ) -> None:
     """Refuse a target around or inside the source, and one that exists.
 
-    An existing target may be empty or, with `overwrite`, something that this project wrote.
+    An existing target may be empty or, with `overwrite`, a directory that this project wrote.
 
     source: resolved.
-    kind: what a target to be replaced has to be, in words; is_kind: checks whether it is.
+    kind, is_kind: a description of targets that may be replaced, and a function that recognises
+        them.
     Raises `CheckpointError` or FileExistsError.
     """
     if source.is_relative_to(target.resolve()):

@@ -4,7 +4,7 @@
     llm = llama_jax.LLM.load()                       # the small model that ships with the project
     print(llm.chat([{"role": "user", "content": "What is 47 + 85?"}]).text)
 
-Names are imported when first used, so that `llama-jax --help` need not wait for JAX.
+Names are imported when first used, so that `llama-jax --help` does not wait for JAX.
 """
 
 from importlib import import_module

@@ -1,11 +1,12 @@
-"""How fast a model prefills and decodes, and how much of the memory's speed decoding reaches.
+"""Measures the speed of prefill and decode, also as a share of the memory's bandwidth.
 
-Decoding reads every weight and every stored key and value once per step, so the memory's bandwidth
-bounds it. The yardstick is a copy of a large array, measured in the same run on the same device.
+A decode step reads every weight and every cached key and value once, so bandwidth is its bound. The
+bound is measured in the same run, by copying a large array on the same device.
 
-Times are wall clock. A decode step is the difference of two runs with outputs of different length,
-over the difference of the lengths: how the engine overlaps the first tokens with the first steps
-cancels out. A GPU's profiler says what a step's kernels take, and so how long the device waits.
+Times are wall clock. The time of a decode step is the difference of two runs with outputs of
+different length, divided by the difference of the lengths, so that the overlap of the first tokens
+with the first steps cancels out. On a GPU the profiler measures the kernels of a step, and so how
+long the device is idle.
 """
 
 import os
@@ -39,12 +40,12 @@ from llama_jax.model.spec import ModelSpec, Params
 from llama_jax.sampling_params import SamplingParams
 from pallas_kernels import device_trace, e4m3
 
-_TILE = 1 << 22  # random numbers that are drawn once and repeated to fill larger arrays
+_TILE = 1 << 22  # random numbers, repeated to fill larger arrays
 
 
 @dataclass(frozen=True)
 class Workload:
-    """batch_size prompts of prompt_len tokens each, continued together by new_tokens tokens."""
+    """A batch of `batch_size` prompts of `prompt_len` tokens, continued by `new_tokens` tokens."""
 
     batch_size: int
     prompt_len: int
@@ -57,7 +58,7 @@ class Workload:
 
     @property
     def short_output(self) -> int:
-        """The shorter of the two output lengths whose difference is the time of decode steps."""
+        """Return the shorter of the two output lengths that are compared."""
         return max(1, self.new_tokens // 2)
 
     @property
@@ -66,20 +67,21 @@ class Workload:
 
     @property
     def max_seq_len(self) -> int:
-        """Tokens that each row has room for: whole pages."""
+        """Return the tokens that each slot has room for: whole pages."""
         return -(-(self.prompt_len + self.new_tokens) // PAGE_SIZE) * PAGE_SIZE
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One workload, after compilation. Seconds are medians of the wall clock's.
+    """The times of one workload, after compilation: medians of wall-clock seconds.
 
-    first_token_seconds: from submitting the prompts until the host has the first token of each,
-        in runs that draw no other. prefill_seconds: the part of it after the rows' settings are on
-        their way to the device.
-    decode_step_seconds: one token for each row, by the difference of two output lengths.
+    prefill_seconds: the part of first_token_seconds after the sampling settings were sent to the
+        device.
+    first_token_seconds: from submitting the prompts until the host has the first token of each, in
+        runs that draw no other token.
+    decode_step_seconds: one token for each sequence, from the difference of two output lengths.
     weight_bytes, kv_bytes: what a decode step has to read, on average over the measured steps.
-    device: a decode step by the device's own clock, None where it keeps no record.
+    device: a decode step by the device's own clock; None if it keeps no record.
     """
 
     workload: Workload
@@ -96,7 +98,7 @@ class Measurement:
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Of all rows together."""
+        """Return the tokens per second of all sequences together."""
         return self.workload.batch_size / self.decode_step_seconds
 
     @property
@@ -105,7 +107,7 @@ class Measurement:
 
     @property
     def idle_share(self) -> float | None:
-        """The part of a decode step in which the device computes nothing."""
+        """Return the share of a decode step during which the device is idle."""
         if self.device is None:
             return None
         return max(0.0, 1 - self.device.busy_seconds / self.decode_step_seconds)
@@ -113,10 +115,10 @@ class Measurement:
 
 @dataclass(frozen=True)
 class DeviceStep:
-    """A decode step in the device's own record, by the difference of two profiled runs.
+    """A decode step in the device's own record, from the difference of two profiled runs.
 
-    busy_seconds: during which any kernel or copy runs. kernels: what they are and take in a step,
-    with counts and totals divided by the number of steps.
+    busy_seconds: the time during which any kernel or copy runs.
+    kernels: the kernels of a step, with counts and totals divided by the number of steps.
     """
 
     busy_seconds: float
@@ -125,7 +127,7 @@ class DeviceStep:
 
 @dataclass(frozen=True)
 class StepKernel:
-    """count, seconds: launches of a kernel in a decode step, and what they take together."""
+    """One kernel's launches in a decode step: their count, and their seconds together."""
 
     name: str
     count: float
@@ -134,8 +136,8 @@ class StepKernel:
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """kind: "device" (the allocator's peak) or "process" (peak resident set, where a device does
-    not count)."""
+    """The peak memory. kind: "device" (the allocator's peak), or "process" (peak resident set) if
+    the device does not count."""
 
     bytes: int
     kind: str
@@ -143,7 +145,7 @@ class PeakMemory:
 
 @dataclass(frozen=True)
 class Environment:
-    """What a figure depends on besides the model."""
+    """The hardware and software that a figure depends on."""
 
     device: str
     platform: str
@@ -155,8 +157,11 @@ class Environment:
 
 @dataclass(frozen=True)
 class Report:
-    """copy_bytes_per_second: a device copy, bytes read plus bytes written. compile: since the
-    process started."""
+    """The result of a benchmark.
+
+    copy_bytes_per_second: of a copy on the device, bytes read plus bytes written.
+    compile: what was compiled since the process started.
+    """
 
     environment: Environment
     measurements: tuple[Measurement, ...]
@@ -165,7 +170,7 @@ class Report:
     peak_memory: PeakMemory
 
     def fraction_of_copy(self, measurement: Measurement) -> float:
-        """The decode step's bytes per second over the copy's."""
+        """Return the decode step's bytes per second divided by the copy's."""
         return measurement.decode_bytes_per_second / self.copy_bytes_per_second
 
 
@@ -180,8 +185,9 @@ def bench(
     repeats: int = 3,
     on_finished: Callable[[Measurement], None] = lambda _: None,
 ) -> Report:
-    """Measure each workload. kv_dtype: of the cache, as `kv_cache.init_cache` takes it.
+    """Measure each workload.
 
+    kv_dtype: of the cache, as in `kv_cache.init_cache`.
     copy_bytes_per_second: from `copy_bandwidth`, called before the model fills the memory.
     """
     measurements = []
@@ -201,7 +207,7 @@ def bench(
 def plan(
     spec: ModelSpec, workloads: Sequence[Workload], kv_dtype: jnp.dtype, prefill_chunk: int = 512
 ) -> MemoryPlan:
-    """A memory plan that covers all of the workloads."""
+    """Return a memory plan that covers all workloads."""
     return plan_memory(
         spec,
         max(each.batch_size for each in workloads),
@@ -219,8 +225,11 @@ def measure(
     prefill_chunk: int,
     repeats: int,
 ) -> Measurement:
-    """Run a workload once to compile it, then `repeats` times with each of three output lengths, in
-    the engine that `LLM` runs, and on a GPU twice more under the profiler."""
+    """Measure a workload in the engine that `LLM` uses.
+
+    It runs once to compile, then `repeats` times with each of three output lengths, and on a GPU
+    twice more under the profiler.
+    """
     engine = make_engine(params, spec, workload, kv_dtype, prefill_chunk)
     run_once(engine, workload, workload.new_tokens)
     first, short, long = (
@@ -245,7 +254,7 @@ def measure(
 def make_engine(
     params: Params, spec: ModelSpec, workload: Workload, kv_dtype: jnp.dtype, prefill_chunk: int
 ) -> Engine:
-    """An engine of the workload's size, which computes each prompt anew."""
+    """Make an engine of the workload's size that computes every prompt, sharing no prefixes."""
     options = EngineOptions(
         max_batch_size=workload.batch_size,
         max_seq_len=workload.max_seq_len,
@@ -257,7 +266,7 @@ def make_engine(
 
 @dataclass(frozen=True)
 class Run:
-    """Seconds of one pass over a workload: see `Measurement`; `seconds` is all of it."""
+    """The seconds of one pass over a workload, see `Measurement`; `seconds` is the whole pass."""
 
     prefill_seconds: float
     first_token_seconds: float
@@ -265,7 +274,7 @@ class Run:
 
 
 def run_once(engine: Engine, workload: Workload, new_tokens: int) -> Run:
-    """Continue the workload's prompts by `new_tokens` tokens each."""
+    """Run the workload's prompts with `new_tokens` output tokens each."""
     size = (workload.batch_size, workload.prompt_len)
     prompts = np.random.default_rng(0).integers(0, engine.spec.config.vocab_size, size)
     greedy = SamplingParams(temperature=0.0, seed=0, max_new_tokens=new_tokens)
@@ -280,7 +289,7 @@ def run_once(engine: Engine, workload: Workload, new_tokens: int) -> Run:
 
 
 def device_step(engine: Engine, workload: Workload) -> DeviceStep | None:
-    """A decode step as the device records it: two profiled runs, and what the longer has more."""
+    """Measure a decode step by the device's record: the difference of two profiled runs."""
     if not device_trace.is_kept():
         return None
     short, long = (
@@ -302,8 +311,11 @@ def device_step(engine: Engine, workload: Workload) -> DeviceStep | None:
 
 
 def decode_weight_bytes(spec: ModelSpec, batch_size: int) -> int:
-    """Bytes of parameters that a decode step reads: all of them, except that an embedding that is
-    not the output matrix as well is read in `batch_size` rows."""
+    """Return the bytes of parameters that a decode step reads.
+
+    It reads all of them, except that only `batch_size` rows are read of an embedding which is not
+    the output matrix as well.
+    """
     params = abstract_params(spec)
     total: int = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     if spec.config.tie_word_embeddings:
@@ -314,23 +326,25 @@ def decode_weight_bytes(spec: ModelSpec, batch_size: int) -> int:
 
 
 def kv_bytes(config: LlamaConfig, kv_dtype: jnp.dtype, workload: Workload) -> int:
-    """Bytes of keys and values that a decode step reads, on average over the measured steps."""
+    """Return the bytes of keys and values that a decode step reads, on average over the measured
+    steps."""
     length = workload.prompt_len + (workload.short_output + workload.new_tokens) // 2
     per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     return workload.batch_size * length * per_token * jnp.dtype(kv_dtype).itemsize
 
 
 def copy_bandwidth(num_bytes: int | None = None, repeats: int = 10) -> float:
-    """Bytes per second, read plus written, of copying an array on the default device.
+    """Measure the bytes per second, read plus written, of copying an array on the default device.
 
-    num_bytes: of the array, a multiple of 4; by default 1 GiB, or 256 MiB on a CPU, which no cache
-    holds. The fastest of the repetitions counts.
+    num_bytes: the array's size, a multiple of 4; by default 1 GiB, or 256 MiB on a CPU, which is
+        more than its caches hold.
+    repeats: the fastest of so many copies counts.
     """
     if num_bytes is None:
         num_bytes = 1 << (28 if jax.default_backend() == "cpu" else 30)
     source = jnp.zeros(num_bytes // 4, jnp.int32)
-    # Into a donated array: fresh memory would be paged in first. An addition, because XLA would
-    # pass on an array that is only copied.
+    # The target is donated, because fresh memory would be paged in first. XLA would elide a mere
+    # copy, hence the addition.
     copy = jax.jit(lambda x, into: x + 1, donate_argnames="into", keep_unused=True)
     target = copy(source, jnp.zeros_like(source)).block_until_ready()
     times = []
@@ -344,9 +358,9 @@ def copy_bandwidth(num_bytes: int | None = None, repeats: int = 10) -> float:
 def preset_spec(
     config: LlamaConfig, dtype: str = "bfloat16", quantize_lm_head: bool = False
 ) -> ModelSpec:
-    """A spec with the matrices of the layers in FP8, a scale per row, and the rest in bfloat16.
+    """Make a spec with the layers' matrices in FP8, with a scale per row, and the rest bfloat16.
 
-    quantize_lm_head: the output matrix in FP8, too, which is the embedding if they are tied.
+    quantize_lm_head: whether the output matrix is FP8 too, which is the embedding if they are tied.
     """
     config = replace(config, dtype="bfloat16")
     output = "embed_tokens" if config.tie_word_embeddings else "lm_head"
@@ -361,10 +375,10 @@ def preset_spec(
 
 
 def random_params(spec: ModelSpec, seed: int = 0) -> Params:
-    """Parameters of the right shapes and formats and of plausible size, made in a moment.
+    """Make parameters of the right shapes and formats and of plausible magnitude, quickly.
 
-    Matrices repeat a few million random numbers. Codes are never NaN. On a CPU float8_e4m3fn comes
-    as int8 bits, as `store.load_params` gives it there.
+    Matrices repeat a few million random numbers, and no code is NaN. On a CPU float8_e4m3fn is
+    stored as int8 bits, as by `store.load_params`.
     """
     rng = np.random.default_rng(seed)
     codes = rng.integers(-128, 128, _TILE, np.int8)
@@ -374,7 +388,7 @@ def random_params(spec: ModelSpec, seed: int = 0) -> Params:
 
     on_cpu, abstract = jax.default_backend() == "cpu", abstract_params(spec)
     sizes = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-    room = Room(sizes if on_cpu else ())  # as a checkpoint's
+    room = Room(sizes if on_cpu else ())  # in huge pages, like a checkpoint's
 
     def repeated(numbers: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         whole = room.empty(shape, numbers.dtype)
@@ -397,7 +411,7 @@ def random_params(spec: ModelSpec, seed: int = 0) -> Params:
 
 
 def peak_memory() -> PeakMemory:
-    """The device's peak so far, or the process's where the device does not count."""
+    """Return the device's peak so far, or the process's if the device does not count."""
     stats = jax.devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return PeakMemory(int(stats["peak_bytes_in_use"]), "device")

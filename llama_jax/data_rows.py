@@ -1,7 +1,7 @@
-"""Rows of a data set, of which each asks one question, and the fields of its answer.
+"""Turns rows of a data set into jobs, and their results into fields of the rows.
 
-A row is a dict, as a line of JSON or a table has it. What a row asks is told by its fields; one
-that cannot be answered says why in its field "error", and the others go on.
+A row is a dict, from a line of JSON or a table. Its fields decide which job it is. A row that fails
+gets a field "error", and the others go on.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,9 +10,9 @@ from typing import Any
 
 from llama_jax.engine.engine import Engine
 from llama_jax.engine.request import Request
+from llama_jax.jobs import Job, run_jobs
 from llama_jax.llm import LLM
 from llama_jax.results import Perplexity, Ranking, Score
-from llama_jax.scoring import Question, answers
 
 
 def score_rows(
@@ -23,54 +23,57 @@ def score_rows(
     window: int | None = None,
     stride: int | None = None,
 ) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each row with its scores, and how many tokens were read for it; in order, as they come.
+    """Yield each row with its scores, and the number of tokens that were read for it, in order.
 
-    rows: with "prompt" and "completion", "prompt" and "choices" (a list of texts), or "text"; other
-    fields are kept. tokens: add token_ids and logprobs. window, stride: as `LLM.perplexity`.
+    rows: have "prompt" and "completion", "prompt" and "choices" (a list of texts), or "text". Their
+        other fields are kept.
+    tokens: add token_ids and logprobs.
+    window, stride: as in `LLM.perplexity`.
     """
 
-    def ask(row: dict[str, Any]) -> Question[Score] | Question[Ranking] | Question[Perplexity]:
-        return _ask(llm, row, window, stride)
+    def make_job(row: dict[str, Any]) -> Job[Score] | Job[Ranking] | Job[Perplexity]:
+        return _score_job(llm, row, window, stride)
 
-    return answer_rows(llm.engine, rows, ask, partial(result_fields, tokens=tokens))
+    return run_rows(llm.engine, rows, make_job, partial(result_fields, tokens=tokens))
 
 
-def answer_rows[T](
+def run_rows[T](
     engine: Engine,
     rows: Iterable[dict[str, Any] | ValueError],
-    ask: Callable[[dict[str, Any]], Question[T]],
+    make_job: Callable[[dict[str, Any]], Job[T]],
     fields: Callable[[T], dict[str, Any]],
 ) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each row with the fields of its answer, and how many tokens were read for it; in order.
+    """Yield each row with the fields of its result, and the number of tokens that were read for it,
+    in order.
 
-    A row for which `ask` raises ValueError gets the field "error", and so does an error in the
-    place of a row, and a row in the work for which something was raised; the others go on.
+    A row gets the field "error" if `make_job` raises ValueError for it, or if its requests fail. An
+    error in place of a row becomes a row with that field.
     """
 
-    def question(row: dict[str, Any] | ValueError) -> Question[tuple[dict[str, Any], int]]:
+    def job_of(row: dict[str, Any] | ValueError) -> Job[tuple[dict[str, Any], int]]:
         kept = {} if isinstance(row, ValueError) else {k: v for k, v in row.items() if k != "error"}
         try:
             if isinstance(row, ValueError):
                 raise row
-            asked = ask(row)
+            job = make_job(row)
         except ValueError as error:
             failed = {**kept, "error": str(error)}, 0
-            return Question((), lambda _: failed)
+            return Job((), lambda _: failed)
 
-        def conclude(requests: Sequence[Request]) -> tuple[dict[str, Any], int]:
+        def combine(requests: Sequence[Request]) -> tuple[dict[str, Any], int]:
             error = next((request.error for request in requests if request.error), None)
-            answer = {"error": repr(error)} if error else fields(asked.conclude(requests))
-            return {**kept, **answer}, asked.num_tokens
+            result = {"error": repr(error)} if error else fields(job.combine(requests))
+            return {**kept, **result}, job.num_tokens
 
-        return Question(asked.requests, conclude)
+        return Job(job.requests, combine)
 
-    return answers(engine, map(question, rows))
+    return run_jobs(engine, map(job_of, rows))
 
 
-def _ask(
+def _score_job(
     llm: LLM, row: dict[str, Any], window: int | None, stride: int | None
-) -> Question[Score] | Question[Ranking] | Question[Perplexity]:
-    """The question that a row asks, told by its fields."""
+) -> Job[Score] | Job[Ranking] | Job[Perplexity]:
+    """Make the job that a row's fields ask for."""
     kinds = [name for name in ("completion", "choices", "text") if name in row]
     if len(kinds) != 1:
         raise ValueError(
@@ -78,14 +81,14 @@ def _ask(
             + (" and ".join(f'"{name}"' for name in (kinds or row)) or "no field")
         )
     if kinds == ["text"]:
-        return llm.perplexity_question(_text(row, "text"), window, stride)
+        return llm.perplexity_job(_text(row, "text"), window, stride)
     prompt = _text(row, "prompt")
     if kinds == ["completion"]:
-        return llm.score_question(prompt, _text(row, "completion"))
+        return llm.score_job(prompt, _text(row, "completion"))
     choices = row["choices"]
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError(f'"choices" must be a list of texts, got {choices!r}')
-    return llm.rank_question(prompt, choices)
+    return llm.rank_job(prompt, choices)
 
 
 def _text(row: dict[str, Any], field: str) -> str:
@@ -96,7 +99,7 @@ def _text(row: dict[str, Any], field: str) -> str:
 
 
 def result_fields(result: Score | Ranking | Perplexity, tokens: bool = False) -> dict[str, Any]:
-    """A result as JSON has it; `tokens`: with token_ids and logprobs of each."""
+    """Return a result as JSON values. tokens: whether to include token_ids and logprobs."""
     if isinstance(result, Ranking):
         return {
             "best": result.best,

@@ -1,4 +1,4 @@
-"""What a checkpoint's files raise: a message names the file, what was found, what is expected."""
+"""Defines the errors of checkpoint files. Messages name the file, what was found and expected."""
 
 
 class CheckpointError(ValueError):

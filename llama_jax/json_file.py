@@ -1,8 +1,8 @@
-"""Reads the JSON files of a checkpoint, whatever lies in their place.
+"""Reads a checkpoint's JSON files and checks them against a schema, with errors that name fields.
 
-A schema is any type that msgspec converts to, usually a `msgspec.Struct`. Types are strict: "1" is
-no number, true is no number, and 1.0 is no integer. `json` parses and msgspec only checks, so that
-NaN, Infinity and numbers of any length reach the check with the name of their field.
+A schema is any type that msgspec converts to, usually a `msgspec.Struct`. Types are strict: "1" and
+true are no numbers, and 1.0 is no integer. `json` parses and msgspec only checks, so that NaN,
+Infinity and numbers of any length are reported with the name of their field.
 """
 
 import json
@@ -18,8 +18,8 @@ import msgspec
 
 from llama_jax.errors import CheckpointError
 
-# Parsed JSON can take twenty times the room of its text, so this is 350 MB. The largest files are
-# the tokenizer.json of large vocabularies, which are all text.
+# Parsed JSON can take twenty times the memory of its text, so this is 350 MB. The largest files are
+# the tokenizer.json of large vocabularies, and they are mostly text.
 MAX_BYTES = 16 * 1024 * 1024
 _MAX_DEPTH = 64
 _SHOWN = 80
@@ -31,9 +31,9 @@ _STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
 
 
 def is_there(path: Path) -> bool:
-    """Return whether anything lies at a path, be it a link that leads nowhere.
+    """Return whether anything is at a path, even a dangling link.
 
-    Raises `CheckpointError` where one may not look.
+    Raises `CheckpointError` if the directory may not be read.
     """
     try:
         path.lstat()
@@ -45,29 +45,31 @@ def is_there(path: Path) -> bool:
 
 
 def read_json[T](path: Path, schema: type[T], max_bytes: int = MAX_BYTES) -> T:
-    """The contents of a JSON file as `schema`.
+    """Read a JSON file as `schema`.
 
-    Raises `CheckpointError` naming the file, and the field if one is at fault, with what was found
-    and what is expected.
+    Raises `CheckpointError`, which names the file, the field, what was found and what was expected.
     """
     return convert(parse(read_bytes(path, max_bytes), path), schema, path)
 
 
 def read_object(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """The JSON object in a file, its values unchecked. Raises as `read_json` does."""
+    """Read the JSON object in a file without checking its values. Raises as `read_json` does."""
     return read_json(path, dict[str, Any], max_bytes)
 
 
 def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
-    """A text file in UTF-8. Raises `CheckpointError` naming the file."""
+    """Read a text file in UTF-8. Raises `CheckpointError`, which names the file."""
     return _decoded(read_bytes(path, max_bytes), path)
 
 
 def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
-    """A whole file. Raises `CheckpointError` naming it where it is missing, unreadable, too large,
-    or no regular file: a FIFO or a device would be read for ever."""
+    """Read a file.
+
+    Raises `CheckpointError`, which names the file, if it is missing, unreadable, too large or not a
+    regular file (reading a FIFO or a device might never end).
+    """
     try:
-        # Not to wait for a FIFO's writer.
+        # O_NONBLOCK, because opening a FIFO would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             status = os.fstat(descriptor)
@@ -88,10 +90,10 @@ def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
 
 
 def parse(raw: bytes, where: Path | str) -> Any:
-    """The value of a JSON text in UTF-8. where: names the text in errors.
+    """Parse a JSON text in UTF-8. where: names the text in errors.
 
-    Raises `CheckpointError` for what is no JSON, is nested deeper than 64 levels, says two things
-    under one name, or holds half a surrogate pair, which UTF-8 has no bytes for.
+    Raises `CheckpointError` if it is not JSON, is nested deeper than 64 levels, has a key twice in
+    an object, or holds half a surrogate pair, which UTF-8 cannot encode.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -129,11 +131,11 @@ def parse(raw: bytes, where: Path | str) -> Any:
 
 
 def convert[T](value: Any, schema: type[T], where: Path | str) -> T:
-    """A parsed value as `schema`. where: names the file in errors.
+    """Convert a parsed value to `schema`. where: names the file in errors.
 
-    Raises `CheckpointError` naming the field, what it is and what is expected.
+    Raises `CheckpointError`, which names the field, what was found and what was expected.
     """
-    if is_dataclass(schema) and isinstance(value, dict):  # for a Struct msgspec does it
+    if is_dataclass(schema) and isinstance(value, dict):  # msgspec does this for a Struct
         for name in value.keys() - {field.name for field in fields(schema)}:
             raise CheckpointError(f"{where}: {shown(name)} is not known")
     try:
@@ -145,7 +147,7 @@ def convert[T](value: Any, schema: type[T], where: Path | str) -> T:
 def check_fields(instance: Any) -> None:
     """Check a dataclass's fields against their annotated types, as `convert` does.
 
-    Raises `CheckpointError` naming the field.
+    Raises `CheckpointError`, which names the field.
     """
     values = {field.name: getattr(instance, field.name) for field in fields(instance)}
     try:
@@ -156,10 +158,10 @@ def check_fields(instance: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value for a message: in one line, in characters that any terminal takes, and short."""
+    """Format a value for a message: short, on one line, in characters that any terminal shows."""
     try:
         text = ascii(value)
-    except (RecursionError, ValueError):  # nested deeply, an integer of thousands of digits
+    except (RecursionError, ValueError):  # deep nesting, or thousands of digits
         text = f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
 
@@ -176,7 +178,7 @@ def _decoded(raw: bytes, where: Path | str) -> str:
 
 
 def _depth(value: Any) -> int:
-    """Levels of objects and lists in each other, counted up to one more than are allowed."""
+    """Return the depth of nested objects and lists, counted up to one more than is allowed."""
     level = [value] if type(value) in _CONTAINERS else []
     for depth in range(_MAX_DEPTH + 1):
         children = (node.values() if type(node) is dict else node for node in level)
@@ -187,7 +189,7 @@ def _depth(value: Any) -> int:
 
 
 def _explained(message: str, value: Any) -> str:
-    """msgspec's message in our words, with the value that it is about."""
+    """Reword msgspec's message, and add the offending value."""
     what, _, place = message.partition(" - at ")
     steps = place.strip("`").removeprefix("$")
     found, rest = value, steps
@@ -202,17 +204,17 @@ def _explained(message: str, value: Any) -> str:
     expected, _, got = what.removeprefix("Expected ").partition(", got ")
     if what == "Number out of range":
         expected = "a smaller number"
-    elif what.startswith("Invalid "):  # a tag or a word that is none of those that a schema names
+    elif what.startswith("Invalid "):  # a tag or a literal that the schema does not have
         return f"{name} is {shown(found)}, which is not known"
-    elif not what.startswith("Expected "):  # what a `__post_init__` says
+    elif not what.startswith("Expected "):  # a message of `__post_init__`
         return f"{name}: {what}" if name else what
-    # Somewhere in an object of any keys, msgspec does not say where.
+    # msgspec names no place inside an object of arbitrary keys.
     shown_value = got or "out of range" if rest else shown(found)
     return f"{name or 'its JSON'} is {shown_value}, expected {expected}"
 
 
 def kind(mode: int) -> str:
-    """Return what `st_mode` says that is no file."""
+    """Describe `st_mode` of something that is not a regular file."""
     if stat.S_ISDIR(mode):
         return "a directory"
     return "a FIFO" if stat.S_ISFIFO(mode) else "a device or socket"

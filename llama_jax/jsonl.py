@@ -1,4 +1,4 @@
-"""Files of JSON lines: each line is an object, and one that is not stands for the error it is."""
+"""Reads and writes JSON lines. A line that is not an object becomes a ValueError."""
 
 import io
 import json
@@ -10,12 +10,12 @@ from typing import Any, TextIO
 
 
 def json_line(value: Any) -> str:
-    """Write valid JSON on one line; numbers that JSON does not have become null."""
+    """Return valid JSON on one line. Numbers that JSON lacks become null."""
     finite = _finite(value)
     text = json.dumps(finite, ensure_ascii=False, allow_nan=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # a lone surrogate, which can only be written as an escape
+    except UnicodeEncodeError:  # a lone surrogate, which needs an escape
         return json.dumps(finite)
     return text
 
@@ -33,8 +33,7 @@ def _finite(value: Any) -> Any:
 def read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
     """Yield the objects of a JSONL file, "-" for stdin, with their line numbers.
 
-    Blank lines are skipped. A line that is not a JSON object in UTF-8 comes as the ValueError that
-    says so.
+    Blank lines are skipped. A line that is not a JSON object in UTF-8 becomes a ValueError.
     """
     return _parsed(_lines(path, "surrogateescape"))
 
@@ -42,7 +41,7 @@ def read_jsonl(path: str) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
 def parse_jsonl(
     lines: bytes, first_number: int
 ) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
-    """Read some lines of a file as `read_jsonl` does; the first of them has this number."""
+    """Parse some lines of a file as `read_jsonl` does. first_number: of the first of them."""
     text = io.TextIOWrapper(io.BytesIO(lines), "utf-8", "surrogateescape", newline="\n")
     return _parsed(_numbered(text, first_number))
 

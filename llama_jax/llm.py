@@ -1,11 +1,11 @@
-"""`LLM`: a loaded model with its tokenizer. Text in, text and numbers out."""
+"""Defines `LLM`, a loaded model with its tokenizer: text in, text and numbers out."""
 
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from jax import Array
@@ -23,30 +23,16 @@ from llama_jax.engine import compile_cache
 from llama_jax.engine.compile_cache import CompileReport
 from llama_jax.engine.engine import Engine
 from llama_jax.engine.grammars import Grammars
-from llama_jax.engine.request import Request, Wanted
+from llama_jax.engine.request import OutputKind, Request
 from llama_jax.engine.sampling import check_ids
 from llama_jax.engine.scheduling import EngineOptions, Stats
+from llama_jax.jobs import Job, perplexity_of, run_jobs, score_of, score_request
 from llama_jax.loading import sequence_limit
 from llama_jax.model.config import token_ids
 from llama_jax.model.kv_cache import KVDtype, storage_dtype
 from llama_jax.model.spec import Activations, Implementation, ModelSpec, Params
-from llama_jax.results import (
-    Generation,
-    Perplexity,
-    Piece,
-    Ranking,
-    Score,
-    Timings,
-    TokenLogprob,
-)
+from llama_jax.results import Generation, Perplexity, Piece, Ranking, Score, generation_of
 from llama_jax.sampling_params import SamplingParams
-from llama_jax.scoring import (
-    Question,
-    answers,
-    perplexity_of,
-    score_of,
-    score_request,
-)
 from llama_jax.structured import StructuredOutput
 from llama_jax.text.chat import choose_template, encode_chat
 from llama_jax.text.tokenizer import StreamDecoder, Tokenizer
@@ -62,11 +48,19 @@ Prompt = str | Sequence[int]
 
 
 class PromptTooLongError(ValueError):
-    """A prompt that leaves no room in the context for what is wanted."""
+    """Raised for a prompt that leaves no room in the context for the output."""
 
 
 class LLM:
-    """A Llama model on its device, ready to generate and to score. Made by `LLM.load`."""
+    """A Llama model on its device, ready to generate and to score.
+
+    `LLM.load` makes one:
+
+    >>> from llama_jax import LLM
+    >>> llm = LLM.load(verbose=False)  # the small model that ships with the project
+    >>> llm.chat([{"role": "user", "content": "What is 47 + 85?"}]).text
+    '132'
+    """
 
     def __init__(
         self,
@@ -93,7 +87,7 @@ class LLM:
         warn_of_fields_without_effect(generation, config.max_position_embeddings)
         self.default_sampling = default_sampling(settings)
         eos = token_ids(settings.eos_token_id) or config.eos_token_ids
-        # What stops vLLM: generation_config's ids and the tokenizer's own.
+        # As in vLLM: generation_config's ids and the tokenizer's own.
         own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         self._stop_ids = frozenset({*(eos or tokenizer.eos_ids), *own})
         self._grammars = Grammars(tokenizer, config.vocab_size, sorted(self._stop_ids))
@@ -130,34 +124,35 @@ class LLM:
         batch_invariant: bool = False,
         lookahead: int | None = None,
     ) -> "LLM":
-        """Load a checkpoint: a converted one, a Hugging Face or Meta directory, or a hub id.
+        """Load a checkpoint.
 
-        The latter two are converted once, into a cache directory. Without an argument: the small
-        model that ships with the project.
-
+        path_or_id: a converted checkpoint, a Hugging Face or Meta directory, or a hub id. The
+            latter two are converted once, into a cache directory. By default the small model that
+            ships with the project.
         dtype: of activations, cache and logits; "float32" means float32 throughout.
-        activations: what FP8 weights are multiplied with: "bf16" (activations in `dtype`),
-            "dynamic" (e4m3fn per token) or "static" (e4m3fn by the checkpoint's input scales);
-            "auto" is "bf16", but "dynamic" for prompts on a GPU that computes in FP8.
-        implementation: of attention and FP8 matmuls, "xla", "cpu" or "hopper" (or an error), or
-            "reference"; by default the best that runs here.
-        kv_dtype: "bf16" (or rather `dtype`) or "fp8", of the key/value cache.
-        max_seq_len: tokens that prompt and output may have together, at most the model's context;
-            by default that, or 8192 if it is longer.
-        max_batch_size: sequences generated at the same time.
-        draft: a smaller model with the same vocabulary that draws `num_speculative_tokens` draft
-            tokens (by default 4) for the model to check together; the tokens stay the same. Without
-            a draft (by default 0) they are looked up in the text so far. `lookahead` is the
-            option's old name.
-        mesh: devices to shard over (`llama_jax.model.sharding`); by default the first device alone.
+        activations: the format in which activations meet FP8 weights: "bf16" (really `dtype`),
+            "dynamic" (e4m3fn with a scale per token) or "static" (e4m3fn with the checkpoint's
+            input scales). "auto" is "dynamic" for prompts on a GPU that computes in FP8, and "bf16"
+            otherwise.
+        implementation: of attention and FP8 matmuls: "xla", "cpu", "hopper" or "reference"; a named
+            one that cannot run is an error. By default the best that runs here.
+        kv_dtype: of the key/value cache: "bf16" (really `dtype`) or "fp8".
+        max_seq_len: the most tokens of a prompt and its output together, up to the model's context;
+            by default that, but no more than 8192.
+        max_batch_size: the number of sequences that are generated at the same time.
+        draft: a smaller model with the same vocabulary. It draws `num_speculative_tokens` draft
+            tokens (by default 4), which the model checks together; the output stays the same.
+            Without it, draft tokens (by default 0) are looked up in the text so far. `lookahead` is
+            the old name of `num_speculative_tokens`.
+        mesh: the devices to shard over (`llama_jax.model.sharding`); by default the first device.
         verbose: print the memory plan.
-        num_pages: of the cache; by default for all sequences at full length, or what there is
-            memory for.
+        num_pages: the size of the cache in pages of 64 tokens; by default enough for all sequences
+            at full length, or as many as fit in memory.
         prefill_chunk, prefill_budget, max_steps, max_waiting, share_prefixes, batch_invariant: see
             `engine.scheduling.EngineOptions`.
 
-        Raises `store.CheckpointError` for what cannot be read, `memory.DoesNotFitError` before
-        anything is loaded, ValueError for settings.
+        Raises `store.CheckpointError` for a checkpoint that cannot be read, ValueError for bad
+        settings, and `memory.DoesNotFitError` before anything is loaded.
         """
         if lookahead is not None:
             message = "LLM.load's lookahead is called num_speculative_tokens now"
@@ -201,19 +196,25 @@ class LLM:
         on_finished: Callable[[], None] | None = None,
     ) -> list[Generation]: ...
     def generate(self, prompts, sampling=None, on_finished=None):  # type: ignore[no-untyped-def]
-        """Continue prompts: a str gives one `Generation`, a list of str or of token ids a list.
+        """Continue one prompt, or each of a list of prompts.
 
-        sampling: for all prompts, or one per prompt; the checkpoint's generation_config when None.
-        on_finished: called each time one is done. A str gets what the tokenizer puts around a text,
-        BOS as a rule; token ids are taken as they are. With `SamplingParams(n=4)` a prompt has four
-        continuations, which share its pages: `Generation.samples`.
+        prompts: a str gives one `Generation`; a list of str or of token ids gives a list. The
+            tokenizer adds its special tokens to a str (usually BOS), and none to token ids.
+        sampling: for all prompts, or a list with one per prompt; by default the checkpoint's
+            generation_config. With `SamplingParams(n=4)` a prompt has four continuations, which
+            share its pages: `Generation.samples`.
+        on_finished: called each time a prompt is done.
 
-        What is raised in the work for one continuation, such as decoding its text, ends it alone:
-        its `Generation.error` says what it was. For a str it is raised.
+        An error in one continuation, such as decoding its text, ends that one alone and is its
+        `Generation.error`. For a single str it is raised.
+
+        >>> greedy = SamplingParams(temperature=0, max_new_tokens=6)
+        >>> [each.text for each in llm.generate(["2, 4, 6,", "1, 2, 3,"], greedy)]
+        [' 4', ' 1']
         """
         single = isinstance(prompts, str)
         pairs = self._with_sampling([prompts] if single else prompts, sampling)
-        results = self._run([self.generate_question(*pair) for pair in pairs], on_finished)
+        results = self._run([self.generate_job(*pair) for pair in pairs], on_finished)
         return _only(results) if single else results
 
     @overload
@@ -239,20 +240,26 @@ class LLM:
         **template_kwargs: Any,
     ) -> list[Generation]: ...
     def chat(self, messages, sampling=None, **settings):  # type: ignore[no-untyped-def]
-        """The assistant's next message in a conversation, or in each of a list of conversations.
+        """Generate the assistant's next message in a conversation, or in each of a list of them.
 
-        messages: {"role": "system" | "user" | "assistant" | "tool", "content": ...} in order, with
-        "tool_calls" in the assistant's messages where there were some. tools: JSON schemas, or
-        typed functions with a docstring; calls that the reply asks for are in `tool_calls`.
-        tool_choice: whether the reply may, must or must not call one, see `text.tool_choice`; a
-        call that it must make fits the tool's schema (extra `serve`), unless `max_new_tokens` cuts
-        it. parallel_tool_calls: whether it may make several.
-        template_kwargs reach the checkpoint's chat template, but for those of `chat.encode_chat`:
-        `continue_final_message`, `add_generation_prompt`, `chat_template`, `chat_template_kwargs`.
+        messages: {"role": "system" | "user" | "assistant" | "tool", "content": ...} in order; an
+            assistant's message may have "tool_calls".
+        tools: JSON schemas, or typed functions with a docstring. The reply's calls are in
+            `Generation.tool_calls`.
+        tool_choice: whether the reply may, must or must not call a tool, see `text.tool_choice`. A
+            required call fits the tool's schema (extra `serve`), unless `max_new_tokens` cuts it.
+        parallel_tool_calls: whether the reply may make several calls.
+        template_kwargs: passed to the checkpoint's chat template, except for those of
+            `chat.encode_chat`: `continue_final_message`, `add_generation_prompt`, `chat_template`
+            and `chat_template_kwargs`.
+
+        >>> ask = "Sort these numbers in ascending order: 5, 3, 8"
+        >>> llm.chat([{"role": "user", "content": ask}]).text
+        '3, 5, 8'
         """
         single = not messages or isinstance(messages[0], Mapping)
         pairs = self._with_sampling([messages] if single else messages, sampling)
-        results = self._run([self.chat_question(*pair, **settings) for pair in pairs])
+        results = self._run([self.chat_job(*pair, **settings) for pair in pairs])
         return _only(results) if single else results
 
     def stream(
@@ -261,19 +268,25 @@ class LLM:
         sampling: SamplingParams | None = None,
         **settings: Any,
     ) -> Iterator[Piece]:
-        """Like `generate` for a str and like `chat` for messages, piece by piece.
+        """Yield a continuation piece by piece: of a str as `generate`, of messages as `chat`.
 
-        settings: `chat`'s. Incomplete UTF-8 and possible beginnings of stop strings are held back;
-        the last piece carries the whole result.
+        settings: the keyword arguments of `chat`.
+
+        Incomplete UTF-8 and what may become a stop string are held back. The last piece carries the
+        complete result.
+
+        >>> messages = [{"role": "user", "content": "What is 47 + 85?"}]
+        >>> "".join(piece.text for piece in llm.stream(messages))
+        '132'
         """
         sampling = sampling or self.default_sampling
         if sampling.n > 1:
             raise ValueError(f"one continuation can be streamed, n is {sampling.n}: use generate")
         if not isinstance(prompt, str):
-            return self._pieces(self.chat_question(prompt, sampling, is_streamed=True, **settings))
+            return self._pieces(self.chat_job(prompt, sampling, is_streamed=True, **settings))
         if settings:
-            raise TypeError(f"a prompt as text has no use for {', '.join(settings)}")
-        return self._pieces(self.generate_question(prompt, sampling, is_streamed=True))
+            raise TypeError(f"{', '.join(settings)}: only for messages, but the prompt is a str")
+        return self._pieces(self.generate_job(prompt, sampling, is_streamed=True))
 
     @overload
     def score(  # type: ignore[overload-overlap]
@@ -282,18 +295,22 @@ class LLM:
     @overload
     def score(self, prompts: Sequence[Prompt], completions: Sequence[Prompt]) -> list[Score]: ...
     def score(self, prompts, completions):  # type: ignore[no-untyped-def]
-        """Return how likely each completion is after its prompt: one `Score`, or a list for lists.
+        """Compute how likely a completion is after its prompt: one `Score`, or a list for lists.
 
-        Prompt and completion are tokenised together where the prompt's tokens stay the same, and
-        separately otherwise, so a completion's tokens are always whole. A prompt may be empty
-        where the model has a BOS token. Token ids are taken as they are.
+        Prompt and completion are tokenised together if the prompt's tokens stay the same, and
+        separately otherwise, so no token straddles the two. A prompt may be empty if the model has
+        a BOS token. Token ids are taken as they are.
+
+        >>> score = llm.score("What is 47 + 85? ", "132")
+        >>> len(score.logprobs) == len(score.token_ids) == 3
+        True
         """
         single = _is_prompt(prompts)
         if single:
             prompts, completions = [prompts], [completions]
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions")
-        results = self._answers(map(self.score_question, prompts, completions))
+        results = self._results(map(self.score_job, prompts, completions))
         return results[0] if single else results
 
     @overload
@@ -301,14 +318,19 @@ class LLM:
     @overload
     def rank(self, prompts: Sequence[Prompt], labels: Sequence[Prompt]) -> list[Ranking]: ...
     def rank(self, prompts, labels):  # type: ignore[no-untyped-def]
-        """Which of `labels` is likeliest after a prompt: one `Ranking`, or a list for a list.
+        """Compute which of `labels` is likeliest after a prompt: one `Ranking`, or a list for a
+        list of prompts.
 
-        labels: texts or token ids, the same for all prompts, tokenised as `score` does. What the
-        labels have in common, the prompt above all, is computed once.
+        labels: texts or token ids, the same for all prompts, tokenised as in `score`. The prompt
+            and any other prefix that labels share is computed once.
+
+        >>> ranking = llm.rank("What is 47 + 85? ", ["132", "131"])
+        >>> len(ranking.scores), round(sum(ranking.probabilities), 6)
+        (2, 1.0)
         """
         single = _is_prompt(prompts)
         given = [prompts] if single else prompts
-        results = self._answers(self.rank_question(prompt, labels) for prompt in given)
+        results = self._results(self.rank_job(prompt, labels) for prompt in given)
         return results[0] if single else results
 
     @overload
@@ -320,33 +342,36 @@ class LLM:
         self, texts: Sequence[Prompt], *, window: int | None = None, stride: int | None = None
     ) -> list[Perplexity]: ...
     def perplexity(self, texts, *, window=None, stride=None):  # type: ignore[no-untyped-def]
-        """Return how well the model predicts a text of any length: one `Perplexity`, or a list for
-        a list.
+        """Compute how well the model predicts a text of any length: one `Perplexity`, or a list for
+        a list of texts.
 
-        A str is scored whole, after a BOS token; of token ids the first only gives context.
-        window: tokens that are looked at together, at most and by default `max_seq_len`.
-        stride: how many new tokens each window but the first scores; the others are context, so a
-            small one is slow and gives the lower perplexity. By default window - 1, as in lm-eval's
-            rolling loglikelihood: hardly a token is computed twice. See `windows.rolling_windows`.
+        texts: every token of a str is scored, after a BOS token. The first of given token ids is
+            only context.
+        window: tokens per window, at most and by default `max_seq_len`.
+        stride: tokens that each window after the first scores; its others are context. A small
+            stride is slower and gives a lower perplexity. By default window - 1, as in lm-eval's
+            rolling loglikelihood. See `windows.rolling_windows`.
         """
         single = _is_prompt(texts)
         given = [texts] if single else texts
-        results = self._answers(self.perplexity_question(text, window, stride) for text in given)
+        results = self._results(self.perplexity_job(text, window, stride) for text in given)
         return results[0] if single else results
 
-    def generate_question(
+    def generate_job(
         self,
         prompt: Prompt,
         sampling: SamplingParams | None = None,
         *,
         is_streamed: bool = False,
-    ) -> Question[Generation]:
-        """Return what `generate` asks, for `scoring.answers`, for more prompts than fit in memory,
-        and for whoever steps the engine. is_streamed: the text is wanted as it grows, see
-        `Request`."""
+    ) -> Job[Generation]:
+        """Make the job of `generate` for one prompt, to be run by `jobs.run_jobs`, which takes more
+        prompts than fit in memory, or by stepping the engine.
+
+        is_streamed: whether the text is read while it grows, see `Request`.
+        """
         return self._continuation(self._prompt_ids(prompt), sampling, is_streamed=is_streamed)
 
-    def chat_question(
+    def chat_job(
         self,
         messages: Sequence[Message],
         sampling: SamplingParams | None = None,
@@ -356,8 +381,8 @@ class LLM:
         parallel_tool_calls: bool = True,
         is_streamed: bool = False,
         **template_kwargs: Any,
-    ) -> Question[Generation]:
-        """Return what `chat` asks, see `generate_question`."""
+    ) -> Job[Generation]:
+        """Make the job of `chat`, see `generate_job`."""
         calls = calling(tools, tool_choice, parallel_tool_calls, self.tokenizer)
         sampling = sampling or self.default_sampling
         if calls.form:
@@ -369,8 +394,21 @@ class LLM:
         )
         if tool_choice == "none":
             return self._continuation(ids, sampling, is_streamed=is_streamed)
-        most = None if calls.is_parallel else 1
-        return self._continuation(ids, sampling, is_chat=True, most=most, is_streamed=is_streamed)
+        max_calls = None if calls.is_parallel else 1
+        return self._continuation(
+            ids, sampling, is_chat=True, max_calls=max_calls, is_streamed=is_streamed
+        )
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Find `generate_job` and so on by their old names, `generate_question` and so on."""
+            kind = name.removesuffix("_question")
+            if kind == name or kind not in ("generate", "chat", "score", "rank", "perplexity"):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            message = f"LLM.{name} is called {kind}_job now"
+            warnings.warn(message, FutureWarning, stacklevel=2)
+            return getattr(self, f"{kind}_job")
 
     def _continuation(
         self,
@@ -378,39 +416,39 @@ class LLM:
         sampling: SamplingParams | None,
         *,
         is_chat: bool = False,
-        most: int | None = None,
+        max_calls: int | None = None,
         is_streamed: bool = False,
-    ) -> Question[Generation]:
-        """most: calls of tools that are told of."""
+    ) -> Job[Generation]:
+        """Make the job of one prompt. max_calls: how many of the reply's tool calls are kept."""
         settings = (sampling or self.default_sampling).of_samples()
 
         def sample(request: Request) -> Generation:
             result = self.result(request, is_chat)
-            return replace(result, tool_calls=result.tool_calls[:most])
+            return replace(result, tool_calls=result.tool_calls[:max_calls])
 
-        def conclude(requests: Sequence[Request]) -> Generation:
+        def combine(requests: Sequence[Request]) -> Generation:
             first, *others = map(sample, requests)
             return replace(first, others=tuple(others))
 
         requests = tuple(self._request(ids, each, is_streamed) for each in settings)
-        return Question(requests, conclude)
+        return Job(requests, combine)
 
-    def score_question(self, prompt: Prompt, completion: Prompt) -> Question[Score]:
-        """Return what `score` asks, see `generate_question`."""
+    def score_job(self, prompt: Prompt, completion: Prompt) -> Job[Score]:
+        """Make the job of `score`, see `generate_job`."""
         request = score_request(*self.pair_ids(prompt, completion))
-        return Question((request,), lambda requests: score_of(requests[0]))
+        return Job((request,), lambda requests: score_of(requests[0]))
 
-    def rank_question(self, prompt: Prompt, labels: Sequence[Prompt]) -> Question[Ranking]:
-        """Return what `rank` asks, see `generate_question`."""
+    def rank_job(self, prompt: Prompt, labels: Sequence[Prompt]) -> Job[Ranking]:
+        """Make the job of `rank`, see `generate_job`."""
         if isinstance(labels, str) or not labels:
             raise ValueError(f"labels must be a list of at least one, got {labels!r}")
         requests = [score_request(*self.pair_ids(prompt, label)) for label in labels]
-        return Question(tuple(requests), lambda done: Ranking(tuple(map(score_of, done))))
+        return Job(tuple(requests), lambda done: Ranking(tuple(map(score_of, done))))
 
-    def perplexity_question(
+    def perplexity_job(
         self, text: Prompt, window: int | None = None, stride: int | None = None
-    ) -> Question[Perplexity]:
-        """Return what `perplexity` asks, see `generate_question`."""
+    ) -> Job[Perplexity]:
+        """Make the job of `perplexity`, see `generate_job`."""
         window, stride = window_and_stride(window, stride, self.max_seq_len)
         if isinstance(text, str):
             ids, read = self.tokenizer.encode(text, bos=True), text
@@ -421,97 +459,103 @@ class LLM:
         requests = [score_request(ids[begin:end], first - begin) for begin, first, end in windows]
         if not requests:
             raise ValueError(f"the text {text!r} has no token to score")
-        return Question(tuple(requests), lambda done: perplexity_of(done, read))
+        return Job(tuple(requests), lambda done: perplexity_of(done, read))
 
-    def _answers[T](self, questions: Iterable[Question[T]]) -> list[T]:
-        # Mistakes in any question come before the first is asked.
-        return list(answers(self.engine, list(questions)))
+    def _results[T](self, jobs: Iterable[Job[T]]) -> list[T]:
+        # All jobs are made before the first runs, so that a bad argument is reported at once.
+        return list(run_jobs(self.engine, list(jobs)))
 
     def pair_ids(self, prompt: Prompt, completion: Prompt) -> tuple[list[int], int]:
-        """Token ids of prompt and completion together, as `score` takes them, and where the
-        completion begins among them."""
-        encode = self.tokenizer.encode
-        if isinstance(prompt, str) and isinstance(completion, str):
-            before, whole = encode(prompt, bos=True), encode(prompt + completion, bos=True)
-            if whole[: len(before)] != before:
-                whole = before + self.tokenizer.encode_continuation(completion)
-        else:
-            before = encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
-            after = completion
-            if isinstance(completion, str):
-                goes_on = bool(self.tokenizer.decode(before))
-                after = (self.tokenizer.encode_continuation if goes_on else encode)(completion)
-            whole = [*before, *after]
-        if len(whole) == len(before):
+        """Encode a prompt and its completion as `score` does.
+
+        Returns the token ids of both, and the index of the completion's first.
+        """
+        ids, begin = self.tokenizer.encode_pair(prompt, completion)
+        if len(ids) == begin:
             raise ValueError(f"the completion {completion!r} is empty")
-        if not before:
-            raise ValueError("the prompt is empty: the first token has nothing to be likely after")
-        return self._checked(whole), len(before)
+        if not begin:
+            raise ValueError(
+                "the prompt is empty, so the first token has no context to be scored in"
+            )
+        return self._checked(ids), begin
 
     def logits(self, ids: Array | np.ndarray | Sequence[Sequence[int]]) -> np.ndarray:
-        """Next-token logits: int [batch, length] -> float32 [batch, length, vocab]."""
+        """Compute next-token logits, float32 [batch, length, vocab], of ids int [batch, length].
+
+        >>> logits = llm.logits([[1, 2, 3]])
+        >>> logits.shape == (1, 3, llm.spec.config.vocab_size)
+        True
+        """
         array = np.asarray(ids)
         if array.ndim != 2 or not array.size or array.dtype.kind not in "iu":
             raise ValueError(
                 f"ids must be a non-empty int [batch, length], got {array.dtype} {array.shape}"
             )
-        requests = [Request(self._checked(row.tolist()), wanted="logits") for row in array]
+        requests = [Request(self._checked(row.tolist()), output_kind="logits") for row in array]
         for _ in self.engine.run(requests):
             pass
         return np.stack([request.prompt_logits for request in requests])  # type: ignore[misc]
 
     def warmup(
         self,
-        wanted: Sequence[Wanted] = ("tokens", "logprobs", "logits"),
+        output_kinds: Sequence[OutputKind] = ("tokens", "logprobs", "logits"),
         structured: bool = False,
+        *,
+        wanted: Sequence[OutputKind] | None = None,
     ) -> CompileReport:
-        """Compile what `generate`, `chat` and `stream` need ("tokens"), `score`, `rank` and
-        `perplexity` ("logprobs"), and `logits`.
+        """Compile programs before they are needed.
 
-        structured: whether `SamplingParams.structured` will be asked for. Returns what was
-        compiled or fetched from the persistent cache, and the seconds it took.
+        output_kinds: "tokens" for `generate`, `chat` and `stream`; "logprobs" for `score`, `rank`
+            and `perplexity`; "logits" for `logits`. `wanted` is the old name of this argument.
+        structured: whether `SamplingParams.structured` will be used.
+        Returns the number of programs that were compiled or fetched from the persistent cache, and
+        the seconds it took.
         """
-        if structured:  # starts what compiles grammars
+        if wanted is not None:
+            message = "LLM.warmup's wanted is called output_kinds now"
+            warnings.warn(message, FutureWarning, stacklevel=2)
+            output_kinds = wanted
+        if structured:  # starts the processes that compile grammars
             self._grammars.matcher(StructuredOutput(json_object=True))
-        return self.engine.warmup(wanted, structured)
+        return self.engine.warmup(output_kinds, structured)
 
     @property
     def tool_format(self) -> ToolFormat:
-        """Return how the model writes calls of tools."""
+        """Return the format in which the model writes tool calls."""
         return tool_format(choose_template(self.tokenizer, tools=True))
 
     def stats(self) -> Stats:
-        """Counters since the model was loaded: tokens read, shared and drawn, guesses and how many
-        were accepted, preemptions."""
+        """Return counters since the model was loaded: tokens read, shared and drawn, draft tokens
+        proposed and accepted, preemptions."""
         return self.engine.stats()
 
     def _run(
         self,
-        questions: Sequence[Question[Generation]],
+        jobs: Sequence[Job[Generation]],
         on_finished: Callable[[], None] | None = None,
     ) -> list[Generation]:
-        asked_by = {request: question for question in questions for request in question.requests}
-        for request in self.engine.run(list(asked_by)):
+        unfinished = {request: job for job in jobs for request in job.requests}
+        for request in self.engine.run(list(unfinished)):
             if request.finish_reason:
-                question = asked_by.pop(request)
-                if on_finished and asked_by.keys().isdisjoint(question.requests):
+                job = unfinished.pop(request)
+                if on_finished and unfinished.keys().isdisjoint(job.requests):
                     on_finished()
-        return [question.conclude(question.requests) for question in questions]
+        return [job.result() for job in jobs]
 
     def _with_sampling[T](
         self,
         prompts: Sequence[T],
         sampling: SamplingParams | Sequence[SamplingParams] | None,
     ) -> list[tuple[T, SamplingParams]]:
-        """Each prompt with its settings, which may be the same for all."""
+        """Pair each prompt with its settings, which may be the same for all."""
         if sampling is None or isinstance(sampling, SamplingParams):
             sampling = [sampling or self.default_sampling] * len(prompts)
         if len(sampling) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(sampling)} sampling settings")
         return list(zip(prompts, sampling, strict=True))
 
-    def _pieces(self, question: Question[Generation]) -> Iterator[Piece]:
-        (request,) = question.requests
+    def _pieces(self, job: Job[Generation]) -> Iterator[Piece]:
+        (request,) = job.requests
         shown = 0
         for _ in self.engine.run([request]):
             text = request.text[shown : request.released]
@@ -519,7 +563,7 @@ class LLM:
             if request.error:
                 raise request.error
             if request.finish_reason:
-                yield Piece(text, question.answer())
+                yield Piece(text, job.result())
             elif text:
                 yield Piece(text)
 
@@ -543,31 +587,11 @@ class LLM:
         )
 
     def result(self, request: Request, is_chat: bool = False) -> Generation:
-        """Return what has come of one request of a question, when it has ended; with the calls that
-        it makes where `is_chat`."""
-        logprobs, error = None, request.error
-        if request.params.logprobs is not None and not error:
-            try:
-                logprobs = tuple(
-                    map(self._token_logprob, request.token_ids, request.logprobs, request.top)
-                )
-            except Exception as raised:  # this continuation's alone
-                error = raised
-        assert request.finish_reason is not None
-        first = request.first_token_at or request.finished_at
-        generation = Generation(
-            text=request.text,
-            token_ids=tuple(request.token_ids),
-            finish_reason="error" if error else request.finish_reason,
-            prompt_token_ids=tuple(request.prompt),
-            logprobs=logprobs,
-            timings=Timings(
-                prefill=first - (request.admitted_at or first),
-                decode=request.finished_at - first,
-            ),
-            stop_reason=request.stop_reason,
-            error=error,
-        )
+        """Return the result of one request of a job, once it has ended.
+
+        is_chat: parse the tool calls of the reply.
+        """
+        generation = generation_of(request, self.tokenizer)
         return self._with_tool_calls(generation) if is_chat else generation
 
     def _with_tool_calls(self, result: Generation) -> Generation:
@@ -576,14 +600,8 @@ class LLM:
         try:
             reply = self.tokenizer.decode(result.token_ids, skip_special=False)
             return replace(result, tool_calls=parse_tool_calls(reply, self.tool_format))
-        except Exception as error:  # this continuation's alone
+        except Exception as error:  # ends this continuation alone
             return replace(result, finish_reason="error", error=error)
-
-    def _token_logprob(
-        self, token_id: int, logprob: float, top: Sequence[tuple[int, float]]
-    ) -> TokenLogprob:
-        likeliest = tuple((i, self.tokenizer.token_text(i), value) for i, value in top)
-        return TokenLogprob(token_id, self.tokenizer.token_text(token_id), logprob, likeliest)
 
     def _prompt_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -599,7 +617,7 @@ class LLM:
         return self._checked(ids, room=1)
 
     def _checked(self, ids: Sequence[int], room: int = 0) -> list[int]:
-        """`ids`, if they are in the vocabulary and leave room for as many more tokens."""
+        """Return `ids` as a list. Raises unless they are in the vocabulary and leave `room`."""
         if not ids:
             raise ValueError("the prompt is empty")
         check_ids("prompt", ids, self.spec.config.vocab_size)
@@ -613,7 +631,7 @@ class LLM:
 
 
 def _only(results: Sequence[Generation]) -> Generation:
-    """The result of a call for one prompt, or its error."""
+    """Return the result of a call for one prompt, or raise its error."""
     (result,) = results
     if result.error:
         raise result.error
@@ -621,5 +639,5 @@ def _only(results: Sequence[Generation]) -> Generation:
 
 
 def _is_prompt(value: Prompt | Sequence[Prompt]) -> bool:
-    """Return whether this is one prompt rather than a list of them."""
+    """Return whether this is one prompt, not a list of prompts."""
     return isinstance(value, str) or bool(len(value) and isinstance(value[0], int | np.integer))

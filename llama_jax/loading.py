@@ -1,4 +1,4 @@
-"""What `LLM.load` loads: found, described and checked before any array is read."""
+"""Finds, plans and checks what `LLM.load` will load, before any array is read."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,9 +24,9 @@ DEFAULT_MAX_SEQ_LEN = 8192
 
 @dataclass(frozen=True)
 class Stored:
-    """A converted checkpoint, and the model that its parameters are for.
+    """A converted checkpoint and the spec of its model.
 
-    name: what the user calls the checkpoint.
+    name: the path or id that the user gave.
     """
 
     name: str | Path
@@ -35,12 +35,12 @@ class Stored:
     spec: ModelSpec
 
     def load(self) -> Params:
-        """Read the parameters, on a CPU with FP8 codes as int8 bits."""
+        """Read the parameters; on a CPU, FP8 codes are int8 bits."""
         bits = jax.default_backend() == "cpu"
         return store.load_params(self.directory, self.spec, bits=bits)
 
     def tokenizer(self) -> Tokenizer:
-        """Read the tokenizer; messages about its chat templates name the checkpoint as users do."""
+        """Read the tokenizer. Messages about its chat templates name the checkpoint by `name`."""
         try:
             tokenizer = load_tokenizer(self.directory, self.spec.config)
         except FileNotFoundError as error:
@@ -64,7 +64,7 @@ def find(
     implementation: Implementation | None,
     mesh: Mesh | None,
 ) -> Stored:
-    """Find a checkpoint, converting it if need be. Arguments and errors are `LLM.load`'s."""
+    """Find a checkpoint, and convert it if needed. Arguments and errors are those of `LLM.load`."""
     directory = resolve(path_or_id)
     manifest = store.read_manifest(directory)
     spec = replace(manifest.spec(dtype, activations), implementation=implementation, mesh=mesh)
@@ -75,9 +75,9 @@ def find(
 def plan(
     model: Stored, draft: Stored | None, options: EngineOptions, kv_dtype: KVDtype
 ) -> tuple[EngineOptions, memory.MemoryPlan]:
-    """Return the options with a number of pages that fits, and the memory that everything needs.
+    """Return the options with a number of pages that fits, and the memory plan of everything.
 
-    Raises ValueError for a draft model that does not go with the model.
+    Raises ValueError for a draft model that does not suit the model.
     """
     speculation = Speculation(options.num_speculative_tokens, draft.spec if draft else None)
     speculation.check(model.spec.config, options.max_seq_len)
@@ -86,7 +86,7 @@ def plan(
 
 
 def sequence_limit(config: LlamaConfig, max_seq_len: int | None) -> int:
-    """Return `LLM.load`'s max_seq_len, checked, or its default."""
+    """Check the max_seq_len of `LLM.load`, or return its default."""
     limit = config.max_position_embeddings
     if max_seq_len is None:
         return min(limit, DEFAULT_MAX_SEQ_LEN)

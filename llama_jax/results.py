@@ -1,12 +1,14 @@
-"""What the calls of `LLM` return."""
+"""Defines what `LLM` returns: continuations, scores, rankings and perplexities."""
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from llama_jax.engine.request import FinishReason
+from llama_jax.engine.request import FinishReason, Request
+from llama_jax.text.tokenizer import Tokenizer
 from llama_jax.text.tools import ToolCall
 
 
@@ -25,8 +27,8 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds. `prefill` runs from the request's admission to its first token, `decode` from there
-    to its last."""
+    """The seconds a continuation took: `prefill` from the request's admission to its first token,
+    `decode` from there to its last."""
 
     prefill: float
     decode: float
@@ -34,15 +36,18 @@ class Timings:
 
 @dataclass(frozen=True)
 class Generation:
-    """One continuation.
+    """One continuation of a prompt.
 
-    text: without special tokens, cut before a stop string. token_ids: every token drawn, the stop
-    token included. finish_reason: "stop" (a stop token or string), "length" or "error".
+    text: the text without special tokens, cut before a stop string.
+    token_ids: every token drawn, including the stop token.
+    finish_reason: "stop" (a stop token or string), "length" or "error".
+    logprobs: one entry per token if they were asked for.
+    tool_calls: the reply's tool calls, from `LLM.chat`.
+    others: the other continuations of the same prompt, with `SamplingParams.n` above 1.
     stop_reason: the string of `SamplingParams.stop` or the id of `stop_token_ids` that ended it;
-    None for the checkpoint's own stop tokens, and for "length". logprobs: one entry per token if
-    asked for. tool_calls: what the reply asks to be called (from `LLM.chat`). others: the other
-    continuations of the same prompt, where `SamplingParams.n` asked for several. error: what was
-    raised in the work for this continuation alone, which has what there was of it by then.
+        None for the checkpoint's own stop tokens, and for "length".
+    error: the exception that ended this continuation alone; the other fields have what there was
+        by then.
     """
 
     text: str
@@ -58,12 +63,12 @@ class Generation:
 
     @property
     def samples(self) -> tuple["Generation", ...]:
-        """All continuations of the prompt, this one first."""
+        """Return all continuations of the prompt, this one first."""
         return (self, *self.others)
 
 
 def generation_fields(result: Generation) -> dict[str, Any]:
-    """A continuation as JSON has it."""
+    """Return a continuation as JSON values."""
     error = {} if result.error is None else {"error": f"{result.error!r}"}
     return {
         "text": result.text,
@@ -76,7 +81,7 @@ def generation_fields(result: Generation) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Piece:
-    """A piece of a streamed reply: text that is new, and the whole result with the last piece."""
+    """A piece of a streamed reply: the new text, and the complete result with the last piece."""
 
     text: str
     result: Generation | None = None
@@ -84,10 +89,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Score:
-    """How likely a completion is after its prompt.
+    """The likelihood of a completion after its prompt.
 
-    token_ids and logprobs (natural log): one per token of the completion; total: their sum;
-    is_greedy: each token is the model's likeliest.
+    token_ids, logprobs: one per token of the completion; natural log.
+    total: the sum of the logprobs.
+    is_greedy: whether each token is the model's likeliest.
     """
 
     token_ids: tuple[int, ...]
@@ -97,36 +103,37 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative logprob per token."""
+        """Return exp of the mean negative logprob per token."""
         return perplexity(self.total, len(self.logprobs))
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """How likely each of several completions is after the same prompt: `scores`, in their order."""
+    """The likelihoods of several completions after the same prompt, in their order."""
 
     scores: tuple[Score, ...]
 
     @property
     def probabilities(self) -> tuple[float, ...]:
-        """Of each completion, if it has to be one of them: they sum to 1."""
+        """Return the probability of each completion, given that it is one of them; the sum is 1."""
         totals = np.array([score.total for score in self.scores])
         weights = np.exp(totals - totals.max())
         return tuple((weights / weights.sum()).tolist())
 
     @property
     def best(self) -> int:
-        """Which is the likeliest."""
+        """Return the index of the likeliest completion."""
         return int(np.argmax([score.total for score in self.scores]))
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """How well the model predicts a text.
+    """The model's logprobs of a text, and measures of how well it predicts the text.
 
-    token_ids and logprobs (natural log): one per token that was scored; total: the logprobs' sum.
-    num_bytes, num_words: of the text, in UTF-8 and between white space. Figures per byte and per
-    word can be compared between tokenizers.
+    token_ids, logprobs: one per token that was scored; natural log.
+    total: the sum of the logprobs.
+    num_bytes, num_words: the text's size in UTF-8 and between white space. Figures per byte and per
+        word can be compared between tokenizers.
     """
 
     token_ids: tuple[int, ...]
@@ -137,7 +144,7 @@ class Perplexity:
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative logprob per token."""
+        """Return exp of the mean negative logprob per token."""
         return perplexity(self.total, len(self.logprobs))
 
     @property
@@ -146,7 +153,7 @@ class Perplexity:
 
     @property
     def word_perplexity(self) -> float:
-        """nan for a text without words."""
+        """Return exp of the mean negative logprob per word; nan for a text without words."""
         return perplexity(self.total, self.num_words)
 
     @property
@@ -155,5 +162,39 @@ class Perplexity:
 
 
 def perplexity(total: float, count: int) -> float:
-    """exp of the mean negative logprob; nan for none. total: their sum, natural log."""
+    """Return exp of the mean negative logprob, of `count` logprobs that sum to `total`; nan for
+    none."""
     return float(np.exp(-total / count)) if count else math.nan
+
+
+def generation_of(request: Request, tokenizer: Tokenizer) -> Generation:
+    """Make the result of a request that has ended, without tool calls."""
+    logprobs, error = None, request.error
+    if request.params.logprobs is not None and not error:
+        try:
+            drawn = request.token_ids, request.logprobs, request.top
+            logprobs = tuple(map(partial(_token_logprob, tokenizer), *drawn))
+        except Exception as raised:  # ends this continuation alone
+            error = raised
+    assert request.finish_reason is not None
+    first = request.first_token_at or request.finished_at
+    return Generation(
+        text=request.text,
+        token_ids=tuple(request.token_ids),
+        finish_reason="error" if error else request.finish_reason,
+        prompt_token_ids=tuple(request.prompt),
+        logprobs=logprobs,
+        timings=Timings(
+            prefill=first - (request.admitted_at or first),
+            decode=request.finished_at - first,
+        ),
+        stop_reason=request.stop_reason,
+        error=error,
+    )
+
+
+def _token_logprob(
+    tokenizer: Tokenizer, token_id: int, logprob: float, top: list[tuple[int, float]]
+) -> TokenLogprob:
+    likeliest = tuple((i, tokenizer.token_text(i), value) for i, value in top)
+    return TokenLogprob(token_id, tokenizer.token_text(token_id), logprob, likeliest)

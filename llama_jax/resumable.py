@@ -1,7 +1,8 @@
-"""A file of lines that can be continued after a run was cut short.
+"""Writes a file of lines that can be continued after an interrupted run.
 
-The lines of OUT stand in OUT.partial until all are there; OUT.journal says what made them. A run
-with the same settings goes on after the last whole line, so nothing is lost or written twice.
+The lines of OUT are in OUT.partial until it is complete; OUT.journal has the settings of the run. A
+run with the same settings continues after the last complete line, so nothing is lost or written
+twice.
 """
 
 import fcntl
@@ -17,12 +18,12 @@ from typing import Any, BinaryIO
 
 @dataclass(frozen=True)
 class ResumableFile:
-    """The file that a run appends to, after the lines that an earlier one left."""
+    """The file to which a run appends, after the lines of an earlier one."""
 
     file: BinaryIO
 
     def lines(self) -> Iterator[bytes]:
-        """The lines that are there already."""
+        """Yield the lines that the file has already."""
         self.file.seek(0)
         yield from self.file
 
@@ -30,7 +31,7 @@ class ResumableFile:
         self.file.write(text.encode())
 
     def flush(self) -> None:
-        """After this, a kill does not lose what was written."""
+        """Flush to disk, so that a kill loses nothing that was written."""
         self.file.flush()
 
 
@@ -39,7 +40,7 @@ def survey(path: str) -> tuple[int | None, str | None]:
     if path == "-":
         return None, None
     if not os.path.isfile(path) and os.path.exists(path):
-        raise ValueError(f"{path} is no file, which is read twice; give - to read stdin")
+        raise ValueError(f"{path} is not a file, and it would be read twice; give - to read stdin")
     count, digest = 0, hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         for line in file:
@@ -57,11 +58,13 @@ def resumable_file(
     overwrite: bool,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Iterator[ResumableFile]:
-    """Write lines to the file `path`, which appears when the block ends without an error.
+    """Open the file `path` for lines; it appears once the block ends without an error.
 
-    settings: JSON values that decide what is written. tell: called with what stays behind when the
-    block ends by an error. Raises FileExistsError if another run writes
-    here, or one with other settings was cut short and `overwrite` does not say to discard it.
+    settings: JSON values that determine the lines.
+    tell: called with a message about the file that is kept if the block ends with an error.
+
+    Raises FileExistsError if another run is writing it, or if a run with other settings was
+    interrupted and `overwrite` does not discard it.
     """
     target = Path(path).absolute()
     partial = target.with_name(f"{target.name}.partial")
@@ -78,7 +81,7 @@ def resumable_file(
                 os.fsync(file.fileno())
             except BaseException:
                 if file.seek(0, os.SEEK_END):
-                    tell(f"{partial} keeps what was done: the same command goes on from there")
+                    tell(f"{partial} has what was done: the same command continues from there")
                 else:
                     partial.unlink()
                     journal.unlink()
@@ -89,7 +92,7 @@ def resumable_file(
 
 @contextmanager
 def _locked(journal: Path) -> Iterator[BinaryIO]:
-    """Open the journal, made if need be, for this process alone."""
+    """Open the journal, creating it if needed, for this process alone."""
     with journal.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -106,7 +109,7 @@ def _continues(
         return False
     notes.seek(0)
     written = notes.read()
-    # The journal is complete before anything is written: a partial file without one is not ours.
+    # The journal is written first, so a partial file without a complete one is not ours.
     earlier = json.loads(written) if written else {}
     differing = [name for name, value in settings.items() if earlier.get(name) != value]
     if differing and not overwrite:
@@ -128,7 +131,7 @@ def _note(notes: BinaryIO, settings: Mapping[str, Any]) -> None:
 
 
 def _cut_torn_line(file: BinaryIO) -> None:
-    """Cut off the line that a kill left incomplete."""
+    """Remove an incomplete last line, which a kill may leave."""
     file.seek(0)
     end = 0
     for line in file:

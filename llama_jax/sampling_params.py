@@ -1,5 +1,5 @@
-"""What can be asked of the choice of the next token. Needs no JAX, so that a wrong setting is told
-at once."""
+"""Defines the sampling settings of a prompt. Imports no JAX, so that a wrong setting is reported at
+once."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,25 +14,34 @@ MAX_TOP_LOGPROBS = 20
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to continue one prompt.
+    """The settings for continuing one prompt, under vLLM's names where it has them.
 
-    max_new_tokens, min_new_tokens: bounds on the number of generated tokens. Before there are
-        `min_new_tokens`, stop tokens are not drawn (the checkpoint's own neither, even with
-        `ignore_eos`) and stop strings do not end the text.
-    temperature: 0 is greedy. top_k: 0 (or -1) keeps all tokens; ties with the k-th are kept.
-        top_p: mass of the nucleus, in (0, 1]. min_p: least probability relative to the likeliest
-        token.
+    max_new_tokens, min_new_tokens: bounds on the number of generated tokens. Before
+        `min_new_tokens`, no stop token is drawn (even the checkpoint's own with `ignore_eos`) and
+        no stop string ends the text.
+    temperature: 0 is greedy.
+    top_k: keeps the k likeliest tokens and ties with the k-th; 0 (or -1) keeps all.
+    top_p: the probability mass of the nucleus, in (0, 1].
+    min_p: the least probability relative to the likeliest token.
     repetition_penalty: divides positive and multiplies negative logits of tokens in the prompt or
-        the output (Keskar et al., 2019); 1 is off. presence_penalty, frequency_penalty: subtracted
-        once, or per occurrence, for tokens in the output.
-    logit_bias: token id to a number added to its logit.
-    seed: what the row's random numbers come from; None takes a fresh one.
-    n: continuations of the prompt, which draw with `seed`, `seed` + 1 and so on.
-    stop: strings that end the text and are cut from it, with what comes after; the name of a
-        special token, which leaves no text, is that token. stop_token_ids: tokens that end it,
-        besides the checkpoint's own, which `ignore_eos` switches off.
-    logprobs: None for none, n for the chosen token's and the n likeliest's (at most 20).
-    structured: what the text must look like; it ends where that lets it end.
+        the output (Keskar et al., 2019); 1 is off.
+    presence_penalty, frequency_penalty: subtracted from the logits of tokens in the output, once or
+        per occurrence.
+    logit_bias: maps token ids to numbers that are added to their logits.
+    seed: of the random numbers; None takes a fresh one.
+    n: the number of continuations, which draw with `seed`, `seed` + 1 and so on.
+    stop: strings that end the text, which is cut before them. The name of a special token means
+        that token.
+    stop_token_ids: tokens that end the text, besides the checkpoint's own.
+    ignore_eos: ignore the checkpoint's own stop tokens.
+    logprobs: None for none; n for the logprobs of the chosen token and the n likeliest (up to 20).
+    structured: the form that the text must have; the text ends when the form is complete.
+
+    >>> SamplingParams(temperature=0.7, top_p=0.9, seed=1, stop=["\\n"]).max_new_tokens
+    256
+    >>> SamplingParams(top_p=1.5)
+    Traceback (most recent call last):
+    ValueError: top_p must be in (0, 1], got 1.5
     """
 
     max_new_tokens: int = 256
@@ -54,7 +63,7 @@ class SamplingParams:
     structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
-        # As vLLM's users write what is off.
+        # Values that mean "off" in vLLM.
         off: tuple[tuple[str, Any, Any], ...] = (
             ("top_k", -1, 0), ("stop", None, ()), ("stop_token_ids", None, ()),
             ("logit_bias", None, {}),
@@ -103,7 +112,7 @@ class SamplingParams:
                 raise ValueError(f"{name} must be {expected}, got {getattr(self, name)!r}")
 
     def of_samples(self) -> list["SamplingParams"]:
-        """The settings of each of the `n` continuations, with a seed of its own."""
+        """Return the settings of each of the `n` continuations, with a seed of its own."""
         seeds = [None if self.seed is None else (self.seed + i) % 2**32 for i in range(self.n)]
         return [replace(self, n=1, seed=seed) for seed in seeds]
 
@@ -133,9 +142,9 @@ _OPTIONAL_KINDS: Mapping[str, type] = {  # or None
 
 
 def _check_kind(name: str, value: Any, kind: type) -> None:
-    """Raise TypeError unless a setting is of its type: True is no number, "3" is none, 2.5 no int.
+    """Raise TypeError unless a setting has its type.
 
-    numpy's numbers are numbers.
+    True and "3" are no numbers and 2.5 is no int, but numpy's numbers are accepted.
     """
     accepted: Mapping[type, type] = {int: Integral, float: Real}
     if not isinstance(value, accepted.get(kind, kind)) or isinstance(value, bool) != (kind is bool):

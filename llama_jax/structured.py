@@ -1,36 +1,41 @@
-"""What a reply must look like, as a setting: a JSON schema, a regular expression, a list of choices
-or a grammar. Needs no JAX and no llguidance, so that a wrong setting is told at once."""
+"""Defines the setting for structured output: a JSON schema, a regular expression, a list of choices
+or a grammar. Imports neither JAX nor llguidance, so that a wrong setting is reported at once."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-# Of a schema, an expression, choices or a grammar, as text.
+# The longest schema, expression, list of choices or grammar, as text.
 MAX_CHARACTERS = 256 * 1024
-# What llguidance is told about white space in JSON, which is as Python's json writes it, and as
-# models do. Where any would do, hardly a token would be forced, and a small model might draw white
+# llguidance's options for white space in JSON: as Python's json writes it, which is how models do.
+# If any white space were allowed, few tokens would be forced, and a small model might draw white
 # space for ever.
 JSON_FORM = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class StructuredOutputError(ValueError):
-    """A schema, expression or grammar that cannot be used, or that leaves nothing to draw."""
+    """Raised for a schema, expression or grammar that cannot be used or allows no token."""
 
 
 class GrammarsBusyError(StructuredOutputError):
-    """Grammars of others take long to compile, so that this one has not been tried."""
+    """Raised if other grammars take so long to compile that this one could not be tried."""
 
 
 @dataclass(frozen=True)
 class StructuredOutput:
-    """What a reply must look like; exactly one of the fields.
+    """The form that a reply must have, given by exactly one of these fields.
 
-    json_schema: a JSON schema, also as text (its "x-guidance" are llguidance's options, which say
-    what white space there is); json_object: any JSON object; regex: a regular
-    expression that the whole reply matches (Rust's syntax, without look-around and references);
-    choice: one of these texts; grammar: Lark with llguidance's additions, or GBNF, which is
-    llama.cpp's EBNF.
+    json_schema: a JSON schema, as an object or as text. Its "x-guidance" may hold llguidance's
+        options for white space.
+    json_object: any JSON object.
+    regex: a regular expression that matches the whole reply (Rust's syntax, without look-around and
+        backreferences).
+    choice: a list of texts, one of which is the reply.
+    grammar: Lark with llguidance's additions, or GBNF (llama.cpp's EBNF).
+
+    >>> StructuredOutput(choice=["yes", "no"]).kind
+    'choice'
     """
 
     json_schema: Mapping[str, Any] | str | None = None
@@ -44,7 +49,7 @@ class StructuredOutput:
         given = [name for name in names if _is_given(getattr(self, name))]
         if len(given) != 1:
             raise ValueError(
-                f"structured: exactly one of {', '.join(names)} is to be given, got "
+                f"structured: give exactly one of {', '.join(names)}, got "
                 f"{' and '.join(given) or 'none'}"
             )
         (name,) = given
@@ -58,18 +63,18 @@ class StructuredOutput:
             raise TypeError(f"structured.{name}: expected {kind}, got {type(value).__name__}")
         if len(self.text) > MAX_CHARACTERS:
             raise StructuredOutputError(
-                f"structured.{name}: {len(self.text):,} characters of text, at most "
-                f"{MAX_CHARACTERS:,} are possible"
+                f"structured.{name}: {len(self.text):,} characters of text, expected at most "
+                f"{MAX_CHARACTERS:,}"
             )
 
     @property
     def kind(self) -> str:
-        """The name of the field that is given."""
+        """Return the name of the field that is given."""
         return next(each.name for each in fields(self) if _is_given(getattr(self, each.name)))
 
     @property
     def text(self) -> str:
-        """Return what is given, as text: a JSON schema, a list in JSON, an expression or a
+        """Return the given field as text: a JSON schema, a list in JSON, an expression or a
         grammar."""
         if self.json_object:
             return json.dumps({"type": "object", "x-guidance": JSON_FORM})
@@ -113,7 +118,7 @@ def _bounded_json(value: Any) -> str:
 
 
 def _schema_text(schema: Any) -> str:
-    """A JSON schema as text, its properties in their order."""
+    """Return a JSON schema as text, with its properties in their order."""
     where = "structured.json_schema"
     if not isinstance(schema, str | Mapping):
         raise TypeError(f"{where}: expected a JSON schema, got {type(schema).__name__}")

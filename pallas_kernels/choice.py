@@ -1,9 +1,9 @@
-"""Chooses the kernel that takes an operation. The `Choice` is made once and passed on; it also says
-why other kernels refuse.
+"""Chooses the kernel for an operation. The `Choice` is made once and passed on; it also records why
+other kernels refused.
 
-Each operation lists its kernels in order (`KERNELS`). `choose` takes the first that does not refuse
-the operands. The `Choice` also stands in the traced program, as the scope of what the kernel does,
-where `llama_jax.engine.paths` finds it again.
+Each operation lists its kernels in order (`KERNELS`), and `choose` takes the first that does not
+refuse the operands. The `Choice` is part of the traced program, as the name of the kernel's scope,
+where `llama_jax.engine.paths` finds it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,16 +28,15 @@ def _not_local(*_: Any) -> str | None:
 class Kernel:
     """One way to compute an operation; two are equal only if they are the same object.
 
-    name: what `implementation` calls it.
-    run: computes the operation; each operation says with which arguments.
-    refusal: returns why the kernel cannot take some operands where the program is lowered for, or
-        None if it can. Each operation says which operands.
-    unasked: returns why nothing but `implementation` may take the kernel for these operands, or
-        None. By default that is where arrays may be divided over devices.
-    not_here: returns why the kernel cannot run there, whatever the operands, or None if it can.
-    launches: what the kernel is called in compiled programs, each name with what it costs. There
-        are none in what XLA compiles.
-    family: another name, for several kernels: the first of them that does not refuse is taken.
+    name: its name in `implementation`.
+    run: computes the operation, with the arguments that the operation defines.
+    refusal: returns why the kernel cannot take some operands on the target device, or None.
+    unasked: returns why the kernel should only be used if `implementation` names it, or None. By
+        default that is if arrays may be divided over devices.
+    not_here: returns why the kernel cannot run on the target device with any operands, or None.
+    launches: its names in compiled programs, each with a description of its cost; none for XLA.
+    family: another name that several kernels share, and that means the first one that does not
+        refuse.
     """
 
     name: str
@@ -53,7 +52,7 @@ class Kernel:
 
     @property
     def fuses(self) -> tuple[str, ...]:
-        """Return what a launch does beside the operation, in words."""
+        """Describe what a launch does besides the operation."""
         return ()
 
 
@@ -61,8 +60,8 @@ class Kernel:
 class Choice[K: Kernel]:
     """The kernel that takes an operation.
 
-    refusals: the kernels that were asked before it, by name, each with the reason why not.
-    asked: the `implementation` that was asked for; None if nothing was.
+    refusals: the names of kernels that come before it, each with the reason for its refusal.
+    asked: the `implementation` that was named, or None.
     """
 
     kernel: K
@@ -71,15 +70,14 @@ class Choice[K: Kernel]:
 
     @property
     def why_no_kernel(self) -> str | None:
-        """Return why XLA's code runs, or the reference; None if a kernel does, or if there is
-        none."""
+        """Return why XLA or the reference computes it, or None if a kernel does or none exists."""
         if self.kernel.launches:
             return None
         return f"{self.asked} was asked for" if self.asked else _in_words(self.refusals) or None
 
     def scope(self) -> AbstractContextManager[Any, None]:
-        """Return the scope of what the kernel does. Traced programs, their compiled text and
-        profiles then name the kernel and, if XLA's code runs, say why."""
+        """Return a named scope for the kernel. It tells traced programs, compiled text and profiles
+        which kernel runs, and why if it is XLA."""
         return jax.named_scope(_Scope(self))
 
 
@@ -107,12 +105,12 @@ def choose[K: Kernel](
     operands: Sequence[Any],
     implementation: str | None = None,
 ) -> Choice[K]:
-    """Choose the first kernel that an implementation stands for and that does not refuse the
-    operands.
+    """Choose the first kernel that does not refuse the operands.
 
-    operation: its name, for messages. implementation: a kernel's name or a family's; None stands
-        for all of them.
-    Raises ValueError for a name that no kernel has, and if each kernel of that name refuses.
+    operation: its name, for messages.
+    implementation: restricts the choice to the kernels of this name or family.
+
+    Raises ValueError for an unknown name, and if all kernels of that name refuse.
     """
     meant = [each for each in kernels if each.is_meant_by(implementation)]
     if not meant:
@@ -135,8 +133,8 @@ def choose[K: Kernel](
 
 
 def not_here(kernels: Iterable[Kernel], implementation: str | None) -> str | None:
-    """Return why no kernel that an implementation stands for runs on what is lowered for, whatever
-    the operands; None if one does."""
+    """Return why no kernel of an implementation can run on the target device with any operands, or
+    None if one can."""
     reasons = [each.not_here() for each in kernels if each.is_meant_by(implementation)]
     return None if None in reasons else "; ".join(dict.fromkeys(filter(None, reasons)))
 

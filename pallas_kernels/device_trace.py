@@ -1,8 +1,8 @@
-"""Reads what a GPU did while a function ran: its own record of kernels and copies, with times.
+"""Reads a GPU's own record of the kernels and copies that ran during a function, with times.
 
-JAX's profiler writes a trace; `record` reads the device's streams out of it. XLA keeps parts of a
-program out of CUDA graphs while a profiler runs. So use this for the parts of a step, and take the
-time of a whole step without a profiler.
+JAX's profiler writes a trace, from which `record` reads the device's streams. While a profiler
+runs, XLA keeps parts of a program out of CUDA graphs. So use this for the parts of a step, and
+measure the time of a whole step without a profiler.
 
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
@@ -27,7 +27,7 @@ from jax.profiler import ProfileData
 class Event:
     """A kernel or copy on the device.
 
-    start: seconds from an arbitrary moment that all events of a trace share.
+    start: seconds since an arbitrary time that is the same for all events of a trace.
     duration: seconds.
     """
 
@@ -40,7 +40,7 @@ class Event:
 class KernelTime:
     """All events of one name.
 
-    count: how many. total: seconds of all together. median: seconds of the middle one.
+    count: their number. total, median: seconds.
     """
 
     name: str
@@ -59,7 +59,7 @@ def is_kept() -> bool:
 
 
 def record(function: Callable[[], Any]) -> list[Event]:
-    """Run a function, wait for what it returns, and read what the device did meanwhile.
+    """Run a function, wait for its result, and read what the device did meanwhile.
 
     Returns the events in the order of their starts, none if the device keeps no record.
     """
@@ -93,7 +93,7 @@ def events_of(profile: ProfileData) -> list[Event]:
 
 
 def busy_seconds(events: Sequence[Event]) -> float:
-    """Return the time in which at least one event was under way, in seconds.
+    """Return the seconds during which at least one event ran.
 
     events: in the order of their starts.
     """
@@ -106,7 +106,7 @@ def busy_seconds(events: Sequence[Event]) -> float:
 
 
 def by_name(events: Iterable[Event]) -> list[KernelTime]:
-    """Sum up the events by name, the longest first."""
+    """Sum up events by name, longest first."""
     durations = defaultdict(list)
     for event in events:
         durations[event.name].append(event.duration)

@@ -1,4 +1,4 @@
-"""The float8_e4m3fn number format: conversion both ways, and its bit patterns as int8.
+"""Converts to and from float8_e4m3fn, also in the form of its bit patterns as int8.
 
 Format: OCP 8-bit floating point specification, E4M3: no infinity, NaN 0x7f / 0xff, maximum 448.
 

@@ -1,7 +1,7 @@
-"""What Mosaic GPU kernels for Hopper share: shared memory, its layout, and what TMA can copy.
+"""Has helpers for Mosaic GPU kernels on Hopper: shared memory, its layouts, TMA's boxes, tiles.
 
-Mosaic GPU is imported where it is used: its constants are wanted on a CPU, too, where it would take
-0.3 s and 20 MB.
+Mosaic GPU is imported inside functions: CPUs need the constants, and the import takes 0.3 s and
+20 MB.
 """
 
 import functools
@@ -42,8 +42,8 @@ def tile(shape: tuple[int, ...], dtype: jnp.dtype) -> Any:
 def in_whole_boxes(x: Array, axis: int = 0) -> Array:
     """Pad x with zeros along `axis` to a multiple of `BOX_ROWS`, if it has more rows than that.
 
-    Results have as many rows, and callers drop the last ones. XLA fuses the padding into what makes
-    x, and the dropping into what reads the result.
+    Callers drop the surplus rows of the result. XLA fuses the padding into the producer of x, and
+    the dropping into the consumer of the result.
     """
     rows = x.shape[axis]
     missing = -rows % BOX_ROWS if rows > BOX_ROWS else 0
@@ -52,9 +52,9 @@ def in_whole_boxes(x: Array, axis: int = 0) -> Array:
 
 
 def tile_bounds(counts: Iterable[int]) -> list[tuple[int, int]]:
-    """Return the first tile of each of several matrices and the next one's, counted over all.
+    """Return the range of tiles (first, end) of each of several matrices, counted over all.
 
-    counts: how many tiles each has.
+    counts: the number of tiles of each.
     """
     return list(itertools.pairwise(itertools.accumulate(counts, initial=0)))
 
@@ -65,9 +65,9 @@ def for_owner_of(
     each: Sequence[Any],
     use: Callable[[Any, Array], None],
 ) -> None:
-    """Call use(the one of `each` that a tile belongs to, which of its tiles it is).
+    """Call use(owner, index): the one of `each` that owns a tile, and the tile's index in it.
 
-    bounds: of each, as `tile_bounds` returns them.
+    bounds: of each, from `tile_bounds`.
     """
     for (first, end), one in zip(bounds, each, strict=True):
         here = functools.partial(use, one, tile - first)

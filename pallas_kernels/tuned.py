@@ -1,7 +1,7 @@
-"""Reads and writes measured configurations: one table per kind of GPU, tuned/<device>.json.
+"""Reads and writes tuned configurations: one table per kind of GPU, tuned/<device>.json.
 
 `python -m pallas_kernels.dev.tune` writes the table of the GPU that it runs on. Kernels look up
-their configurations when they are lowered, and have a heuristic for what no table holds.
+their configurations when they are lowered, and use a heuristic for problems without an entry.
 """
 
 import json

@@ -12,8 +12,8 @@ settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Threads of XLA on a CPU. The simulator of GPU kernels blocks one for each warpgroup that waits at
-# a barrier: with as many as a small machine has cores, none may be left to arrive there.
+# The number of XLA's threads on a CPU. The simulator of GPU kernels blocks one for each warpgroup
+# that waits at a barrier, so with one thread per core of a small machine it could hang.
 os.environ.setdefault("NPROC", "8")
 
 # XLA compiles without LLVM's optimisation, each program in one piece, and fusions by its older
@@ -26,8 +26,8 @@ os.environ.setdefault(
     " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
 )
 
-# Workers and the commands that tests start share what one of them has compiled. Set before JAX is
-# imported, by the first process: the others inherit it.
+# Workers and the commands that tests start share one cache of compiled programs. The first process
+# sets it before JAX is imported; the others inherit it.
 _own_cache: str | None = None
 if "LLAMA_JAX_CACHE" not in os.environ:
     _own_cache = os.environ["LLAMA_JAX_CACHE"] = tempfile.mkdtemp(prefix="llama-jax-tests-")
@@ -43,7 +43,7 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture
 def no_shared_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes that the test starts compile for themselves, into their own LLAMA_JAX_CACHE."""
+    """Give the processes of this test their own LLAMA_JAX_CACHE, so that they compile anew."""
     for name in (
         "JAX_COMPILATION_CACHE_DIR",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
@@ -54,7 +54,8 @@ def no_shared_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Real tokenizers, golden texts and genuine tiny checkpoints; not part of the repository."""
+    """Return the folder of real tokenizers, golden texts and genuine tiny checkpoints, which is not
+    part of the repository."""
     if not SHARED.is_dir():
         pytest.skip("the folder of shared test data is not there")
     return SHARED
@@ -62,7 +63,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """A small SentencePiece BPE with byte fallback, as Llama 2's."""
+    """Return a small SentencePiece BPE model with byte fallback, like Llama 2's."""
     import sentencepiece
 
     path = tmp_path_factory.mktemp("sentencepiece")

@@ -1,4 +1,4 @@
-"""For tests of the kernel for CPUs, where there is a compiler to make it."""
+"""A marker for tests of the kernel for CPUs: they need AVX2 and a compiler."""
 
 import pytest
 

@@ -14,12 +14,13 @@ def forward(
     ids: np.ndarray,
     rounded: Callable[[str, np.ndarray], np.ndarray] = lambda path, x: x,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Logits [sequences, length, vocab], and what was seen on the way.
+    """Return logits [sequences, length, vocab] and the intermediate arrays by path.
 
     params: matrices may be FP8 codes with a scale per row or per 128 x 128 block.
-    Seen are the inputs of each matrix by its path ("layers_0/mlp/up_proj"), [sequences, length,
-    in], and "layers_0/k" (rotated) and "layers_0/v", [sequences, length, kv_heads, head_dim].
-    rounded: gets such a path and such an array, and returns what is computed with in its place.
+    The intermediate arrays are the input of each matrix under its path ("layers_0/mlp/up_proj"),
+    [sequences, length, in], and "layers_0/k" (rotated) and "layers_0/v", [sequences, length,
+    kv_heads, head_dim].
+    rounded: is called with such a path and array, and returns the array to go on with.
     """
     seen: dict[str, np.ndarray] = {}
 
@@ -56,7 +57,7 @@ def forward(
 
 
 def read(params: Mapping[str, Any], path: str) -> Mapping[str, Any]:
-    """The arrays of the module of that path."""
+    """Return the arrays of the module at `path`."""
     for name in path.split("/"):
         params = params[name]
     return params
@@ -78,7 +79,7 @@ def _norm(x: np.ndarray, weight: np.ndarray, config: LlamaConfig) -> np.ndarray:
 
 
 def _rotate(x: np.ndarray, config: LlamaConfig) -> np.ndarray:
-    """Rotary embedding of x [batch, length, heads, head_dim], as complex numbers."""
+    """Apply the rotary embedding to x [batch, length, heads, head_dim], as complex numbers."""
     half = config.head_dim // 2
     frequencies = config.rope_theta ** (-np.arange(half) / half)
     if scaling := config.rope_scaling:

@@ -1,5 +1,5 @@
-"""For a process with four devices: a model whose heads, features and words they share gives the
-logits that it gives on one, and they sum as often as is planned."""
+"""Checks of a model on four devices, for a process that has them: sharded heads, features and
+vocabulary give the logits of one device, with the planned number of reductions."""
 
 from dataclasses import replace
 from functools import partial
@@ -54,7 +54,7 @@ def spec_of(name: str, config: LlamaConfig = CONFIG) -> tuple[ModelSpec, str]:
 
 
 def random_params(spec: ModelSpec) -> Params:
-    """With scales that differ, so that one in another's place is noticed."""
+    """Return parameters with different scales, so that a scale in a wrong place is noticed."""
     random = np.random.default_rng(0)
 
     def varied(path: tuple, leaf: jax.Array) -> jax.Array:
@@ -66,7 +66,7 @@ def random_params(spec: ModelSpec) -> Params:
 
 
 def logits(spec: ModelSpec, cache_dtype: str, params: Params) -> np.ndarray:
-    """After a ragged prompt for each of two rows, and after one more token."""
+    """Return logits after prompts of different lengths in two slots, and after one more token."""
     cache = init_cache(spec.config, 2, 64, cache_dtype)
     if spec.mesh:
         cache = jax.device_put(cache, cache_shardings(spec.config, spec.mesh))
@@ -90,15 +90,15 @@ def check(name: str, config: LlamaConfig = CONFIG, mesh: Mesh | None = None) -> 
         on_mesh = replace(spec, mesh=mesh)
         assert device_spec(on_mesh)
         error = logits(on_mesh, cache_dtype, params) - alone
-        if spec.activations == "bf16":  # sums of 1024 products in another order, in float32
+        if spec.activations == "bf16":  # float32 sums of 1024 products in another order
             assert np.abs(error).max() < 2e-5, (name, mesh, np.abs(error).max())
         else:  # some activations are rounded to a neighbour, a sixteenth away
             assert error.std() < 0.1 * alone.std(), (name, mesh, error.std(), alone.std())
 
 
 def check_communication() -> None:
-    """The embedding, attention and the MLP are summed, logits are gathered; nothing else. Scales of
-    activations are those of whole tokens."""
+    """Check that embedding, attention and MLP are summed, logits are gathered, and nothing else is
+    sent. Scales of activations are those of whole tokens."""
     spec, cache_dtype = spec_of("row", TIED)
     spec = replace(spec, mesh=make_mesh(4))
     placed = jax.tree.map(

@@ -1,6 +1,6 @@
 """Random tiny Llamas that the parity tests run here and in Hugging Face transformers.
 
-Weights come from a seed, so a stored reference holds logits alone. `make_references.py` runs
+Weights come from a seed, so a stored reference contains only logits. `make_references.py` runs
 transformers on `CASES` and stores them; `test_parity.py` compares with the stored file, and with
 transformers itself where the extra `parity` is installed.
 """
@@ -27,7 +27,7 @@ REFERENCES = Path(__file__).parent / "references" / "hf_logits.npz"
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and where in its context the tokens stand. `kept`: the last positions compared."""
+    """A model and the positions of its tokens. kept: the number of last positions to compare."""
 
     name: str
     config: LlamaConfig
@@ -79,7 +79,7 @@ def case_tokens(case: Case) -> np.ndarray:
 
 
 def case_params(case: Case) -> dict:
-    """Float32 parameters in this project's tree, of a size that gives logits of order 1."""
+    """Return float32 parameters in this project's tree, scaled so that logits are of order 1."""
     rng = np.random.default_rng(sum(map(ord, case.name)))
 
     def draw(spec: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -96,7 +96,7 @@ def case_spec(case: Case) -> ModelSpec:
 
 
 def hf_names(params: dict, prefix: str = "") -> dict[str, np.ndarray]:
-    """The tree flattened to Hugging Face's names."""
+    """Return the parameters under Hugging Face's names."""
     flat: dict[str, np.ndarray] = {}
     for key, value in params.items():
         name = f"{prefix}{key.replace('layers_', 'layers.')}"
@@ -109,12 +109,12 @@ def hf_names(params: dict, prefix: str = "") -> dict[str, np.ndarray]:
 
 @cache
 def apply(spec: ModelSpec, method: str) -> Callable[..., Any]:
-    """Compiled once for the cases of one configuration."""
+    """Return a method of the model, compiled once for all cases of a configuration."""
     return jax.jit(partial(Llama(spec).apply, method=method))
 
 
 def our_logits(case: Case, chunk: int) -> np.ndarray:
-    """Logits of the kept positions through the cache, `chunk` tokens at a time."""
+    """Return logits of the kept positions, computed `chunk` tokens at a time through the cache."""
     spec, params = case_spec(case), case_params(case)
     ids = case_tokens(case)
     cache = init_cache(case.config, 1, case.length, "float32")
@@ -132,7 +132,10 @@ def our_logits(case: Case, chunk: int) -> np.ndarray:
 
 
 def transformers_logits(case: Case, ids: np.ndarray | None = None) -> np.ndarray:
-    """The same from transformers, float32, the whole sequence at once; `ids` replace the tokens."""
+    """Return the same logits from transformers, in float32 and with the whole sequence at once.
+
+    ids: used in place of the case's tokens.
+    """
     import torch
     from transformers import LlamaConfig as HFConfig
     from transformers import LlamaForCausalLM

@@ -1,7 +1,7 @@
-"""Kernels for Hopper in JAX's GPU simulator, and lowered for one: two views of the same call.
+"""Helpers that run a kernel for Hopper in JAX's GPU simulator, and lower the same call for a GPU.
 
-The simulator shows what a kernel computes, and races. It takes what Hopper does not, such as tiles
-that TMA cannot copy; lowering, which compiles nothing and needs neither GPU nor CUDA, refuses them.
+The simulator shows results and races. It accepts some things that Hopper does not, such as tiles
+that TMA cannot copy; lowering refuses them, and needs neither a GPU nor CUDA.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,7 @@ from pallas_kernels.dev import sm90
 
 
 def simulate(kernel: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """What `kernel` returns in the simulator, whose race detector finds nothing; it is lowered for
-    an H200 with the same arguments before."""
+    """Lower `kernel` for an H200, run it in the simulator, check for races, return its result."""
     lower(lambda: kernel(*arguments, **options))
     found = kernel(*arguments, **options, interpret=plgpu.InterpretGPUParams(detect_races=True))
     assert not gpu_callbacks.get_races().races_found
@@ -24,7 +23,7 @@ def simulate(kernel: Callable[..., Any], *arguments: Any, **options: Any) -> Any
 
 
 def lower(function: Callable[..., Any], *arguments: Any) -> jax.stages.Lowered:
-    """For an H200; raises what Mosaic GPU has against a kernel.
+    """Lower a function for an H200. Raises Mosaic GPU's error if it refuses a kernel.
 
     arguments: trees of arrays or `jax.ShapeDtypeStruct`s.
     """

@@ -1,4 +1,4 @@
-"""Store what transformers computes for `hf_cases.CASES`: python -m tests.make_references.
+"""Store transformers' logits for `hf_cases.CASES`: python -m tests.make_references.
 
 Needs the extra `parity`.
 """

@@ -1,5 +1,5 @@
-"""Store what the tokenizers library makes of texts with each tokenizer.json of `tokenizer_forms`,
-and of these ids again: python -m tests.make_tokenizer_ids.
+"""Store the tokenizers library's ids of texts for each tokenizer.json of `tokenizer_forms`, and
+the texts that it decodes them to: python -m tests.make_tokenizer_ids.
 
 Needs the extra `parity`.
 """

@@ -10,19 +10,19 @@ import pytest
 def every_pair(*factors: Iterable[Any]) -> list[Any]:
     """Return every combination of a value from each of `factors`, for `pytest.mark.parametrize`.
 
-    By default run as few of them as hold any two values of two factors together, which greedy
-    choice finds about. The others are slow.
+    By default a few combinations run, chosen greedily so that each pair of values of two factors
+    is in one of them. The others are slow.
     """
     cases = list(product(*map(tuple, factors)))
-    # A value is told by its place: not all of them can be hashed.
+    # A value is identified by its index: not all values can be hashed.
     indices = list(product(*(range(len(tuple(each))) for each in factors)))
     pairs = [set(combinations(enumerate(each), 2)) for each in indices]
-    left = set().union(*pairs)
+    missing = set().union(*pairs)
     chosen = set()
-    while left:
-        best = max(range(len(cases)), key=lambda i: len(pairs[i] & left))
+    while missing:
+        best = max(range(len(cases)), key=lambda i: len(pairs[i] & missing))
         chosen.add(best)
-        left -= pairs[best]
+        missing -= pairs[best]
     return [
         pytest.param(*case, marks=() if i in chosen else pytest.mark.slow)
         for i, case in enumerate(cases)

@@ -1,4 +1,4 @@
-"""What the converter plans for a checkpoint, compared bit for bit."""
+"""Helpers that compare the converter's plan for a checkpoint bit for bit."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from tests.tiny_checkpoints import Arrays
 
 
 def planned(directory: Path) -> tuple[dict[str, WeightFormat], Arrays]:
-    """Formats and canonical arrays by path, without writing them."""
+    """Return formats and canonical arrays by path, without writing them."""
     plan, _ = make_plan(read_source(directory))
     arrays = {
         f"{path}/{leaf}": np.concatenate(list(pieces(array)))
@@ -24,7 +24,7 @@ def planned(directory: Path) -> tuple[dict[str, WeightFormat], Arrays]:
 
 
 def planned_as_published(directory: Path) -> tuple[dict[str, WeightFormat], Arrays]:
-    """`planned` with Hugging Face's names of modules."""
+    """Return `planned` under Hugging Face's names of modules."""
     plan, _ = make_plan(read_source(directory))
     formats, arrays = {}, {}
     for path, module in plan.modules.items():

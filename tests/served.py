@@ -14,7 +14,7 @@ from llama_jax.serve.options import ServeOptions
 from llama_jax.serve.server import serve
 from llama_jax.serve.service import Service
 
-# Long enough for any machine; what is expected to happen is waited for, not timed.
+# Seconds, long enough for any machine: tests wait for an event, they do not time it.
 PATIENCE = 120.0
 
 
@@ -49,7 +49,7 @@ class Served:
         return httpx2.get(self.url + path, timeout=PATIENCE, **settings)
 
     def end(self) -> int:
-        """End the server as a signal does; returns its exit status."""
+        """End the server as a signal does, and return its exit status."""
         if not self.ended.is_set():
             self.service.thread.loop.call_soon_threadsafe(self.service.end_server)
         assert self.ended.wait(PATIENCE)
@@ -58,7 +58,10 @@ class Served:
 
 @contextmanager
 def serving(llm: LLM, **options: Any) -> Iterator[Served]:
-    """options: of `ServeOptions`, for port 0. The model is ready; it goes on to work afterwards."""
+    """Serve a loaded model on a free port. It can be used again afterwards.
+
+    options: fields of `ServeOptions`.
+    """
     ready, ended = threading.Event(), threading.Event()
     found: list[tuple[Service, str]] = []
     status: list[int] = []

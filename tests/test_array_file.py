@@ -97,7 +97,7 @@ def test_a_layout_of_somebody_else_is_refused(tmp_path: Path) -> None:
         "metadata": metadata,
     }
     ts.open(spec, create=True).result().write(array).result()
-    with pytest.raises(ValueError, match=r"a is stored as float32 \[256, 256\], expected is"):
+    with pytest.raises(ValueError, match=r"a is stored as float32 \[256, 256\], expected"):
         array_file.check_layout(tmp_path / "a", array.dtype, array.shape)
 
 

@@ -250,7 +250,7 @@ def test_the_right_one_of_several_templates(plain: Tokenizer) -> None:
     ):
         text = render_chat(tokenizer, user("a"), **arguments)  # type: ignore[arg-type]
         assert text == "<|begin_of_text|>" + expected
-    with pytest.raises(ValueError, match=r"'rig' is no template .* has default, rag, tool_use"):
+    with pytest.raises(ValueError, match=r"'rig' is not a template .* has default, rag, tool_use"):
         render_chat(tokenizer, user("a"), chat_template="rig")
 
 

@@ -88,7 +88,7 @@ def test_manifest_round_trip(directory: Path) -> None:
     [
         ({"format_version": 99}, "format_version is 99, this version of llama_jax reads 2"),
         ({"config": {}}, "config.vocab_size is missing. The file is damaged"),
-        ({"formats": {"lm_head": {"dtype": "float8_e4m3fn"}}}, "scales go with codes.* is damaged"),
+        ({"formats": {"lm_head": {"dtype": "float8_e4m3fn"}}}, "only codes .* scales.* is damaged"),
         ({"surprise": 1}, "'surprise' is not known.* is damaged"),
         ({"total_bytes": "5"}, "total_bytes is '5', expected int"),
         ({"kv_scales": [[0.5, -1]]}, r"kv_scales\[0\]\[1\] is -1, expected float > 0"),
@@ -134,14 +134,14 @@ def test_damage_is_found_before_loading(directory: Path) -> None:
     refused(directory, rf"lacks {Q}.input_scale")
     (directory / "params" / "astray").rename(directory / "params" / f"{Q}.input_scale")
     shutil.copytree(directory / "params" / f"{Q}.weight", directory / "params" / "extra")
-    refused(directory, "holds extra, which the model has no place for")
+    refused(directory, "holds extra, which the model does not have")
 
 
 def test_another_model_than_the_stored_one_is_refused_by_name(pristine: Path) -> None:
     manifest = read_manifest(pristine)
-    refused(pristine, r"lacks|no place", ModelSpec(manifest.config))
+    refused(pristine, r"lacks|does not have", ModelSpec(manifest.config))
     formats = dict(manifest.formats) | {"norm": store.WeightFormat("float32")}
-    match = re.escape("norm.weight is stored as bfloat16 [64], expected is float32 [64]")
+    match = re.escape("norm.weight is stored as bfloat16 [64], expected float32 [64]")
     refused(pristine, match, ModelSpec(manifest.config, formats))
 
 

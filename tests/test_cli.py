@@ -296,7 +296,7 @@ def test_the_old_name_of_speculative_tokens_is_taken(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_generate_samples_and_guesses_ahead(run, model):
+def test_generate_samples_and_speculates(run, model):
     options = ("--max-new-tokens", 6, "--temperature", 1, "--seed", 3, *SMALL)
     arguments = ("generate", model, "--prompt", "hello " * 9, "--samples", 3, "--json", *options)
     code, out, err = run(*arguments)
@@ -305,8 +305,8 @@ def test_generate_samples_and_guesses_ahead(run, model):
     assert [each["sample"] for each in samples] == [0, 1, 2]
     assert len({each["text"] for each in samples}) == 3
     for how in (("--num-speculative-tokens", 2), ("--draft", model)):
-        code, guessed, err = run(*arguments, *how)
-        assert code == 0 and guessed == out and "guesses accepted" in err
+        code, speculated, err = run(*arguments, *how)
+        assert code == 0 and speculated == out and "draft tokens accepted" in err
     code, out, _ = run("chat", model, "-m", "hello", "--draft", model, "--json", *options)
     assert code == 0 and json.loads(out)["acceptance_rate"] > 0.9
 
@@ -393,7 +393,7 @@ BAD_CALLS = [
     (["bench", "MODEL", "--preset", "llama-3.1-8b"], 2, "not both"),
     (["bench", "MODEL", "--quantize-lm-head"], 2, "goes with --preset"),
     (["bench", "--preset", "llama-9"], 2, "llama-3.1-8b"),
-    (["bench", "MODEL", "--batch", "one"], 2, "expected numbers with commas"),
+    (["bench", "MODEL", "--batch", "one"], 2, "expected numbers separated by commas"),
     (["bench", "MODEL", "--prompt-len", "600", "--batch", "1"], 2, "context of 512 tokens"),
 ]  # fmt: skip
 
@@ -419,7 +419,7 @@ def test_a_model_that_does_not_fit_is_refused_with_the_sizes(run, model, monkeyp
     monkeypatch.setattr("llama_jax.engine.memory.device_memory_bytes", lambda _: 100_000)
     code, out, err = run(*arguments, model)
     assert code == 1 and out == ""
-    assert "needed, 100.0 kB there: weights 308.2 kB" in err
+    assert "needed, 100.0 kB available: weights 308.2 kB" in err
 
 
 def test_debug_shows_the_traceback(run, monkeypatch):

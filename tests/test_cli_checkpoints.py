@@ -1,4 +1,4 @@
-"""The commands that look into checkpoints and write them: inspect, verify, export."""
+"""Tests of the commands that inspect and write checkpoints: inspect, verify, export."""
 
 import json
 import re

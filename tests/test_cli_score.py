@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from llama_jax import data_rows, scoring
+from llama_jax import data_rows, jobs
 from llama_jax.cli import score_ray
 from llama_jax.jsonl import parse_jsonl, read_jsonl
 from llama_jax.resumable import resumable_file, survey
@@ -127,8 +127,8 @@ def test_nothing_but_bad_lines_is_a_mistake(run, model, tmp_path):
 
 def test_results_come_before_the_input_ends(run, model, monkeypatch):
     """A stream of lines from a pipe is not collected first."""
-    monkeypatch.setattr(scoring, "_READ_AHEAD", 4)
-    monkeypatch.setattr(scoring, "_READ_AHEAD_PER_ROW", 1)
+    monkeypatch.setattr(jobs, "_READ_AHEAD", 4)
+    monkeypatch.setattr(jobs, "_READ_AHEAD_PER_SLOT", 1)
     out, read_when_written = io.StringIO(), []
     monkeypatch.setattr(sys, "stdout", out)
     lines = (json.dumps({"prompt": "p" * (i % 20), "completion": "c"}) + "\n" for i in range(100))
@@ -173,7 +173,7 @@ def test_a_run_that_failed_goes_on_where_it_stopped(run, model, tmp_path, monkey
         fail_after(patch, 25)
         code, _, err = run(*arguments)
         assert code == 1 and "the device is gone" in err and "Traceback" not in err
-        assert "out.jsonl.partial keeps what was done" in err
+        assert "out.jsonl.partial has what was done" in err
     partial = tmp_path / "out.jsonl.partial"
     assert not scored.exists() and len(read(partial)) == 25
     with partial.open("a") as file:

@@ -29,10 +29,10 @@ def test_a_clock_leaves_out_what_was_compiled_meanwhile(monkeypatch, compiled):
 
 
 def test_what_is_left_is_told_once_there_is_something_to_tell_it_from():
-    assert output.seconds_left(2, 4000, 1.0) is None
-    assert output.seconds_left(10, None, 1.0) is None
-    assert output.seconds_left(10, 4000, 1.0) == 400.0
-    assert output.seconds_left(10, 0, 1.0) == 0.0
+    assert output.seconds_remaining(2, 4000, 1.0) is None
+    assert output.seconds_remaining(10, None, 1.0) is None
+    assert output.seconds_remaining(10, 4000, 1.0) == 400.0
+    assert output.seconds_remaining(10, 0, 1.0) == 0.0
 
 
 def test_a_note_on_progress_makes_no_promise_after_two_lines():

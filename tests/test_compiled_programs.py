@@ -1,4 +1,4 @@
-"""What XLA made of the model: no copied cache, no widened weight, no growth with the pool."""
+"""What XLA made of the model: no copied cache, no upcast weight, no growth with the pool."""
 
 import re
 from dataclasses import replace
@@ -49,7 +49,7 @@ def test_the_cache_is_aliased_and_never_copied(program, cache_dtype):
 
 
 @pytest.mark.parametrize("program", ["prefill", "decode"])
-def test_fp8_weights_are_not_widened_as_a_whole(program):
+def test_fp8_weights_are_not_upcast_as_a_whole(program):
     executable, _ = compiled(program)
     columns, text = WIDE.hidden_size, executable.as_text()
     for out in (WIDE.intermediate_size, WIDE.vocab_size):  # the embedding is one of them
@@ -66,5 +66,5 @@ def test_temporaries_do_not_grow_with_depth(program):
         spec = ModelSpec(deep, fp8_formats(deep, input_scale=False))
         return compiled(program, spec=spec)[0].memory_analysis().temp_size_in_bytes
 
-    widened_block = 512 * WIDE.hidden_size * 4
-    assert temporaries(6) - temporaries(2) < widened_block
+    upcast_block = 512 * WIDE.hidden_size * 4
+    assert temporaries(6) - temporaries(2) < upcast_block

@@ -50,7 +50,7 @@ each_kind = pytest.mark.parametrize(
 
 
 # Numbers of rows: fewer than tiles have, their multiples and not, and so many that the weight is
-# widened once. Columns: less than a step and more; rows of the weight that divide into no tiles.
+# upcast once. Columns: less than a step and more; rows of the weight that divide into no tiles.
 @each_instructions
 @each_kind
 def test_against_float64(layout, dtype, instructions):

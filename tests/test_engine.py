@@ -160,9 +160,9 @@ def test_samples_of_one_prompt_share_its_pages() -> None:
 
 def test_a_page_is_copied_where_two_part() -> None:
     """The second continues in the middle of the first's page while that one is still growing."""
-    beginning = prompt(100)
-    first = Request(beginning, greedy(60))
-    second = Request([*beginning[:90], *prompt(20, seed=5)], greedy(60))
+    prefix = prompt(100)
+    first = Request(prefix, greedy(60))
+    second = Request([*prefix[:90], *prompt(20, seed=5)], greedy(60))
     engine = make()
     engine.submit(first)
     for _ in range(4):
@@ -176,7 +176,7 @@ def test_a_page_is_copied_where_two_part() -> None:
         assert drawn(single, Request(request.prompt, request.params)) == [request.token_ids]
 
 
-def test_a_reply_is_found_again_as_the_beginning_of_the_next_prompt() -> None:
+def test_a_reply_is_found_again_as_the_prefix_of_the_next_prompt() -> None:
     engine = make()
     (first,) = finish(engine, Request(prompt(50), greedy(30)))
     follow_up = Request([*first.prompt, *first.token_ids, *prompt(10, seed=1)], greedy(5))
@@ -189,7 +189,7 @@ def test_shared_prefixes_change_no_logprob() -> None:
     texts = [[*context, *prompt(n, seed=n)] for n in (1, 20, 64, 100)]
 
     def score(engine: Engine) -> list[np.ndarray]:
-        requests = [Request(text, wanted="logprobs", score_from=150) for text in texts]
+        requests = [Request(text, output_kind="logprobs", score_from=150) for text in texts]
         return [request.prompt_logprobs for request in finish(engine, *requests)]
 
     shared, engine = make(), make(share_prefixes=False)
@@ -205,9 +205,9 @@ def test_logprobs_are_those_of_the_forward_pass() -> None:
     exact = np.asarray(jax.nn.log_softmax(logits))[np.arange(99), text[1:]]
     for start in (1, 33, 99):
         engine = make()
-        (request,) = finish(engine, Request(text, wanted="logprobs", score_from=start))
+        (request,) = finish(engine, Request(text, output_kind="logprobs", score_from=start))
         np.testing.assert_allclose(request.prompt_logprobs, exact[start - 1 :], atol=1e-5)
-        (again,) = finish(engine, Request(text, wanted="logprobs", score_from=start))
+        (again,) = finish(engine, Request(text, output_kind="logprobs", score_from=start))
         assert again.num_cached == start - 1
         np.testing.assert_allclose(again.prompt_logprobs, exact[start - 1 :], atol=1e-5)
         assert again.prompt_is_likeliest.shape == exact[start - 1 :].shape
@@ -215,8 +215,8 @@ def test_logprobs_are_those_of_the_forward_pass() -> None:
 
 def test_all_kinds_of_requests_at_once(expected: list[list[int]]) -> None:
     generated = mixed()
-    scored = [Request(prompt(n, seed=n), wanted="logprobs") for n in (2, 40, 200)]
-    seen = Request(prompt(70), wanted="logits")
+    scored = [Request(prompt(n, seed=n), output_kind="logprobs") for n in (2, 40, 200)]
+    seen = Request(prompt(70), output_kind="logits")
     finish(make(), *[each for trio in zip(generated[:3], scored, strict=True) for each in trio],
            seen, *generated[3:])  # fmt: skip
     assert [request.token_ids for request in generated] == expected
@@ -240,7 +240,7 @@ def test_requests_give_their_pages_back_when_none_are_left() -> None:
 def test_a_full_row_ends() -> None:
     (request,) = finish(make(), Request(prompt(250), greedy(50)))
     assert len(request.token_ids) == 6 and request.finish_reason == "length"
-    (request,) = finish(make(), Request(prompt(256), wanted="logits"))
+    (request,) = finish(make(), Request(prompt(256), output_kind="logits"))
     assert request.prompt_logits is not None and request.prompt_logits.shape == (256, VOCAB)
 
 
@@ -351,8 +351,8 @@ def test_nothing_compiles_after_warm_up() -> None:
     engine = make(num_pages=6, max_steps=3)
     assert engine.warmup().seconds > 0
     with forbid_compile():
-        finish(engine, *mixed(), Request(prompt(70), wanted="logits"),
-               Request(prompt(200), wanted="logprobs"))  # fmt: skip
+        finish(engine, *mixed(), Request(prompt(70), output_kind="logits"),
+               Request(prompt(200), output_kind="logprobs"))  # fmt: skip
     assert engine.counts.preempted + engine.pages.counts.evicted > 0
 
 
@@ -371,9 +371,9 @@ def test_the_queue_is_bounded() -> None:
     [
         (Request([]), "a prompt of 0 tokens: between 1 and 255"),
         (Request(prompt(256)), "a prompt of 256 tokens: between 1 and 255"),
-        (Request([1], wanted="logprobs"), "a prompt of 1 tokens: between 2 and 256"),
-        (Request([1, 2], wanted="logprobs", score_from=3), "score_from 3 is not inside"),
-        (Request(prompt(257), wanted="logits"), "between 1 and 256"),
+        (Request([1], output_kind="logprobs"), "a prompt of 1 tokens: between 2 and 256"),
+        (Request([1, 2], output_kind="logprobs", score_from=3), "score_from 3 is not inside"),
+        (Request(prompt(257), output_kind="logits"), "between 1 and 256"),
     ],
     ids=["empty", "long", "nothing to score", "score_from", "long for logits"],
 )

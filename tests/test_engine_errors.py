@@ -181,9 +181,9 @@ def test_the_error_is_the_result(place: str) -> None:
 
 def test_what_a_request_with_bad_settings_leaves_in_the_cache_is_right() -> None:
     """Its pages were planned with: one is copied for it and the others filled, though it ends."""
-    engine, beginning = make(), prompt(100)
-    finish(engine, Request(beginning, greedy(5)))
-    fault, text = Fault("settings"), [*beginning[:90], *prompt(60, seed=5)]
+    engine, prefix = make(), prompt(100)
+    finish(engine, Request(prefix, greedy(5)))
+    fault, text = Fault("settings"), [*prefix[:90], *prompt(60, seed=5)]
     broken = faulty(fault, greedy(6, seed=0), is_streamed=False, has_stop=False)
     broken.prompt = text
     finish(engine, broken)

@@ -1,6 +1,6 @@
 """The engine driven at random: whatever is submitted, stepped and cancelled in whatever order,
-every token is the one that the request gets on its own, and no page is lost. So too when it guesses
-ahead, scores texts in between, and steps fail."""
+every token is the one that the request gets on its own, and no page is lost. So too with
+speculation, with texts scored in between, and when steps fail."""
 
 from contextlib import suppress
 from functools import cache
@@ -25,7 +25,7 @@ MAX_WAITING = 5
 POOL = 5  # pages; each of the three rows may come to need four
 SIZES = {"num_pages": POOL, "max_waiting": MAX_WAITING, "prefill_budget": 40}
 
-BEGINNINGS = st.tuples(st.sampled_from((0, 20, 64, 90, 128)), st.sampled_from((0, 1)))
+PREFIXES = st.tuples(st.sampled_from((0, 20, 64, 90, 128)), st.sampled_from((0, 1)))
 ENDINGS = st.tuples(st.sampled_from((1, 7, 40)), st.integers(2, 4))
 SETTINGS = st.tuples(
     st.sampled_from((1, 3, 10, 60)),  # tokens to draw
@@ -45,7 +45,7 @@ def tokens_alone(text: tuple[int, ...], count: int, temperature: float, stop: in
 
 @cache
 def logprobs_alone(text: tuple[int, ...]) -> np.ndarray:
-    (request,) = finish(alone_engine(), Request(list(text), wanted="logprobs"))
+    (request,) = finish(alone_engine(), Request(list(text), output_kind="logprobs"))
     return request.prompt_logprobs
 
 
@@ -59,14 +59,14 @@ class EngineMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.engine = self.make()
-        self.wanted: dict[int, tuple[Request, tuple[int, ...]]] = {}
+        self.expected: dict[int, tuple[Request, tuple[int, ...]]] = {}
 
     def make(self) -> Engine:
         return make(**SIZES)
 
-    @rule(beginning=BEGINNINGS, ending=ENDINGS, how=SETTINGS, is_streamed=st.booleans())
-    def submit(self, beginning, ending, how, is_streamed) -> None:
-        text = (*prompt(*beginning), *prompt(*ending))
+    @rule(prefix=PREFIXES, ending=ENDINGS, how=SETTINGS, is_streamed=st.booleans())
+    def submit(self, prefix, ending, how, is_streamed) -> None:
+        text = (*prompt(*prefix), *prompt(*ending))
         self.hand_in(build(text, *how, is_streamed), tokens_alone(text, *how))
 
     def hand_in(self, request: Request, wanted: tuple[int, ...]) -> None:
@@ -75,25 +75,25 @@ class EngineMachine(RuleBasedStateMachine):
                 self.engine.submit(request)
             return
         self.engine.submit(request)
-        self.wanted[request.id] = request, wanted
+        self.expected[request.id] = request, wanted
 
     @rule(count=st.integers(1, 6))
     def step(self, count: int) -> None:
         for _ in range(count):
             self.engine.step()
 
-    @precondition(lambda self: self.wanted)
+    @precondition(lambda self: self.expected)
     @rule(data=st.data())
     def cancel(self, data) -> None:
-        chosen = data.draw(st.sampled_from(sorted(self.wanted)))
-        request, _ = self.wanted[chosen]
+        chosen = data.draw(st.sampled_from(sorted(self.expected)))
+        request, _ = self.expected[chosen]
         was_running = request.finish_reason is None
         assert self.engine.cancel(chosen) == was_running
         assert (request.finish_reason == "cancelled") >= was_running
 
     @invariant()
     def tokens_are_right_so_far(self) -> None:
-        for request, ids in self.wanted.values():
+        for request, ids in self.expected.values():
             assert tuple(request.token_ids) == ids[: len(request.token_ids)]
             if request.finish_reason in ("stop", "length"):
                 assert tuple(request.token_ids) == ids
@@ -113,22 +113,22 @@ class EngineMachine(RuleBasedStateMachine):
             self.engine.step()
         self.pages_are_accounted_for()
         assert not self.engine.num_running and self.engine.pages.num_available == POOL
-        for request, ids in self.wanted.values():
+        for request, ids in self.expected.values():
             assert request.finish_reason
             if request.finish_reason != "cancelled":
                 assert tuple(request.token_ids) == ids
 
 
-class GuessingMachine(EngineMachine):
-    """Guesses are looked up; texts are scored in between, and steps fail."""
+class SpeculatingMachine(EngineMachine):
+    """Draft tokens are looked up; texts are scored in between, and steps fail."""
 
     def make(self) -> Engine:
         return make(**SIZES, num_speculative_tokens=3)
 
-    @rule(beginning=BEGINNINGS, ending=ENDINGS, start=st.integers(1, 8))
-    def score(self, beginning, ending, start) -> None:
-        text = (*prompt(8), *prompt(*beginning), *prompt(*ending))
-        self.hand_in(Request(list(text), wanted="logprobs", score_from=start), ())
+    @rule(prefix=PREFIXES, ending=ENDINGS, start=st.integers(1, 8))
+    def score(self, prefix, ending, start) -> None:
+        text = (*prompt(8), *prompt(*prefix), *prompt(*ending))
+        self.hand_in(Request(list(text), output_kind="logprobs", score_from=start), ())
 
     @rule()
     def fail(self) -> None:
@@ -141,18 +141,18 @@ class GuessingMachine(EngineMachine):
 
     @invariant()
     def logprobs_are_right(self) -> None:
-        for request, _ in self.wanted.values():
-            if request.wanted == "logprobs" and request.finish_reason == "length":
+        for request, _ in self.expected.values():
+            if request.output_kind == "logprobs" and request.finish_reason == "length":
                 alone = logprobs_alone(tuple(request.prompt))[request.score_from - 1 :]
                 np.testing.assert_allclose(request.prompt_logprobs, alone, atol=1e-5)
 
 
-class DraftMachine(GuessingMachine):
+class DraftMachine(SpeculatingMachine):
     def make(self) -> Engine:
         return with_draft(init_params(SMALL, seed=1), SMALL, **SIZES)
 
 
-class FixedStepsMachine(GuessingMachine):
+class FixedStepsMachine(SpeculatingMachine):
     """Launches have a fixed number of steps, as on a GPU."""
 
     def make(self) -> Engine:
@@ -161,12 +161,12 @@ class FixedStepsMachine(GuessingMachine):
             return super().make()
 
 
-for machine in (EngineMachine, GuessingMachine, DraftMachine, FixedStepsMachine):
+for machine in (EngineMachine, SpeculatingMachine, DraftMachine, FixedStepsMachine):
     machine.TestCase.settings = settings(
         max_examples=15, stateful_step_count=25, deadline=None, derandomize=True,
         suppress_health_check=[HealthCheck.too_slow],
     )  # fmt: skip
 TestEngine = EngineMachine.TestCase
-TestGuessingEngine = pytest.mark.slow(GuessingMachine.TestCase)
+TestSpeculatingEngine = pytest.mark.slow(SpeculatingMachine.TestCase)
 TestDraftingEngine = pytest.mark.slow(DraftMachine.TestCase)
 TestEngineOfFixedSteps = pytest.mark.slow(FixedStepsMachine.TestCase)

@@ -142,7 +142,7 @@ def test_extreme_scales():
         )  # fmt: skip
 
 
-def test_no_more_than_a_block_is_widened():
+def test_no_more_than_a_block_is_upcast():
     n, k = 32 * block_rows(256), 256
     for dtype in (jnp.float32, jnp.bfloat16):
         for m in (1, 32):
@@ -152,15 +152,15 @@ def test_no_more_than_a_block_is_widened():
                 jax.ShapeDtypeStruct((n,), jnp.float32),
             )
             temp = lowered.compile().memory_analysis().temp_size_in_bytes
-            outputs, widened = 2 * m * n * 4, n * k * 2
-            assert temp - outputs < widened / 2
+            outputs, upcast = 2 * m * n * 4, n * k * 2
+            assert temp - outputs < upcast / 2
 
 
 def test_what_does_not_fit_is_refused():
     x, codes, scale = operands(2, 64, 128)
     with pytest.raises(ValueError, match="weight_scale must be"):
         fp8_matmul(x, codes, scale[:3])
-    with pytest.raises(ValueError, match="x_scale goes with"):
+    with pytest.raises(ValueError, match="x_scale is required with"):
         fp8_matmul(e4m3.cast(x), codes, scale)
     with pytest.raises(ValueError, match="int8 bits"):
         fp8_matmul(x, codes.astype(jnp.float16), scale)

@@ -102,7 +102,7 @@ def test_prefill_in_tiles_of_several_blocks(dtype, keys, stages):
 
 
 @pytest.mark.slow
-def test_prefill_with_keys_widened():
+def test_prefill_with_keys_upcast():
     arrays = case(4, 1, 20, [130, 0], [150, 20], dtype=FP8)
     check(prefill(arrays, 0.5, 2.0, in_fp8=False), arrays, 0.5, 2.0)
 
@@ -162,7 +162,7 @@ def test_decode_in_one_launch(dtype, tokens):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("splits", [1, 2])
-def test_decode_with_keys_widened(splits):
+def test_decode_with_keys_upcast(splits):
     arrays = case(4, 1, 2, [299], [301], dtype=FP8)
     check(decode(arrays, 0.5, 2.0, splits=splits, in_fp8=False), arrays, 0.5, 2.0)
 
@@ -212,8 +212,8 @@ def test_the_number_of_tokens_picks_the_kernel(tokens, kernel):
     assert f"paged_attention_{kernel}" in str(run(*arrays))
 
 
-def test_heuristic_keeps_every_multiprocessor_busy():
-    """Thread blocks in whole waves of two for each of 132 multiprocessors, or nearly."""
+def test_heuristic_keeps_every_sm_busy():
+    """Thread blocks in whole waves of two for each of 132 SMs, or nearly."""
     for batch in range(1, 65):
         q = jax.ShapeDtypeStruct((batch, 1, 32, 128), BF16)
         config = hopper_decode.heuristic(q, pool(BF16), 32_768, False)

@@ -53,7 +53,7 @@ def test_prefill_is_on_tensor_cores_without_spills(shape, dtype):
 
 @KV_DTYPES
 @pytest.mark.parametrize("shape", HEADS.values(), ids=HEADS.keys())
-def test_decode_is_on_tensor_cores_and_two_share_a_multiprocessor(shape, dtype):
+def test_decode_is_on_tensor_cores_and_two_share_an_sm(shape, dtype):
     attend, combine = sm90.kernels(hopper.paged_attention, *arguments(*shape, dtype))
     assert "paged_attention_decode" in attend.name and "paged_attention_combine" in combine.name
     check(attend)

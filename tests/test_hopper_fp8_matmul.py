@@ -93,7 +93,7 @@ def test_small_integers_are_exact(m, n, k, config):
     "config", [pytest.param(WIDE, marks=pytest.mark.slow), PAIRED], ids=["alone", "in pairs"]
 )
 def test_blocks_go_on_to_further_tiles(monkeypatch, config):
-    """Two multiprocessors, tiles for many: the ring of tiles wraps around in the middle of one."""
+    """Two SMs, tiles for many: the ring of tiles wraps around in the middle of one."""
     monkeypatch.setattr(hopper, "num_sms", lambda: 2)
     x, weight = integers(300, 384), integers(272, 384, seed=1)
     y = simulate(
@@ -287,7 +287,7 @@ def test_a_row_of_swiglu_is_bit_equal_alone_and_in_a_batch():
 
 @pytest.mark.parametrize("promote", [False, True])
 @pytest.mark.parametrize("m", [1, 64, 65, 512, 2048, 8192])
-def test_the_heuristic_fits_a_multiprocessor(m, promote):
+def test_the_heuristic_fits_an_sm(m, promote):
     for linear in shapes.linears():
         for weights in (1, 2):
             config = hopper_config.heuristic(m, (linear.n,), promote=promote, weights=weights)

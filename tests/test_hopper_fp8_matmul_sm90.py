@@ -66,7 +66,7 @@ def check(function, *structs):
     assert kernel.count("QGMMA") and kernel.count("UTMALDG") and kernel.count("UTMASTG")
     assert not kernel.count("HMMA") + kernel.count("HGMMA")
     assert kernel.spill_bytes == kernel.count("LDL") == kernel.count("STL") == 0
-    # 65,536 registers a multiprocessor, allotted by 8: what three warpgroups can share out.
+    # 65,536 registers an SM, allotted by 8: what three warpgroups can share out.
     assert kernel.registers <= 65_536 // 384 // 8 * 8
     assert kernel.shared_bytes <= SHARED_MEMORY_BYTES
     assert not kernel.losses
@@ -135,16 +135,16 @@ def test_block_scales_without_a_kernel_are_multiplied_in_bfloat16(m):
     text = sm90.compile(
         lambda x, w, s, x_s: fp8_matmul(x, w, s, x_scale=x_s, out_dtype=BF16), x, weight, *scales
     ).as_text()
-    # Rows of the weight that a step of the loop widens; XLA may add columns of zeros.
-    widened = re.findall(r"= (\w+)\[4096,40\d\d\]\S+ fusion\(", text)
-    assert set(widened) == {"bf16"}
+    # Rows of the weight that a step of the loop upcasts; XLA may add columns of zeros.
+    upcast = re.findall(r"= (\w+)\[4096,40\d\d\]\S+ fusion\(", text)
+    assert set(upcast) == {"bf16"}
 
 
 @pytest.mark.parametrize(
     ("m", "passes"),
     [
         pytest.param(2048, 1, id="prefill"),  # x_scale is reshaped, before the kernels
-        pytest.param(8, 5, id="decode"),  # codes widened; parts added, scaled, quantised; added
+        pytest.param(8, 5, id="decode"),  # codes upcast; parts added, scaled, quantised; added
     ],
 )
 def test_an_mlp_reads_its_weights_in_place(m, passes):

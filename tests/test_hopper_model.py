@@ -18,8 +18,9 @@ from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.llm import LLM
 from llama_jax.model.forward import activations_in, extend, last_hidden, unembed
 from llama_jax.model.fp8 import WeightFormat
+from llama_jax.model.fused import leave_sums
 from llama_jax.model.kv_cache import init_cache
-from llama_jax.model.linear import Products, Stored, leave_sums
+from llama_jax.model.linear import Products, Stored
 from llama_jax.model.params import init_params
 from llama_jax.model.spec import ModelSpec
 from pallas_kernels import device, e4m3, row_fusions
@@ -207,7 +208,7 @@ def test_a_named_implementation_is_taken_or_refused():
 
 def test_a_batch_invariant_engine_asks_the_kernels_for_it():
     """The decode kernel's splits of 1024 keys: five for 4160, where otherwise there are as many as
-    keep the multiprocessors busy."""
+    keep the SMs busy."""
     options = EngineOptions(max_batch_size=1, max_seq_len=4160, batch_invariant=True)
     engine = Engine({}, spec_of(), options, jnp.dtype("bfloat16"))
 

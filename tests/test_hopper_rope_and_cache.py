@@ -20,8 +20,8 @@ def case(
 ):  # fmt: skip
     """Arguments of `hopper.rope_and_cache`: pages in no order, full of random numbers."""
     rng = np.random.default_rng(heads + tokens + len(starts))
-    batch, pages_per_row = len(starts), -(-(max(starts) + tokens) // PAGE)
-    num_pages, rows = batch * pages_per_row + 2, batch * tokens + more_rows
+    batch, pages_each = len(starts), -(-(max(starts) + tokens) // PAGE)
+    num_pages, rows = batch * pages_each + 2, batch * tokens + more_rows
     counts = Projections(heads, kv_heads, kv_heads)
 
     def of_each(make):
@@ -34,7 +34,7 @@ def case(
     )
     weight_scales = of_each(lambda n: jnp.asarray(rng.uniform(0.5, 2, (n, head_dim)), jnp.float32))
     pool = rng.standard_normal((2, num_pages, PAGE, kv_heads, head_dim)).astype(pages)
-    table = rng.permutation(num_pages)[: batch * pages_per_row].reshape(batch, pages_per_row)
+    table = rng.permutation(num_pages)[: batch * pages_each].reshape(batch, pages_each)
     positions = np.array(starts)[:, None] + np.arange(tokens) + rotated_by
     scale = rng.uniform(0.25, 1, (2, kv_heads)) if per_head else np.array([0.5, 0.375])
     return (

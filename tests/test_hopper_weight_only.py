@@ -85,7 +85,7 @@ def simulated(x, weights, scales, config, **options):
     ],
 )
 def test_small_integers_are_exact(m, ns, k, kind, config, monkeypatch):
-    """With fewer multiprocessors than tiles, so that the ring goes on from one to the next."""
+    """With fewer SMs than tiles, so that the ring goes on from one to the next."""
     monkeypatch.setattr(hopper_weight_only_loop, "num_sms", lambda: 2)
     rng = np.random.default_rng(m)
     x = jnp.asarray(rng.integers(-8, 9, (m, k)), BF16)
@@ -264,7 +264,7 @@ def test_tuned_splits_serve_as_many_rows_and_every_invariant_batch(monkeypatch):
     ],
     ids=["qkv", "o_proj", "gate_up", "down_proj", "lm_head"],
 )
-def test_few_multiprocessors_are_idle(ns, k):
+def test_few_sms_are_idle(ns, k):
     """Of an 8B's launches, the busiest thread block reads at most 6 % more than the mean."""
     tiles, steps = sum(-(-n // 128) for n in ns), k // 128
     splits = hopper_weight_only_config.configure(1, ns, k).splits

@@ -42,7 +42,7 @@ def compile_and_check(m, ns, k, kind, *, in_fp8=False):
     assert kernel.count("QGMMA") == (128 // 32 if in_fp8 else 0)
     assert not kernel.count("HMMA")
     assert kernel.spill_bytes == kernel.count("LDL") == kernel.count("STL") == 0
-    # 65,536 registers a multiprocessor, allotted by 8: what three warpgroups can share out.
+    # 65,536 registers an SM, allotted by 8: what three warpgroups can share out.
     assert kernel.registers <= 65_536 // 384 // 8 * 8
     assert kernel.shared_bytes <= SHARED_MEMORY_BYTES
     assert not kernel.losses
@@ -78,7 +78,7 @@ def test_every_shape_has_a_kernel():
 def test_few_instructions_per_byte_of_weight(kind):
     """In the loop over K, where a thread converts 64 bytes a step: below what bandwidth asks for.
 
-    4.8 TB/s over 132 multiprocessors of 1.755 GHz are 21 bytes a cycle, and four schedulers issue
+    4.8 TB/s over 132 SMs of 1.755 GHz are 21 bytes a cycle, and four schedulers issue
     128 threads' instructions a cycle: 6 instructions a byte keep up.
     """
     loop = compile_and_check(1, (4096,), 4096, kind).loop("HGMMA")
@@ -89,7 +89,7 @@ def test_few_instructions_per_byte_of_weight(kind):
 
 @KINDS
 @pytest.mark.parametrize(("m", "most"), [(1, 1), (16, 1.1), (64, 2.4)])
-def test_in_fp8_nothing_is_widened(m, most, kind):
+def test_in_fp8_nothing_is_upcast(m, most, kind):
     loop = compile_and_check(m, (4096,), 4096, kind, in_fp8=True).loop("QGMMA")
     assert loop["QGMMA"] == 4 and not loop["F2FP"] + loop["HADD2"] + loop["LDS"]
     assert sum(loop.values()) / 64 < most

@@ -159,10 +159,10 @@ def test_no_two_classes_of_a_package_have_one_name():
     assert len(found) > 100 and not [name for name, count in found.items() if count > 1]
 
 
-@pytest.mark.parametrize("beginning", ["llama_jax.text.", "llama_jax.engine.scheduler"])
-def test_text_and_the_scheduler_need_no_jax(beginning):
+@pytest.mark.parametrize("prefix", ["llama_jax.text.", "llama_jax.engine.scheduler"])
+def test_text_and_the_scheduler_need_no_jax(prefix):
     assert "jax" in IMPORTS["llama_jax.model.llama"]
-    waiting, seen = [name for name in FILES if name.startswith(beginning)], set()
+    waiting, seen = [name for name in FILES if name.startswith(prefix)], set()
     assert waiting
     while waiting:
         seen.add(name := waiting.pop())

@@ -153,7 +153,7 @@ def test_all_programs_are_compiled_before_any_is_timed(few_inputs, tmp_path, mon
     assert "3 cases compiled in" in capsys.readouterr().out
     done.clear()
     assert bench.measure_all(chosen, None, 0, None) == []
-    assert "0 seconds are over: nothing from first on" in capsys.readouterr().out
+    assert "0 seconds are over: skipping cases from first on" in capsys.readouterr().out
     assert not any("timed" in each for each in done)
 
 
@@ -272,7 +272,7 @@ def test_a_failure_stops_nothing_and_time_runs_out(capsys, monkeypatch):
     named = (replace(case, name=name) for name in ("first", "second", "third"))
     done, failures = bench.each(bench.in_time(named, 5), do)
     assert done == ["first"] and failures == ["second: wrong"]
-    assert "5 seconds are over: nothing from third on" in capsys.readouterr().out
+    assert "5 seconds are over: skipping cases from third on" in capsys.readouterr().out
 
 
 def test_tuned_configurations_are_taken_where_they_were_measured(few_inputs, table, monkeypatch):

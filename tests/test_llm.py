@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llama_jax.checkpoint.store import Manifest
-from llama_jax.data_rows import answer_rows
+from llama_jax.data_rows import run_rows
 from llama_jax.engine.compile_cache import forbid_compile
 from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.llm import LLM
@@ -174,7 +174,7 @@ def test_an_error_in_one_text_is_that_texts_alone(llm, monkeypatch):
     with pytest.raises(LookupError, match="no text"):
         list(llm.stream("other", GREEDY))
     rows = [{"prompt": "other"}, {"prompt": "hello"}]
-    found = answer_rows(llm.engine, rows, lambda row: llm.generate_question(row["prompt"], GREEDY),
+    found = run_rows(llm.engine, rows, lambda row: llm.generate_job(row["prompt"], GREEDY),
                         generation_fields)  # fmt: skip
     first, second = (row for row, _ in found)
     assert "no text" in first["error"] and "text" not in first and "error" not in second
@@ -456,6 +456,15 @@ def test_a_completion_reads_on_from_its_prompt(spoken):
             ids, begin = spoken.pair_ids(given, completion)
             assert tokenizer.decode(ids) == whole and begin == len(tokenizer.encode(prompt)) + 1
     assert spoken.pair_ids("a", "\n\n b")[0] == tokenizer.encode("a\n\n b", bos=True)
+
+
+def test_old_names_of_jobs_and_output_kinds_are_taken(llm):
+    with pytest.warns(FutureWarning, match="score_job"):
+        (request,) = llm.score_question("ab", "c").requests
+    assert request.output_kind == "logprobs"
+    with pytest.warns(FutureWarning, match="output_kinds"):
+        llm.warmup(wanted=())
+    assert not hasattr(llm, "wrong_question") and not hasattr(llm, "wrong")
 
 
 def test_prompts_begin_and_end_as_the_tokenizer_says(llm, tokenizer):

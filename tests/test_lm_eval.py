@@ -177,9 +177,9 @@ def test_a_task_that_asks_for_what_cannot_be_is_refused(models):
     with pytest.raises(ValueError, match="num_beams is not supported"):
         ours._sampling({"num_beams": 4})
     with pytest.raises(ValueError, match="max_gen_toks 64 leaves no room"):
-        ours._generate_question("text", {"max_gen_toks": WINDOW})
+        ours._generate_job("text", {"max_gen_toks": WINDOW})
     with pytest.raises(ValueError, match=r"the continuation '' has 0 tokens after 'text'"):
-        ours._score_question(("text", ""), [1], [])
+        ours._score_job(("text", ""), [1], [])
 
 
 @pytest.mark.parity

@@ -231,17 +231,17 @@ def test_the_workspace_holds_what_compiled_prefill_needs(is_fp8: bool) -> None:
 
 
 @pytest.mark.slow
-def test_the_workspace_holds_the_logits_of_guesses() -> None:
-    spec, batch, guessing = small_8b(False), 16, Speculation(8)
-    state = jax.eval_shape(state_builder(spec, batch, 64, BF16, speculation=guessing))
+def test_the_workspace_holds_the_logits_of_draft_tokens() -> None:
+    spec, batch, speculation = small_8b(False), 16, Speculation(8)
+    state = jax.eval_shape(state_builder(spec, batch, 64, BF16, speculation=speculation))
     flags, table = ints((batch,), jnp.bool_), state.cache.page_table
 
     step = decode_steps.lower(
-        stored(spec), state, table, flags, ints(()), spec=spec, max_steps=8, speculation=guessing
+        stored(spec), state, table, flags, ints(()), spec=spec, max_steps=8, speculation=speculation
     )
     needed = step.compile().memory_analysis().temp_size_in_bytes
     needed += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.sampling))
-    plan = plan_memory(spec, batch, 64, BF16, 1, speculation=guessing)
+    plan = plan_memory(spec, batch, 64, BF16, 1, speculation=speculation)
     assert needed <= plan.workspace <= 3 * needed
 
 

@@ -17,7 +17,7 @@ def test_the_first_requests_stand_at_every_stage_of_their_output():
     sizes = [(len(request.prompt), request.params.max_new_tokens) for request in requests]
     assert sizes == [(130, 10), (120, 20), (110, 30), (100, 40), (100, 40), (100, 40)]
     texts = islice(Workload(100, 0).requests(512, num_rows=4), 6)
-    assert {(len(request.prompt), request.wanted) for request in texts} == {(100, "logprobs")}
+    assert {(len(request.prompt), request.output_kind) for request in texts} == {(100, "logprobs")}
 
 
 def test_figures_are_published_for_both_cards_and_for_8b_alone():

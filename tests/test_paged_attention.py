@@ -13,15 +13,15 @@ paged_attention = jax.jit(unjitted, static_argnames="implementation")
 PAGE = 16
 
 
-def case(batch, tokens, heads, kv_heads, lengths, pages_per_row, dtype=jnp.float32, head_dim=8):
+def case(batch, tokens, heads, kv_heads, lengths, pages_each, dtype=jnp.float32, head_dim=8):
     """Random pages in a shuffled table, and queries for each row's last `tokens` positions."""
     keys = jax.random.split(jax.random.key(len(lengths) + tokens), 4)
-    num_pages = batch * pages_per_row + 3
+    num_pages = batch * pages_each + 3
     pool = (num_pages, PAGE, kv_heads, head_dim)
     k, v = (jax.random.normal(key, pool) for key in keys[:2])
     if dtype == jnp.int8:
         k, v = (e4m3.as_bits(e4m3.cast(a)) for a in (k, v))
-    table = jax.random.permutation(keys[2], num_pages)[: batch * pages_per_row]
+    table = jax.random.permutation(keys[2], num_pages)[: batch * pages_each]
     lengths = jnp.array(lengths, jnp.int32)
     q = jax.random.normal(keys[3], (batch, tokens, heads, head_dim))
     starts = jnp.maximum(lengths - tokens, 0)

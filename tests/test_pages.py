@@ -29,7 +29,7 @@ def test_pages_are_taken_and_given_back() -> None:
     pages.check()
 
 
-def test_the_longest_beginning_is_found() -> None:
+def test_the_longest_prefix_is_found() -> None:
     pages = pool()
     taken = store(pages, [1, 2, 3, 4, 5, 6, 7, 8, 9])
     assert pages.match([1, 2, 3, 4, 5, 6, 7, 8, 9, 9]) == Match(tuple(taken[:2]), (taken[2], 1), 9)

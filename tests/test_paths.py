@@ -165,7 +165,7 @@ def test_a_path_says_what_it_costs(dtype: str, unit: str) -> None:
     of_q = [call for call in found if call.matrices == ("layers_0/self_attn/q_proj",)]
     assert {call.path for call in of_q} == {"xla"}
     assert {call.cost for call in of_q} == {
-        "bf16 tensor cores, 1/2 of FP8's rate; weight widened in pieces"
+        "bf16 tensor cores, 1/2 of FP8's rate; weight upcast in pieces"
     }
     (logits, _) = (call for call in found if call.module == "lm_head")
     assert logits.cost.startswith(unit)

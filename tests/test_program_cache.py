@@ -43,7 +43,7 @@ engine = Engine(init_params(spec), spec, options, "float32")
 kinds = sys.argv[1:]
 engine.warmup(kinds)
 sampling = SamplingParams(max_new_tokens=6, temperature=0.7, seed=3, logprobs=2)
-asked = [Request([3, 4, 5], sampling, wanted=kind) for kind in kinds]
+asked = [Request([3, 4, 5], sampling, output_kind=kind) for kind in kinds]
 with compile_cache.forbid_compile():
     for _ in engine.run(asked):
         pass

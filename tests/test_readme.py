@@ -16,4 +16,4 @@ def test_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
     for block in blocks:
         exec(block, names)
     assert len(blocks) >= 4
-    assert "guesses accepted" in capsys.readouterr().out
+    assert "draft tokens accepted" in capsys.readouterr().out

@@ -123,13 +123,13 @@ class Device:
         assert len(call.chunks) <= call.shape[0]
         for chunk in call.chunks:
             sequence = chunk.sequence
-            assert sequence.request.wanted == call.wanted
+            assert sequence.request.output_kind == call.output_kind
             assert 0 < chunk.stop - chunk.start <= call.shape[1]
             assert self.cached_lens[sequence.slot] == chunk.start
             part = sequence.tokens[chunk.start : chunk.stop]
             self.write(plan.page_table, sequence.slot, part)
             assert self.read(plan.page_table, sequence.slot) == sequence.tokens[: chunk.stop]
-        if call.wanted == "tokens":
+        if call.output_kind == "tokens":
             for _, sequence in call.ended:
                 slot, request = sequence.slot, sequence.request
                 self.drawn[slot] = len(request.token_ids)
@@ -233,7 +233,7 @@ class Device:
         assert len(scheduler.running) <= self.options.max_batch_size
         if not self.results:  # bounds are exact when nothing is on its way
             for each in scheduler.running:
-                if not each.is_prefilling and each.request.wanted == "tokens":
+                if not each.is_prefilling and each.request.output_kind == "tokens":
                     drawn = len(each.request.token_ids)
                     assert slots.min_remaining[each.slot] == each.max_new_tokens - drawn
                     for more in (1, PAGE_SIZE, 2 * PAGE_SIZE):  # the newest is not stored yet
@@ -295,11 +295,11 @@ def test_a_round_takes_its_budget_of_prompts() -> None:
 def test_prompts_of_one_round_share_calls_by_what_is_wanted() -> None:
     device = Device(prefill_chunk=32, max_batch_size=4)
     device.submit(
-        ask(text(32)), ask(text(33, seed=1), wanted="logprobs"), ask(text(32, seed=2)),
-        ask(text(40, seed=3), wanted="logits"),
+        ask(text(32)), ask(text(33, seed=1), output_kind="logprobs"), ask(text(32, seed=2)),
+        ask(text(40, seed=3), output_kind="logits"),
     )  # fmt: skip
     calls = device.round().prefills
-    assert [call.wanted for call in calls[:3]] == ["tokens", "logprobs", "logits"]
+    assert [call.output_kind for call in calls[:3]] == ["tokens", "logprobs", "logits"]
     assert [len(call.chunks) for call in calls[:3]] == [2, 1, 1] and calls[2].shape[0] == 1
     device.finish()
 
@@ -345,13 +345,13 @@ def test_results_are_asked_for_before_anyone_is_preempted() -> None:
 
 def test_prefixes_are_shared_and_waited_for() -> None:
     device = Device(prefill_budget=64)
-    beginning = text(150)
-    first, second = ask([*beginning, 1]), ask([*beginning, 2, 3])
+    prefix = text(150)
+    first, second = ask([*prefix, 1]), ask([*prefix, 2, 3])
     device.submit(first, second)
     assert [each.sequence.request for each in device.round().admissions] == [first]
     device.finish()
     assert first.num_cached == 0 and second.num_cached == 128  # the full pages
-    third = ask([*beginning, 4, 5])
+    third = ask([*prefix, 4, 5])
     device.submit(third)
     device.finish()
     assert third.num_cached == 150 and device.scheduler.pages.counts.hit == 128 + 150
@@ -472,7 +472,7 @@ def test_a_request_that_cannot_be_admitted_ends_alone() -> None:
 
 REQUESTS = st.lists(
     st.tuples(
-        st.sampled_from((0, 20, 64, 90, 128)),  # tokens of a common beginning
+        st.sampled_from((0, 20, 64, 90, 128)),  # tokens of a common prefix
         st.sampled_from((1, 7, 40, 66)),  # and of its own
         st.sampled_from((1, 3, 10, 60)),  # tokens to draw
         st.sampled_from((2, 9, 10**9)),  # when it stops by itself
@@ -505,11 +505,11 @@ def test_every_request_ends_with_its_own_tokens(
 ) -> None:
     device = Device(stops_early, tuple(drafts), waits, **changes, **rules)
     coming = []
-    for i, (common, own, count, length, is_streamed, wanted, at, cancelled) in enumerate(requests):
+    for i, (common, own, count, length, is_streamed, kind, at, cancelled) in enumerate(requests):
         prompt = [*text(common), *text(own + 1, seed=i + 1)]
-        fields = {"matcher": Grammar()} if wanted == "grammar" else {"wanted": wanted}
-        if wanted == "grammar":
-            fields["wanted"] = "tokens"
+        fields = {"matcher": Grammar()} if kind == "grammar" else {"output_kind": kind}
+        if kind == "grammar":
+            fields["output_kind"] = "tokens"
         request = ask(prompt, count, length, is_streamed=is_streamed, **fields)
         coming.append((at, request, None if cancelled is None else at + cancelled))
     for now in range(12):
@@ -526,5 +526,5 @@ def test_every_request_ends_with_its_own_tokens(
         assert (request.finish_reason == "cancelled") <= (cancelled is not None)
         ids = request.token_ids
         assert ids == [request.reply(i) for i in range(len(ids))]
-        if request.wanted == "tokens" and request.finish_reason != "cancelled":
+        if request.output_kind == "tokens" and request.finish_reason != "cancelled":
             assert len(ids) == min(request.params.max_new_tokens, request.length)

@@ -88,13 +88,13 @@ def test_few_calls_are_small_where_calls_are_dear(max_batch_size: int) -> None:
 
 def test_what_happened_in_words_and_in_between() -> None:
     before = Stats(queried=100, drawn=10, rounds=2)
-    after = Stats(queried=1100, hit=250, drawn=60, rounds=12, guessed=40, accepted=30, preempted=1)
+    after = Stats(queried=1100, hit=250, drawn=60, rounds=12, drafted=40, accepted=30, preempted=1)
     assert after.since(before) == Stats(
-        queried=1000, hit=250, drawn=50, rounds=10, guessed=40, accepted=30, preempted=1
+        queried=1000, hit=250, drawn=50, rounds=10, drafted=40, accepted=30, preempted=1
     )
     assert str(after.since(before)) == (
         "1,000 prompt tokens, 25% of them found in the cache · 50 tokens drawn in 10 rounds · "
-        "75% of 40 guesses accepted · 1 preemptions"
+        "75% of 40 draft tokens accepted · 1 preemptions"
     )
     assert str(Stats()) == (
         "0 prompt tokens, 0% of them found in the cache · 0 tokens drawn in 0 rounds"

@@ -1,5 +1,5 @@
 """Scores, rankings and perplexities on a random tiny model, against its plain forward pass; and
-questions as a stream."""
+jobs as a stream."""
 
 import base64
 import itertools
@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_jax.data_rows import score_rows
+from llama_jax.jobs import Job, run_jobs, score_request
 from llama_jax.model.llama import Llama
 from llama_jax.sampling_params import SamplingParams
-from llama_jax.scoring import Question, answers, score_request
 from llama_jax.text.tokenizer import load_tokenizer
 from llama_jax.text.windows import rolling_windows
 from tests.test_llm import BOS, SPEC, make
@@ -159,30 +159,30 @@ def test_rank_computes_the_prompt_once(llm):
     before = llm.engine.counts.prefilled
     llm.rank(prompt, [chr(97 + i) for i in range(8)])
     length = len(prompt) + 1
-    # Beginnings are shared by whole pages of 64 tokens from the start, and by the rest of the
+    # Prefixes are shared by whole pages of 64 tokens from the start, and by the rest of the
     # prompt once it has been computed in another row.
     assert length <= llm.engine.counts.prefilled - before < 2 * length + 8
 
 
 def lines(llm, count):
-    return [llm.score_question("p" * (7 * i % 40), f" {i}") for i in range(count)]
+    return [llm.score_job("p" * (7 * i % 40), f" {i}") for i in range(count)]
 
 
 @pytest.mark.parametrize("read_ahead", [1, 5, 1000])
-def test_answers_come_in_order_and_do_not_depend_on_the_company(llm, read_ahead):
+def test_results_come_in_order_and_do_not_depend_on_the_company(llm, read_ahead):
     alone = [llm.score("p" * (7 * i % 40), f" {i}").total for i in range(30)]
-    together = [score.total for score in answers(llm.engine, lines(llm, 30), read_ahead)]
+    together = [score.total for score in run_jobs(llm.engine, lines(llm, 30), read_ahead)]
     np.testing.assert_allclose(together, alone, atol=1e-4)
 
 
 def test_an_endless_stream_is_read_as_needed(llm):
     read = itertools.count()
-    questions = (llm.score_question("p" * (i % 9), f" {i}") for i in read)
-    stream = answers(llm.engine, questions, read_ahead=8)
-    for answered in range(1, 60):
+    jobs = (llm.score_job("p" * (i % 9), f" {i}") for i in read)
+    stream = run_jobs(llm.engine, jobs, read_ahead=8)
+    for done in range(1, 60):
         next(stream)
         # Two times what is read ahead, and as much again for what waits for its turn to be given.
-        assert next(read) - answered <= 40 + answered
+        assert next(read) - done <= 40 + done
     assert llm.engine.has_work
     stream.close()
     while llm.engine.has_work:
@@ -194,37 +194,37 @@ def test_the_engine_does_not_run_dry_between_windows(llm):
     engine = llm.engine
     busy = [
         engine.num_running + engine.num_waiting
-        for _ in answers(engine, iter(lines(llm, 60)), read_ahead=6)
+        for _ in run_jobs(engine, iter(lines(llm, 60)), read_ahead=6)
     ]
     assert min(busy[:-12]) > 0
 
 
-def test_questions_are_asked_longest_first_and_those_that_begin_alike_together(llm, monkeypatch):
+def test_the_longest_jobs_run_first_and_those_with_a_common_prefix_together(llm, monkeypatch):
     shared = "s" * 70
     prompts = ["a" * 20, shared + "1", "b" * 90, "c" * 30, shared + "234", "d" * 10]
     submitted, submit = [], llm.engine.submit
     monkeypatch.setattr(
         llm.engine, "submit", lambda request: submitted.append(request) or submit(request)
     )
-    list(answers(llm.engine, [llm.score_question(prompt, "!") for prompt in prompts]))
+    list(run_jobs(llm.engine, [llm.score_job(prompt, "!") for prompt in prompts]))
     asked = [bytes(request.prompt[1:-1]).decode() for request in submitted]
     assert asked == [prompts[i] for i in (2, 4, 1, 3, 0, 5)]
 
 
-def test_a_question_without_requests_keeps_its_place(llm):
-    questions = lines(llm, 4)
-    questions.insert(2, Question((), lambda _: "nothing to ask"))
-    assert list(answers(llm.engine, questions))[2] == "nothing to ask"
-    assert list(answers(llm.engine, [])) == []
+def test_a_job_without_requests_keeps_its_place(llm):
+    jobs = lines(llm, 4)
+    jobs.insert(2, Job((), lambda _: "nothing to ask"))
+    assert list(run_jobs(llm.engine, jobs))[2] == "nothing to ask"
+    assert list(run_jobs(llm.engine, [])) == []
 
 
-def test_a_stream_of_questions_beside_other_work(llm):
+def test_a_stream_of_jobs_beside_other_work(llm):
     greedy = SamplingParams(temperature=0, max_new_tokens=6, ignore_eos=True)
-    expected = [score.total for score in answers(llm.engine, lines(llm, 12))]
+    expected = [score.total for score in run_jobs(llm.engine, lines(llm, 12))]
     stream = llm.stream("hi", greedy)
     pieces = [next(stream)]
     found = []
-    for score in answers(llm.engine, lines(llm, 12), read_ahead=3):
+    for score in run_jobs(llm.engine, lines(llm, 12), read_ahead=3):
         found.append(score.total)
         llm.generate("hello", greedy)
     pieces += list(stream)

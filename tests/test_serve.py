@@ -30,7 +30,7 @@ PRODUCT = [{"role": "user", "content": "What is 4831 * 297?"}]
 def llm() -> LLM:
     """Without the warm-up, which compiles many programs that these tests do not need."""
     llm = LLM.load(max_batch_size=4, max_seq_len=512, prefill_chunk=128, verbose=False)
-    llm.warmup = lambda wanted, structured: CompileReport(0, 0, 0.0)
+    llm.warmup = lambda output_kinds, structured: CompileReport(0, 0, 0.0)
     return llm
 
 

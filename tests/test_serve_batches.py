@@ -25,7 +25,7 @@ CHAT = "/v1/chat/completions"
 def llm() -> LLM:
     """Without the warm-up, see tests/test_serve.py."""
     llm = LLM.load(max_batch_size=4, max_seq_len=256, prefill_chunk=128, verbose=False)
-    llm.warmup = lambda wanted, structured: CompileReport(0, 0, 0.0)
+    llm.warmup = lambda output_kinds, structured: CompileReport(0, 0, 0.0)
     return llm
 
 

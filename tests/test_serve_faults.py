@@ -38,7 +38,7 @@ LONG = {"messages": SUM, "ignore_eos": True, "max_tokens": 400}
 def llm() -> LLM:
     """Without the warm-up, see tests/test_serve.py."""
     llm = LLM.load(max_batch_size=4, max_seq_len=512, prefill_chunk=128, verbose=False)
-    llm.warmup = lambda wanted, structured: CompileReport(0, 0, 0.0)
+    llm.warmup = lambda output_kinds, structured: CompileReport(0, 0, 0.0)
     return llm
 
 
@@ -59,7 +59,7 @@ def assert_idle(served: Served) -> None:
     """Nothing is left of any request: no row, no page, no job."""
     thread, engine = served.service.thread, served.llm.engine
     assert eventually(lambda: thread.num_open == 0 and not engine.has_work)
-    assert (thread.open_tokens, thread._jobs, thread._inbox) == (0, set(), [])
+    assert (thread.open_tokens, thread._submissions, thread._inbox) == (0, set(), [])
     assert engine.num_running == engine.num_waiting == 0
     assert engine.pages.num_available == engine.pages.num_pages
     engine.pages.check()

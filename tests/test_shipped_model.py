@@ -53,15 +53,15 @@ def test_a_conversation_has_turns(llm: LLM) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [{"draft": SHIPPED_MODEL}, {"num_speculative_tokens": 3}], ids=str)
-def test_guessing_ahead_changes_no_reply(llm: LLM, how: dict) -> None:
+def test_speculation_changes_no_reply(llm: LLM, how: dict) -> None:
     settings = {"max_batch_size": 4, "max_seq_len": 512, "prefill_chunk": 128, "verbose": False}
-    guessing = LLM.load(**settings, **how)
+    speculating = LLM.load(**settings, **how)
     asked = [[{"role": "user", "content": f"What is {n} + 85?"}] for n in (47, 12, 33)]
-    replies, expected = guessing.chat(asked), llm.chat(asked)
+    replies, expected = speculating.chat(asked), llm.chat(asked)
     assert [reply.token_ids for reply in replies] == [reply.token_ids for reply in expected]
-    stats = guessing.stats()
-    # Guesses after the end of a short reply do not stand.
-    assert stats.guessed > 0 and (stats.acceptance_rate > 0.3 or "num_speculative_tokens" in how)
+    stats = speculating.stats()
+    # Draft tokens after the end of a short reply are not accepted.
+    assert stats.drafted > 0 and (stats.acceptance_rate > 0.3 or "num_speculative_tokens" in how)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Guessing ahead changes no token; it only saves launches where guesses stand."""
+"""Speculation changes no token; it only saves launches where draft tokens are accepted."""
 
 from dataclasses import replace
 from functools import partial
@@ -52,15 +52,15 @@ def expected() -> list[list[int]]:
     ],
     ids=str,
 )
-def test_looked_up_guesses_change_no_token(
+def test_looked_up_draft_tokens_change_no_token(
     expected: list[list[int]], num_speculative_tokens: int, changes: dict
 ) -> None:
     engine = make(num_speculative_tokens=num_speculative_tokens, **changes)
     assert drawn(engine, *mixed()) == expected
-    assert engine.counts.guessed > engine.counts.accepted >= 0
+    assert engine.counts.drafted > engine.counts.accepted >= 0
 
 
-def test_a_draft_models_guesses_change_no_token(expected: list[list[int]]) -> None:
+def test_a_draft_model_changes_no_token(expected: list[list[int]]) -> None:
     engine = with_draft(init_params(SMALL, seed=1), SMALL)
     assert drawn(engine, *mixed()) == expected
     assert 0 < engine.stats().acceptance_rate < 0.5  # another random model: mostly wrong
@@ -72,8 +72,8 @@ def test_the_model_as_its_own_draft_is_always_right(expected: list[list[int]]) -
     engine = with_draft(PARAMS, SPEC)
     requests = mixed()
     assert drawn(engine, *requests) == expected
-    # Guesses are refused only after the token that ends a request early; none of these does.
-    assert engine.counts.guessed == engine.counts.accepted > 0
+    # Draft tokens are refused only after the token that ends a request early; none of these does.
+    assert engine.counts.drafted == engine.counts.accepted > 0
 
 
 def test_a_repetitive_text_takes_fewer_launches() -> None:
@@ -88,7 +88,7 @@ def test_a_repetitive_text_takes_fewer_launches() -> None:
 
 
 @pytest.mark.parametrize("num_speculative_tokens", [3, pytest.param(8, marks=pytest.mark.slow)])
-def test_stop_tokens_and_limits_end_inside_of_accepted_guesses(
+def test_stop_tokens_and_limits_end_inside_of_accepted_draft_tokens(
     expected: list[list[int]], num_speculative_tokens: int
 ) -> None:
     engine = partial(with_draft, PARAMS, SPEC, num_speculative_tokens=num_speculative_tokens)
@@ -108,16 +108,16 @@ def test_logprobs_are_those_of_the_tokens() -> None:
     requests = [[Request(prompt(40), sampled(3, 12, logprobs=2))] for _ in range(2)]
     finish(make(), *requests[0])
     finish(with_draft(PARAMS, SPEC), *requests[1])
-    (alone,), (guessed,) = requests
-    np.testing.assert_allclose(alone.logprobs, guessed.logprobs, atol=1e-5)
+    (alone,), (speculated,) = requests
+    np.testing.assert_allclose(alone.logprobs, speculated.logprobs, atol=1e-5)
     assert [[i for i, _ in top] for top in alone.top] == [
-        [i for i, _ in top] for top in guessed.top
+        [i for i, _ in top] for top in speculated.top
     ]
 
 
 @pytest.mark.slow
 def test_the_distribution_is_the_models_own() -> None:
-    """The second and third tokens after a guess by a different draft, over many seeds."""
+    """The second and third tokens after a different draft model's token, over many seeds."""
     engine = with_draft(
         init_params(SMALL, seed=1),
         SMALL,
@@ -183,8 +183,8 @@ def test_look_up_against_a_plain_search() -> None:
         for row, text in enumerate(texts):
             history[row, : len(text)] = text
         last = np.array([len(text) - 1 for text in texts])
-        guesses, is_any = jax.jit(look_up, static_argnums=2)(history, last, 5)
-        for text, ours, found in zip(texts, guesses.tolist(), is_any.tolist(), strict=True):
+        drafts, is_any = jax.jit(look_up, static_argnums=2)(history, last, 5)
+        for text, ours, found in zip(texts, drafts.tolist(), is_any.tolist(), strict=True):
             plain = naive_look_up(text, 5)
             assert found == bool(plain) and (not found or ours == plain)
 

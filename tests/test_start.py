@@ -26,8 +26,8 @@ for arguments in json.loads(sys.argv[1]):
 print(json.dumps(ended))
 """
 CALLS = [
-    (["--help"], 0, "convert, look into, run and measure"),
-    (["chat", "--help"], 0, "Talk with a model"),
+    (["--help"], 0, "convert, inspect, run and measure"),
+    (["chat", "--help"], 0, "Chat with a model"),
     (["chat", "/nonexistent", "-m", "hi"], 2, "/nonexistent is neither a directory nor"),
     (["chat", "-m", "hi", "--draft", "/nonexistent"], 2, "/nonexistent is neither"),
     (["chat", "-m", "hi", "--temperature", "-1"], 2, "temperature must be finite"),
@@ -68,7 +68,7 @@ CALLS = [
     (["compare", ".", ".", "--text", "missing.txt"], 2, "error: --text: missing.txt: No such file"),
     (["bench", "/nonexistent"], 2, "/nonexistent is neither"),
     (["bench", "--preset", "llama-9"], 2, "llama-3.1-8b"),
-    (["bench", "--batch", "one"], 2, "expected numbers with commas"),
+    (["bench", "--batch", "one"], 2, "expected numbers separated by commas"),
 ]  # fmt: skip
 
 

@@ -124,10 +124,10 @@ def cases() -> list[Case]:
         pytest.param({"num_pages": 5, "max_batch_size": 6}, marks=pytest.mark.slow),
         pytest.param({"num_speculative_tokens": 2}, marks=pytest.mark.slow),
     ],
-    ids=["plain", "many-slots", "preempted", "guessing"],
+    ids=["plain", "many-slots", "preempted", "speculating"],
 )
 def test_the_product_of_all_ways_to_stop(options: dict) -> None:
-    # A draft that is the model itself: its guesses stand.
+    # A draft that is the model itself: its draft tokens are accepted.
     engine = (
         with_draft(PARAMS, SPEC, **options)
         if "num_speculative_tokens" in options

@@ -159,13 +159,13 @@ def test_masks_are_right_token_by_token() -> None:
             np.testing.assert_array_equal(masks[i], matcher.masks(ids[:i])[0])
 
 
-def test_guesses_that_are_refused_change_no_state() -> None:
+def test_draft_tokens_that_are_refused_change_no_state() -> None:
     matcher = GRAMMARS.matcher(StructuredOutput(regex="ab*"))
     (a,), (b,), end = TOKENIZER.encode("a"), TOKENIZER.encode("b"), min(ENDS)
     before = matcher.masks([])
-    for guesses in ([b], [a, a], [a, end, end], [a, b, end, b], [a, b, b]):
-        masks = matcher.masks([], guesses)
-        assert masks.shape[0] == 1 + len(guesses)
+    for drafts in ([b], [a, a], [a, end, end], [a, b, end, b], [a, b, b]):
+        masks = matcher.masks([], drafts)
+        assert masks.shape[0] == 1 + len(drafts)
         np.testing.assert_array_equal(masks[:1], before)
     assert not matcher.masks([], [b, a])[1:].any() and matcher.masks([], [a, b])[1:].all(0).any()
     copy = matcher.copy()
@@ -246,7 +246,7 @@ def test_preemption_at_every_third_step_changes_nothing(expected, changes: dict)
 
 
 @pytest.mark.slow
-def test_a_draft_models_guesses_change_no_token(expected) -> None:
+def test_a_draft_model_changes_no_token(expected) -> None:
     small = ModelSpec(replace(SPEC.config, num_layers=1), {}, "float32")
     for draft in ((PARAMS, SPEC), (init_params(small), small)):
         options = replace(OPTIONS, num_speculative_tokens=3)
@@ -467,8 +467,8 @@ def test_a_hostile_one_that_compiles_ends_alone(expected) -> None:
     bad = [request(form, i) for i, form in enumerate(forms)]
     good = request(FORMS[1], 1, logprobs=2)
     finish(make(), *bad, good)
-    for each, beginning in zip(bad, ("a.*", "[ab]*", "a*"), strict=True):
-        is_right = re.fullmatch(beginning, TOKENIZER.decode(each.token_ids))
+    for each, prefix in zip(bad, ("a.*", "[ab]*", "a*"), strict=True):
+        is_right = re.fullmatch(prefix, TOKENIZER.decode(each.token_ids))
         assert is_right or isinstance(each.error, StructuredOutputError)
     assert good.token_ids == expected[1].token_ids
 
@@ -478,10 +478,10 @@ def test_a_late_mask_ends_its_request_alone(monkeypatch, expected) -> None:
     requests = [request(form, i, logprobs=2) for i, form in enumerate(FORMS[:2])]
     masks, late = grammars.Matcher.masks, requests[0].matcher
 
-    def slow(self, token_ids, guesses=()):
+    def slow(self, token_ids, drafts=()):
         if self is late and len(token_ids) > 2:
             released.wait()
-        return masks(self, token_ids, guesses)
+        return masks(self, token_ids, drafts)
 
     monkeypatch.setattr(grammars.Matcher, "masks", slow)
     monkeypatch.setattr(grammars, "MASKS_SECONDS", 1.0)

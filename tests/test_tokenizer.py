@@ -352,7 +352,7 @@ def test_config_names_specials_of_a_tiktoken_file(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids) == (270, 266, (269,))
     path.write_text(json.dumps(config | {"eos_token": "<end>"}))
-    with pytest.raises(ValueError, match="eos_token is '<end>', which is no token of"):
+    with pytest.raises(ValueError, match="eos_token is '<end>', which is not a token of"):
         load_tokenizer(tmp_path)
     # Nothing is padded here: the name only reaches templates.
     path.write_text(json.dumps(config | {"pad_token": "[PAD]", "unk_token": "<unk>"}))

@@ -232,7 +232,11 @@ def test_yis_chat_tokens_are_special(write: Write) -> None:
         ),
         ("tokenizer_config", {"chat_template": 5}, "chat_template is 5"),
         ("tokenizer_config", {"chat_template": [{"name": "x"}]}, "template is missing"),
-        ("tokenizer_config", {"eos_token": "<none>"}, "eos_token is '<none>', which is no token"),
+        (
+            "tokenizer_config",
+            {"eos_token": "<none>"},
+            "eos_token is '<none>', which is not a token",
+        ),
         ("special_tokens_map", {"pad_token": 1.5}, "special_tokens_map.json: pad_token is 1.5"),
         ("added_tokens", {"<x>": -1}, "added_tokens.json: "),
         ("added_tokens", {"<x>": 3_000_000_000}, "added_tokens.json: .*out of range"),

@@ -55,7 +55,7 @@ def dense(dtype: Any = ml_dtypes.bfloat16) -> Arrays:
 
 
 def friendli(dynamic: bool = False) -> Arrays:
-    """Random finite e4m3fn bits as int8, with scales of their own for every matrix."""
+    """Return random finite e4m3fn bits as int8, with different scales for every matrix."""
     rng = np.random.default_rng(1)
     finite = np.setdiff1d(np.arange(256), [0x7F, 0xFF]).astype(np.uint8)
     arrays = dense()
@@ -94,12 +94,12 @@ SCALE_SHAPES: dict[str, Callable[[int, int], tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A checkpoint of some tool: every matrix that is not `plain` has random FP8 codes, and every
-    scale another value.
+    """A checkpoint as some tool writes it. Matrices have random FP8 codes, except those in `plain`,
+    and all scales differ.
 
-    scale: its shape, a key of `SCALE_SHAPES`. weight, weight_scale, input_scale: names under the
-    module. cache_scales: names under `self_attn` of the scales of k and v, and more. files: JSON
-    beside it. activation_group: as `WeightFormat` has it.
+    scale: the shape of weight scales, a key of `SCALE_SHAPES`. weight, weight_scale, input_scale:
+    names within a module. cache_scales: names within `self_attn` of the scales of k and v, and
+    further ones. files: JSON files of the directory. activation_group: see `WeightFormat`.
     """
 
     dialect: str
@@ -166,7 +166,7 @@ def finegrained(**changes: Any) -> dict[str, Any]:
 
 
 def numbers(strategy: str, **changes: Any) -> dict[str, Any]:
-    """compressed-tensors' description of 8-bit floats, as version 0.14 writes it."""
+    """Return compressed-tensors' description of 8-bit floats, as version 0.14 writes it."""
     fields = {
         "actorder": None, "block_structure": None, "dynamic": False, "group_size": None,
         "num_bits": 8, "observer": "memoryless_minmax", "observer_kwargs": {}, "scale_dtype": None,
@@ -519,7 +519,7 @@ def safetensors_bytes(
     edit: Callable[[dict], None] = len,
     metadata: Mapping[str, str] = {},
 ) -> bytes:
-    """One file; `edit` may spoil the header first."""
+    """Return one file. `edit` may change its header first."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     data = b""
     for name, array in arrays.items():
@@ -543,7 +543,7 @@ def write(
     files: Mapping[str, Any] = {},
     metadata: Mapping[str, str] = {},
 ) -> Path:
-    """A checkpoint directory: one file, or shards with an index; tokenizer files; JSON `files`."""
+    """Write a checkpoint directory: weights in one file or in shards, tokenizer files, `files`."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(CONFIG | dict(config)))
     (directory / "generation_config.json").write_text(json.dumps({"temperature": 0.6}))
@@ -565,7 +565,7 @@ def write(
 
 
 def byte_tokenizer_json(special: str = "<|end_of_text|>") -> str:
-    """A tokenizer.json of Llama 3's kind with a token for each byte and a special one."""
+    """Return a tokenizer.json like Llama 3's, with a token for each byte and a special one."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     return json.dumps(
         {
@@ -578,7 +578,7 @@ def byte_tokenizer_json(special: str = "<|end_of_text|>") -> str:
 
 
 def byte_characters() -> dict[str, int]:
-    """The character that byte-level BPE writes for each byte: itself or one from U+0100 on."""
+    """Return byte-level BPE's character for each byte: the byte itself or one from U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}

@@ -38,7 +38,7 @@ META_LAYER = {
 
 
 def meta(dtype: Any = ml_dtypes.bfloat16) -> Arrays:
-    """The weights of `META_PARAMS` under Meta's names, not split."""
+    """Return the weights of `META_PARAMS` under Meta's names, not split."""
     rng = np.random.default_rng(3)
     shapes: dict[str, tuple[int, ...]] = {
         f"layers.{layer}.{name}.weight": shape
@@ -53,7 +53,7 @@ def meta(dtype: Any = ml_dtypes.bfloat16) -> Arrays:
 
 
 def meta_parts(arrays: Arrays, count: int, embedding_axis: int = 0) -> list[Arrays]:
-    """What each of `count` files has. embedding_axis: 0 as in Llama 3, 1 as in Llama 2."""
+    """Split arrays among `count` files. embedding_axis: 0 as in Llama 3, 1 as in Llama 2."""
     axes = {"wo": 1, "w2": 1, "tok_embeddings": embedding_axis}
     parts: list[Arrays] = [{} for _ in range(count)]
     for name, array in arrays.items():
@@ -65,8 +65,8 @@ def meta_parts(arrays: Arrays, count: int, embedding_axis: int = 0) -> list[Arra
 
 
 def meta_fp8(parts: Sequence[Arrays]) -> list[Arrays]:
-    """Replace the feed-forward weights between the first and the last layer by random codes; the
-    scales of each file."""
+    """Replace the feed-forward weights between the first and the last layer by random codes, and
+    return the scales of each file."""
     rng = np.random.default_rng(4)
     finite = np.setdiff1d(np.arange(256), [0x7F, 0xFF]).astype(np.uint8)
     scales: list[Arrays] = [{} for _ in parts]
@@ -82,7 +82,7 @@ def meta_fp8(parts: Sequence[Arrays]) -> list[Arrays]:
 
 
 def byte_tokenizer() -> bytes:
-    """A tokenizer.model of Llama 3's kind with a token for each byte, so 512 with the special."""
+    """Return a tokenizer.model like Llama 3's with a token per byte: 512 with special tokens."""
     lines = (b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))
     return b"".join(lines)
 
@@ -94,7 +94,7 @@ def write_meta(
     scales: Sequence[Arrays] = (),
     tokenizer: bytes | None = None,
 ) -> Path:
-    """A directory as Meta distributes it."""
+    """Write a directory as Meta distributes it."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "params.json").write_text(json.dumps(params))
     (directory / "checklist.chk").write_text("0123  consolidated.00.pth\n")

@@ -1,7 +1,7 @@
 """Small tokenizer.json files, each in the form of a family of Llama-architecture models.
 
-All are built by hand: a few merges over single bytes or characters, whose ids can be checked by
-eye, in the fields that the family's files have.
+All are built by hand, with the fields of the family's files and a few merges of single bytes or
+characters, so that ids can be checked by eye.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ MORE = "über größer été où привет мир 你好 世界 こんにち�
 
 
 def merges_of(words: list[str]) -> list[tuple[str, str]]:
-    """Each word is built from its left, two words that begin alike by the same merges."""
+    """Return merges that build words from the left; equal prefixes have equal merges."""
     pairs: dict[tuple[str, str], None] = {}
     for word in words:
         for end in range(2, len(word) + 1):
@@ -34,8 +34,8 @@ def merges_of(words: list[str]) -> list[tuple[str, str]]:
 
 
 def splits_of(vocab: Mapping[str, int]) -> list[tuple[str, str]]:
-    """All pairs of tokens that make a token, in the order of ids: the merges of a tokenizer.json
-    that was made from Llama 3's tokenizer.model."""
+    """Return all pairs of tokens that make a token, in the order of ids, like the merges of a
+    tokenizer.json that was made from Llama 3's tokenizer.model."""
     return [
         (token[:i], token[i:])
         for token in vocab
@@ -78,8 +78,11 @@ def byte_level(
     unreachable: tuple[str, ...] = (),
     **parts: Any,
 ) -> Json:
-    """Byte-level BPE; pairs: merges are lists, as tokenizers 0.20 and later write them;
-    splits: they are those of `splits_of`; unreachable: tokens that no merge leads to."""
+    """Return a byte-level BPE.
+
+    pairs: whether merges are lists, as tokenizers 0.20 and later write them. splits: whether they
+    are those of `splits_of`. unreachable: tokens that no merge leads to.
+    """
     chars = {byte: character for character, byte in byte_characters().items()}
     words = [f" {w}" for w in f"{WORDS} {MORE}".split()] + WORDS.split() + ["\n\n", "    "]
     written = ["".join(chars[b] for b in word.encode()) for word in words]
@@ -284,7 +287,7 @@ TEXTS = (
 
 
 def with_specials(content: Json) -> list[str]:
-    """`TEXTS`, and some with the form's added tokens in them."""
+    """Return `TEXTS` and some texts with the form's added tokens."""
     names = [token["content"] for token in content["added_tokens"]]
     inside = [f"the {name} of{name}{name}\n and {name}" for name in names]
     return [*TEXTS, *names, *inside, *(f"  {name}  the" for name in names), "".join(names)]

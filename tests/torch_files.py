@@ -1,4 +1,4 @@
-"""Files of `torch.save`, and pickles that it would never write, put together byte by byte."""
+"""Files like those of `torch.save`, and pickles that it never writes, built byte by byte."""
 
 import io
 import zipfile
@@ -51,7 +51,7 @@ def tensor(
     offset: int = 0,
     strides: tuple[int, ...] | None = None,
 ) -> bytes:
-    """The instructions that make one tensor; length: of its storage."""
+    """Return the instructions that make one tensor. length: elements of its storage."""
     typed = dtype in STORAGES
     size = int(np.prod(shape)) * (1 if typed else dtype.itemsize)
     kind = f"torch.{STORAGES[dtype]}" if typed else "torch.storage.UntypedStorage"
@@ -75,7 +75,7 @@ def tensor(
 
 
 def program(entries: Mapping[str, bytes]) -> bytes:
-    """A pickle of a dictionary, from the instructions that make its values."""
+    """Return a pickle of a dictionary, from the instructions that make its values."""
     items = b"".join(text(key) + value for key, value in entries.items())
     return b"\x80\x02}(" + items + b"u."
 
@@ -89,13 +89,13 @@ def archive(members: Mapping[str, bytes], root: str = "archive") -> bytes:
 
 
 def with_program(pickle: bytes, **storages: bytes) -> bytes:
-    """An archive with any pickle; storages by their keys, each with an s before it."""
+    """Return an archive with any pickle. storages: by their keys, with a prefix s."""
     data = {f"data/{key.removeprefix('s')}": raw for key, raw in storages.items()}
     return archive({"data.pkl": pickle, "byteorder": b"little", **data, "version": b"3\n"})
 
 
 def saved(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """What `torch.save` writes for a dictionary of tensors; one that is there twice shares its
+    """Return the file that `torch.save` writes for a dictionary of tensors. Equal tensors share a
     storage."""
     distinct = {id(array): array for array in arrays.values()}
     keys = {each: str(i) for i, each in enumerate(distinct)}

@@ -1,4 +1,4 @@
-"""The layouts that can be read. A new one is a module here and an entry in `DIALECTS`."""
+"""Lists the layouts that can be read. A new one is a module here and an entry in `DIALECTS`."""
 
 import re
 from collections import Counter
@@ -30,22 +30,25 @@ _UNSUPPORTED = {"gptq": "GPTQ", "awq": "AWQ", "bitsandbytes": "bitsandbytes", "m
 
 
 def make_plan(source: Source) -> tuple[Plan, str]:
-    """Return every module of the model with where its arrays come from, and the dialect's name.
+    """Plan a checkpoint: all modules of the model with the sources of their arrays.
 
-    Raises `CheckpointError` if a tensor is missing, malformed, or left over.
+    Returns the plan and the dialect's name.
+    Raises `CheckpointError` if a tensor is missing, malformed or superfluous.
     """
     dialect = detect(source)
     _check_layers(source)
     tree = traverse_util.flatten_dict(abstract_params(ModelSpec(source.config)))
     weights = {"/".join(path[:-1]): leaf.shape for path, leaf in tree.items()}
     plan = dialect.plan(source, weights)
-    left = {name for name in source.tensors.keys() - plan.used if not ROTARY_CONSTANT.search(name)}
-    if source.config.tie_word_embeddings and "lm_head.weight" in left:
+    unused = {
+        name for name in source.tensors.keys() - plan.used if not ROTARY_CONSTANT.search(name)
+    }
+    if source.config.tie_word_embeddings and "lm_head.weight" in unused:
         _check_tied(source)
-        left.remove("lm_head.weight")
-    if left:
+        unused.remove("lm_head.weight")
+    if unused:
         raise CheckpointError(
-            f"{sorted(left)[0]} (and {len(left) - 1} more) has no place in a {dialect.name} "
+            f"{sorted(unused)[0]} (and {len(unused) - 1} more) has no place in a {dialect.name} "
             f"checkpoint of {source.config.num_layers} layers. The config and the weights do not "
             "belong together, or this variant is not supported."
         )
@@ -53,9 +56,10 @@ def make_plan(source: Source) -> tuple[Plan, str]:
 
 
 def detect(source: Source) -> Dialect:
-    """Return the one dialect that a checkpoint's configs and tensors belong to.
+    """Return the one dialect that applies to a checkpoint's configs and tensors.
 
-    Raises `CheckpointError`, which says what was found and what is supported, for none or several.
+    Raises `CheckpointError`, which says what was found and what is supported, if none or several
+    apply.
     """
     fitting = [dialect for dialect in DIALECTS if dialect.applies(source)]
     if len(fitting) == 1:

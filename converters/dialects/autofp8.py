@@ -1,4 +1,4 @@
-"""AutoFP8's checkpoints (Neural Magic, 2024): `quant_method: "fp8"` with one scale per matrix.
+"""Reads AutoFP8's checkpoints (Neural Magic, 2024): `quant_method: "fp8"`, one scale per matrix.
 
 Each quantised `weight` is float8_e4m3fn with a `weight_scale`; `activation_scheme: static` adds an
 `input_scale` (`act_scale` until June 2024), `kv_cache_scheme: static` scales of the KV cache:

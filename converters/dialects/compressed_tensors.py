@@ -1,14 +1,14 @@
-"""compressed-tensors, as llm-compressor writes it: `quant_method: "compressed-tensors"`.
+"""Reads compressed-tensors, as written by llm-compressor: `quant_method: "compressed-tensors"`.
 
-`config_groups` says how the modules that each group targets are quantised, `ignore` which are not.
-The FP8 formats are read: float8_e4m3fn `weight`, `weight_scale` per tensor [1], per output row
-[out, 1] or per 128x128 block, `input_scale` [1] where activations are static, and scales of the KV
-cache (`kv_cache_scheme`): `self_attn.k_scale` and `v_scale` [1], or [heads, 1, 1] (strategy
-"attn_head"), `k_proj.output_scale` and `v_proj.output_scale` in older ones.
+`config_groups` has the targeted modules and format of each group, `ignore` the modules that are not
+quantised. The FP8 formats are supported: float8_e4m3fn `weight`, `weight_scale` per tensor [1], per
+output row [out, 1] or per 128x128 block, `input_scale` [1] for static activations, and scales of
+the KV cache (`kv_cache_scheme`): `self_attn.k_scale` and `v_scale` [1], or [heads, 1, 1] (strategy
+"attn_head"), or in older ones `k_proj.output_scale` and `v_proj.output_scale`.
 
-A group without `weights` leaves weights as they are. If it targets attention, keys and values are
-quantised, and queries by `self_attn.q_scale`. If it targets matrices, their activations are, which
-is ignored here, as in vLLM. A checkpoint that has no other groups has the format "dense".
+A group without `weights` does not quantise weights. If it targets attention, it quantises keys and
+values, and queries by `self_attn.q_scale`. If it targets matrices, it quantises their activations,
+which is ignored here, as in vLLM. A checkpoint without other groups has the format "dense".
 
 Source: compressed-tensors 0.20, `QuantizationConfig`, `QuantizationArgs` and `match_targets`;
 examples/quantization_attention in llm-compressor.
@@ -40,12 +40,12 @@ _GROUPS = f"{_WHERE}.config_groups"
 _FORMATS = ("float-quantized", "naive-quantized", "dense")
 _LAYOUTS: Mapping[str, ScaleLayout] = {"tensor": "row", "channel": "row", "block": "block"}
 _BLOCKS = ([BLOCK, BLOCK], f"{BLOCK}x{BLOCK}")
-# What a missing field of a description of numbers means, and fields that no reader needs.
+# Defaults of missing fields of a number format, and fields that no reader needs.
 _DEFAULTS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False}
 _IRRELEVANT = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
 _OF_CACHE = ("tensor", "attn_head")
 _CLASS, _NO_MATCH = "Linear", 3
-# Names are short, so a few repeats are matched quickly, but a repeated group can take for ever.
+# A few repeats match short names quickly, but nested repeats could take for ever.
 _MAX_REPEATS = 6
 _REPEATS = re.compile(r"[*+{]")
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
@@ -76,7 +76,7 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
             "global_compression_ratio": None,
             "sparsity_config": None,
             "version": None,
-            "run_compressed": None,  # says how transformers loads it
+            "run_compressed": None,  # an option of loading with transformers
         },
     )
     sparsity = as_object(quantization, "sparsity_config", _WHERE)
@@ -121,7 +121,7 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
 
 
 def _rank(name: str, pattern: str) -> int:
-    """Rank how closely a target means a module: 0 by name, 1 by `re:`, 2 by class, 3 not at all."""
+    """Rank how a target matches a module: 0 by name, 1 by `re:`, 2 by class, 3 not at all."""
     if pattern.startswith("re:"):
         if len(_REPEATS.findall(pattern)) > _MAX_REPEATS or _REPEATED_GROUP.search(pattern):
             raise CheckpointError(
@@ -137,7 +137,7 @@ def _rank(name: str, pattern: str) -> int:
 
 
 def _scheme(group: Mapping[str, Any], where: str) -> Scheme | None:
-    """Return how a group stores its matrices, None if unquantised."""
+    """Return the scheme of a group's matrices, or None if they are unquantised."""
     _check_group(group, where)
     weights, inputs = (as_object(group, key, where) for key in ("weights", "input_activations"))
     is_dynamic = inputs.get("dynamic", False)
@@ -162,7 +162,7 @@ def _scheme(group: Mapping[str, Any], where: str) -> Scheme | None:
 
 
 def _check_attention(group: Mapping[str, Any], where: str) -> None:
-    """Refuse a group of attention that describes other numbers than static ones."""
+    """Refuse a group of attention with a number format that is not static."""
     _check_group(group, where, weights=(None,))
     inputs = as_object(group, "input_activations", where)
     _check_numbers(inputs, f"{where}.input_activations", _OF_CACHE, (False,))
@@ -187,7 +187,7 @@ def _check_group(
 def _check_numbers(
     fields: Mapping[str, Any], where: str, strategies: tuple[str, ...], dynamic: tuple[bool, ...]
 ) -> str:
-    """Refuse numbers that are not symmetric 8-bit floats. Returns what one scale stands for."""
+    """Refuse numbers that are not symmetric 8-bit floats. Returns the strategy of the scales."""
     strategy = fields.get("strategy") or ("channel" if fields.get("group_size") == -1 else "tensor")
     check_fields(
         {**_DEFAULTS, **fields, "strategy": strategy},

@@ -1,4 +1,4 @@
-"""Unquantised checkpoints as transformers writes them, in bfloat16, float16 or float32."""
+"""Reads unquantised checkpoints in transformers' layout: bfloat16, float16 or float32."""
 
 from collections.abc import Mapping
 

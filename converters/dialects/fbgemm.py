@@ -1,8 +1,8 @@
-"""FBGEMM's FP8 checkpoints: `quant_method: "fbgemm_fp8"`, as Meta published Llama 3.1 405B.
+"""Reads FBGEMM's FP8 checkpoints: `quant_method: "fbgemm_fp8"`, the layout of Llama 3.1 405B.
 
 Each quantised `weight` is float8_e4m3fn with a float32 `weight_scale` [out, 1]. Activations are
-quantised per token, and clipped at `activation_scale_ub`. `modules_to_not_convert` lists modules by
-name or by the name of one around them; without a list only lm_head is left out.
+quantised per token, and clipped at `activation_scale_ub`. `modules_to_not_convert` has names of
+modules or of their parents; without it only lm_head is not quantised.
 
 Source: transformers' `integrations/fbgemm_fp8.py`, and FBGEMM's `quantize.cu` for the arithmetic.
 """
@@ -15,7 +15,7 @@ from converters.source import Source
 from llama_jax.checkpoint.store import CheckpointError
 from llama_jax.json_file import shown
 
-# What transformers takes if the config does not say.
+# transformers' default.
 _DEFAULT_UPPER_BOUND = 1200.0
 
 

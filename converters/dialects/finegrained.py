@@ -1,4 +1,4 @@
-"""Fine-grained FP8, as DeepSeek and transformers write it: a scale for each 128x128 block.
+"""Reads fine-grained FP8, as written by DeepSeek and transformers: a scale per 128x128 block.
 
 Each quantised `weight` is float8_e4m3fn with `weight_scale_inv` [ceil(out / 128), ceil(in / 128)],
 which multiplies the codes in spite of its name: float32, bfloat16, or exponents of two in a byte
@@ -81,10 +81,8 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
 
 
 def _is_ragged_and_plain(source: Source, name: str) -> bool:
-    """Return whether a matrix is unquantised because it does not consist of whole blocks.
-
-    transformers leaves such a matrix as it is.
-    """
+    """Return whether a matrix is unquantised because its shape is not a multiple of the block;
+    transformers does not quantise such a matrix."""
     weight = source.tensors.get(f"{name}.weight")
     return (
         weight is not None

@@ -1,10 +1,9 @@
 """Converts float8_e4m3fnuz codes (AMD MI300) to codes of the canonical tree, exactly.
 
-The same bits are worth half of what they are in float8_e4m3fn. So a row (or block) that shares a
-scale can keep its bits and take half the scale, unless it has 240 or -240, whose bits would be 480,
-a NaN. Or it can keep its values and its scale, unless it has odd multiples of the smallest number,
-2^-10, which float8_e4m3fn lacks. A matrix in which some row has both kinds is kept as bfloat16
-codes.
+The same bits mean half the value of float8_e4m3fn. So a row (or block) that shares a scale can keep
+its bits and halve its scale, unless it has 240 or -240, whose bits would mean 480, a NaN. Or it can
+keep its values and its scale, unless it has odd multiples of the smallest number, 2^-10, which
+float8_e4m3fn lacks. A matrix in which some row has both kinds is kept as bfloat16 codes.
 """
 
 from collections.abc import Callable
@@ -24,8 +23,8 @@ FNUZ = "float8_e4m3fnuz"
 _BITS = np.arange(256, dtype=np.uint8)
 _VALUES = _BITS.view(ml_dtypes.float8_e4m3fnuz)
 _SAME_VALUE = _VALUES.astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
-# What a code rules out: keeping the bits (240), or keeping the values (odd multiples of 2^-10). The
-# one NaN is 0x80.
+# A code may rule out keeping the bits (240), or keeping the values (odd multiples of 2^-10). The
+# only NaN is 0x80.
 _BITS_LOST, _VALUE_LOST, _NAN = 1, 2, 4
 _RULED_OUT = np.select(
     [_BITS == 0x80, _BITS & 0x7F == 0x7F, (_BITS & 0x7F < 16) & (_BITS & 1 == 1)],
@@ -39,7 +38,7 @@ def from_fnuz(
 ) -> tuple[LazyArray, np.ndarray]:
     """Return the canonical weight, float8_e4m3fn or bfloat16, and scales in the shape of `scale`.
 
-    Reads the whole weight once, to see which codes it has. Raises `CheckpointError` for NaN.
+    The whole weight is read once to find which codes it has. Raises `CheckpointError` for NaN.
     """
     ruled_out = _ruled_out(weight, layout)
     if (ruled_out == _BITS_LOST | _VALUE_LOST).any():
@@ -60,7 +59,7 @@ def from_fnuz(
 
 
 def _ruled_out(weight: StoredTensor, layout: ScaleLayout) -> np.ndarray:
-    """Return what the codes that share a scale rule out together, uint8 in the scales' shape."""
+    """Return what is ruled out by the codes of each scale, uint8 in the shape of the scales."""
     stored = LazyArray(weight.dtype, weight.shape, partial(read_rows, weight))
     found: list[np.ndarray] = []
     row = 0

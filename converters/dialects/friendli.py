@@ -1,10 +1,10 @@
-"""FriendliAI's FP8 checkpoints, as the Friendli Model Optimizer and friendli-client write them.
+"""Reads FriendliAI's FP8 checkpoints, written by Friendli Model Optimizer or friendli-client.
 
 Each matrix of a decoder layer is an int8 `weight` whose bytes are float8_e4m3fn bit patterns (they
 are not integers) with a `weight_scale`. Two kinds exist:
 
 - static: one `weight_scale` and one calibrated `in_scale` per matrix, both float32 scalars. The
-  config says `use_fp8_e4m3`, from optimizer 0.5 on also `quantization_config` with
+  config has `use_fp8_e4m3`, and since optimizer 0.5 also `quantization_config` with
   `activation_scheme: static`.
 - dynamic: a bfloat16 `weight_scale` per output row, `zeros` that are all zero, no `in_scale`. The
   config has only `quantization_config` with `activation_scheme: dynamic`.

@@ -1,4 +1,4 @@
-"""What a dialect hands to the pipeline: a canonical tree whose arrays are read when asked for."""
+"""Defines dialects and their result: a canonical tree of arrays that are read lazily."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +16,7 @@ from llama_jax.model.fp8 import WeightFormat
 from llama_jax.model.kv_cache import KVScales
 
 PIECE_BYTES = 8 * 1024 * 1024
-# A boundary between pieces never cuts a block of scales in two.
+# Pieces end at multiples of this, so that no block of scales is split.
 _ROW_MULTIPLE = 128
 
 Shape = tuple[int, ...]
@@ -25,9 +25,9 @@ Tensors = Mapping[str, StoredTensor]
 
 @dataclass(frozen=True)
 class LazyArray:
-    """A canonical array that is read when asked for.
+    """A canonical array that is read lazily.
 
-    rows(start, stop): reads that part of axis 0; a scalar has one row.
+    rows: rows(start, stop) reads this range of axis 0; a scalar has one row.
     """
 
     dtype: np.dtype
@@ -43,10 +43,8 @@ class LazyArray:
 
 
 def piece_rows(shape: Shape, itemsize: int) -> int:
-    """Return how many rows to read at a time: about `PIECE_BYTES`.
-
-    That is all of a small array, else a multiple of 128.
-    """
+    """Return the number of rows to read at a time, for about `PIECE_BYTES`: all rows of a small
+    array, else a multiple of 128."""
     if not shape:
         return 1
     rows = PIECE_BYTES // max(1, math.prod(shape[1:]) * itemsize)
@@ -71,11 +69,11 @@ class Module:
 
 @dataclass(frozen=True)
 class Plan:
-    """A checkpoint in canonical terms.
+    """A checkpoint in canonical form.
 
     modules: by module path ("layers_0/mlp/up_proj").
-    used: names of the source's tensors that they are made of.
-    kv_scales: scales for an FP8 cache, None if there are none.
+    used: names of the source's tensors that they use.
+    kv_scales: scales for an FP8 cache, or None.
     """
 
     modules: Mapping[str, Module]
@@ -92,9 +90,10 @@ class Plan:
 class Dialect:
     """One tool's layout.
 
-    applies(source): tells, by its configs and tensors alone, whether a checkpoint is of this kind.
-    plan(source, weights): presents the checkpoint in canonical terms. weights: the shape of each
-        module's weight, by module path.
+    applies: applies(source) returns whether a checkpoint has this layout, from its configs and
+        tensors alone.
+    plan: plan(source, weights) returns the checkpoint in canonical form; weights has the shape of
+        each module's weight, by module path.
     """
 
     name: str
@@ -129,7 +128,7 @@ def take(tensors: Tensors, name: str, shapes: tuple[Shape, ...], dtypes: tuple[s
 
 
 def as_stored(tensor: StoredTensor) -> LazyArray:
-    """Return the tensor as it is."""
+    """Return the tensor unchanged."""
     return LazyArray(
         tensor.dtype, tensor.shape, lambda start, stop: finite_rows(tensor, start, stop)
     )
@@ -153,7 +152,7 @@ def finite_rows(
 
 
 def dense_module(tensors: Tensors, path: str, shape: Shape) -> Module:
-    """Return a module with an unquantised weight, in the dtype that it has."""
+    """Return a module with an unquantised weight in its own dtype."""
     tensor = take(tensors, f"{source_name(path)}.weight", (shape,), PARAM_DTYPES)
     return Module(WeightFormat(tensor.dtype.name), {"weight": as_stored(tensor)})
 
@@ -164,7 +163,7 @@ def is_linear(path: str) -> bool:
 
 
 def bits_as_e4m3(tensor: StoredTensor) -> LazyArray:
-    """Return float8_e4m3fn codes that are stored as such, or as bytes of another 8-bit type."""
+    """Return float8_e4m3fn codes that are stored as such, or as bytes of another 8-bit dtype."""
     dtype = np.dtype(ml_dtypes.float8_e4m3fn)
     return LazyArray(
         dtype, tensor.shape, lambda start, stop: finite_rows(tensor, start, stop, dtype)
@@ -172,7 +171,7 @@ def bits_as_e4m3(tensor: StoredTensor) -> LazyArray:
 
 
 def constant(values: np.ndarray) -> LazyArray:
-    """Return an array that is in memory already."""
+    """Return an array that is already in memory."""
     return LazyArray(
         values.dtype,
         values.shape,

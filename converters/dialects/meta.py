@@ -1,12 +1,12 @@
-"""Meta's own checkpoints: params.json and consolidated.*.pth, one file for each part of the model.
+"""Reads Meta's own checkpoints: params.json and consolidated.*.pth, a file per shard of the model.
 
-All files have tensors of the same names. A matrix is divided evenly along its rows or its columns;
-norms are in every file. Meta rotates the pairs (2j, 2j + 1) of a head where
-the canonical tree rotates (j, j + head_dim / 2), so the rows of wq and wk are reordered.
+All files have tensors of the same names. A matrix is divided evenly along its rows or its columns,
+and norms are in every file. Meta rotates the pairs (2j, 2j + 1) of a head where the canonical tree
+rotates (j, j + head_dim / 2), so the rows of wq and wk are reordered.
 
-Llama 3.1 405B exists with FP8 codes in its feed-forward matrices, except in the first and the last
-layer. The scales of a file's part, one per row, are in its fp8_scales_*.pt. The parts of w2 are
-columns, so each of its rows has a scale for every part (`WeightFormat.column_groups`).
+Llama 3.1 405B was also published with FP8 codes in its feed-forward matrices, except in the first
+and the last layer. The scales of a file's shards, one per row, are in its fp8_scales_*.pt. The
+shards of w2 are columns, so each of its rows has a scale per shard (`WeightFormat.column_groups`).
 
 Source: meta-llama/llama-models (`models/llama3/model.py`, `models/checkpoint.py`,
 `models/llama3/quantization/loader.py`); transformers' `convert_llama_weights_to_hf.py`.
@@ -35,10 +35,10 @@ from llama_jax.model.config import PARAM_DTYPES
 from llama_jax.model.fp8 import WeightFormat
 
 _CODES = "float8_e4m3fn"
-# The bound that `convert_to_fp8_quantized_model` in Meta's loader takes.
+# The bound of `convert_to_fp8_quantized_model` in Meta's loader.
 _UPPER_BOUND = 1200.0
-# Meta's names, and the axes along which a module may be split: none for a norm, either one for the
-# embeddings, of which Llama 3 splits the rows and Llama 2 the columns.
+# Meta's names, and the axes along which a module may be split: none for a norm, either for the
+# embeddings, whose rows are split in Llama 3 and columns in Llama 2.
 _MODULES: Mapping[str, tuple[str, tuple[int, ...]]] = {
     "embed_tokens": ("tok_embeddings", (0, 1)),
     "self_attn/q_proj": ("attention.wq", (0,)),
@@ -96,7 +96,7 @@ def _check_count(source: Source, files: Sequence[str]) -> None:
     width = source.config.hidden_size
     first = source.tensors.get(f"{files[0]}/layers.0.attention.wq.weight")
     if first is None or first.shape[1:] != (width,) or not first.shape[0]:
-        return  # `take` says what is wrong with it
+        return  # `take` will report it
     parts, rest = divmod(width, first.shape[0])
     if parts != len(files) and not rest:
         raise CheckpointError(
@@ -109,7 +109,7 @@ def _check_count(source: Source, files: Sequence[str]) -> None:
 def _parts(
     tensors: Tensors, files: Sequence[str], name: str, shape: Shape, axes: tuple[int, ...]
 ) -> tuple[list[StoredTensor], int]:
-    """Return a weight's part in each file, and the axis along which to put them together.
+    """Return a weight's part in each file, and the axis along which to join them.
 
     A norm is the same in all files and counts as one part.
     """
@@ -143,7 +143,7 @@ def _part_shape(name: str, shape: Shape, axis: int, parts: int) -> Shape:
 
 
 def _joined(parts: Sequence[LazyArray], shape: Shape, axis: int) -> LazyArray:
-    """Return the whole matrix, of which only the rows asked for are read."""
+    """Return the joined matrix, of which rows are read lazily."""
     if len(parts) == 1:
         return parts[0]
     height = parts[0].shape[0]

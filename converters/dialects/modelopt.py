@@ -1,12 +1,12 @@
-"""NVIDIA modelopt's FP8 checkpoints: `quant_method: "modelopt"`, or `hf_quant_config.json` alone.
+"""Reads NVIDIA modelopt's FP8 checkpoints: `quant_method: "modelopt"`, or `hf_quant_config.json`.
 
 - `quant_algo: FP8`: float8_e4m3fn `weight`, one float32 `weight_scale` and one `input_scale`.
 - `FP8_PER_CHANNEL_PER_TOKEN`: `weight_scale` [out], activations dynamic.
 - `FP8_PB_WO`: `weight_scale` per 128x128 block, [blocks, 1, blocks, 1] or without the ones.
 - `MIXED_PRECISION`: `quantized_layers` has the `quant_algo` of each matrix; others are unquantised.
 
-Scales of the KV cache lie under the projections, `k_proj.k_scale` and `v_proj.v_scale`. The lists
-of modules that are not quantised may have wildcards.
+Scales of the KV cache are stored with the projections, `k_proj.k_scale` and `v_proj.v_scale`. The
+lists of modules that are not quantised may have wildcards.
 
 Source: modelopt 0.47's export; vLLM's and sglang's readers.
 """
@@ -91,7 +91,7 @@ def plan(source: Source, weights: Mapping[str, Shape]) -> Plan:
 
 
 def _algorithm(fields: Mapping[str, Any]) -> Any:
-    """Return the algorithm's name in capitals; modelopt does not write all of them so."""
+    """Return the algorithm's name in capitals, which modelopt does not always use."""
     found = fields.get("quant_algo")
     return found.upper() if isinstance(found, str) else found
 

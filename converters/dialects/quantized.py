@@ -1,7 +1,8 @@
-"""What the FP8 dialects share: a config says how matrices are stored, and the tensors must agree.
+"""Plans checkpoints of the FP8 dialects: a config describes the matrices, and the tensors must
+agree.
 
-A dialect turns its `quantization_config` into a `Scheme` for each matrix; everything else is here.
-A config that contradicts the tensors is an error, which names both.
+A dialect turns its `quantization_config` into a `Scheme` for each matrix; the rest is here. A
+config that contradicts the tensors is an error, which names both.
 """
 
 import logging
@@ -48,7 +49,7 @@ _CACHE_SCALES = {
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a config says that a matrix is stored, and the names of its tensors below the module's.
+    """The storage of a matrix by the config, and the names of its tensors within the module.
 
     layout: "row" for one scale per tensor or per output row, "block" for one per 128x128 block.
     static: whether a calibrated scale of the activations is stored.
@@ -75,11 +76,13 @@ def quantized_plan(
     *,
     cache_scales_promised_by: str | None = None,
 ) -> Plan:
-    """Plan a checkpoint with Hugging Face's names, some of whose matrices are FP8.
+    """Plan a checkpoint with Hugging Face's names and some FP8 matrices.
 
-    scheme_of: tells how a module's matrix (by Hugging Face's name) is stored, None if unquantised.
+    scheme_of: returns the scheme of a module's matrix (by Hugging Face's name), or None if it is
+        unquantised.
     decided_by: the config's fields behind `scheme_of`, for messages.
-    Raises `CheckpointError` where tensors and config contradict each other.
+
+    Raises `CheckpointError` if tensors and config contradict each other.
     """
     modules: dict[str, Module] = {}
     used: set[str] = set()
@@ -87,7 +90,7 @@ def quantized_plan(
         name = source_name(path)
         scheme = scheme_of(name) if is_linear(path) else None
         if path == "lm_head" and _is_plain(source.tensors.get(f"{name}.weight")):
-            scheme = None  # tools do not quantise it, and do not say so
+            scheme = None  # tools do not quantise it, without a word in the config
         stored = source.tensors.get(f"{name}.{scheme.weight if scheme else 'weight'}")
         is_plain = _is_plain(stored)
         if stored is not None and is_linear(path) and is_plain != (scheme is None):
@@ -108,9 +111,9 @@ def quantized_plan(
 def check_fields(
     fields: Mapping[str, Any], where: str, allowed: Mapping[str, tuple[Any, ...] | None]
 ) -> None:
-    """Refuse an unknown field, and one with a value that is not allowed (None: any value is).
+    """Refuse unknown fields and values that are not allowed (None allows any value).
 
-    An unknown field that is empty or false asks for nothing, so it is let through.
+    An unknown field that is empty or false is accepted, because it has no effect.
     """
     for key, value in fields.items():
         if key not in allowed and value:
@@ -135,10 +138,8 @@ def name_list(fields: Mapping[str, Any], key: str, where: str = "quantization_co
 
 
 def is_named(name: str, patterns: Iterable[str]) -> bool:
-    """Return whether a list means this module.
-
-    A list may have its name, that of a module around it, the last parts of its name, or `*` in it.
-    """
+    """Return whether a list includes this module: by its name, that of a parent, the last parts of
+    its name, or a pattern with `*`."""
     return any(
         f".{name}".endswith(f".{pattern}")
         or name.startswith(f"{pattern}.")
@@ -154,7 +155,7 @@ def _is_plain(stored: StoredTensor | None) -> bool:
 def _fp8_module(
     tensors: Tensors, name: str, shape: Shape, scheme: Scheme
 ) -> tuple[Module, list[str]]:
-    """Return a quantised matrix as it is stored, and the names of its tensors."""
+    """Return a quantised matrix, and the names of its tensors."""
     weight = take(tensors, f"{name}.{scheme.weight}", (shape,), scheme.codes)
     names = [weight.name, f"{name}.{scheme.weight_scale}"]
     if names[1] not in tensors:
@@ -165,7 +166,7 @@ def _fp8_module(
         scale = row_scale(tensors, names[1], shape[0], scheme.scale_dtypes)
     else:
         blocks = scale_shape((shape[0], shape[1]), "block")
-        is_spread = len(tensors[names[1]].shape) == 4  # as modelopt stores them
+        is_spread = len(tensors[names[1]].shape) == 4  # modelopt's layout
         expected = (blocks[0], 1, blocks[1], 1) if is_spread else blocks
         stored = take(tensors, names[1], (expected,), scheme.scale_dtypes)
         scale = scale_values(stored).reshape(blocks)
@@ -176,14 +177,14 @@ def _fp8_module(
     check_products(codes, scale, scheme.layout, *names)
     arrays: dict[str, LazyArray] = {"weight": codes, "weight_scale": constant(scale)}
 
-    wanted = [f"{name}.{leaf}" for leaf in scheme.input_scales]
-    found = [each for each in wanted if each in tensors]
+    names_of_input = [f"{name}.{leaf}" for leaf in scheme.input_scales]
+    found = [each for each in names_of_input if each in tensors]
     if found and not scheme.static:
         raise CheckpointError(f"{found[0]} is stored, but by the config activations have no scale")
     if scheme.static:
         if not found:
             raise CheckpointError(
-                f"{wanted[0]} is missing, but by the config activations have a static scale"
+                f"{names_of_input[0]} is missing, but by the config activations have a static scale"
             )
         scale = activation_scales(tensors, found[0], ((), (1,), (1, 1)))
         arrays["input_scale"] = constant(scale.reshape(()))
@@ -196,10 +197,10 @@ def _fp8_module(
 
 
 def _cache_scales(source: Source, promised_by: str | None) -> tuple[KVScales | None, list[str]]:
-    """Return the scales (k, v) of each layer, None if there are none, and their tensors' names.
+    """Return the scales (k, v) of each layer, or None if there are none, and their tensors' names.
 
     A layer without scales gets 1.0, as in vLLM. Scales of queries are for attention in FP8, which
-    this project does not compute: they are checked and ignored.
+    this project does not have: they are checked and ignored.
     """
     tensors, used = source.tensors, []
     heads = source.config.num_kv_heads

@@ -1,9 +1,9 @@
 """Reads a checkpoint's scales as float32, and refuses those that would give NaN or infinity.
 
-A scale is finite and positive. Tools differ in what they write for weights that are all zero:
-llm-compressor the dtype's epsilon, FBGEMM and AutoFP8 the least that they divide by, transformers
-and modelopt 1 (torchao 0, beside codes that are NaN). So a scale of 0 is accepted if all of its
-codes are 0, and only then.
+A scale is finite and positive. For weights that are all zero, tools write different scales:
+llm-compressor the dtype's epsilon, FBGEMM and AutoFP8 their least divisor, transformers and
+modelopt 1, torchao 0 (with codes that are NaN). So a scale of 0 is accepted only if all of its
+codes are 0.
 """
 
 import ml_dtypes
@@ -17,14 +17,14 @@ from llama_jax.model.fp8 import ScaleLayout
 from pallas_kernels import e4m3
 from pallas_kernels.fp8_matmul.reference import BLOCK
 
-# The largest product that both bfloat16 and float32, in which products are computed, can hold.
+# The largest product that is finite in both bfloat16 and float32.
 _LARGEST = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
 
 
 def row_scale(
     tensors: Tensors, name: str, rows: int, dtypes: tuple[str, ...] = PARAM_DTYPES
 ) -> np.ndarray:
-    """Return the scales of a matrix's rows, float32 [rows], from one per tensor or one per row.
+    """Return the scales of a matrix's rows, float32 [rows], from one per tensor or per row.
 
     Raises `CheckpointError` for one that is negative or not finite.
     """
@@ -33,7 +33,7 @@ def row_scale(
 
 
 def activation_scales(tensors: Tensors, name: str, shapes: tuple[Shape, ...]) -> np.ndarray:
-    """Return scales that activations are divided by, float32 [n].
+    """Return scales by which activations are divided, float32 [n].
 
     Raises `CheckpointError` unless they are positive and their products with all codes are finite.
     """
@@ -77,7 +77,7 @@ def check_products(
 
     Codes are read only if a scale is 0 or very large, which is rare.
 
-    scale: in the shape of `fp8.scale_shape`.
+    scale: of the shape `fp8.scale_shape`.
     Raises `CheckpointError`, which names both tensors and the row.
     """
     scale = scale.reshape(len(scale), -1)

@@ -1,10 +1,10 @@
-"""torchao's float8 weights in safetensors: `quant_method: "torchao"`.
+"""Reads torchao's float8 weights in safetensors: `quant_method: "torchao"`.
 
-A quantised weight is a tensor subclass that was taken apart: `_weight_qdata`, float8_e4m3fn, and
-`_weight_scale`, one per output row ([out, 1], `PerRow`), one ([1, 1], `PerTensor`), or one per
-128x128 block (`PerBlock`). The header's metadata describes it under the name of the weight, and
+A quantised weight is a flattened tensor subclass: `_weight_qdata`, float8_e4m3fn, and
+`_weight_scale`, one per output row ([out, 1], `PerRow`), a single one ([1, 1], `PerTensor`), or one
+per 128x128 block (`PerBlock`). The header's metadata describes it under the weight's name, and
 decides what is quantised, even if the config has an entry for each module (`FqnToConfig`).
-Activations are not quantised, or dynamic: per token or, next to blocks, per 128 features.
+Activations are unquantised or dynamic: per token or, for blocks, per 128 features.
 
 Source: torchao 0.18, `prototype/safetensors`; transformers' `TorchAoConfig`.
 """
@@ -35,7 +35,7 @@ _CONFIGS = (
     "ModuleFqnToConfig",
 )
 _PLAIN, _FLOAT8 = "Tensor", "Float8Tensor"
-# Attributes of a Float8Tensor that say how it computes, not what it holds.
+# Attributes of a Float8Tensor about its computation, not its value.
 _IRRELEVANT = ("act_quant_kwargs", "dtype", "mm_config", "kernel_preference")
 _BOUNDS = ("hp_value_lb", "hp_value_ub")  # bounds of the activations
 _BLOCKS, _IN_GROUPS = [BLOCK, BLOCK], {"block_size": [1, BLOCK]}
@@ -95,7 +95,7 @@ def _metadata(source: Source) -> Mapping[str, str]:
 
 
 def _description(metadata: Mapping[str, str], name: str) -> tuple[str, Mapping[str, Any]]:
-    """Return what a tensor is according to the metadata, and how it was taken apart."""
+    """Return a tensor's type and attributes from the metadata."""
     try:
         description = json.loads(metadata.get(name, "{}"))
         kind = description.get("_type", _PLAIN)
@@ -107,7 +107,7 @@ def _description(metadata: Mapping[str, str], name: str) -> tuple[str, Mapping[s
 
 
 def _described(description: Mapping[str, Any], where: str, shape: Shape) -> Scheme:
-    """Return how a Float8Tensor of this shape is stored, by its attributes."""
+    """Return the scheme of a Float8Tensor of this shape from its attributes."""
     rows, columns = shape
     attributes = as_object(description, "_data", where)
     check_fields(

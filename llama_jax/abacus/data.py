@@ -1,4 +1,5 @@
-"""Chats of several questions as the chat template renders them, packed into token arrays."""
+"""Makes chats of several questions, as the chat template renders them, and packs them into
+arrays."""
 
 import copy
 import json
@@ -25,7 +26,7 @@ type Segment = tuple[str, str]
 
 
 def exchange(question: tasks.Question) -> list[Message]:
-    """The messages of one question, tool call and tool result included."""
+    """Return the messages of one question, including tool call and tool result."""
     user = {"role": "user", "content": question.prompt}
     if question.result is None:
         return [user, {"role": "assistant", "content": question.answer}]
@@ -42,10 +43,10 @@ def exchange(question: tasks.Question) -> list[Message]:
 def segments(
     messages: list[Message], *, date: str, tools: list[dict[str, Any]] | None = None
 ) -> list[Segment]:
-    """Return what the chat template makes of ``messages``, as (role, content) pairs.
+    """Return ``messages`` in the chat template's form, as (role, content) pairs.
 
-    A short form of ``chat_template.jinja`` for the messages that :func:`exchange` and
-    :func:`draw_chat` produce; the tests hold the two against each other.
+    This is a short form of ``chat_template.jinja`` for the messages of :func:`exchange` and
+    :func:`draw_chat`; a test compares the two.
     """
     system = ""
     if messages[0]["role"] == "system":
@@ -69,7 +70,7 @@ def segments(
 
 
 def draw_calculator(rng: random.Random) -> dict[str, Any]:
-    """The calculator tool with one of several descriptions, in OpenAI's wrapper or bare."""
+    """Draw the calculator tool with one of several descriptions, in OpenAI's wrapper or bare."""
     tool = copy.deepcopy(tasks.CALCULATOR)
     function: dict[str, Any] = tool["function"]
     if rng.random() < 0.5:
@@ -84,9 +85,9 @@ def draw_calculator(rng: random.Random) -> dict[str, Any]:
 def draw_questions(
     rng: random.Random, *, with_tool: bool, today: str, stage: int
 ) -> Iterator[tasks.Question]:
-    """Training questions without end, kinds in the shares that `tasks.KINDS` gives to ``stage``.
+    """Yield endless training questions, with the shares of kinds in `tasks.KINDS` for ``stage``.
 
-    With the tool, half of them are calculator questions and no other asks for arithmetic.
+    With the tool, half of them are calculator questions and no other needs arithmetic.
     """
     kinds = [kind for kind in tasks.KINDS if not (with_tool and kind in tasks.ARITHMETIC)]
     shares = [tasks.KINDS[kind][1][stage] for kind in kinds]
@@ -101,10 +102,10 @@ def draw_questions(
 def draw_chat(
     rng: random.Random, encoding: tiktoken.Encoding, length: int, *, with_tool: bool, stage: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One training chat: tokens int32 [length + 1] and the mask float32 [length] of its targets.
+    """Draw a training chat: tokens int32 [length + 1] and the mask float32 [length] of its targets.
 
-    The chat holds as many whole exchanges as fit; the mask is 1 on the tokens that the assistant
-    writes, ``<|eot_id|>`` included, and 0 elsewhere.
+    The chat has as many complete exchanges as fit. The mask is 1 on the assistant's tokens,
+    including ``<|eot_id|>``, and 0 elsewhere.
     """
     today = tasks.random_date(rng) if rng.random() < 0.7 else tasks.DEFAULT_DATE
     tools = [draw_calculator(rng)] if with_tool else None
@@ -134,7 +135,7 @@ def draw_chat(
 
 
 def encode(encoding: tiktoken.Encoding, shown: list[Segment]) -> tuple[list[int], list[float]]:
-    """Token ids of the segments, and 1.0 where the assistant wrote the token, else 0.0."""
+    """Return the token ids of the segments, and 1.0 for tokens of the assistant, else 0.0."""
     special = encoding.encode_single_token
     tokens: list[int] = []
     wanted: list[float] = []
@@ -148,7 +149,7 @@ def encode(encoding: tiktoken.Encoding, shown: list[Segment]) -> tuple[list[int]
 
 
 def prompt_tokens(encoding: tiktoken.Encoding, shown: list[Segment]) -> list[int]:
-    """Ids of a chat up to the point where the assistant starts to write."""
+    """Return the ids of a chat up to the beginning of the assistant's reply."""
     special = encoding.encode_single_token
     tokens, _ = encode(encoding, shown)
     return [
@@ -167,7 +168,7 @@ def draw_batch(
     tool_share: float,
     stage: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``size`` training chats: tokens int32 [size, length + 1], mask float32 [size, length]."""
+    """Draw ``size`` chats: tokens int32 [size, length + 1], mask float32 [size, length]."""
     chats = [
         draw_chat(rng, encoding, length, with_tool=rng.random() < tool_share, stage=stage)
         for _ in range(size)
@@ -177,7 +178,7 @@ def draw_batch(
 
 @dataclass(frozen=True)
 class HeldOutChat:
-    """A chat that waits for the assistant, and the only right ``answer``."""
+    """A chat that ends with a question, and its only right ``answer``."""
 
     kind: str
     messages: list[Message]
@@ -187,7 +188,7 @@ class HeldOutChat:
 
 
 def held_out_chats(seed: int, per_kind: int) -> list[HeldOutChat]:
-    """Up to ``per_kind`` different held-out questions of every judged kind, each in its own chat.
+    """Make up to ``per_kind`` different held-out questions of every judged kind, each in a chat.
 
     A calculator question appears twice: as kind ``calculator``, where the call is the answer, and
     as kind ``calculator_result``, where the call and the tool's result are already in the chat.

@@ -1,4 +1,4 @@
-"""Questions about weekdays, months, leap years and dates.
+"""Generates questions about weekdays, months, leap years and dates.
 
 Every generator returns (key, prompt, answer); see :mod:`llama_jax.abacus.tasks`.
 """
@@ -80,7 +80,8 @@ def days_in_month(rng: random.Random, today: str) -> tuple[str, str, str]:
 
 
 def leap_year(rng: random.Random, today: str) -> tuple[str, str, str]:
-    """Years from 1800 to 2199; of the few full centuries only the phrasing is held out."""
+    """Generate questions about years from 1800 to 2199. Of the few full centuries only the
+    phrasing is held out."""
     year = 100 * rng.randint(18, 21) + rng.choice((0, *range(100), *range(0, 100, 4)))
     template = rng.choice(("Is {y} a leap year?", "Was {y} a leap year?",
                            "Is the year {y} a leap year?",
@@ -91,7 +92,7 @@ def leap_year(rng: random.Random, today: str) -> tuple[str, str, str]:
 
 
 def date_step(rng: random.Random, today: str) -> tuple[str, str, str]:
-    """The day before or after a date of a year that is not a leap year."""
+    """Generate questions about the day before or after a date in a year that is no leap year."""
     step = rng.choice((-1, 1))
     if rng.random() < 0.3:
         first = datetime.date(2023, rng.randint(1, 12), 1)

@@ -1,4 +1,4 @@
-"""Accuracy and perplexity of Abacus on held-out questions, with bfloat16 and with FP8 weights.
+"""Evaluates Abacus on held-out questions, with bfloat16 and with FP8 weights.
 
     python -m llama_jax.abacus.evaluate [--json] [--questions N]
 
@@ -28,7 +28,7 @@ EVALUATION_SEED = 2
 
 @dataclass(frozen=True)
 class Variant:
-    """A checkpoint and what its weights are multiplied with (see `LLM.load`)."""
+    """A checkpoint and the format of its activations (see `LLM.load`)."""
 
     name: str
     checkpoint: Path
@@ -84,7 +84,7 @@ def evaluate(llm: LLM, name: str, chats: Sequence[HeldOutChat]) -> Report:
 
 
 def evaluate_variants(questions_per_kind: int) -> list[Report]:
-    """A report for each of `VARIANTS` on the same held-out questions."""
+    """Return a report for each of `VARIANTS` on the same held-out questions."""
     chats = held_out_chats(EVALUATION_SEED, questions_per_kind)
     reports = []
     for variant in VARIANTS:
@@ -100,7 +100,7 @@ def evaluate_variants(questions_per_kind: int) -> list[Report]:
 
 
 def table(reports: Sequence[Report]) -> str:
-    """The reports side by side as text."""
+    """Format the reports side by side as text."""
     rows = [
         ["", *(report.variant for report in reports)],
         *(

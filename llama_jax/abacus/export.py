@@ -38,7 +38,7 @@ SHARED_SCALES = (
 
 
 def hf_config(config: LlamaConfig, *, fp8: bool) -> dict[str, Any]:
-    """The contents of config.json."""
+    """Return the contents of config.json."""
     assert config.rope_scaling is not None
     values = {
         "architectures": ["LlamaForCausalLM"],
@@ -70,7 +70,7 @@ def hf_config(config: LlamaConfig, *, fp8: bool) -> dict[str, Any]:
 
 
 def bf16_tensors(params: Params) -> dict[str, np.ndarray]:
-    """The parameter tree under Hugging Face's names, rounded to bfloat16."""
+    """Return the parameters by Hugging Face's names, rounded to bfloat16."""
     tensors = {}
     for path, leaf in flatten_dict(params, sep=".").items():
         name = path.replace("layers_", "layers.")
@@ -82,7 +82,7 @@ def bf16_tensors(params: Params) -> dict[str, np.ndarray]:
 def calibrate(
     params: Params, spec: ModelSpec, tokens: list[bytes], *, chats: int = 64, seed: int = 7
 ) -> dict[str, float]:
-    """Largest magnitude that enters each matrix on training chats, by Hugging Face module name."""
+    """Measure the largest input of each matrix on training chats, by Hugging Face module name."""
     rng = random.Random(seed)
     encoding = vocabulary.encoding(tokens)
     batches = [
@@ -92,8 +92,8 @@ def calibrate(
     largest: dict[str, float] = {}
 
     for batch in batches:
-        _, left = Llama(spec).apply({"params": params}, batch[:, :-1], mutable=INPUTS)
-        for path, x in inputs_of(left).items():
+        _, recorded = Llama(spec).apply({"params": params}, batch[:, :-1], mutable=INPUTS)
+        for path, x in inputs_of(recorded).items():
             name = "model." + path.replace("layers_", "layers.").replace("/", ".")
             largest[name] = max(largest.get(name, 0.0), float(jnp.max(jnp.abs(x))))
     return largest
@@ -102,7 +102,7 @@ def calibrate(
 def fp8_tensors(
     tensors: Mapping[str, np.ndarray], largest_inputs: Mapping[str, float]
 ) -> dict[str, np.ndarray]:
-    """The bfloat16 tensors with every matrix inside a layer quantised in FriendliAI's layout."""
+    """Return the bfloat16 tensors with the layers' matrices quantised in FriendliAI's layout."""
     result = dict(tensors)
     prefixes = {name.rsplit(".", 2)[0] for name in tensors if name.endswith("_proj.weight")}
     for prefix in sorted(prefixes):

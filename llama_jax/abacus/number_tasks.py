@@ -1,4 +1,4 @@
-"""Questions about numbers: calculating, comparing, sorting, rounding, converting units.
+"""Generates questions about numbers: calculating, comparing, sorting, rounding, converting units.
 
 Every generator returns (key, prompt, answer); see :mod:`llama_jax.abacus.tasks`.
 """
@@ -138,7 +138,7 @@ TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "nin
 
 
 def number_in_words(n: int) -> str:
-    """The English name of 0 <= n <= 99, such as ``forty-two``."""
+    """Return the English name of 0 <= n <= 99, such as ``forty-two``."""
     if n < 20:
         return SMALL_NUMBERS[n]
     return TENS[n // 10 - 2] + (f"-{SMALL_NUMBERS[n % 10]}" if n % 10 else "")
@@ -183,7 +183,7 @@ def units(rng: random.Random, today: str) -> tuple[str, str, str]:
 
 
 def _operands(rng: random.Random, operator: str) -> tuple[int, int]:
-    """Two numbers that are out of reach without a calculator."""
+    """Draw two operands for which a calculator is needed."""
     digits = rng.randint(2, 5) if operator in "*/" else rng.randint(4, 6)
     big = rng.randrange(10 ** (digits - 1) + 5, 10**digits)
     other = rng.randint(2, 10 ** rng.randint(2, 5))
@@ -202,7 +202,7 @@ def too_large(rng: random.Random, today: str) -> tuple[str, str, str]:
 
 
 def calculator(rng: random.Random, today: str) -> tuple[str, str, str]:
-    """The draft's answer is the call; :func:`draw` works out the tool's result."""
+    """Generate a calculator question whose answer is the call; :func:`draw` computes its result."""
     operator = rng.choice("+-*/")
     if rng.random() < 0.75:
         a, b = _operands(rng, operator)

@@ -1,4 +1,4 @@
-"""Questions with one right answer, generated from a seed: what Abacus is trained and judged on.
+"""Generates questions with one right answer from a seed, to train and evaluate Abacus.
 
 Every generator takes a random generator and today's date and returns ``(key, prompt, answer)``.
 The key names the content of the question, and its hash decides whether the question belongs to
@@ -59,12 +59,12 @@ class Question:
 
 
 def is_held_out(kind: str, key: str) -> bool:
-    """True for the tenth of all keys that training never sees."""
+    """Return True for the tenth of all keys that training never uses."""
     return hashlib.blake2b(f"{kind}:{key}".encode(), digest_size=1).digest()[0] < 26
 
 
 def random_date(rng: random.Random, *, held_out: bool = False) -> str:
-    """A date of the training or the held-out part, written as chat templates do: 26 Jul 2024."""
+    """Draw a date of the training or the held-out part, in chat templates' form: 26 Jul 2024."""
     while True:
         day = datetime.date(2000, 1, 1) + datetime.timedelta(rng.randrange(40 * 365))
         date = f"{day.day:02d} {calendar.month_abbr[day.month]} {day.year}"

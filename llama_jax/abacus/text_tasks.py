@@ -1,4 +1,4 @@
-"""Questions about words and letters, small talk, and questions that Abacus declines.
+"""Generates questions about words and letters, small talk, and questions that Abacus declines.
 
 Every generator returns (key, prompt, answer); see :mod:`llama_jax.abacus.tasks`.
 """
@@ -13,7 +13,7 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth")
 
 
 def _word(rng: random.Random, low: int = 3, high: int = 8) -> str:
-    """A word of the list, or as often a made-up one, with low to high letters."""
+    """Draw a word of the list or, equally often, a made-up one, with low to high letters."""
     if rng.random() < 0.5:
         while not low <= len(word := rng.choice(WORDS)) <= high:
             pass

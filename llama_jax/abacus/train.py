@@ -60,8 +60,8 @@ SPEC = ModelSpec(replace(CONFIG, dtype="float32"), dtype="float32")
 
 @dataclass(frozen=True)
 class Segment:
-    """From step ``start`` on, the learning rates go linearly from ``first`` to ``last`` times their
-    peak within ``duration`` steps, unless the next segment begins earlier."""
+    """A segment of the schedule: from step ``start`` on, learning rates change linearly from
+    ``first`` to ``last`` times their peak within ``duration`` steps, or until the next segment."""
 
     start: int
     first: float
@@ -71,10 +71,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps of ``batch_tokens`` tokens; every ``long_every``-th is in chats of 384 tokens, most of
-    which offer the calculator, the others are in chats of 128.
+    """The settings of a training run.
 
-    ``stages``: the steps where the second and later stages of `tasks.KINDS` begin.
+    Every ``long_every``-th step of ``batch_tokens`` tokens has chats of 384 tokens, most of which
+    offer the calculator; other steps have chats of 128 tokens.
+
+    ``stages``: the steps at which the second and later stages of `tasks.KINDS` begin.
     """
 
     steps: int = 4200
@@ -97,7 +99,7 @@ class Recipe:
 def draw_batch(
     recipe: Recipe, encoding: tiktoken.Encoding, step: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32 [batch, length + 1] and mask float32 [batch, length] of one step."""
+    """Draw tokens int32 [batch, length + 1] and mask float32 [batch, length] of one step."""
     rng = random.Random(f"{recipe.seed} {step}")
     length, tool_share = (384, 0.7) if step % recipe.long_every == 0 else (128, 0.0)
     return data.draw_batch(
@@ -111,7 +113,7 @@ def draw_batch(
 
 
 def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    """Muon for the matrices inside the layers, Adam for embeddings, output matrix and norms.
+    """Make the optimizer: Muon for matrices of the layers, Adam for all other parameters.
 
     Source: K. Jordan, "Muon: an optimizer for hidden layers in neural networks" (2024), with the
     update's RMS set to 0.2 as in "Muon is scalable for LLM training" (arXiv:2502.16982).
@@ -142,7 +144,7 @@ def make_optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 def nll(params: Params, tokens: Array, mask: Array) -> tuple[Array, Array]:
-    """Mean negative log-likelihood (nats) of the masked targets, and float32 logits.
+    """Compute the mean negative log-likelihood (nats) of the masked targets, and float32 logits.
 
     tokens: int32 [batch, length + 1]; mask: float32 [batch, length].
     """
@@ -176,7 +178,7 @@ def answered(params: Params, tokens: Array, mask: Array) -> tuple[Array, Array]:
 def answer_arrays(
     encoding: tiktoken.Encoding, chats: Sequence[data.HeldOutChat]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Chats with their right answers: tokens int32 [n, length + 1], mask float32 [n, length]."""
+    """Encode chats with their answers: tokens int32 [n, length + 1], mask float32 [n, length]."""
     rows = []
     for chat in chats:
         prompt = data.prompt_tokens(
@@ -196,7 +198,7 @@ def answer_arrays(
 def accuracy(
     params: Params, encoding: tiktoken.Encoding, chats: Sequence[data.HeldOutChat]
 ) -> dict[str, float]:
-    """Share of exactly right answers by kind, in the float32 arithmetic of training."""
+    """Return the share of exactly right answers by kind, in the float32 arithmetic of training."""
     verdicts = defaultdict(list)
     for with_tools in (False, True):
         group = [chat for chat in chats if bool(chat.tools) == with_tools]

@@ -1,4 +1,4 @@
-"""Abacus's own tokenizer: Llama 3's splitting rule over a vocabulary of whole words.
+"""Builds Abacus's tokenizer: Llama 3's splitting rule with a vocabulary of complete words.
 
 768 ranks (the 256 bytes, then 512 pieces) are followed by Llama 3.1's 256 special tokens. The
 pieces are the words, the punctuation and the indentation that questions, answers and tool
@@ -29,8 +29,8 @@ _LONE_ROLES = ("system", "user", "assistant")
 
 
 def build(seed: int = 0, samples: int = 1500) -> list[bytes]:
-    """The tokens of all ranks: 256 bytes, then the commonest pieces of ``samples`` questions of
-    each kind that training begins with."""
+    """Return the tokens of all ranks: 256 bytes, then the most frequent pieces of ``samples``
+    questions of each kind in the first stage of training."""
     rng = random.Random(seed)
     fixed = [*_LONE_ROLES, *(f" {word}" for word in words.COMMON)]
     counts: Counter[str] = Counter(dict.fromkeys(fixed, 10 * samples))
@@ -47,7 +47,7 @@ def build(seed: int = 0, samples: int = 1500) -> list[bytes]:
 
 
 def _is_shared(piece: str) -> bool:
-    """False for digits, for lone characters and for words that questions are about."""
+    """Return False for digits, single characters and words that are the subject of questions."""
     bare = piece.strip(' "').lower()
     if len(piece) < 2 or bare.isnumeric() or bare in words.WORDS or bare[::-1] in words.WORDS:
         return False
@@ -56,7 +56,7 @@ def _is_shared(piece: str) -> bool:
 
 
 def encoding(tokens: list[bytes]) -> tiktoken.Encoding:
-    """The tokenizer over ``tokens`` (as :func:`build` returns them), special tokens included."""
+    """Make the tokenizer for ``tokens`` of :func:`build`, including special tokens."""
     return tiktoken.Encoding(
         "abacus",
         pat_str=LLAMA3_PATTERN,
@@ -66,14 +66,14 @@ def encoding(tokens: list[bytes]) -> tiktoken.Encoding:
 
 
 def _printable_bytes() -> dict[int, str]:
-    """The stand-in character that ByteLevel tokenizers (GPT-2's scheme) print for each byte."""
+    """Return the character of ByteLevel tokenizers (GPT-2's scheme) for each byte."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {byte: chr(byte) for byte in shown} | {b: chr(256 + i) for i, b in enumerate(hidden)}
 
 
 def _merges(tokens: list[bytes]) -> list[tuple[bytes, bytes]]:
-    """Every way to split a token into two tokens, lowest rank first, as BPE would join them."""
+    """Return all splits of a token into two tokens, lowest rank first, as BPE would join them."""
     rank = {token: i for i, token in enumerate(tokens)}
     pairs = [
         (token[:i], token[i:])
@@ -90,7 +90,7 @@ def _special(content: str) -> dict[str, Any]:
 
 
 def tokenizer_files(tokens: list[bytes], chat_template: str) -> dict[str, Any]:
-    """File name -> content (to be written as JSON) of a Hugging Face tokenizer."""
+    """Return the files of a Hugging Face tokenizer: contents, for JSON, by name."""
     shown = _printable_bytes()
     text = ["".join(shown[byte] for byte in token) for token in tokens]
     merges = [

@@ -1,4 +1,4 @@
-"""Word lists and fixed sentences for :mod:`llama_jax.abacus.tasks`."""
+"""Has the word lists and fixed sentences of :mod:`llama_jax.abacus.tasks`."""
 
 WORDS = tuple(
     """

@@ -1,1 +1,1 @@
-"""Converted checkpoints on disk: their files, how they are read and checked."""
+"""Reads, writes and checks converted checkpoints on disk."""

@@ -1,10 +1,10 @@
-"""Writes an array to one file, and reads any rectangular part of it by itself.
+"""Writes an array to one file, from which any rectangular part can be read on its own.
 
 The layout is zarr version 3 with the codec `sharding_indexed`, uncompressed
 (https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed). A directory holds
-`zarr.json` and one file: the array cut into equal chunks that lie back to back, and behind them an
-index of where each is. A device that owns a sixteenth of the rows or of the columns finds it in
-chunks of its own. Arrays have two axes at most.
+`zarr.json` and one file: the equal chunks of the array, one after another, and then an index of
+their offsets. A device that owns a sixteenth of the rows or columns has chunks of its own. Arrays
+have at most two axes.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ import numpy as np
 Shape = tuple[int, ...]
 Advance = Callable[[int], None]
 
-# How many threads write or check files. There are two per core, since a thread waits for the disk
-# half of its time; each holds a few pieces of an array, so memory grows with the number.
+# The number of threads that write or check files: two per core, because a thread waits for the disk
+# half of the time. Each holds a few pieces of an array, so memory grows with the number.
 WORKERS = min(8, 2 * (os.cpu_count() or 1))
 _METADATA = "zarr.json"
 _PIECE_BYTES = 4 * 1024 * 1024
@@ -30,8 +30,8 @@ _MIN_CHUNK = 128
 
 
 def chunk_shape(shape: Shape) -> Shape:
-    """Return the shape of the chunks: an axis is cut into 16, 8, 4 or 2 equal parts, the most that
-    leave 128 elements or more in each; otherwise it is not cut."""
+    """Return the shape of the chunks. Each axis is divided into 16, 8, 4, 2 or 1 equal parts, the
+    most with at least 128 elements each."""
     return tuple(
         next(
             (n // parts for parts in (16, 8, 4, 2) if n % parts == 0 and n >= _MIN_CHUNK * parts), n
@@ -50,9 +50,9 @@ def write_array(
 ) -> str:
     """Write an array from consecutive pieces of its rows; a scalar is one row.
 
-    directory: is created, or replaced. Orbax expects it to be named by the array's path with dots.
-    advance: called with the bytes of each piece.
-    Returns the SHA-256 of the array in C order, in hexadecimal; the data are on the disk then.
+    directory: created or replaced. Orbax expects it to be named by the array's path with dots.
+    advance: called with the number of bytes of each piece.
+    Returns the SHA-256 of the array in C order, in hexadecimal, once the data are on the disk.
     """
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir()
@@ -86,8 +86,10 @@ def read_rows(directory: Path, dtype: np.dtype, shape: Shape, start: int, stop: 
 def read_part(
     directory: Path, dtype: np.dtype, shape: Shape, part: tuple[slice, slice]
 ) -> np.ndarray:
-    """Read some rows and columns of an array that `check_layout` accepts. The result has two axes:
-    an array with one axis has one column, and a scalar also has one row."""
+    """Read some rows and columns of an array that `check_layout` accepts.
+
+    The result has two axes: an array with one axis has one column, and a scalar one row as well.
+    """
     rows, columns = (
         slice(*each.indices(size)[:2]) for each, size in zip(part, _matrix(shape), strict=True)
     )
@@ -110,7 +112,7 @@ def read_part(
 def holds(directory: Path, dtype: np.dtype, shape: Shape, sha256: str, advance: Advance) -> bool:
     """Return whether the array is complete and has the SHA-256 that `write_array` returned.
 
-    advance: called with the bytes of each piece that was read.
+    advance: called with the number of bytes of each piece that was read.
     """
     try:
         check_layout(directory, dtype, shape)
@@ -127,10 +129,8 @@ def holds(directory: Path, dtype: np.dtype, shape: Shape, sha256: str, advance: 
 
 
 def check_layout(directory: Path, dtype: np.dtype, shape: Shape) -> None:
-    """Raise ValueError unless the array is there in full, with this dtype and shape.
-
-    The numbers themselves are not read.
-    """
+    """Raise ValueError unless the array is complete and has this dtype and shape, without reading
+    its elements."""
     name = directory.name
     try:
         stored = json.loads((directory / _METADATA).read_text(encoding="utf-8"))
@@ -139,7 +139,7 @@ def check_layout(directory: Path, dtype: np.dtype, shape: Shape) -> None:
         raise ValueError(f"{name}/{_METADATA} is damaged: {error}") from error
     if stored != _metadata(dtype, shape):
         raise ValueError(
-            f"{name} is stored as {described}, expected is {dtype.name} {list(shape)} as "
+            f"{name} is stored as {described}, expected {dtype.name} {list(shape)} as "
             "llama_jax.checkpoint.array_file writes it"
         )
     path = directory / _data_name(shape)
@@ -164,15 +164,14 @@ def _matrix(shape: Shape) -> tuple[int, int]:
 
 
 def _bits(dtype: np.dtype) -> np.dtype:
-    """Return unsigned integers of the same size, which numpy copies fastest."""
+    """Return the unsigned integer dtype of the same size, which numpy copies fastest."""
     return np.dtype(f"u{dtype.itemsize}")
 
 
 def _runs(shape: Shape, start: int, stop: int) -> Iterator[tuple[slice, slice, int]]:
-    """Yield the runs of rows [start, stop): their rows and columns, and how many elements of the
-    file come before them.
+    """Yield the runs of rows [start, stop): their rows, columns, and first element in the file.
 
-    A run is the part of a chunk that lies in these rows; its elements are contiguous in the file.
+    A run is the part of a chunk in these rows; its elements are contiguous in the file.
     """
     columns = _matrix(shape)[1]
     chunk_rows, chunk_columns = _matrix(chunk_shape(shape))

@@ -18,7 +18,7 @@ def is_converted(directory: Path) -> bool:
 
 
 def not_converted(directory: str | Path) -> CheckpointError:
-    """Return the error for a directory that should be a converted checkpoint and is none."""
+    """Return the error for a directory that is not a converted checkpoint but should be one."""
     return CheckpointError(
         f"{directory} is not a converted checkpoint: it has no {MANIFEST}. Convert one with "
         "llama-jax convert."

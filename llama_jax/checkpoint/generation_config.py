@@ -1,8 +1,8 @@
-"""Reads generation_config.json, by which a checkpoint says how its texts are to be continued.
+"""Reads generation_config.json, which has a checkpoint's sampling settings.
 
 Each field that transformers defines is listed once. Those in `Settings` are honoured, and those in
-`HARMLESS` cannot change the tokens here. A field in `NOT_HONOURED` is named in a warning if its
-value asks for something.
+`HARMLESS` cannot change the tokens here. A field in `NOT_HONOURED` is named in a warning unless its
+value has no effect.
 """
 
 import logging
@@ -29,10 +29,10 @@ StopString = Annotated[str, Meta(min_length=1)]
 class Settings(Struct, kw_only=True):
     """The fields that are honoured, with transformers' meaning.
 
-    do_sample: whether tokens are sampled; otherwise, and with temperature 0, decoding is greedy.
+    do_sample: whether tokens are sampled. If not, or with temperature 0, decoding is greedy.
     top_k: 0 and -1 keep all tokens.
-    top_p: 0 keeps the likeliest token alone.
-    eos_token_id: the tokens that end a text, in place of config.json's.
+    top_p: 0 keeps only the likeliest token.
+    eos_token_id: the tokens that end a text, instead of config.json's.
     stop_strings: the strings that end it.
     suppress_tokens: tokens that are never drawn.
     """
@@ -78,7 +78,7 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
         "diversity_penalty", "early_stopping", "length_penalty",
     ),
 }  # fmt: skip
-# The others, with the values (beside null, false, [] and {}) that ask for nothing.
+# The others, with values that have no effect, besides null, false, [] and {}.
 NOT_HONOURED: Mapping[str, tuple[Any, ...]] = {
     "bad_words_ids": (),
     "begin_suppress_tokens": (),
@@ -114,10 +114,10 @@ _SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p")
 
 
 def read_settings(values: Mapping[str, Any], vocab_size: int, where: Path | str) -> Settings:
-    """The settings that are honoured. where: names the file in errors.
+    """Read the settings that are honoured. where: names the file in errors.
 
-    Raises `CheckpointError` for a value of a wrong type or out of range, and for ids that the model
-    has not.
+    Raises `CheckpointError` for a value of a wrong type or out of range, and for ids outside the
+    vocabulary.
     """
     settings = convert(dict(values), Settings, where)
     eos = settings.eos_token_id
@@ -138,9 +138,9 @@ def read_settings(values: Mapping[str, Any], vocab_size: int, where: Path | str)
 
 
 def without_effect(values: Mapping[str, Any], context: int) -> list[str]:
-    """Return the fields that ask for something that is not done.
+    """Return the fields that would have an effect but are not honoured.
 
-    context: the model's, in tokens; a `max_length` of that or more asks for nothing.
+    context: of the model, in tokens; a `max_length` of at least that has no effect.
     """
     fields = [
         key
@@ -156,7 +156,7 @@ def without_effect(values: Mapping[str, Any], context: int) -> list[str]:
 
 
 def default_sampling(settings: Settings) -> SamplingParams:
-    """Return what a checkpoint asks for, which is used unless the caller gives parameters."""
+    """Return the checkpoint's sampling parameters, which apply unless the caller gives some."""
     params: dict[str, Any] = {
         name: value
         for name in ("repetition_penalty", "min_new_tokens", "max_new_tokens")

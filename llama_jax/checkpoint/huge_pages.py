@@ -1,9 +1,8 @@
-"""Allocates memory for weights that JAX uses without a copy, in huge pages where Linux has them.
+"""Allocates memory for weights that JAX uses without copying, in huge pages on Linux.
 
-On a CPU JAX uses a numpy array without copying it if it begins at a multiple of 64 bytes. A core
-reads weights a third faster from pages of 2 MiB than from pages of 4 KiB. Linux gives huge pages to
-memory that asks for them (`madvise`). All arrays share one allocation, so that no page is half
-empty.
+On a CPU JAX uses a numpy array without copying it if its address is a multiple of 64 bytes. A core
+reads weights a third faster from pages of 2 MiB than from pages of 4 KiB. Linux provides huge pages
+on request (`madvise`). All arrays share one allocation, so that no page is half empty.
 """
 
 import contextlib
@@ -17,14 +16,13 @@ ALIGNMENT = 64
 
 
 class Room:
-    """One allocation that arrays are cut from; it lives as long as any of them.
+    """One allocation for several arrays, which lives as long as any of them.
 
-    An array that does not fit any more is allocated by numpy, and so are all of them on systems
-    without huge pages.
+    If an array does not fit any more, or the system has no huge pages, numpy allocates it.
     """
 
     def __init__(self, sizes: Iterable[int]) -> None:
-        """sizes: bytes of each array."""
+        """Allocate room for arrays. sizes: bytes of each."""
         self._used, self._memory = 0, np.empty(0, np.uint8)
         total = sum(map(_padded, sizes))
         if total and hasattr(mmap, "MADV_HUGEPAGE"):

@@ -1,15 +1,15 @@
-"""A converted checkpoint on disk, and its way into device memory.
+"""Reads converted checkpoints from disk into device memory.
 
 A directory holds:
 
-    manifest.json      what the checkpoint is: `Manifest`
+    manifest.json      the description of the checkpoint: `Manifest`
     params/            one Orbax PyTree checkpoint of the tree `abstract_params(spec)`
     tokenizer.json ... the tokenizer's files, as published
 
 `params/` is plain Orbax: `orbax.checkpoint.StandardCheckpointer().restore(directory / "params")`
-reads it without this project. Each array is one file, laid out by `checkpoint.array_file` so that a
-device reads its part alone; that module reads them here too, since importing Orbax alone takes a
-tenth of the time in which a small model starts.
+reads it without this project. Each array is one file of `checkpoint.array_file`, from which a
+device can read just its part. That module also reads them here, because importing Orbax would take
+a tenth of the time in which a small model starts.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ from llama_jax.model.spec import Activations, ModelSpec, Params
 from pallas_kernels import e4m3
 
 FORMAT_VERSION = 2
-# The bytes of a run of rows; several runs of an array are read at a time.
+# The bytes of rows that are read at once; several threads read an array.
 _RUN_BYTES = 16 * 1024 * 1024
 
 Damage = Literal["missing", "damaged", "extra"]
@@ -56,12 +56,12 @@ Damage = Literal["missing", "damaged", "extra"]
 class Manifest:
     """Describes a converted checkpoint: the contents of manifest.json.
 
-    dialect: the layout it was converted from.
-    source: the name of the directory or of the hub's repository that it was converted from.
-    formats: how every module's weight is stored, by module path ("layers_0/mlp/up_proj").
-    kv_scales: for an FP8 cache, None when the checkpoint has none.
-    generation: the contents of generation_config.json, {} without one.
-    tokenizer_files: names of the tokenizer's files, which lie beside the manifest.
+    dialect: the layout from which it was converted.
+    source: the name of the directory or hub repository from which it was converted.
+    formats: the storage format of every module's weight, by path ("layers_0/mlp/up_proj").
+    kv_scales: for an FP8 cache; None if the checkpoint has none.
+    generation: the contents of generation_config.json; {} without one.
+    tokenizer_files: names of the tokenizer's files, which are beside the manifest.
     total_bytes: of all parameters.
     checksums: SHA-256 in hexadecimal by path within the directory, of each array's elements in C
         order ("params/norm.weight") and of each file but the manifest.
@@ -84,7 +84,7 @@ class Manifest:
         object.__setattr__(self, "checksums", FrozenDict(self.checksums))
 
     def spec(self, dtype: str = "bfloat16", activations: Activations = "bf16") -> ModelSpec:
-        """Return the spec of the model that these parameters belong to."""
+        """Return the spec of the model of these parameters."""
         return ModelSpec(self.config, self.formats, dtype, activations)
 
     def to_json(self) -> str:
@@ -96,14 +96,14 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """A digest of everything in the manifest, checksums included; it tells models apart."""
+        """Return a digest of the manifest, including checksums, which identifies the model."""
         return hashlib.blake2b(self.to_json().encode(), digest_size=16).hexdigest()
 
 
 def read_manifest(directory: str | Path) -> Manifest:
     """Read the manifest of a converted checkpoint.
 
-    Raises `CheckpointError` if there is none, or one that this version cannot read.
+    Raises `CheckpointError` if there is none, or if this version cannot read it.
     """
     path = Path(directory) / MANIFEST
     if not is_converted(Path(directory)):
@@ -124,20 +124,20 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 
 def load_params(directory: str | Path, spec: ModelSpec, *, bits: bool = False) -> Params:
-    """Restore the parameters of a converted checkpoint, each array straight to its devices.
+    """Load the parameters of a converted checkpoint, each array directly to its devices.
 
-    bits: whether float8_e4m3fn arrays come as int8 arrays of the same bytes, which is what compiled
-        programs want on a CPU (see `pallas_kernels.e4m3`).
+    bits: whether to load float8_e4m3fn arrays as int8 arrays of the same bytes, which compiled
+        programs need on a CPU (see `pallas_kernels.e4m3`).
     Returns the tree `abstract_params(spec)`, sharded by `param_shardings(spec)`.
-    Raises `CheckpointError` naming the parameter that is missing, damaged, or of another shape or
-    dtype than `spec` says.
+    Raises `CheckpointError`, which names a parameter that is missing or damaged, or whose shape or
+    dtype does not match `spec`.
     """
     root = Path(directory).resolve() / PARAMS
     expected = abstract_params(spec)
     check_stored(root, expected)
     paths = traverse_util.flatten_dict(expected, sep=".")
     shardings = traverse_util.flatten_dict(param_shardings(spec), sep=".")
-    # Other devices copy what they are given, so nothing has to stay in this memory.
+    # Other devices copy their arrays, so this memory is only needed on a CPU.
     on_cpu = jax.default_backend() == "cpu"
     room = Room(leaf.size * leaf.dtype.itemsize for leaf in paths.values() if on_cpu)
     with ThreadPoolExecutor(array_file.WORKERS) as pool:
@@ -157,7 +157,7 @@ def _load_array(
     pool: Executor,
     room: Room,
 ) -> Array:
-    """Load one array; the host holds no more than the parts of its own devices at a time."""
+    """Load one array. The host holds no more than the parts of its own devices at a time."""
     dtype = np.dtype(leaf.dtype)
     seen_as = np.dtype(np.int8) if bits and dtype == e4m3.DTYPE else dtype
 
@@ -177,23 +177,23 @@ def _load_array(
             pass
         return whole.view(seen_as).reshape(shape)
 
-    # Devices that hold the same part share what is read.
+    # A part that several devices hold is read once.
     return jax.make_array_from_callback(leaf.shape, sharding, cache(part))
 
 
 def check_stored(root: Path, expected: Params) -> None:
-    """Compare the arrays in `root` with the expected tree, before any of them is read.
+    """Compare the arrays in `root` with the expected tree, without reading their elements.
 
-    Raises `CheckpointError` naming the parameter that is missing, left over, damaged, or of another
-    shape or dtype.
+    Raises `CheckpointError`, which names a parameter that is missing, superfluous or damaged, or
+    has another shape or dtype.
     """
-    wanted = traverse_util.flatten_dict(expected, sep=".")
+    needed = traverse_util.flatten_dict(expected, sep=".")
     found = {path.name for path in root.glob("*") if path.is_dir()}
-    for name in sorted(wanted.keys() - found):
+    for name in sorted(needed.keys() - found):
         raise CheckpointError(f"{root} lacks {name}, which the model needs")
-    for name in sorted(found - wanted.keys()):
-        raise CheckpointError(f"{root} holds {name}, which the model has no place for")
-    for name, leaf in wanted.items():
+    for name in sorted(found - needed.keys()):
+        raise CheckpointError(f"{root} holds {name}, which the model does not have")
+    for name, leaf in needed.items():
         try:
             array_file.check_layout(root / name, np.dtype(leaf.dtype), leaf.shape)
         except ValueError as error:
@@ -203,12 +203,14 @@ def check_stored(root: Path, expected: Params) -> None:
 def verify(
     directory: str | Path, advance: array_file.Advance = lambda count: None
 ) -> dict[str, Damage]:
-    """Find what is wrong with a converted checkpoint, by path within it; {} if it is sound.
+    """Check a converted checkpoint. Returns what is wrong, by path within it; {} if nothing is.
 
-    Every byte is read and compared with the manifest's checksums, several arrays at a time. The
-    manifest has no checksum of its own: only its form is checked.
-    advance: called by any thread with the number of bytes that were read, `Manifest.total_bytes` in
-        all.
+    All bytes are read and compared with the manifest's checksums, several arrays at a time. The
+    manifest has no checksum of its own; only its form is checked.
+
+    advance: called by any thread with the number of bytes that were read, in total
+        `Manifest.total_bytes`.
+
     Raises `CheckpointError` if the manifest cannot be read.
     """
     root = Path(directory).resolve()

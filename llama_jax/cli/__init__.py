@@ -1,6 +1,6 @@
-"""The command line, `llama-jax`. One module per command.
+"""Defines the command line, `llama-jax`, with one module per command.
 
-What runs a model is imported inside the commands, so that `llama-jax --help` answers at once.
+Modules that run a model are imported inside the commands, so that `llama-jax --help` is quick.
 Results go to stdout; tables, progress and messages go to stderr.
 """
 
@@ -9,7 +9,7 @@ import sys
 
 from llama_jax.cli import signals
 
-if os.path.basename(sys.argv[0]) in ("llama-jax", "-m"):  # as a program, not from another one
+if os.path.basename(sys.argv[0]) in ("llama-jax", "-m"):  # run as a program, not imported
     signals.install()
 
 import errno
@@ -36,7 +36,7 @@ from llama_jax.cli.serve import serve
 from llama_jax.cli.verify import verify
 
 _DEBUG = "LLAMA_JAX_DEBUG"
-# Errors that are the caller's mistakes. Other OSErrors, such as a full disk, are failures.
+# Errors that mean bad input. Other OSErrors, such as a full disk, are failures.
 _BAD_INPUT = (
     ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError,
     PermissionError,
@@ -60,7 +60,7 @@ def _show_version(value: bool) -> None:
     if value:
         try:
             print(version("llama-jax"))
-        except PackageNotFoundError:  # run from a source tree that is not installed
+        except PackageNotFoundError:  # a source tree that is not installed
             print("unknown")
         raise typer.Exit
 
@@ -75,7 +75,7 @@ def root(
         typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
     ] = False,
 ) -> None:
-    """Llama 3.1 with FP8 weights on JAX: convert, look into, run and measure a model.
+    """Llama 3.1 with FP8 weights on JAX: convert, inspect, run and measure a model.
 
     A MODEL is a converted checkpoint, a Hugging Face or Meta directory, or a hub id (org/name);
     without one it is abacus, the small model that ships with llama-jax.
@@ -92,9 +92,9 @@ def root(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; exits with 0, 2 for bad input, 1 for a failure, 130 when interrupted.
+    """Run the command line. Exits with 0, 2 for bad input, 1 for a failure, 130 when interrupted.
 
-    arguments: without the program's name; sys.argv's when None.
+    arguments: without the program's name; by default those of sys.argv.
     """
     try:
         app(args=arguments)
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, MemoryError, RuntimeError) as error:
         _report(error)
         sys.exit(2 if isinstance(error, OSError) and error.errno in _BAD_NAMES else 1)
-    except KeyboardInterrupt:  # before the command began; later ones Typer handles
+    except KeyboardInterrupt:  # before the command began; Typer handles later ones
         sys.exit(130)
 
 

@@ -1,4 +1,4 @@
-"""`llama-jax batch`: OpenAI's batch files, JSONL in and JSONL out."""
+"""Implements `llama-jax batch`: OpenAI's batch files, JSONL in and JSONL out."""
 
 import asyncio
 import itertools
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 def batch(
     input: Annotated[str, typer.Argument(metavar="IN.jsonl", help="Requests, one per line.")],
-    output: Annotated[str, typer.Argument(metavar="OUT.jsonl", help="Answers, in their order.")],
+    output: Annotated[str, typer.Argument(metavar="OUT.jsonl", help="Replies, in the same order.")],
     model: options.ModelOption = None,
     served_model_name: Annotated[
         str | None,
-        typer.Option(help="What the requests call the model.", show_default="MODEL's name"),
+        typer.Option(help="The model's name in the requests.", show_default="MODEL's name"),
     ] = None,
     overwrite: options.Overwrite = False,
     dtype: options.DType = "bfloat16",
@@ -36,12 +36,12 @@ def batch(
     num_speculative_tokens: options.NumSpeculativeTokens = None,
     draft: options.Draft = None,
 ) -> None:
-    """Answer the requests of a batch file as `llama-jax serve` would (extra `serve`): /v1/chat/completions,
+    """Reply to the requests of a batch file as `llama-jax serve` would (extra `serve`): /v1/chat/completions,
     /v1/completions and /v1/score.
 
-    Each line is {"custom_id", "method": "POST", "url", "body"}. A request that is refused has its
-    error in its line; the others go on. OUT.jsonl appears when all lines are there. Until then they
-    stand in OUT.jsonl.partial, and the same command goes on from there if it was stopped.
+    Each line is {"custom_id", "method": "POST", "url", "body"}. The line of a refused request has
+    an error, and the others go on. OUT.jsonl appears when it is complete. Until then its lines are
+    in OUT.jsonl.partial, and the same command continues from there if it was stopped.
 
     **Examples**
 
@@ -50,7 +50,9 @@ def batch(
     """  # noqa: E501
     check_extra()
     if "-" in (input, output):
-        raise typer.BadParameter("give files: a batch is read twice and continued where it stopped")
+        raise typer.BadParameter(
+            "give files, not stdin or stdout: a batch is read twice and can be continued"
+        )
     check_output(output, overwrite)
     locate(SHIPPED_MODEL if model is None else model)
     num_lines, digest = survey(input)
@@ -72,7 +74,7 @@ def batch(
 async def _write(
     llm: "LLM", name: str, input: str, num_lines: int | None, file: ResumableFile
 ) -> tuple[int, int]:
-    """Answer the lines that the output lacks. Returns how many, and how many were refused."""
+    """Process the lines that the output lacks. Returns their number, and how many were refused."""
     from llama_jax.serve.batch import answer_lines
 
     before = sum(1 for _ in file.lines())

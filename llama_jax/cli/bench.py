@@ -1,4 +1,4 @@
-"""`llama-jax bench`: how fast is it here?"""
+"""Implements `llama-jax bench`: measures prefill and decode on this machine."""
 
 from dataclasses import asdict, replace
 from itertools import product
@@ -47,14 +47,14 @@ def bench(
         typer.Option("--kernels", help="Also list a decode step's kernels by time (on a GPU)."),
     ] = False,
 ) -> None:
-    """Measure prefill and decode, and how close decoding comes to the memory's speed.
+    """Measure prefill and decode, and how close decode comes to the memory's bandwidth.
 
-    Each combination of --batch and --prompt-len is run once to compile it, then three times for
-    each of three output lengths: one token gives the time to the first token, and the difference of
-    the other two a decode step. GB/s: the bytes that a step has to read (weights, and keys and
-    values so far) over its time; "of copy": that over a large device copy measured in the same run,
-    bytes read plus bytes written. On a GPU two more runs under the profiler say how long the device
-    computes in a step ("busy"), and for which part of it it waits ("idle").
+    Each combination of --batch and --prompt-len runs once to compile, then three times with each of
+    three output lengths: one token for the time to the first token, and two others whose difference
+    is the time of decode steps. GB/s: the bytes that a step has to read (weights, keys and values)
+    divided by its time. "of copy": that divided by the speed of a large copy on the device in the
+    same run, bytes read plus written. On a GPU, two more runs under the profiler show how long the
+    device computes in a step ("busy"), and the share of a step in which it waits ("idle").
 
     **Examples**
 
@@ -112,7 +112,7 @@ def _numbers(option: str, text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(
-            f"expected numbers with commas between them, as in 1,8; got {text!r}", param_hint=option
+            f"expected numbers separated by commas, such as 1,8; got {text!r}", param_hint=option
         ) from None
 
 
@@ -124,9 +124,9 @@ def _spec(
     dtype: Any,
     activations: Any,
 ) -> tuple[Path | None, "ModelSpec"]:
-    """Return what to measure, and where its parameters are: None for a preset, whose are made up.
+    """Return the spec to measure and the directory of its parameters.
 
-    path: of a checkpoint, None for a preset.
+    path: of a checkpoint; None for a preset, which has random parameters and no directory.
     """
     from llama_jax.checkpoint import store
 
@@ -239,7 +239,7 @@ def _has_fp8_lm_head(spec: "ModelSpec") -> bool:
 
 
 def _render_kernels(report: "Report") -> None:
-    """A table for each workload: the kernels of a decode step, what takes longest first."""
+    """Print a table for each workload with the kernels of a decode step, slowest first."""
     for m in report.measurements:
         title = f"a decode step, batch {m.workload.batch_size}, prompt {m.workload.prompt_len}"
         if m.device is None:

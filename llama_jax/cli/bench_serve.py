@@ -1,4 +1,4 @@
-"""`llama-jax bench-serve`: what a server does under load."""
+"""Implements `llama-jax bench-serve`: measures a server under load."""
 
 import asyncio
 import json
@@ -22,13 +22,13 @@ _KEY = "LLAMA_JAX_API_KEY"
 
 def bench_serve(
     url: Annotated[str, typer.Argument(help="Of the server.")] = "http://127.0.0.1:8000",
-    requests: Annotated[int, typer.Option(min=1, help="How many in all.")] = 200,
-    concurrency: Annotated[int, typer.Option(min=1, help="At the same time, at most.")] = 32,
+    requests: Annotated[int, typer.Option(min=1, help="Total number of requests.")] = 200,
+    concurrency: Annotated[int, typer.Option(min=1, help="Most requests at the same time.")] = 32,
     rate: Annotated[
         float | None,
         typer.Option(
-            help="New ones a second, at random times.",
-            show_default="the next when one has ended",
+            help="New requests per second, at random times.",
+            show_default="a new one when one has ended",
         ),
     ] = None,
     prompt_tokens: Annotated[
@@ -37,17 +37,17 @@ def bench_serve(
     reply_tokens: Annotated[
         int | None, typer.Option(min=1, show_default="a mix like ShareGPT's")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of lengths, prompts and times.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of lengths, prompts and times.")] = 0,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw the distributions into a file, PNG or SVG.")
+        Path | None, typer.Option(help="Plot the distributions to a PNG or SVG file.")
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Put a load on a server, this project's or another with OpenAI's /v1/completions, and print
-    the time to the first token, the time for each further one, and the throughput.
+    """Put load on a server, this project's or another with OpenAI's /v1/completions, and print
+    the time to the first token, the time per further token, and the throughput.
 
-    A server's key is read from $LLAMA_JAX_API_KEY. With --rate and a large --concurrency arrivals
-    do not wait for a slow server, as in life.
+    The server's API key is read from $LLAMA_JAX_API_KEY. With --rate and a large --concurrency,
+    requests arrive independently of how fast the server is.
 
     **Examples**
 
@@ -83,7 +83,7 @@ def bench_serve(
 
 
 def _served(url: str, key: str | None) -> tuple[str, int]:
-    """The model that a server has, and its context."""
+    """Return the name of the server's model, and its context."""
     asked = urllib.request.Request(f"{url}/v1/models")
     if key:
         asked.add_header("Authorization", f"Bearer {key}")
@@ -112,7 +112,7 @@ def _table(title: str, found: "Report") -> Table:
 
 
 def _draw(timings: "list[Timing]", path: Path) -> None:
-    """Return what part of the requests took how long."""
+    """Plot the cumulative distributions of the times."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -125,6 +125,6 @@ def _draw(timings: "list[Timing]", path: Path) -> None:
     )
     for axes, (label, values) in zip(figure.subplots(1, 2), panels, strict=True):
         axes.ecdf([1e3 * value for value in values])
-        axes.set(xlabel=label, ylabel="part of the requests", ylim=(0, 1))
+        axes.set(xlabel=label, ylabel="share of the requests", ylim=(0, 1))
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)

@@ -1,4 +1,4 @@
-"""`llama-jax chat`: a conversation in the terminal."""
+"""Implements `llama-jax chat`: a conversation in the terminal."""
 
 import json
 import sys
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 _HELP = """\
 /reset        forget the conversation
 /system TEXT  set the system message and start over
-/tool RESULT  answer the model's tool call
-/help         this
+/tool RESULT  give the result of the model's tool call
+/help         show this
 /quit         end (or Ctrl-D); Ctrl-C stops a reply"""
 
 
 @dataclass(frozen=True)
 class _Reply:
-    """result and speed are None when it was interrupted; text is what had come by then."""
+    """A reply. If it was interrupted, result and speed are None, and text is incomplete."""
 
     text: str
     result: "Generation | None"
@@ -41,13 +41,15 @@ def chat(
     message: Annotated[
         list[str] | None,
         typer.Option(
-            "--message", "-m", help="Say this and end; several are turns of one conversation."
+            "--message", "-m", help="Send this and exit; several are turns of one conversation."
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     tools: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.json", help="Tools that the model may call: a list of schemas."),
+        typer.Option(
+            metavar="FILE.json", help="Tools that the model may call: a JSON list of schemas."
+        ),
     ] = None,
     as_json: options.Json = False,
     max_new_tokens: options.MaxNewTokens = None,
@@ -65,9 +67,9 @@ def chat(
     num_speculative_tokens: options.NumSpeculativeTokens = None,
     draft: options.Draft = None,
 ) -> None:
-    """Talk with a model. Replies appear as they are written.
+    """Chat with a model. Replies appear as they are generated.
 
-    Without -m it reads your messages: from the terminal, or one per line from a pipe. Replies go to
+    Without -m, messages are read from the terminal, or from a pipe, one per line. Replies go to
     stdout, everything else to stderr.
 
     **Examples**
@@ -120,7 +122,7 @@ def _message(role: str, content: str) -> dict[str, Any]:
 
 
 def _typed() -> Iterator[str]:
-    """Messages from the terminal, with line editing where Python has it, until Ctrl-D."""
+    """Yield messages from the terminal until Ctrl-D, with line editing if Python has it."""
     with suppress(ImportError):
         import readline  # noqa: F401
     while True:
@@ -141,7 +143,7 @@ def _piped() -> Iterator[str]:
 
 
 def _obey(command: str, argument: str, history: list[dict[str, Any]]) -> None:
-    """The commands that need no model."""
+    """Run a command that needs no model."""
     if command == "/reset":
         history[:] = [message for message in history if message["role"] == "system"]
         note("the conversation is forgotten")
@@ -160,9 +162,9 @@ def _say(
     tools: list[Any] | None,
     interactive: bool,
 ) -> None:
-    """One turn for people: the reply streamed to stdout, then what there is to say about it.
+    """Do one turn: stream the reply to stdout, then print remarks about it.
 
-    A turn that fails in a conversation is taken back and explained; otherwise the error goes on.
+    In a conversation, a turn that fails is undone and explained; otherwise the error is raised.
     """
     try:
         reply = _take_turn(llm, history, message, sampling, tools, _show)
@@ -218,7 +220,7 @@ def _take_turn(
     tools: list[Any] | None,
     show: Callable[[str], None],
 ) -> _Reply:
-    """Ask and answer; both are added to the history, unless there was no answer."""
+    """Generate a reply. It and the message are added to the history, unless there was no reply."""
     text, result, before = "", None, snapshot(llm)
     pieces = cast("Generator[Piece]", llm.stream([*history, message], sampling, tools=tools))
     waiting = stderr.status("reading")
@@ -230,7 +232,7 @@ def _take_turn(
             text += piece.text
             result = piece.result
     except KeyboardInterrupt:
-        pieces.close()  # lets go of the model
+        pieces.close()  # releases the model
     finally:
         waiting.stop()
     if result is not None and result.tool_calls:
@@ -250,7 +252,7 @@ def _why_cut(llm: "LLM", result: "Generation") -> str:
     if total >= llm.max_seq_len:
         return (
             f"the context is full: {total} of {llm.max_seq_len} tokens. /reset starts over; "
-            "--max-seq-len makes it longer, up to what the model was made for"
+            "--max-seq-len makes it longer, up to the model's own context"
         )
     return f"cut after {len(result.token_ids)} tokens; --max-new-tokens allows more"
 
@@ -266,6 +268,6 @@ def _read_tools(path: Path) -> list[dict[str, Any]]:
     for index, schema in enumerate(schemas):
         if not isinstance(schema, dict):
             raise ValueError(
-                f"{path}: expected an object in place {index}, got {type(schema).__name__}"
+                f"{path}: expected an object at index {index}, got {type(schema).__name__}"
             )
     return schemas

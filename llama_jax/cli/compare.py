@@ -1,4 +1,4 @@
-"""`llama-jax compare`: how far two checkpoints' predictions are apart on a text."""
+"""Implements `llama-jax compare`: how much two checkpoints' predictions differ on a text."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,54 +19,56 @@ _DType = Literal["bfloat16", "float32"]
 _Activations = Literal["bf16", "dynamic", "static"]
 _KVDtype = Literal["bf16", "fp8"]
 _READING, _A, _B = "Text", "How A runs", "How B runs"
-# How many tokens of text are shown before one of the worst, and how many characters of them.
+# Tokens of context shown before one of the worst, and the most characters of them.
 _CONTEXT, _SHOWN = 24, 40
 
 
 def compare(
     a: Annotated[str, typer.Argument(help="The reference: a checkpoint of any kind.")],
-    b: Annotated[str, typer.Argument(help="What is judged, with the same vocabulary.")],
+    b: Annotated[str, typer.Argument(help="The checkpoint to judge, with the same vocabulary.")],
     text: Annotated[
         Path, typer.Option(help="A UTF-8 text to run both over.", rich_help_panel=_READING)
     ],
     tokens: Annotated[
-        int, typer.Option(min=2, help="How much of it is read.", rich_help_panel=_READING)
+        int, typer.Option(min=2, help="Most tokens to read.", rich_help_panel=_READING)
     ] = 4096,
     sequence_length: Annotated[
         int,
         typer.Option(
-            min=2, help="Tokens of a sequence; each begins anew.", rich_help_panel=_READING
+            min=2,
+            help="Tokens per sequence, each without earlier context.",
+            rich_help_panel=_READING,
         ),
     ] = 512,
     dtype_a: Annotated[
-        _DType, typer.Option(help="Of activations, cache and logits.", rich_help_panel=_A)
+        _DType, typer.Option(help="Dtype of activations, cache and logits.", rich_help_panel=_A)
     ] = "bfloat16",
     activations_a: Annotated[
         _Activations,
-        typer.Option(help="What FP8 weights are multiplied with.", rich_help_panel=_A),
+        typer.Option(help="Format of activations for FP8 weights.", rich_help_panel=_A),
     ] = "bf16",
     kv_dtype_a: Annotated[
-        _KVDtype, typer.Option(help="Of the key/value cache.", rich_help_panel=_A)
+        _KVDtype, typer.Option(help="Format of the key/value cache.", rich_help_panel=_A)
     ] = "bf16",
     dtype_b: Annotated[
-        _DType, typer.Option(help="Of activations, cache and logits.", rich_help_panel=_B)
+        _DType, typer.Option(help="Dtype of activations, cache and logits.", rich_help_panel=_B)
     ] = "bfloat16",
     activations_b: Annotated[
         _Activations,
-        typer.Option(help="What FP8 weights are multiplied with.", rich_help_panel=_B),
+        typer.Option(help="Format of activations for FP8 weights.", rich_help_panel=_B),
     ] = "bf16",
     kv_dtype_b: Annotated[
-        _KVDtype, typer.Option(help="Of the key/value cache.", rich_help_panel=_B)
+        _KVDtype, typer.Option(help="Format of the key/value cache.", rich_help_panel=_B)
     ] = "bf16",
-    worst: Annotated[int, typer.Option(min=0, help="How many of the worst tokens to show.")] = 5,
+    worst: Annotated[int, typer.Option(min=0, help="Number of the worst tokens to show.")] = 5,
     as_json: options.Json = False,
 ) -> None:
-    """How far are the predictions of two checkpoints apart, token by token?
+    """Compare the predictions of two checkpoints token by token.
 
     A and B are converted checkpoints, published ones (Hugging Face, Meta) or hub ids. They run one
-    after the other, one layer at a time, so neither has to fit into memory. KL is KL(A || B) in
-    nats: 0 where B predicts what A does. Names of special tokens in the text become those tokens,
-    so it may hold chats.
+    after the other and layer by layer, so neither has to fit in memory. KL is KL(A || B) in nats: 0
+    where B predicts the same as A. Names of special tokens in the text become those tokens, so the
+    text may contain chats.
 
     **Examples**
 

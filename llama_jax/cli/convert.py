@@ -1,4 +1,4 @@
-"""`llama-jax convert`: a Hugging Face checkpoint becomes an Orbax directory."""
+"""Implements `llama-jax convert`: turns a published checkpoint into an Orbax directory."""
 
 import time
 from collections import Counter
@@ -19,7 +19,7 @@ _QUANTISING, _REPORTING, _READING = "Quantising", "Report", "Texts"
 
 def convert(
     source: options.Source,
-    target: Annotated[Path, typer.Argument(help="The directory to make.")],
+    target: Annotated[Path, typer.Argument(help="The directory to create.")],
     quantize: Annotated[
         Literal["row", "tensor", "block"] | None,
         typer.Option(
@@ -32,15 +32,15 @@ def convert(
         bool,
         typer.Option(
             "--quantize-lm-head",
-            help="The output matrix too: lm_head, or the embedding if they are tied.",
+            help="Quantise the output matrix too: lm_head, or the embedding if they are tied.",
             rich_help_panel=_QUANTISING,
         ),
     ] = False,
     calibrate: Annotated[
         Path | None,
         typer.Option(
-            help="A text to run the model over, for static scales of activations and of an FP8 "
-            "cache. It may hold chats: names of special tokens become those tokens.",
+            help="A text to run the model on, for static scales of activations and of an FP8 "
+            "cache. It may contain chats: names of special tokens become those tokens.",
             rich_help_panel=_QUANTISING,
         ),
     ] = None,
@@ -49,7 +49,7 @@ def convert(
         typer.Option(
             min=0,
             max=1,
-            help="Move outliers of activations into weights (SmoothQuant's alpha; 0.5 is usual).",
+            help="Move outliers of activations into weights (SmoothQuant's alpha, often 0.5).",
             show_default="do not",
             rich_help_panel=_QUANTISING,
         ),
@@ -57,36 +57,38 @@ def convert(
     report: Annotated[
         Path | None,
         typer.Option(
-            help="Measure errors, print tables, write a .json file or a plot (.png, .pdf, .svg).",
+            help="Measure errors, print tables, and write a .json file or plot (.png, .pdf, .svg).",
             rich_help_panel=_REPORTING,
         ),
     ] = None,
     text: Annotated[
         Path | None,
         typer.Option(
-            help="A text for perplexity before and after.",
-            show_default="the one to calibrate on",
+            help="A text for the perplexity before and after.",
+            show_default="that of --calibrate",
             rich_help_panel=_REPORTING,
         ),
     ] = None,
     tokens: Annotated[
-        int, typer.Option(min=2, help="How much of each text is read.", rich_help_panel=_READING)
+        int, typer.Option(min=2, help="Most tokens to read of each text.", rich_help_panel=_READING)
     ] = 16384,
     sequence_length: Annotated[
         int,
         typer.Option(
-            min=2, help="Tokens of a sequence; each begins anew.", rich_help_panel=_READING
+            min=2,
+            help="Tokens per sequence, each without earlier context.",
+            rich_help_panel=_READING,
         ),
     ] = 512,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
 ) -> None:
-    """Convert a checkpoint once, so that it loads fast and onto any number of devices.
+    """Convert a checkpoint once, so that it loads fast on any number of devices.
 
     SOURCE needs config.json, safetensors and the tokenizer's files, or Meta's params.json,
-    consolidated.*.pth and tokenizer.model. TARGET appears when it is whole, and what was there
-    stays until then. Memory use stays small whatever the size; a model is calibrated and scored
-    one layer at a time.
+    consolidated.*.pth and tokenizer.model. TARGET appears when it is complete, and replaces what
+    was there only then. Memory use is small for any size, because calibration and scoring go layer
+    by layer.
 
     **Examples**
 

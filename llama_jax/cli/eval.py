@@ -1,4 +1,4 @@
-"""`llama-jax eval`: tasks of lm-evaluation-harness."""
+"""Implements `llama-jax eval`: tasks of lm-evaluation-harness."""
 
 import contextlib
 import logging
@@ -14,7 +14,7 @@ from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.cli import options
 from llama_jax.cli.output import note, print_json, stderr
 
-# How many resamplings estimate a standard error that has no formula: it is then right to 2 %.
+# Resamplings for a standard error without a formula, which is then right to 2 %.
 _BOOTSTRAP_ITERS = 1000
 
 
@@ -26,7 +26,7 @@ def eval(
             "--tasks",
             "-t",
             metavar="TASK,...",
-            help="Names of the harness, with * if you like, or .yaml files; may be repeated.",
+            help="The harness's names, which may have a *, or .yaml files; may be repeated.",
         ),
     ] = [],  # noqa: B006  # typer wants a list here
     num_fewshot: Annotated[
@@ -35,17 +35,23 @@ def eval(
     ] = None,
     limit: Annotated[
         float | None,
-        typer.Option(min=0, help="Documents of each task; below 1 a share of them. For trying."),
+        typer.Option(
+            min=0, help="Documents per task, or a share of them if below 1, for a trial run."
+        ),
     ] = None,
     include_path: Annotated[
         list[Path] | None,
         typer.Option(help="A directory of your own task files; may be repeated."),
     ] = None,
     apply_chat_template: Annotated[
-        bool, typer.Option("--apply-chat-template", help="Ask as a user's message in a chat.")
+        bool,
+        typer.Option(
+            "--apply-chat-template", help="Put the question into a user's message of a chat."
+        ),
     ] = False,
     fewshot_as_multiturn: Annotated[
-        bool, typer.Option(help="Examples are earlier turns of that chat, or stand in the message.")
+        bool,
+        typer.Option(help="Put examples into earlier turns of that chat, or into the message."),
     ] = True,
     system: Annotated[str | None, typer.Option(help="Instruction before everything.")] = None,
     as_json: options.Json = False,
@@ -55,10 +61,10 @@ def eval(
     max_seq_len: options.MaxSeqLen = None,
     max_batch_size: options.MaxBatchSize = 8,
 ) -> None:
-    """Measure a model by tasks of lm-evaluation-harness. Needs `pip install "llama-jax[eval]"`.
+    """Evaluate a model on tasks of lm-evaluation-harness. Needs `pip install "llama-jax[eval]"`.
 
-    All that the harness can do is in `python -m llama_jax.integrations.lm_eval`, which is its own
-    command line with `--model llama_jax`.
+    `python -m llama_jax.integrations.lm_eval` is the harness's own command line, with all its
+    options and `--model llama_jax`.
 
     **Examples**
 
@@ -91,7 +97,7 @@ def eval(
         model, show_plan=model is not None and not as_json, dtype=dtype, activations=activations,
         kv_dtype=kv_dtype, max_seq_len=max_seq_len, max_batch_size=max_batch_size,
     )  # fmt: skip
-    # Results alone go to stdout.
+    # Only results go to stdout.
     with contextlib.redirect_stdout(sys.stderr):
         results = simple_evaluate(
             model=LlamaJax(llm),
@@ -128,7 +134,7 @@ _REPORTED = (
 
 
 def _resolve(manager: Any, tasks: list[str]) -> list[str]:
-    """Names and files of tasks, patterns among them resolved."""
+    """Resolve patterns to the names and files of tasks."""
     names: dict[str, None] = {}
     for task in filter(None, ",".join(tasks).split(",")):
         if task.endswith(".yaml"):

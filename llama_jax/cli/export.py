@@ -1,4 +1,4 @@
-"""`llama-jax export`: any checkpoint becomes a Hugging Face directory again."""
+"""Implements `llama-jax export`: turns any checkpoint into a Hugging Face directory."""
 
 import time
 from pathlib import Path
@@ -15,12 +15,12 @@ from llama_jax.cli.output import key_value_table, print_json, stderr, stdout
 
 def export(
     source: options.Source,
-    target: Annotated[Path, typer.Argument(help="The Hugging Face directory to make.")],
+    target: Annotated[Path, typer.Argument(help="The Hugging Face directory to create.")],
     format: Annotated[
         Literal["bf16", "fp8"],
         typer.Option(
-            help="fp8: codes and scales as they are, as compressed-tensors writes them. bf16: code "
-            "times scale, rounded once. Weights that are not quantised keep their dtype in both."
+            help="fp8: codes and scales unchanged, in compressed-tensors' layout. bf16: code times "
+            "scale, rounded once. Unquantised weights keep their dtype in both."
         ),
     ],
     overwrite: options.Overwrite = False,
@@ -28,9 +28,9 @@ def export(
 ) -> None:
     """Write a checkpoint as safetensors that transformers, vLLM and SGLang load.
 
-    TARGET appears when it is whole, and what was there stays until then. Memory use stays small
-    whatever the size. With fp8, activations are quantised with the checkpoint's input scales where
-    it has some, and otherwise per token.
+    TARGET appears when it is complete, and replaces what was there only then. Memory use is small
+    for any size. With fp8, activations are quantised with the checkpoint's input scales if it has
+    some, and otherwise per token.
 
     **Examples**
 

@@ -1,4 +1,4 @@
-"""`llama-jax generate`: continue prompts."""
+"""Implements `llama-jax generate`: continues prompts."""
 
 import sys
 from dataclasses import replace
@@ -35,7 +35,7 @@ def generate(
     ] = None,
     output: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Write JSONL here, in the order of the input."),
+        typer.Option(metavar="FILE", help="Write JSONL to this file, in the order of the input."),
     ] = None,
     overwrite: options.Overwrite = False,
     as_json: options.Json = False,
@@ -56,12 +56,12 @@ def generate(
     num_speculative_tokens: options.NumSpeculativeTokens = None,
     draft: options.Draft = None,
 ) -> None:
-    """Continue a text, or each line of a file. The prompts are taken as they are, without a chat
-    format; see `chat` for that.
+    """Continue a text, or each line of a file. Prompts are used as they are; for a chat format see
+    `chat`.
 
     A single prompt is streamed to stdout. With --json or --output there is a JSON object for each
-    continuation: the fields of the input line and text, finish_reason, prompt_tokens,
-    completion_tokens, and with --samples sample, counted from 0.
+    continuation, which has the fields of the input line, text, finish_reason, prompt_tokens,
+    completion_tokens, and, with --samples, sample (from 0).
 
     **Examples**
 
@@ -130,9 +130,9 @@ def _stream(llm: "LLM", prompt: str, sampling: "SamplingParams") -> None:
 
 
 def _read(path: str) -> list[dict[str, Any]]:
-    """The lines of a file as objects with a prompt.
+    """Read the lines of a file as objects with a prompt.
 
-    Raises ValueError naming the line that has none.
+    Raises ValueError, which names the line, if one has no prompt.
     """
     if path.endswith((".jsonl", ".json")):
         rows = []

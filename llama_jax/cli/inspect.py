@@ -1,4 +1,4 @@
-"""`llama-jax inspect`: what a checkpoint is, and whether it will fit, without loading it."""
+"""Implements `llama-jax inspect`: describes a checkpoint and its memory without loading it."""
 
 import re
 from collections import Counter
@@ -32,9 +32,11 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 class _Kind:
     """The modules of one name and one format, such as all q_proj or those of a few layers.
 
-    layers: where they are, () for a module that is not in a layer; everywhere: whether no module of
-    this name is stored in another way. shape: of the weight. bytes: of all of them, scales
-    included. weight_scale, input_scale: the smallest and the largest, None without any.
+    layers: the layers that have them; () for a module outside the layers.
+    everywhere: whether all modules of this name have this format.
+    shape: of the weight.
+    bytes: of all of them, including scales.
+    weight_scale, input_scale: the smallest and the largest; None without scales.
     """
 
     name: str
@@ -56,36 +58,37 @@ def inspect(
     max_seq_len: options.MaxSeqLen = None,
     max_batch_size: options.MaxBatchSize = 8,
     prefill_chunk: Annotated[
-        int, typer.Option(min=1, help="Tokens of a prompt at once.", rich_help_panel="Loading")
+        int,
+        typer.Option(min=1, help="Most tokens of a prompt per call.", rich_help_panel="Loading"),
     ] = 512,
     memory: Annotated[
         str | None,
         typer.Option(
-            help="Plan for a device with so much memory, such as 80GiB. JAX takes three quarters "
-            "of a GPU's, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.",
-            show_default="what this device has",
+            help="Plan for a device with this memory, such as 80GiB. JAX takes three quarters of a "
+            "GPU's, unless XLA_PYTHON_CLIENT_MEM_FRACTION is set.",
+            show_default="this device's",
             rich_help_panel="Loading",
         ),
     ] = None,
     paths: Annotated[
         bool,
         typer.Option(
-            help="Show instead which kernel, or XLA, takes each matmul and each attention.",
+            help="Show instead which kernel computes each matmul and attention, or XLA.",
             rich_help_panel=_PATHS,
         ),
     ] = False,
     program: Annotated[
         Literal["prefill", "decode"] | None,
         typer.Option(
-            help="Show instead what this program is made of: launches, graphs, temporaries. It is "
-            "compiled for --device h200, which needs the extra aot and no GPU.",
+            help="Show instead the launches, graphs and temporaries of this program, compiled for "
+            "--device h200. Needs the extra aot, but no GPU.",
             rich_help_panel=_PATHS,
         ),
     ] = None,
     device: Annotated[
         Device | None,
         typer.Option(
-            help="Where it would run; needs no GPU.",
+            help="The device to plan for; no GPU is needed.",
             show_default="this device",
             rich_help_panel=_PATHS,
         ),
@@ -93,14 +96,14 @@ def inspect(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="FP8 weights in the shapes of a model, e.g. llama-3.1-8b, in place of MODEL.",
+            help="FP8 weights in the shapes of a model, e.g. llama-3.1-8b, instead of MODEL.",
             rich_help_panel=_PATHS,
         ),
     ] = None,
     activations: options.Activations = "auto",
 ) -> None:
-    """Show what a checkpoint is: layout, config, formats and scales of the weights, tokenizer; and
-    the memory it would take, here or on another device. Nothing is converted or loaded.
+    """Describe a checkpoint: its layout, config, formats and scales of the weights, tokenizer, and
+    the memory that it needs, here or on another device. Nothing is converted or loaded.
 
     **Examples**
 
@@ -164,7 +167,7 @@ def inspect(
 
 
 def _parse_size(text: str) -> int:
-    """Bytes from "80GiB", "141 GB", "24g" or a plain number."""
+    """Parse "80GiB", "141 GB", "24g" or a plain number as bytes."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise typer.BadParameter(f"--memory {text}: expected a size such as 80GiB or 141GB")
@@ -226,13 +229,13 @@ def _kinds(plan: "Plan") -> list[_Kind]:
 
 
 def _layer(path: str) -> int | None:
-    """Return the number of the layer that a module is in, None outside of layers."""
+    """Return the number of a module's layer, or None outside the layers."""
     layer, _, rest = path.partition("/")
     return int(layer.removeprefix("layers_")) if rest else None
 
 
 def _words(module: "Module") -> str:
-    """Say how a weight is stored. A matrix with a single scale has it stored for each row."""
+    """Describe the storage format of a weight. A single scale is stored for each row."""
     stored = module.format
     if stored.scale is None:
         return stored.dtype
@@ -341,7 +344,7 @@ def _quantization_rows(quantized: Mapping[str, list[str]]) -> dict[str, str]:
 
 
 def _where(paths: Sequence[str]) -> str:
-    """Module paths in few words: "q_proj in layers 0, 31; lm_head"."""
+    """Abbreviate module paths: "q_proj in layers 0, 31; lm_head"."""
     layers: dict[str, list[int]] = {}
     for path in paths:
         found = layers.setdefault(path.rpartition("/")[2], [])
@@ -355,7 +358,7 @@ def _where(paths: Sequence[str]) -> str:
 
 
 def _in_layers(numbers: Sequence[int]) -> str:
-    """ " in layers 0, 2-30"; nothing for no layer."""
+    """Return " in layers 0, 2-30", or "" for no layer."""
     if not numbers:
         return ""
     return f" in layer{'s' if len(numbers) > 1 else ''} {runs(numbers)}"
@@ -389,7 +392,7 @@ def _tokenizer_words(facts: Mapping[str, Any]) -> str:
 
 
 def _weights_tables(kinds: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Table]]:
-    """Make a table for each format, whose title says what its weights have in common."""
+    """Make a table for each format, with what its weights have in common in the title."""
     by_format: dict[str, list[Mapping[str, Any]]] = {}
     for kind in kinds:
         by_format.setdefault(kind["format"], []).append(kind)

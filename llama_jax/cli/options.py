@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and what they load."""
+"""Defines arguments and options that several commands share, and loads models for them."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from llama_jax.llm import LLM
     from llama_jax.model.spec import ModelSpec
 
-_LOADING, _SAMPLING = "Loading", "Sampling (default: what the checkpoint's generation_config says)"
+_LOADING, _SAMPLING = "Loading", "Sampling (default: the checkpoint's generation_config)"
 SHIPPED = "abacus, the small model that ships with llama-jax"
 
 Model = Annotated[
@@ -35,46 +35,48 @@ Source = Annotated[
     str,
     typer.Argument(help="A converted checkpoint, a Hugging Face or Meta directory, or a hub id."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for machines.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, for other programs.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 
 DType = Annotated[
     Literal["bfloat16", "float32"],
-    typer.Option(help="Of activations, cache and logits.", rich_help_panel=_LOADING),
+    typer.Option(help="Dtype of activations, cache and logits.", rich_help_panel=_LOADING),
 ]
 Activations = Annotated[
     Literal["auto", "bf16", "dynamic", "static"],
     typer.Option(
-        help="What FP8 weights are multiplied with: bf16 (activations in --dtype), dynamic (FP8 "
-        "with a scale per token) or static (FP8 with the checkpoint's scales); auto: bf16, but "
-        "dynamic for prompts on a GPU that computes in FP8.",
+        help="Format of activations for FP8 weights: bf16 (in --dtype), dynamic (FP8 with a scale "
+        "per token) or static (FP8 with the checkpoint's scales). auto: dynamic for prompts on a "
+        "GPU that computes in FP8, otherwise bf16.",
         rich_help_panel=_LOADING,
     ),
 ]
 Implementation = Annotated[
     Literal["reference", "xla", "cpu", "hopper"] | None,
     typer.Option(
-        help="Of attention and FP8 matmuls: XLA, or kernels for a CPU or for Hopper, or an error "
-        "where they cannot run; reference is their definition in plain JAX.",
+        help="Implementation of attention and FP8 matmuls: XLA, kernels for a CPU or a Hopper GPU "
+        "(an error if they cannot run), or reference, their definition in plain JAX.",
         show_default="the best that runs here",
         rich_help_panel=_LOADING,
     ),
 ]
 KVDtype = Annotated[
     Literal["bf16", "fp8"],
-    typer.Option(help="Of the key/value cache: bf16 (--dtype) or fp8.", rich_help_panel=_LOADING),
+    typer.Option(
+        help="Format of the key/value cache: bf16 (--dtype) or fp8.", rich_help_panel=_LOADING
+    ),
 ]
 MaxSeqLen = Annotated[
     int | None,
     typer.Option(
         min=2,
-        help="Tokens that prompt and output may have together.",
+        help="Most tokens of a prompt and its output together.",
         show_default="the model's context, at most 8192",
         rich_help_panel=_LOADING,
     ),
 ]
 MaxBatchSize = Annotated[
-    int, typer.Option(min=1, help="Sequences at the same time.", rich_help_panel=_LOADING)
+    int, typer.Option(min=1, help="Most sequences at the same time.", rich_help_panel=_LOADING)
 ]
 
 NumSpeculativeTokens = Annotated[
@@ -83,9 +85,9 @@ NumSpeculativeTokens = Annotated[
         "--num-speculative-tokens",
         "--lookahead",
         min=0,
-        help="Draft tokens for the model to check together: looked up in the text so far, or drawn "
-        "by --draft. Faster where they are right; the tokens stay the same. --lookahead is the old "
-        "spelling.",
+        help="Draft tokens for the model to check together, looked up in the text so far or drawn "
+        "by --draft. Saves time if they are right; the output stays the same. --lookahead is the "
+        "old spelling.",
         show_default="0, or 4 with --draft",
         rich_help_panel=_LOADING,
     ),
@@ -94,23 +96,26 @@ Draft = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="A smaller model with the same vocabulary that guesses tokens.",
+        help="A smaller model with the same vocabulary that proposes draft tokens.",
         rich_help_panel=_LOADING,
     ),
 ]
 
 MaxNewTokens = Annotated[
     int | None,
-    typer.Option(help="Tokens to generate at most.", show_default="256", rich_help_panel=_SAMPLING),
+    typer.Option(help="Most tokens to generate.", show_default="256", rich_help_panel=_SAMPLING),
 ]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)]
 TopK = Annotated[
     int | None,
-    typer.Option(help="Draw from the k likeliest tokens; 0: all.", rich_help_panel=_SAMPLING),
+    typer.Option(help="Draw from the k likeliest tokens; 0 for all.", rich_help_panel=_SAMPLING),
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(help="Draw from the likeliest tokens of this mass.", rich_help_panel=_SAMPLING),
+    typer.Option(
+        help="Draw from the likeliest tokens with this total probability.",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 MinP = Annotated[
     float | None,
@@ -119,7 +124,7 @@ MinP = Annotated[
     ),
 ]
 RepetitionPenalty = Annotated[
-    float | None, typer.Option(help="Above 1 avoids repetition.", rich_help_panel=_SAMPLING)
+    float | None, typer.Option(help="Values above 1 reduce repetition.", rich_help_panel=_SAMPLING)
 ]
 Seed = Annotated[
     int | None,
@@ -138,7 +143,7 @@ Stop = Annotated[
 
 
 def model_name(model: str | None) -> str:
-    """Return what messages call a model."""
+    """Return a model's name for messages."""
     return "abacus" if model is None else Path(model).name or model
 
 
@@ -147,7 +152,7 @@ def check_preset(preset: str) -> None:
 
     if preset not in PRESETS:
         raise typer.BadParameter(
-            f"there is {', '.join(PRESETS)}; got {preset!r}", param_hint="--preset"
+            f"expected one of {', '.join(PRESETS)}; got {preset!r}", param_hint="--preset"
         )
 
 
@@ -164,7 +169,7 @@ def preset_spec(
 
 
 def directory(model: str | None) -> Path:
-    """Find or make a model's converted checkpoint, with progress on stderr."""
+    """Find a model's converted checkpoint, or convert it, with progress on stderr."""
     path = locate(SHIPPED_MODEL if model is None else model)
     with stderr.status("starting JAX"):
         from converters.resolve import resolve
@@ -172,7 +177,7 @@ def directory(model: str | None) -> Path:
 
 
 def check_file(option: str, path: Path | None) -> None:
-    """Raise an error that names the option unless its file can be opened, or is not wanted."""
+    """Raise an error that names the option if its file is given but cannot be opened."""
     if path is None:
         return
     if path.is_fifo() or path.is_char_device():
@@ -184,8 +189,8 @@ def check_file(option: str, path: Path | None) -> None:
 
 
 def load(model: str | None, *, show_plan: bool, **settings: Any) -> "LLM":
-    """`LLM.load` of `directory` with the settings that were given (not None), with the memory plan
-    on stderr, or a spinner."""
+    """Load an `LLM` from `directory` with the settings that are not None, showing the memory plan
+    or a spinner on stderr."""
     name = model_name(model)
     if settings.get("draft") is not None:
         locate(settings["draft"])  # before the model is converted
@@ -206,9 +211,9 @@ def load(model: str | None, *, show_plan: bool, **settings: Any) -> "LLM":
 
 
 def sampling_settings(**given: Any) -> dict[str, Any]:
-    """Return the settings that were given (not None), which replace a checkpoint's own.
+    """Return the settings that are not None, which replace a checkpoint's own.
 
-    Raises ValueError for one that is out of range, before a model is looked at.
+    Raises ValueError for one that is out of range, before a model is read.
     """
     from llama_jax.sampling_params import SamplingParams
 

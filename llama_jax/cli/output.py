@@ -1,4 +1,4 @@
-"""Input and output of the commands: messages on stderr, results on stdout or in whole files."""
+"""Reads input and writes output of the commands: messages, tables, JSON, complete files."""
 
 import os
 import sys
@@ -31,13 +31,13 @@ _MESSAGE_LINES, _MESSAGE_LENGTH = 3, 1000
 
 
 def note(text: str) -> None:
-    """Print a remark on stderr, beside the results."""
+    """Print a remark on stderr."""
     stderr.print(in_few_lines(text), style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
 def in_few_lines(message: object) -> str:
-    """Shorten a message that may quote files to three lines and 1000 characters, without control
-    characters, which a terminal would obey."""
+    """Shorten a message to three lines and 1000 characters, and remove control characters, which a
+    terminal would obey; it may quote files."""
     lines = str(message).splitlines()
     joined = ("\n" if len(lines) <= _MESSAGE_LINES else " ").join(lines)
     text = "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in joined)
@@ -45,8 +45,8 @@ def in_few_lines(message: object) -> str:
 
 
 class _RateColumn(ProgressColumn):
-    """Units per second of work; a task says what they are (`unit`) and, unless each step is one,
-    how many there have been (`units`)."""
+    """Shows units per second of work. A task has the name of its `unit` and, unless each step is
+    one, the number of `units` so far."""
 
     def render(self, task: Task) -> Text:
         done, seconds = task.fields.get("units", task.completed), task.fields["clock"].seconds()
@@ -54,19 +54,19 @@ class _RateColumn(ProgressColumn):
         return Text(f"{rate:,.1f} {task.fields['unit']}/s", style="progress.data.speed")
 
 
-class _LeftColumn(ProgressColumn):
-    """Shows how long the rest will take, once there have been enough steps to tell."""
+class _RemainingColumn(ProgressColumn):
+    """Shows how long the remaining steps will take, once enough are done to tell."""
 
     def render(self, task: Task) -> Text:
         done = task.completed - task.fields.get("before", 0)
-        left = seconds_left(done, task.remaining, task.fields["clock"].seconds())
-        shown = "-:--:--" if left is None else str(timedelta(seconds=round(left)))
+        remaining = seconds_remaining(done, task.remaining, task.fields["clock"].seconds())
+        shown = "-:--:--" if remaining is None else str(timedelta(seconds=round(remaining)))
         return Text(shown, style="progress.remaining")
 
 
-def seconds_left(done: float, remaining: float | None, seconds: float) -> float | None:
-    """Estimate the seconds that the remaining steps will take from those that `done` steps took;
-    None after few steps, or if their number is not known."""
+def seconds_remaining(done: float, remaining: float | None, seconds: float) -> float | None:
+    """Estimate the seconds of the remaining steps from those of `done` steps. Returns None after
+    too few steps, or if the remaining number is unknown."""
     if remaining is None or done < _STEPS_TO_TELL:
         return None
     return remaining * seconds / done
@@ -76,17 +76,17 @@ _STEPS_TO_TELL = 10
 
 
 def progress_bar() -> Progress:
-    """Make a progress bar on stderr, if that is a terminal.
+    """Make a progress bar on stderr, shown if that is a terminal.
 
-    Its tasks have the fields `unit` and `clock`, a `speed.Clock`, and `before`, the number of steps
-    that an earlier run did, if there was one.
+    Its tasks have the fields `unit`, `clock` (a `speed.Clock`) and `before` (the number of steps
+    that an earlier run did).
     """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         _RateColumn(),
-        _LeftColumn(),
+        _RemainingColumn(),
         console=stderr,
         disable=not stderr.is_terminal,
     )
@@ -103,7 +103,7 @@ def key_value_table(title: str, rows: Mapping[str, object]) -> Table:
 
 
 def runs(numbers: Sequence[int]) -> str:
-    """Write ascending numbers with neighbours joined: "0, 2-30"."""
+    """Format ascending numbers with runs joined: "0, 2-30"."""
     found: list[list[int]] = []
     for number in numbers:
         if found and found[-1][-1] == number - 1:
@@ -119,7 +119,7 @@ def print_json(value: Any) -> None:
 
 
 def check_output(path: str, overwrite: bool) -> None:
-    """Raise FileExistsError, or FileNotFoundError for the directory, before any work is done."""
+    """Raise FileExistsError if the file exists, or FileNotFoundError without its directory."""
     if path == "-":
         return
     if Path(path).is_dir():
@@ -132,7 +132,7 @@ def check_output(path: str, overwrite: bool) -> None:
 
 @contextmanager
 def whole_file(path: str) -> Iterator[TextIO]:
-    """Open a text file that appears when the block ends without an error; "-" is stdout."""
+    """Open a text file that appears once the block ends without an error; "-" is stdout."""
     if path == "-":
         yield sys.stdout
         return

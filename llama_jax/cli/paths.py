@@ -1,4 +1,4 @@
-"""`llama-jax inspect --paths`: prints the calls that `llama_jax.engine.paths` finds."""
+"""Implements `llama-jax inspect --paths`: prints the calls that `engine.paths` finds."""
 
 import contextlib
 from collections import Counter
@@ -26,7 +26,7 @@ def show_paths(
     device: Device | None,
     as_json: bool,
 ) -> None:
-    """Trace the programs for `device`, None for this one, and print their calls."""
+    """Trace the programs for `device` (None for this one) and print their calls."""
     import jax
 
     from llama_jax.engine import paths
@@ -47,7 +47,7 @@ def show_paths(
         ]
         print_json({"model": title, "device": name, "programs": programs})
         return
-    sizes = f"{options.max_seq_len} tokens a row, cache in {kv_dtype}"
+    sizes = f"{options.max_seq_len} tokens per sequence, cache in {kv_dtype}"
     stdout.print(key_value_table(title, {"device": name, "sizes": sizes}))
     for program, calls in found:
         _print(program, calls)
@@ -69,8 +69,8 @@ def _as_json(call: "KernelCall") -> dict[str, Any]:
 
 
 def _print(program: "Program", calls: Sequence["KernelCall"]) -> None:
-    """Print a table of calls. Those that differ only in the layer share a line, and reasons are
-    listed below the table."""
+    """Print a table of calls, with a line for those that differ only in the layer, and the reasons
+    below it."""
     groups: dict[tuple[str, ...], list[int]] = {}
     for call in calls:
         operands = ", ".join(call.operands[:2])
@@ -95,7 +95,7 @@ def _print(program: "Program", calls: Sequence["KernelCall"]) -> None:
 
 
 def _reasons(call: "KernelCall") -> str:
-    """Say why XLA multiplies or, of a kernel, why those that were asked before it do not."""
+    """Explain why XLA multiplies, or why kernels of higher priority did not take the call."""
     if call.why_not or not call.choice:
         return call.why_not or ""
     names: dict[str, list[str]] = {}
@@ -105,7 +105,7 @@ def _reasons(call: "KernelCall") -> str:
 
 
 def _words(call: "KernelCall") -> str:
-    """Name what the call is for: the matrices that it reads, or else its module."""
+    """Name the matrices that the call reads, or else its module."""
     names = [path.rpartition("/")[2] for path in call.matrices or (call.module,)]
     return ", ".join(names) or "outside of the model"
 

@@ -1,4 +1,4 @@
-"""`llama-jax inspect --program`: what `engine.program_report` read, for readers and machines."""
+"""Implements `llama-jax inspect --program`: prints the report of `engine.program_report`."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -22,9 +22,9 @@ def show_program(
     phase: "Phase",
     as_json: bool,
 ) -> None:
-    """Compile a program for an H200 and print what it is made of.
+    """Compile a program for an H200 and print its launches and memory.
 
-    Raises ValueError, with what to install, if nothing can be compiled for an H200 here.
+    Raises ValueError, which says what to install, if an H200 is no possible target here.
     """
     from llama_jax.engine.program_report import report
     from pallas_kernels.dev import sm90
@@ -38,7 +38,7 @@ def show_program(
         return
     rows = {
         "device": "NVIDIA H200",
-        "sizes": f"{options.max_batch_size} rows of {options.max_seq_len} tokens, cache in "
+        "sizes": f"{options.max_batch_size} sequences of {options.max_seq_len} tokens, cache in "
         f"{kv_dtype}, {options.prefill_chunk} tokens of a prompt at once",
         "host round trips": str(found.host_round_trips),
         "CUDA graphs": str(found.graphs),

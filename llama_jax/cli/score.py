@@ -1,4 +1,4 @@
-"""`llama-jax score`: how likely texts are, JSONL in and JSONL out, of any size."""
+"""Implements `llama-jax score`: the likelihood of texts, JSONL in and JSONL out, of any size."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ from llama_jax.cli.output import (
     note,
     print_json,
     progress_bar,
-    seconds_left,
+    seconds_remaining,
     stderr,
     whole_file,
 )
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     from llama_jax.llm import LLM
 
 Row = dict[str, Any] | ValueError
-# A line's number, its row with the scores, and how many tokens were read for it.
+# A line's number, its row with the scores, and the number of tokens read for it.
 _Scored = tuple[int, dict[str, Any], int]
 _CLUSTER = "Cluster"
-# Seconds between two notes on the progress where no bar can be drawn.
+# Seconds between two progress messages if there is no progress bar.
 _NOTE_EVERY = 60.0
 
 
@@ -46,8 +46,9 @@ _NOTE_EVERY = 60.0
 class _Summary:
     """Totals over the lines of the output.
 
-    num_tokens, total, greedy: over lines with a completion or a text. resumed: lines that were
-    there already. num_read: tokens that went through the model for the others.
+    num_tokens, total, greedy: of lines with a completion or a text.
+    resumed: lines of an earlier run.
+    num_read: tokens that went through the model for the other lines.
     """
 
     scored: int = 0
@@ -88,9 +89,7 @@ def score(
     ] = False,
     window: Annotated[
         int | None,
-        typer.Option(
-            min=2, help='Tokens of a "text" looked at together.', show_default="max-seq-len"
-        ),
+        typer.Option(min=2, help='Tokens of a "text" in one window.', show_default="max-seq-len"),
     ] = None,
     stride: Annotated[
         int | None,
@@ -121,13 +120,13 @@ def score(
         int | None,
         typer.Option(
             min=1,
-            help="Models loaded in the cluster.",
-            show_default="one per GPU, or per machine without",
+            help="Number of models in the cluster.",
+            show_default="one per GPU, or per machine without one",
             rich_help_panel=_CLUSTER,
         ),
     ] = None,
 ) -> None:
-    """How likely is each text?
+    """Compute how likely each text is.
 
     A line of IN.jsonl is an object with "prompt" and "completion", with "prompt" and "choices" (a
     list of texts), or with "text", of any length. A line of OUT.jsonl has the same fields and adds
@@ -141,12 +140,13 @@ def score(
 
     - for a line that cannot be scored: error. The others go on.
 
-    Lines are read and written as a stream, in order. OUT.jsonl appears when it is whole; until then
-    its lines stand in OUT.jsonl.partial, and the same command goes on from there if it was stopped.
+    Lines are read and written as a stream, in order. OUT.jsonl appears when it is complete. Until
+    then its lines are in OUT.jsonl.partial, and the same command continues from there if it was
+    stopped.
 
-    With --ray the actors of a cluster score pieces of the file (extra `ray`): each machine has to
-    see IN.jsonl and MODEL. Only whole pieces, at most 1024 lines, are written. A run may be begun
-    with --ray and continued without, or the other way round.
+    With --ray the actors of a cluster score pieces of the file (extra `ray`), so each machine needs
+    access to IN.jsonl and MODEL. Only complete pieces, of up to 1024 lines, are written. A run may
+    be started with --ray and continued without it, or the other way round.
 
     **Examples**
 
@@ -185,13 +185,13 @@ def score(
     from llama_jax.loading import sequence_limit
 
     max_seq_len = sequence_limit(manifest.config, max_seq_len)
-    window_and_stride(window, stride, max_seq_len)  # says what is wrong with these
+    window_and_stride(window, stride, max_seq_len)  # raises if these are wrong
     settings = {
         "input": digest, "model": manifest.digest, "dtype": dtype, "activations": activations,
         "kv_dtype": kv_dtype, "max_seq_len": max_seq_len, **asked,
     }  # fmt: skip
     before, clock = snapshot(llm) if llm else None, Clock()
-    # Stdin cannot be read again, so there is nothing to resume.
+    # Stdin cannot be read again, so nothing can be resumed.
     whole = output == "-" or input == "-"
     destination = (
         whole_file(output) if whole else resumable_file(output, settings, overwrite, tell=note)
@@ -224,9 +224,9 @@ def _write_scores(
     scored: Callable[[int], Iterable[_Scored]],
     clock: Clock,
 ) -> _Summary:
-    """Score the lines that the output lacks, and write them as they come.
+    """Score the lines that the output lacks, and write them one by one.
 
-    scored: gives those after the first so many, in order.
+    scored: yields the lines after a given number of them, in order.
     """
     summary = _Summary()
     if isinstance(output, ResumableFile):
@@ -255,17 +255,17 @@ def _write_scores(
 
 
 def _progress(summary: _Summary, done: int, num_lines: int | None, seconds: float) -> str:
-    """done: lines of this run, in so many seconds of work."""
+    """Format the progress. done: lines of this run, in so many seconds of work."""
     rate = f"{done / seconds:,.1f} lines/s, {summary.num_read / seconds:,.0f} tok/s"
     if num_lines is None:
         return f"{done} lines · {rate}"
-    left = seconds_left(done, num_lines - summary.resumed - done, seconds)
-    rest = "" if left is None else f" · {left:,.0f} s left"
+    remaining = seconds_remaining(done, num_lines - summary.resumed - done, seconds)
+    rest = "" if remaining is None else f" · {remaining:,.0f} s left"
     return f"{summary.resumed + done} of {num_lines} lines · {rate}{rest}"
 
 
 def _report(summary: _Summary, seconds: float, here: Snapshot | None, as_json: bool) -> None:
-    """seconds: of work. here: what this process did meanwhile; None where actors did it."""
+    """Print the summary. seconds: of work. here: this process's counters; None with actors."""
     figures = {
         "scored": summary.scored,
         "bad": summary.bad,

@@ -1,4 +1,4 @@
-"""`llama-jax score --ray`: a file's lines scored by the actors of a Ray cluster, in input order."""
+"""Implements `llama-jax score --ray`: actors of a Ray cluster score a file's lines, in order."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ from typing import Any
 
 from llama_jax.jsonl import json_line, parse_jsonl
 
-# The most that an actor gets at once: as many lines as are sorted together, a few seconds of work.
+# The largest piece for an actor: as many lines as are sorted together, a few seconds of work.
 _MOST_LINES, _MOST_BYTES = 1024, 1 << 20
 _PIECES_PER_ACTOR = 4
 
@@ -28,8 +28,11 @@ class LineScorer:
         self._llm = LLM.load(SHIPPED_MODEL if model is None else model, verbose=False, **loading)
 
     def __call__(self, piece: dict[str, Any]) -> dict[str, list[Any]]:
-        """A piece: `begin` and `end` in bytes, `number` of its first line. Gives for each line its
-        number, the JSON that it becomes, and how many tokens were read for it."""
+        """Score a piece of the file.
+
+        piece: `begin` and `end` in bytes, and the `number` of its first line.
+        Returns for each line its number, its JSON, and the number of tokens that were read for it.
+        """
         from llama_jax.data_rows import score_rows
 
         ((begin,), (end,), (number,)) = piece["begin"], piece["end"], piece["number"]
@@ -56,7 +59,9 @@ def score_lines(
 ) -> Iterator[tuple[int, dict[str, Any], int]]:
     """Yield the lines after the first `done` in order: number, scored row and tokens read.
 
-    asked: as `score_rows`; loading: as `LLM.load`. A piece whose actor dies is done again.
+    A piece whose actor dies is scored again.
+
+    asked: arguments of `score_rows`. loading: arguments of `LLM.load`.
     """
     if model is not None and os.path.exists(model):
         model = os.path.abspath(model)
@@ -65,7 +70,7 @@ def score_lines(
         actors = actors or num_gpus or len(ray.nodes())
         if actors > (num_gpus or num_cpus):
             have = f"{num_gpus} GPUs" if num_gpus else f"{num_cpus} CPUs"
-            raise ValueError(f"--actors {actors}: each takes one, and the cluster has {have}")
+            raise ValueError(f"--actors {actors}: each needs one, and the cluster has {have}")
         share = {"num_gpus": 1} if num_gpus else {"num_cpus": num_cpus // actors}
         most_lines = min(_MOST_LINES, -(-(num_lines - done) // (actors * _PIECES_PER_ACTOR)))
         cut = list(pieces(input, done, most_lines))
@@ -85,8 +90,8 @@ def score_lines(
 
 @contextmanager
 def _cluster(address: str) -> Iterator[Any]:
-    """`ray`, connected and quiet; its errors come as RuntimeError."""
-    # Ray reports that it is used, and warns of what Ray Data itself does, unless it is told not to.
+    """Connect to a cluster and yield the module `ray`. Its errors become RuntimeError."""
+    # By default Ray reports usage statistics, and warns of what Ray Data itself does.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
@@ -103,27 +108,27 @@ def _cluster(address: str) -> Iterator[Any]:
     try:
         yield ray
     except ray.exceptions.RayError as error:
-        *_, cause = str(error).strip().splitlines()  # the others are a traceback
+        *_, cause = str(error).strip().splitlines()  # the other lines are a traceback
         raise RuntimeError(f"an actor failed: {cause}") from error
     finally:
         ray.shutdown()
 
 
 def _check_reachable(address: str) -> None:
-    """Raise ConnectionError for a HOST:PORT where nobody listens; Ray would try for minutes."""
+    """Raise ConnectionError for a HOST:PORT without a server; Ray would try for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         try:
             socket.create_connection((host, int(port)), timeout=10).close()
         except OSError as error:
             raise ConnectionError(
-                f"--ray {address}: no cluster answers there ({error}). Start one with "
+                f"--ray {address}: no cluster responds there ({error}). Start one with "
                 f"`ray start --head --port {port}`, or give local."
             ) from error
 
 
 def pieces(input: str, done: int, most_lines: int) -> Iterator[dict[str, int]]:
-    """Yield where to cut a file of which `done` lines are scored; blank lines do not count."""
+    """Yield pieces of a file after its first `done` lines; blank lines do not count."""
     begin = end = number = count = 0
     with open(input, "rb") as file:
         for i, line in enumerate(file, 1):

@@ -1,4 +1,4 @@
-"""`llama-jax serve`: an HTTP server with OpenAI's endpoints."""
+"""Implements `llama-jax serve`: an HTTP server with OpenAI's endpoints."""
 
 import importlib.util
 import json
@@ -30,35 +30,36 @@ def serve(
         str | None, typer.Option(help="The same as MODEL.", rich_help_panel=_SERVER)
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Where to listen; 0.0.0.0: everywhere.", rich_help_panel=_SERVER)
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for all.", rich_help_panel=_SERVER)
     ] = "127.0.0.1",
     port: Annotated[
         int,
-        typer.Option("--port", "--web-server-port", help="0: a free one.", rich_help_panel=_SERVER),
+        typer.Option("--port", "--web-server-port", help="Port to listen on; 0 for a free one.",
+        rich_help_panel=_SERVER),
     ] = 8000,
     metrics_port: Annotated[
         int | None,
-        typer.Option(help="A second port with /metrics alone.", rich_help_panel=_SERVER),
+        typer.Option(help="A second port with only /metrics.", rich_help_panel=_SERVER),
     ] = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"A key that clients have to send; may be repeated. Better in ${_KEY}, where "
-            "other users of the machine do not see it.",
+            help=f"A key that clients have to send; may be repeated. Better in ${_KEY}, so that "
+            "other users of the machine cannot see it.",
             rich_help_panel=_SERVER,
         ),
     ] = None,
     served_model_name: Annotated[
         list[str] | None,
         typer.Option(
-            help="What clients call the model; may be repeated.", rich_help_panel=_SERVER,
+            help="The model's name for clients; may be repeated.", rich_help_panel=_SERVER,
             show_default="MODEL",
         ),
     ] = None,
     allowed_origins: Annotated[
         list[str] | None,
         typer.Option(
-            help="A web page's origin whose scripts may call the server (CORS); may be repeated.",
+            help="Origin of web pages whose scripts may call the server (CORS); may be repeated.",
             rich_help_panel=_SERVER,
         ),
     ] = None,
@@ -72,7 +73,7 @@ def serve(
     enable_log_requests: Annotated[
         bool,
         typer.Option(
-            "--enable-log-requests", help="Write what clients send to the log, texts and all.",
+            "--enable-log-requests", help="Log the bodies of requests, including their texts.",
             rich_help_panel=_SERVER,
         ),
     ] = False,
@@ -80,23 +81,24 @@ def serve(
         int | None,
         typer.Option(
             "--max-model-len", "--max-seq-len", min=2,
-            help="Tokens that prompt and output may have together.",
+            help="Most tokens of a prompt and its output together.",
             show_default="the model's context, at most 8192", rich_help_panel=_LIMITS,
         ),
     ] = None,
     max_num_seqs: Annotated[
         int,
         typer.Option(
-            "--max-num-seqs", "--max-batch-size", min=1, help="Sequences at the same time.",
+            "--max-num-seqs", "--max-batch-size", min=1, help="Most sequences at the same time.",
             rich_help_panel=_LIMITS,
         ),
     ] = 32,
     max_waiting: Annotated[
         int,
-        typer.Option(min=0, help="Sequences that may wait; more get 429.", rich_help_panel=_LIMITS),
+        typer.Option(min=0, help="Most sequences that wait; beyond that, 429.",
+        rich_help_panel=_LIMITS),
     ] = 2048,
     request_timeout: Annotated[
-        float, typer.Option(help="Seconds for one request.", rich_help_panel=_LIMITS)
+        float, typer.Option(help="Most seconds for one request.", rich_help_panel=_LIMITS)
     ] = 600.0,
     shutdown_timeout: Annotated[
         float,
@@ -105,7 +107,7 @@ def serve(
     num_devices: Annotated[
         int,
         typer.Option(
-            "--num-devices", "--tensor-parallel-size", min=1, help="Spread the model over so many."
+            "--num-devices", "--tensor-parallel-size", min=1, help="Devices to shard over."
         ),
     ] = 1,
     dtype: options.DType = "bfloat16",
@@ -114,7 +116,7 @@ def serve(
         str,
         typer.Option(
             "--kv-dtype", "--kv-cache-dtype", metavar="[bf16|fp8]",
-            help="Of the key/value cache: bf16 (--dtype) or fp8.",
+            help="Format of the key/value cache: bf16 (--dtype) or fp8.",
         ),
     ] = "bf16",
     num_speculative_tokens: options.NumSpeculativeTokens = None,
@@ -123,9 +125,9 @@ def serve(
     """Serve a model over HTTP, with OpenAI's endpoints (extra `serve`): chat and text completions,
     tools, streams, scores.
 
-    It listens on this machine alone unless --host says otherwise. /health answers at once, /ready
-    when everything is compiled; SIGTERM lets running requests end. Names of vLLM's options are
-    accepted, and those of FriendliAI's container.
+    It accepts connections from this machine alone unless --host is given. /health succeeds at once,
+    /ready when everything is compiled; SIGTERM lets running requests end. Names of vLLM's options
+    are accepted, and those of FriendliAI's container.
 
     **Examples**
 
@@ -138,7 +140,7 @@ def serve(
     if model is not None and hf_model_name is not None:
         raise typer.BadParameter("give MODEL or --hf-model-name, not both")
     if kv_dtype not in ("bf16", "fp8"):
-        raise typer.BadParameter(f"there is bf16 and fp8, got {kv_dtype}", param_hint="--kv-dtype")
+        raise typer.BadParameter(f"expected bf16 or fp8, got {kv_dtype}", param_hint="--kv-dtype")
     model = model if model is not None else hf_model_name
     keys = tuple(api_key or ()) or tuple(filter(None, [os.environ.get(_KEY)]))
     from llama_jax.serve.options import ServeOptions
@@ -152,14 +154,14 @@ def serve(
         batch_dir=batch_dir,
     )  # fmt: skip
     if not asked.is_local and not keys:
-        note(f"warning: everybody who reaches {host} may use this server: give --api-key")
+        note(f"warning: everybody who can reach {host} may use this server: give --api-key")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     for noisy in ("uvicorn", "jax", "asyncio", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    # Mistakes are told before JAX is imported, and a model loaded.
+    # Bad options are reported before JAX is imported and a model loaded.
     locate(SHIPPED_MODEL if model is None else model)
-    for wanted in (port, metrics_port or 0):
-        listen(host, wanted).close()
+    for each in (port, metrics_port or 0):
+        listen(host, each).close()
     if batch_dir is not None:
         from llama_jax.serve.batch_store import BatchStore
 
@@ -175,23 +177,23 @@ def serve(
     )  # fmt: skip
 
     root = str(SHIPPED_MODEL if model is None else Path(model))
-    note(f"compiling, or fetching from the cache, what {asked.names[0]} needs")
+    note(f"compiling programs for {asked.names[0]}, or fetching them from the cache")
     status = run(llm, asked, root, on_ready=_announce)
     if any(thread.name == "engine" for thread in threading.enumerate()):
         logging.shutdown()
-        os._exit(status)  # a thread inside XLA would not end, or crash on the way
+        os._exit(status)  # a thread inside XLA might hang or crash at exit
     raise typer.Exit(status)
 
 
 def check_extra() -> None:
-    """Raise an error that says what to install, unless it is there."""
+    """Raise an error that says what to install if the extra is missing."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f'{missing[0]} is missing: pip install "llama-jax[serve]"')
 
 
 def _announce(service: "Service", url: str) -> None:
-    """Return what is served, where, and how to try it."""
+    """Print what is served, where, and how to try it."""
     engine = service.llm.engine
     tokens = engine.options.pool_size * engine.pages.page_size
     note(
@@ -204,7 +206,7 @@ def _announce(service: "Service", url: str) -> None:
 
 
 def curl_line(service: "Service", url: str) -> str:
-    """A command that asks the server at `url` something."""
+    """Return a command that sends a request to the server at `url`."""
     message = {"role": "user", "content": "What is 47 + 85?"}
     body = json.dumps({"model": service.name, "messages": [message]})
     key = f' -H "Authorization: Bearer ${_KEY}"' if service.options.api_keys else ""

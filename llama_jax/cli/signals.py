@@ -1,8 +1,8 @@
-"""Ends the program when it is told to: on Ctrl-C with code 130, on SIGTERM with 143 and a message.
+"""Ends the program on Ctrl-C with code 130, and on SIGTERM with code 143 and a message.
 
-Python raises KeyboardInterrupt wherever it happens to be. Inside an import that shows a traceback,
-or an error of the module that was being imported; inside a callback of the garbage collector, of
-which JAX has one, it is lost.
+Python raises KeyboardInterrupt wherever it happens to be. Inside an import it would show a
+traceback or an error of the imported module, and inside a callback of the garbage collector, of
+which JAX has one, it would be lost.
 """
 
 import _thread
@@ -16,7 +16,7 @@ _CALLBACKS = ("_xla_gc_callback", "__del__")
 
 
 def install() -> None:
-    """Handle both signals from now on. Called before anything else is imported."""
+    """Handle both signals from now on. To be called before anything else is imported."""
     signal.signal(signal.SIGINT, _interrupted)
     signal.signal(signal.SIGTERM, _terminated)
 
@@ -24,7 +24,7 @@ def install() -> None:
 def _interrupted(number: int, frame: FrameType | None) -> None:
     while frame is not None:
         if frame.f_code.co_filename == _IMPORT:
-            os._exit(128 + number)  # nothing is open; a conversion continues after any end
+            os._exit(128 + number)  # no file is open; a conversion can be resumed
         if frame.f_code.co_name in _CALLBACKS:
             threading.Timer(0.01, _thread.interrupt_main).start()
             return

@@ -1,4 +1,4 @@
-"""Measures how fast a reply came, without the time that compiling took."""
+"""Measures the speed of a reply, without the time of compiling."""
 
 import time
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ class Snapshot:
 
 
 class Clock:
-    """Counts the time since it was made, without the time that compiling took."""
+    """Counts the seconds since it was made, without those of compiling."""
 
     def __init__(self) -> None:
         self._began = time.time()
@@ -38,9 +38,12 @@ class Clock:
 
 @dataclass(frozen=True)
 class Speed:
-    """One reply. prefill_seconds and decode_seconds leave out `compile`, what was compiled
-    meanwhile; decode_tokens_per_second is None for a reply of one token, which prefill draws, and
-    acceptance_rate where no tokens were guessed ahead."""
+    """The speed of one reply.
+
+    prefill_seconds, decode_seconds: without the time of `compile`.
+    compile: what was compiled meanwhile.
+    acceptance_rate: None if no draft tokens were proposed.
+    """
 
     prompt_tokens: int
     completion_tokens: int
@@ -70,7 +73,7 @@ class Speed:
         if self.decode_tokens_per_second is not None:
             parts.append(f"decode {self.decode_tokens_per_second:,.0f} tok/s")
         if self.acceptance_rate is not None:
-            parts.append(f"{self.acceptance_rate:.0%} of guesses accepted")
+            parts.append(f"{self.acceptance_rate:.0%} of draft tokens accepted")
         if self.compile.compiled + self.compile.from_cache:
             parts.append(str(self.compile))
         return " · ".join(parts)
@@ -83,8 +86,12 @@ def snapshot(llm: "LLM") -> Snapshot:
 
 
 def speed_since(before: Snapshot, llm: "LLM", result: "Generation") -> Speed:
-    """The speed of a reply that was generated alone, began after `before` was taken and has just
-    ended. Decode is launched, and compiled, before the first token is read."""
+    """Return the speed of a reply that was generated alone, started after `before` was taken, and
+    has just ended.
+
+    The decode program counts as compiled during prefill, because it is launched before the first
+    token is read.
+    """
     from llama_jax.engine.compile_cache import seconds_between
 
     ended, timings = time.time(), result.timings
@@ -98,5 +105,5 @@ def speed_since(before: Snapshot, llm: "LLM", result: "Generation") -> Speed:
         - seconds_between(first_token - timings.prefill, first_token),
         decode_seconds=timings.decode - seconds_between(first_token, ended),
         compile=meanwhile.report,
-        acceptance_rate=stats.acceptance_rate if stats.guessed else None,
+        acceptance_rate=stats.acceptance_rate if stats.drafted else None,
     )

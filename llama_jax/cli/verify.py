@@ -1,4 +1,4 @@
-"""`llama-jax verify`: a converted checkpoint against its checksums."""
+"""Implements `llama-jax verify`: checks a converted checkpoint against its checksums."""
 
 import time
 from pathlib import Path
@@ -19,8 +19,8 @@ def verify(
 ) -> None:
     """Read every byte of a converted checkpoint and compare it with the checksums of its manifest.
 
-    Names each array or file that is damaged, missing, or was not there after the conversion. Exits
-    with 0 for a sound checkpoint, with 1 for any other.
+    Lists each array or file that is damaged, missing or superfluous. Exits with 0 for a sound
+    checkpoint, otherwise with 1.
 
     **Examples**
 

@@ -1,1 +1,1 @@
-"""The engine: continuous batching of requests, in calls of compiled programs."""
+"""The engine, which runs requests in continuous batches through compiled programs."""

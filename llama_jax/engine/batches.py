@@ -1,6 +1,6 @@
-"""Turns a plan into calls of the compiled programs, with arguments in shapes from short lists.
+"""Turns a plan into calls of the compiled programs, with arguments of a few fixed shapes.
 
-The arguments are numpy arrays, or what another program has returned.
+The arguments are numpy arrays, or outputs of other programs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +36,7 @@ from llama_jax.model.sharding import default_sharding, replicated_on
 from llama_jax.model.spec import ModelSpec, Params
 from llama_jax.sampling_params import SamplingParams
 
-# How many requests are admitted by one call, unless their settings need arrays over the vocabulary.
+# Requests admitted by one call, unless their settings need arrays over the vocabulary.
 _ADMITTED_PER_CALL = 32
 
 
@@ -51,9 +51,10 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class BatchBuilder:
-    """Makes the calls of an engine.
+    """Builds the calls of an engine.
 
-    stops_early: as `decode_steps` takes it. draft_params: of the draft model, if there is one.
+    draft_params: of the draft model, if there is one.
+    stops_early: as in `decode_steps`.
     """
 
     spec: ModelSpec
@@ -69,8 +70,8 @@ class BatchBuilder:
     # Admission.
 
     def settings(self, request: Request) -> SamplingState:
-        """Return what the sampler knows of a request, as a batch of one. Raises ValueError for
-        token ids outside the vocabulary."""
+        """Return the sampler's state of a request, as a batch of one. Raises ValueError for token
+        ids outside the vocabulary."""
         return host_rows(
             [request.params], [request.prompt], [request.stop_ids], self.vocab_size,
             [request.token_ids], [request.eos_ids],
@@ -78,23 +79,23 @@ class BatchBuilder:
         )  # fmt: skip
 
     def no_settings(self, plain: bool = True) -> SamplingState:
-        """Settings for padding."""
+        """Return settings for padding."""
         return host_rows([SamplingParams(seed=0)], [()], [()], self.vocab_size, plain=plain)
 
     def admissions(self, admitted: Sequence[tuple[Admission, SamplingState]]) -> Iterator[Call]:
-        """Calls that admit sequences with these settings, in their order."""
+        """Yield calls that admit sequences with these settings, in order."""
         for plain, group in groupby(admitted, lambda each: not each[1].counts.size):
             for part in batched(group, self._admitted_per_call(plain)):
                 yield self.admission(part, plain)
 
     def admission(self, admitted: Sequence[tuple[Admission, SamplingState]], plain: bool) -> Call:
-        """One call of `admit`. plain: see `sampling.is_plain`."""
+        """Build one call of `admit`. plain: see `sampling.is_plain`."""
         size, options = self._admitted_per_call(plain), self.options
         padding = size - len(admitted)
         settings = [each for _, each in admitted]
         settings += [self.no_settings(plain)] * padding if padding else []
         uses_history = self.speculation.uses_history
-        capacity = options.pages_per_row * PAGE_SIZE if uses_history else 0
+        capacity = options.pages_per_slot * PAGE_SIZE if uses_history else 0
         history = np.zeros((size, capacity), np.int32)
         for i, (admission, _) in enumerate(admitted if uses_history else ()):
             tokens = admission.sequence.request.all_tokens
@@ -120,7 +121,7 @@ class BatchBuilder:
     # Prefill.
 
     def prefill(self, call: PrefillCall, page_table: np.ndarray) -> Call:
-        """A call of the program for what is wanted of the prompts."""
+        """Build a call of the prefill program for the call's kind of output."""
         size, width = call.shape
         tokens, targets = np.zeros((2, size, width), np.int32)
         num_new_tokens = np.zeros(size, np.int32)
@@ -133,10 +134,10 @@ class BatchBuilder:
             num_new_tokens[i], slots[i] = count, sequence.slot
         args = (page_table, tokens, num_new_tokens, slots)
         static: dict[str, Any] = {"spec": self.spec}
-        if call.wanted == "tokens":
+        if call.output_kind == "tokens":
             static["speculation"] = self.speculation
             return Call(prefill_step, (*args, self.draft_params), static)
-        if call.wanted == "logprobs":
+        if call.output_kind == "logprobs":
             return Call(score_step, (*args, targets, np.bool_(call.wants_logprobs)), static)
         return Call(logits_step, args, static)
 
@@ -147,7 +148,7 @@ class BatchBuilder:
         kind: Kind,
         masks: np.ndarray | None = None,
     ) -> Call:
-        """Draws after a prefill call. ended: sequences and their places in `hidden`."""
+        """Build the call that draws first tokens. ended: sequences and their rows in `hidden`."""
         slots = np.full(len(hidden), self.options.max_batch_size, np.int32)
         remaining = np.zeros(len(hidden), np.int32)
         for i, sequence in ended:
@@ -156,10 +157,10 @@ class BatchBuilder:
         static = {"spec": self.spec, "kind": kind}
         return Call(draw_step, (hidden, slots, remaining, masks), static)
 
-    # Decode. active: bool [batch], the slots that draw.
+    # Decode. Everywhere active: bool [batch], the slots that draw.
 
     def decode(self, page_table: np.ndarray, active: np.ndarray, steps: int, kind: Kind) -> Call:
-        """Draws of so many steps."""
+        """Build a decode call of so many steps."""
         static = {
             "spec": self.spec,
             "max_steps": self.options.max_steps if self.stops_early else steps,
@@ -177,7 +178,7 @@ class BatchBuilder:
         forced: np.ndarray,
         num_forced: np.ndarray,
     ) -> Call:
-        """Draft tokens, after those that are there already."""
+        """Build the call that adds draft tokens after those that are given."""
         static = {"spec": self.spec, "speculation": self.speculation}
         args = (page_table, active, forced, num_forced, self.draft_params)
         return Call(draft_step, args, static)
@@ -189,7 +190,7 @@ class BatchBuilder:
         drafts: Array | np.ndarray,
         num_drafts: Array | np.ndarray,
     ) -> Call:
-        """The newest tokens and the draft tokens after them, through the model."""
+        """Build the call that feeds the newest tokens and the draft tokens after them."""
         args = (page_table, active, drafts, num_drafts)
         return Call(feed_step, args, {"spec": self.spec})
 
@@ -201,20 +202,19 @@ class BatchBuilder:
         num_drafts: np.ndarray,
         masks: np.ndarray,
     ) -> Call:
-        """Draws after what `feed` fed, of what the masks allow."""
+        """Build the call that draws, after `feed`, tokens that the masks allow."""
         args = (hidden, active, drafts, num_drafts, masks)
         return Call(draw_fed_step, args, {"spec": self.spec, "kind": KINDS[-1]})
 
-    # What programs return, for lowering others.
+    # Stand-ins for outputs of programs, for lowering others.
 
     def blank_hidden(self, *shape: int) -> Array:
-        """Hidden states, such as `prefill_step` returns for so many prompts, and `feed_step` for so
-        many tokens."""
+        """Return hidden states of the shape that `prefill_step` or `feed_step` returns."""
         zeros = np.zeros((*shape, self.spec.config.hidden_size), jnp.dtype(self.spec.dtype))
         return self.on_device(zeros)
 
     def on_device(self, array: np.ndarray) -> Array:
-        """An array that stands where a program's outputs do."""
+        """Place an array where a program's outputs are."""
         whole = replicated_on(self.spec.mesh) if self.spec.mesh else default_sharding()
         return jax.device_put(array, whole)
 

@@ -1,8 +1,9 @@
-"""XLA's persistent compilation cache, on by default, and a count of what was compiled.
+"""Enables XLA's persistent compilation cache and counts what is compiled.
 
-Programs are kept in `$LLAMA_JAX_CACHE/xla` (`~/.cache/llama_jax/xla`), so a second start fetches
-them instead of compiling. JAX's own settings come first: where `JAX_COMPILATION_CACHE_DIR` or
-`jax_compilation_cache_dir` is set, nothing is changed. An empty `LLAMA_JAX_CACHE` switches it off.
+Programs are kept in `$LLAMA_JAX_CACHE/xla` (by default `~/.cache/llama_jax/xla`), so a second start
+fetches them instead of compiling. JAX's own settings take precedence: nothing is changed if
+`JAX_COMPILATION_CACHE_DIR` or `jax_compilation_cache_dir` is set. An empty `LLAMA_JAX_CACHE` turns
+the cache off.
 """
 
 import contextlib
@@ -24,10 +25,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CompileReport:
-    """compiled: programs that XLA compiled; from_cache: those fetched from the persistent cache.
+    """Counts of programs that became ready to run.
 
-    seconds: wall-clock time in which Python functions were traced and lowered, and programs
-    compiled or fetched.
+    compiled: programs that XLA compiled.
+    from_cache: programs fetched from the persistent cache.
+    seconds: wall-clock time of tracing, lowering, compiling and fetching.
     """
 
     compiled: int
@@ -35,7 +37,7 @@ class CompileReport:
     seconds: float
 
     def since(self, earlier: "CompileReport") -> "CompileReport":
-        """Return what has happened after `earlier`."""
+        """Return what was counted after `earlier`."""
         return CompileReport(
             self.compiled - earlier.compiled,
             self.from_cache - earlier.from_cache,
@@ -56,10 +58,10 @@ def _programs(count: int) -> str:
 
 
 def enable(directory: str | Path | None = None) -> Path | None:
-    """Keep compiled programs in `directory`, by default the one described above.
+    """Keep compiled programs in `directory`, by default the one of the module's docstring.
 
-    Returns the directory in use, None if there is none: switched off, or it cannot be written to,
-    which is logged once as a warning. Calling it again changes nothing.
+    Returns the directory in use, or None if the cache is off or the directory is not writable,
+    which is logged once as a warning. Further calls change nothing.
     """
     configured = jax.config.jax_compilation_cache_dir
     if not jax.config.jax_enable_compilation_cache or configured == "":
@@ -84,8 +86,7 @@ def enable(directory: str | Path | None = None) -> Path | None:
 
 
 def directory() -> Path | None:
-    """The directory that compiled programs are kept in now; None if it is none of this machine's,
-    or there is none."""
+    """Return the local directory in which compiled programs are kept, or None."""
     configured = jax.config.jax_compilation_cache_dir
     if not jax.config.jax_enable_compilation_cache or not configured or "://" in configured:
         return None
@@ -100,16 +101,16 @@ def report() -> CompileReport:
 
 
 def seconds_between(start: float, end: float) -> float:
-    """The part of `report().seconds` between two moments of `time.time`."""
+    """Return the part of `report().seconds` between two times of `time.time`."""
     with _lock:
         return sum(max(0.0, min(end, until) - max(start, since)) for since, until in _spans)
 
 
 @contextlib.contextmanager
 def forbid_compile() -> Iterator[None]:
-    """Raise RuntimeError at the end, naming the programs, if any was compiled or fetched meanwhile.
+    """Raise RuntimeError at the end of the context if any program was compiled or fetched in it.
 
-    Counts the whole process, other threads included.
+    The error names the programs. All threads of the process count.
     """
     before = len(_compiled)
     yield
@@ -119,7 +120,7 @@ def forbid_compile() -> Iterator[None]:
 
 @functools.cache
 def _writable(directory: Path) -> bool:
-    """Make the directory, readable by its owner alone: what lies in it is executed."""
+    """Make the directory, accessible to its owner alone, because its contents are executed."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         directory.mkdir(mode=0o700, exist_ok=True)
@@ -128,7 +129,7 @@ def _writable(directory: Path) -> bool:
     except OSError as error:
         _log.warning(
             "compiled programs are not kept, so every start compiles again: %s. Set "
-            "LLAMA_JAX_CACHE to a directory that can be written to, or to nothing.",
+            "LLAMA_JAX_CACHE to a writable directory, or to an empty string.",
             error,
         )
         return False
@@ -155,7 +156,8 @@ def _on_event(event: str, **_: str | int) -> None:
 
 
 def _on_span(event: str, start_time: float, end_time: float, **details: str | int) -> None:
-    """Spans arrive as they end; tracing a function holds the traces of the functions it calls."""
+    """Record a span. Spans arrive as they end, and one may contain earlier ones: tracing a function
+    includes tracing the functions that it calls."""
     if event not in _TIMED:
         return
     if event == _BACKEND and end_time - start_time > _LONG_SECONDS:

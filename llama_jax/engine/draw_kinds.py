@@ -1,20 +1,21 @@
-"""Kinds of draws: what the sequences of a launch need of the sampler.
+"""Defines the kinds of draws: how much of the sampler the sequences of a launch need.
 
-What none of them needs can be left out of the launch's program, which changes no token.
+A launch's program may leave out what none of its sequences needs, which changes no token.
 """
 
 from typing import Literal, get_args
 
 from llama_jax.sampling_params import SamplingParams
 
-# Each kind does more than the one before: the likeliest token; a draw; a draw from the likeliest
-# tokens; everything, which reads and writes arrays over the vocabulary besides the logits.
+# Each kind includes those before it. greedy: the likeliest token; sampled: a random draw;
+# truncated: a draw from the likeliest tokens; everything: also settings and history over the whole
+# vocabulary.
 Kind = Literal["greedy", "sampled", "truncated", "everything"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 def kind_of(params: SamplingParams) -> Kind:
-    """The least kind that serves a sequence with these settings."""
+    """Return the simplest kind that serves a sequence with these settings."""
     if (
         params.logit_bias
         or params.logprobs is not None

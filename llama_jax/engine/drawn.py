@@ -1,4 +1,4 @@
-"""What a decode launch returns: packed on the device, unpacked on the host."""
+"""Packs the results of a decode launch on the device and unpacks them on the host."""
 
 from typing import NamedTuple
 
@@ -11,9 +11,12 @@ from llama_jax.engine.sampling import Sampled
 
 
 class DrawnNumbers(NamedTuple):
-    """What the host always wants to know of draws. num_tokens, num_drafts, num_accepted: int32
-    [batch], how many tokens each slot drew, how many draft tokens it had and how many of these were
-    accepted. tokens: int32 [steps, batch], the tokens of a slot from the first on."""
+    """The results of a decode launch that the host always reads.
+
+    num_tokens, num_drafts, num_accepted: int32 [batch], for each slot the number of tokens that it
+        drew, of draft tokens that it had, and of draft tokens that were accepted.
+    tokens: int32 [steps, batch], each slot's tokens, packed at the front.
+    """
 
     num_tokens: np.ndarray
     num_drafts: np.ndarray
@@ -22,26 +25,28 @@ class DrawnNumbers(NamedTuple):
 
 
 class Drawn(struct.PyTreeNode):
-    """What slots drew. numbers: int32 [3 + steps, batch], `DrawnNumbers` in one array and so in one
-    transfer. sampled: the tokens with their logprobs, as in `Sampled` with another axis, of steps,
-    in front."""
+    """The results of a decode launch on the device.
+
+    numbers: int32 [3 + steps, batch], `DrawnNumbers` in one array, for one transfer.
+    sampled: the tokens with their logprobs, as in `Sampled` with a leading axis of steps.
+    """
 
     numbers: Array
     sampled: Sampled
 
     @classmethod
     def pack(cls, counts: Array, sampled: Sampled) -> "Drawn":
-        """Put them into one array. counts: int32 [3, batch], the first fields of `DrawnNumbers`."""
+        """Pack numbers into one array. counts: int32 [3, batch], the counts of `DrawnNumbers`."""
         return cls(jnp.concatenate([counts, sampled.tokens]), sampled)
 
     @staticmethod
     def unpack(numbers: np.ndarray) -> DrawnNumbers:
-        """Take `numbers`, once on the host, apart."""
+        """Split `numbers` into its fields, on the host."""
         num_tokens, num_drafts, num_accepted = numbers[:3]
         return DrawnNumbers(num_tokens, num_drafts, num_accepted, numbers[3:])
 
 
 def count_draws(num_tokens: Array, num_drafts: Array) -> Array:
-    """Counts as `Drawn.pack` takes them, int32 [3, batch]: every token of a step but its last is an
-    accepted draft token."""
+    """Compute the counts for `Drawn.pack`, int32 [3, batch]. Every token of a step but the last is
+    an accepted draft token."""
     return jnp.stack([num_tokens, num_drafts, jnp.maximum(num_tokens - 1, 0)])

@@ -1,7 +1,7 @@
-"""Continuous batching: requests come and go while a handful of compiled programs run.
+"""Runs requests with continuous batching: they come and go while a few compiled programs run.
 
-`submit` queues a request, `step` does one round: schedule (`scheduler`), launch (`batches`),
-collect (`outputs`). Each round is launched before the results of the one before are read, so the
+`submit` queues a request. `step` does one round: schedule (`scheduler`), launch (`batches`),
+collect (`outputs`). A round is launched before the results of the previous one are read, so the
 host's work (text, stop strings) overlaps the device's. Everything is deterministic and runs in the
 caller's thread.
 """
@@ -27,7 +27,7 @@ from llama_jax.engine.draw_kinds import KINDS
 from llama_jax.engine.outputs import OutputProcessor
 from llama_jax.engine.pages import PagePool
 from llama_jax.engine.plan import Admission, DecodeCall, Plan, PrefillCall
-from llama_jax.engine.request import Request, Wanted
+from llama_jax.engine.request import OutputKind, Request
 from llama_jax.engine.sampling import SamplingState
 from llama_jax.engine.scheduler import Scheduler
 from llama_jax.engine.scheduling import EngineCounts, EngineOptions, Stats
@@ -41,20 +41,34 @@ from llama_jax.model.spec import ModelSpec, Params
 
 @dataclass(frozen=True, eq=False)
 class _Launch:
-    """An in-flight launch: its outputs on the device, and the function that takes them in."""
+    """An in-flight launch: its outputs on the device, and the function that applies them."""
 
     outputs: Any
     take: Callable[[Any], None]
 
 
 class Engine:
-    """The compiled programs with the parameters, the device state, and the requests in between.
+    """Schedules requests, launches compiled programs and applies their results to the requests.
 
-    params, spec: as `forward.prefill` takes them; cache_dtype, kv_scales: as `steps.state_builder`
-    does. draft: parameters and spec of a smaller model with the same vocabulary that proposes draft
-    tokens (`options.num_speculative_tokens` at a time); without one they are looked up in the
-    sequence itself.
-    One call at a time goes on; those from other threads wait.
+    Calls from several threads run one at a time.
+
+    params, spec: of the model, as in `forward.prefill`.
+    cache_dtype, kv_scales: as in `steps.state_builder`.
+    draft: parameters and spec of a smaller model with the same vocabulary, which proposes draft
+        tokens (`options.num_speculative_tokens` at a time); without it they are looked up in the
+        sequence itself.
+
+    `LLM` makes one; it can also be stepped by hand:
+
+    >>> from llama_jax import LLM, SamplingParams
+    >>> from llama_jax.engine.request import Request
+    >>> llm = LLM.load(verbose=False)
+    >>> ids = llm.tokenizer.encode("2, 4, 6,")
+    >>> request = llm.engine.submit(Request(ids, SamplingParams(max_new_tokens=4)))
+    >>> while request.finish_reason is None:
+    ...     changed = llm.engine.step()
+    >>> len(request.token_ids)
+    4
     """
 
     def __init__(
@@ -106,14 +120,14 @@ class Engine:
 
     @property
     def pages(self) -> PagePool:
-        """Who owns which page of the cache."""
+        """Return the pool of the cache's pages."""
         return self._scheduler.pages
 
     def submit(self, request: Request) -> Request:
-        """Queue a request; it is its own handle and changes as `step` works on it.
+        """Queue a request and return it; `step` changes it.
 
-        Raises `QueueFullError`, and ValueError for a prompt without room for what is wanted, or
-        with ids that the model has not.
+        Raises `QueueFullError`, and ValueError for a prompt that leaves no room for output or has
+        ids outside the vocabulary.
         """
         with self._lock:
             self._check(request)
@@ -124,7 +138,7 @@ class Engine:
             return request
 
     def cancel(self, request_id: int) -> bool:
-        """End a request where it stands; False if it is not (or no longer) in the engine."""
+        """End a request with what it has. Returns False if it is not in the engine (any more)."""
         with self._lock:
             request = self._scheduler.find(request_id)
             if request is None:
@@ -138,11 +152,12 @@ class Engine:
             return True
 
     def step(self) -> list[Request]:
-        """One round. Returns the requests that got tokens or results, or finished.
+        """Do one round. Returns the requests that got tokens or results, or finished.
 
-        What the work for one request raises (its text, its `on_change`, its settings) ends that
-        request with the error as its result. If a program fails, or the call is interrupted,
-        running requests go back to the queue with what they have, and the cache starts afresh.
+        An exception in the host's work for one request (its text, its `on_change`, its settings)
+        ends that request alone, with the error as its result. If a program fails, or the call is
+        interrupted, running requests return to the queue with what they have, and the cache starts
+        empty.
         """
         with self._lock:
             latest = self._in_flight[-1] if self._in_flight else None
@@ -158,11 +173,11 @@ class Engine:
             return self._outputs.tell(list(self._outputs.changed))
 
     def run(self, requests: Iterable[Request]) -> Iterator[Request]:
-        """Submit requests and step until they are done; yields one whenever it has changed.
+        """Submit requests and step until they are done. Yields a request whenever it has changed.
 
-        Requests whose results are no longer wanted (the iterator is closed) are cancelled.
+        When the iterator is closed, unfinished requests are cancelled.
         """
-        changed: deque[Request] = deque()  # from any thread that takes steps
+        changed: deque[Request] = deque()  # filled by any thread that steps
         unfinished = set[int]()
         try:
             for request in requests:
@@ -181,26 +196,27 @@ class Engine:
                 self.cancel(request_id)
 
     def stats(self) -> Stats:
-        """Return what has happened so far."""
+        """Return the counters since the engine was made."""
         with self._lock:
             return Stats(**vars(self.counts), **vars(self.pages.counts))
 
     def warmup(
         self,
-        wanted: Sequence[Wanted] = ("tokens", "logprobs", "logits"),
+        output_kinds: Sequence[OutputKind] = ("tokens", "logprobs", "logits"),
         structured: bool = False,
     ) -> CompileReport:
-        """Compile what these kinds of requests need, several programs at a time; takes no step.
+        """Compile the programs for these kinds of output, several at a time, without a step.
 
-        structured: what structured output needs too.
-        Returns what was compiled or fetched from the persistent cache, and the seconds it took.
+        structured: include the programs for structured output.
+        Returns the number of programs that were compiled or fetched from the persistent cache, and
+        the seconds it took.
         """
         began, before = time.perf_counter(), compile_cache.report()
         with self._lock:
             state = self._state = self._take_state()
             jobs = [
                 partial(call.program.lower, self.params, state, *call.args, **call.static)
-                for call in self._needed_calls(wanted, structured)
+                for call in self._needed_calls(output_kinds, structured)
             ]
             for plain in (True, False):
                 call = self._batches.admission([], plain)
@@ -210,18 +226,18 @@ class Engine:
         seconds = time.perf_counter() - began
         return replace(compile_cache.report().since(before), seconds=seconds)
 
-    def _needed_calls(self, wanted: Sequence[Wanted], structured: bool) -> list[Call]:
-        """One call of each program that these kinds of requests need, but for admission."""
+    def _needed_calls(self, output_kinds: Sequence[OutputKind], structured: bool) -> list[Call]:
+        """Return a call of each program for these kinds of output, except admission."""
         scheduler, batches = self._scheduler, self._batches
         table = scheduler.slots.page_table
         nobody = np.zeros(self.options.max_batch_size, bool)
         calls = [
             batches.prefill(PrefillCall(each, shape), table)
-            for each in wanted
+            for each in output_kinds
             for shape in scheduler.call_shapes(each)
         ]
         hidden = {size: batches.blank_hidden(size) for size, _ in self.options.call_shapes}
-        if "tokens" in wanted:
+        if "tokens" in output_kinds:
             for kind in scheduler.draw_kinds:
                 calls += [batches.first_draws(each, [], kind) for each in hidden.values()]
                 calls += [
@@ -237,7 +253,7 @@ class Engine:
         return calls
 
     def _structured_calls(self, width: int) -> list[Call]:
-        """The calls of `_launch_structured` with so many draft tokens."""
+        """Return the calls of `_launch_structured` with so many draft tokens."""
         batches, batch = self._batches, self.options.max_batch_size
         table, nobody = self._scheduler.slots.page_table, np.zeros(batch, bool)
         drafts, num_drafts = np.zeros((batch, width), np.int32), np.zeros(batch, np.int32)
@@ -252,8 +268,8 @@ class Engine:
 
     def _check(self, request: Request) -> None:
         """Raise ValueError for a request that cannot be served."""
-        least, room = (1, 1) if request.wanted == "tokens" else (2, 0)
-        if request.wanted == "logits":
+        least, room = (1, 1) if request.output_kind == "tokens" else (2, 0)
+        if request.output_kind == "logits":
             least = 1
         if not least <= len(request.prompt) <= self.options.max_seq_len - room:
             raise ValueError(
@@ -269,7 +285,7 @@ class Engine:
             raise ValueError("a request with params.structured needs a matcher for it")
 
     def _schedule(self) -> Plan:
-        """The plan of this round, after results that the scheduler cannot do without."""
+        """Return the plan of this round, collecting results first if the scheduler needs them."""
         while not (plan := self._scheduler.schedule(bool(self._in_flight))):
             self._collect_all()
         self._outputs.changed |= dict.fromkeys(plan.failed)
@@ -291,7 +307,7 @@ class Engine:
     def _launch_admissions(self, admissions: Sequence[Admission]) -> None:
         admitted: list[tuple[Admission, SamplingState]] = []
         for admission in admissions:
-            settings = self._batches.no_settings()  # of a request that fails: its slot is free then
+            settings = self._batches.no_settings()  # for a request that fails
             with self._outputs.alone(admission.sequence.request):
                 settings = self._batches.settings(admission.sequence.request)
             admitted.append((admission, settings))
@@ -306,9 +322,9 @@ class Engine:
         self.counts.rounds += 1
 
     def _launch_structured(self, call: DecodeCall, page_table: np.ndarray) -> None:
-        """One step, in which grammars say what some slots may draw.
+        """Launch one step in which grammars restrict what some slots may draw.
 
-        While the model works, what was drawn before reaches the host, which computes masks.
+        While the model computes, earlier draws reach the host, which computes the masks.
         """
         batches, draws, active = self._batches, call.draws, call.draws.max_counts > 0
         drafts, num_drafts = self._masks.forced(draws.max_counts, call.structured)
@@ -318,12 +334,12 @@ class Engine:
         self._collect_all()
         drafts, num_drafts = self._outputs.fetch((drafts, num_drafts))
         width = drafts.shape[1]
-        wanted = [
+        places = [
             (each.slot, each.request, drafts[each.slot, : num_drafts[each.slot]].tolist())
             for each in call.structured
             if not each.request.finish_reason
         ]
-        masks = self._computed_masks(len(active), width, wanted)
+        masks = self._computed_masks(len(active), width, places)
         draws = self._scheduler.slots.limit(draws, 1 + width)
         active = draws.max_counts > 0
         drawn = self._run(batches.draw_fed(hidden, active, drafts, num_drafts, masks))
@@ -333,9 +349,9 @@ class Engine:
 
     def _launch_prefill(self, call: PrefillCall, page_table: np.ndarray) -> None:
         outputs = self._run(self._batches.prefill(call, page_table))
-        if call.wanted == "tokens":
+        if call.output_kind == "tokens":
             self._launch_first_draws(call, outputs)
-        elif call.wanted == "logprobs":
+        elif call.output_kind == "logprobs":
             scores, top = outputs
             outputs = scores, top if call.wants_logprobs else None
             self._send(outputs, partial(self._outputs.take_logprobs, call.chunks))
@@ -346,7 +362,7 @@ class Engine:
         self.counts.padding += prompts * width - call.num_new_tokens
 
     def _launch_first_draws(self, call: PrefillCall, hidden: Array) -> None:
-        """Draw the first tokens of the prompts that have ended, unless their request has failed."""
+        """Draw the first tokens after prompts that end here, unless their request has failed."""
         masks = None
         if any(each.request.matcher for _, each in call.ended):
             first = [(place, each.request, list[int]()) for place, each in call.ended]
@@ -362,17 +378,18 @@ class Engine:
         self._send(outputs, partial(self._outputs.take_first, ended))
 
     def _computed_masks(
-        self, size: int, width: int, wanted: Sequence[tuple[int, Request, list[int]]]
+        self, size: int, width: int, places: Sequence[tuple[int, Request, list[int]]]
     ) -> np.ndarray:
-        """Return what `TokenMasks.masks` returns; requests whose masks cannot be computed end."""
-        masks, failed = self._masks.masks(size, width, wanted)
+        """Compute masks by `TokenMasks.masks`, and end requests whose masks cannot be computed."""
+        masks, failed = self._masks.masks(size, width, places)
         for request, error in failed:
             with self._outputs.alone(request):
                 raise error
         return masks
 
     def _run(self, call: Call) -> Any:
-        """Outputs of a call. The state is donated: if the program fails, `step` starts afresh."""
+        """Run a call and return its outputs. The state is donated, so if this fails `step` has to
+        start with an empty cache."""
         self._state, outputs = call.program(
             self.params, self._take_state(), *call.args, **call.static
         )
@@ -383,7 +400,7 @@ class Engine:
         return self._new_state() if state is None else state
 
     def _send(self, outputs: Any, take: Callable[[Any], None]) -> None:
-        """Have outputs copied to the host as soon as they exist, and taken in in a later round."""
+        """Start copying outputs to the host; a later round applies them."""
         for output in jax.tree.leaves(outputs):
             output.copy_to_host_async()
         self._in_flight.append(_Launch(outputs, take))
@@ -391,7 +408,7 @@ class Engine:
     # Collect.
 
     def _collect(self) -> None:
-        """Take in the results of the oldest launch."""
+        """Apply the results of the oldest launch."""
         launch = self._in_flight.popleft()
         launch.take(launch.outputs)
 

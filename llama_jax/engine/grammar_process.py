@@ -1,10 +1,12 @@
-"""A process that tries grammars out, which can be ended when one takes too long, or crashes.
+"""Compiles grammars in a process of its own, which can be killed if one takes too long or crashes.
 
-llguidance limits most of what a hostile grammar may cost, but not all, and a thread in Rust cannot
-be stopped. So a grammar is compiled here first. `python -P grammar_process.py` reads lines of JSON
-and answers each by one: first the vocabulary, [[token in hex, ...], special ids, ids of ends], and
-"ready"; then [kind, text] of `structured.StructuredOutput`, and [grammar, error]: the grammar in
-llguidance's own form, or else what is wrong. Imports nothing of this project.
+llguidance bounds most costs of a hostile grammar, but not all, and a thread in Rust cannot be
+stopped. So each grammar is first compiled here. `python -P grammar_process.py` reads lines of JSON
+and replies to each with a line. The first is the vocabulary, [[token in hex, ...], special ids, end
+ids], and the reply is "ready". The others are [kind, text] of `structured.StructuredOutput`, and
+the reply is [grammar, error]: the grammar in llguidance's own format, or an error message.
+
+This file imports nothing of this project.
 """
 
 import json
@@ -14,13 +16,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-# llguidance calls itself once per rule of a chain of rules, and the usual 8 MB are too few.
+# llguidance recurses once per rule in a chain of rules, for which the usual 8 MB are too little.
 STACK_BYTES = 512 * 1024 * 1024
 _MEMORY_BYTES = 4 * 1024**3
 
 
 class Vocabulary:
-    """A tokenizer as llguidance reads it. encode: text to ids, without special tokens."""
+    """A tokenizer as llguidance expects it. encode: text to ids, without special tokens."""
 
     is_tokenizer_wrapper = True
 
@@ -40,9 +42,9 @@ class Vocabulary:
 
 
 def new_matcher(vocabulary: Any, grammar: str) -> Any:
-    """An `LLMatcher`; raises ValueError for a grammar that cannot be compiled.
+    """Make an `LLMatcher`. Raises ValueError for a grammar that cannot be compiled.
 
-    vocabulary: an `LLTokenizer`; grammar: in llguidance's own form.
+    vocabulary: an `LLTokenizer`. grammar: in llguidance's own format.
     """
     import llguidance
 
@@ -54,7 +56,7 @@ def new_matcher(vocabulary: Any, grammar: str) -> Any:
 
 
 def in_large_stack[T](function: Callable[[], T]) -> T:
-    """Return what `function` returns or raises, in a thread with room for deep recursion."""
+    """Call `function` in a thread with room for deep recursion; return or raise what it does."""
     results: list[T] = []
     errors: list[BaseException] = []
 
@@ -76,11 +78,11 @@ def in_large_stack[T](function: Callable[[], T]) -> T:
     return results[0]
 
 
-def _own_form(kind: Any, text: str) -> str:
-    """A grammar in llguidance's own form."""
+def _own_format(kind: Any, text: str) -> str:
+    """Return a grammar in llguidance's own format."""
     import llguidance
 
-    if kind == "choice":  # one terminal, as llguidance allows 2,000 alternatives of rules
+    if kind == "choice":  # in one terminal: rules have at most 2,000 alternatives
         texts = " | ".join(json.dumps(each, ensure_ascii=False) for each in json.loads(text))
         kind, text = "grammar", f"start: CHOICE\nCHOICE: {texts}"
     return str(llguidance.grammar_from("json_schema" if kind == "json_object" else kind, text))
@@ -88,7 +90,7 @@ def _own_form(kind: Any, text: str) -> str:
 
 def _answer(vocabulary: Any, kind: str, text: str) -> tuple[str, str]:
     try:
-        grammar = _own_form(kind, text)
+        grammar = _own_format(kind, text)
         matcher = new_matcher(vocabulary, grammar)
         is_any = any(matcher.compute_bitmask())
         matcher.compute_ff_tokens()
@@ -107,7 +109,7 @@ def _read_vocabulary(line: str) -> Any:
     ids = {piece: i for i, piece in enumerate(pieces)}
 
     def encode(text: str) -> list[int]:
-        """Not the tokenizer's way, but what a grammar may cost does not hang on that."""
+        """Encode bytes one by one, which is enough to learn a grammar's cost."""
         return [ids[byte] for each in text.encode() if (byte := bytes([each])) in ids]
 
     read: Any = Vocabulary(pieces, special, ends, encode)
@@ -115,7 +117,7 @@ def _read_vocabulary(line: str) -> Any:
 
 
 def _main() -> None:
-    with suppress(ImportError, ValueError, OSError):  # where there are such limits
+    with suppress(ImportError, ValueError, OSError):  # not every system has these limits
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))

@@ -1,8 +1,8 @@
-"""Which tokens may be drawn next where a reply has to have a form (`structured.StructuredOutput`).
+"""Compiles grammars and computes which tokens may follow, for `structured.StructuredOutput`.
 
-llguidance compiles a schema, expression or grammar for a vocabulary, and says after each token
-which may follow, as bits for `sampling.sample`. It comes with the extra `serve` and is imported
-when it is first needed.
+llguidance compiles a schema, expression or grammar for a vocabulary, and computes after each token
+a bit mask of those that may follow, for `sampling.sample`. It comes with the extra `serve` and is
+imported on first use.
 """
 
 import json
@@ -26,17 +26,17 @@ from llama_jax.engine.grammar_process import Vocabulary, in_large_stack, new_mat
 from llama_jax.structured import GrammarsBusyError, StructuredOutput, StructuredOutputError
 from llama_jax.text.tokenizer import Tokenizer
 
-# How long a grammar may take to compile, and what may follow a few tokens to be found. Hardly any
-# of real schemas' takes a tenth of a second.
+# Time limits for compiling a grammar, and for computing the masks of a step. Real schemas hardly
+# ever take a tenth of a second.
 COMPILE_SECONDS = 5.0
 MASKS_SECONDS = 2.0
-# How many are tried out at the same time, and how many compiled ones are kept.
+# Processes that compile, and compiled grammars that are kept.
 _NUM_PROCESSES = 2
 _KEPT_GRAMMARS = 128
 
 
 def num_words(vocab_size: int) -> int:
-    """Return how many words of 32 bits hold one for each token, as `sampling.sample` takes them."""
+    """Return the number of 32-bit words in a mask with a bit per token, see `sampling.sample`."""
     return -(-vocab_size // 32)
 
 
@@ -53,44 +53,45 @@ def _llguidance() -> ModuleType:
 
 
 class Matcher:
-    """How far one reply has come in its grammar.
+    """The position of one reply in its grammar.
 
-    expected: tokens that the grammar forces after the next one that is drawn, if that is the one
-    it has to be: good guesses.
+    expected: tokens that the grammar forces after the next one, if that is the forced one: good
+        draft tokens.
     """
 
     def __init__(self, matcher: Any, num_words: int) -> None:
         self._matcher = matcher
         self._num_words = num_words
-        self._taken = 0  # tokens of the reply
+        self._taken = 0  # tokens of the reply so far
         self._lock = threading.Lock()
         self.expected: list[int] = []
 
     def copy(self) -> "Matcher":
-        """Another one that has come as far."""
+        """Return an independent matcher at the same position."""
         copy = Matcher(self._matcher.deep_copy(), self._num_words)
         copy._taken = self._taken
         return copy
 
-    def masks(self, token_ids: Sequence[int], guesses: Sequence[int] = ()) -> np.ndarray:
-        """Return what may follow a reply so far, and what may follow it with one guess, two, ...:
-        uint32 [1 + guesses, words], as `sampling.sample` takes them. After a guess that the grammar
-        refuses, or that ends the reply, nothing may follow.
+    def masks(self, token_ids: Sequence[int], drafts: Sequence[int] = ()) -> np.ndarray:
+        """Compute which tokens may follow the reply, and which may follow each draft token.
 
-        token_ids: all of the reply, at least those of the call before.
+        token_ids: the whole reply; it may only grow between calls.
+        drafts: draft tokens after it.
+        Returns masks for `sampling.sample`, uint32 [1 + drafts, words]. Nothing may follow a draft
+        token that the grammar refuses or that ends the reply.
         """
         with self._lock:
             for token_id in token_ids[self._taken :]:
                 self._take(token_id)
                 self._taken += 1
-            masks = np.zeros((1 + len(guesses), self._num_words), np.uint32)
+            masks = np.zeros((1 + len(drafts), self._num_words), np.uint32)
             stood = 0
             self._fill(masks[0])
-            for guess in guesses:
-                may_follow = masks[stood, guess // 32] >> np.uint32(guess % 32) & 1
+            for draft in drafts:
+                may_follow = masks[stood, draft // 32] >> np.uint32(draft % 32) & 1
                 if not may_follow or self._matcher.is_stopped():
                     break
-                self._take(guess)
+                self._take(draft)
                 stood += 1
                 self._fill(masks[stood])
             self.expected = self._matcher.compute_ff_tokens()[1:]
@@ -102,8 +103,8 @@ class Matcher:
     def _take(self, token_id: int) -> None:
         if not self._matcher.consume_token(token_id):
             raise StructuredOutputError(
-                f"structured: token {token_id} was drawn, which the grammar refuses: logit_bias "
-                "leaves none that it allows, or it is too complex: "
+                f"structured: the grammar refuses the drawn token {token_id}, because logit_bias "
+                "rules out all that it allows, or because it is too complex: "
                 f"{self._matcher.get_error()[:200]}"
             )
 
@@ -117,10 +118,10 @@ class Matcher:
 
 
 class Grammars:
-    """Compiles grammars for one vocabulary; those of late are kept.
+    """Compiles grammars for one vocabulary, and keeps the most recent ones.
 
-    vocab_size: the model's; end_ids: tokens that end a reply, which may be drawn where the grammar
-    lets it end.
+    vocab_size: of the model.
+    end_ids: tokens that end a reply, allowed wherever the grammar is complete.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Sequence[int]) -> None:
@@ -130,16 +131,16 @@ class Grammars:
         self._vocabulary: Any = None
         self._processes = LifoQueue[_Process | None]()
         for _ in range(_NUM_PROCESSES):
-            self._processes.put(None)  # to be started
+            self._processes.put(None)  # started on first use
         self._kept: OrderedDict[StructuredOutput, Matcher] = OrderedDict()
         self._lock = threading.Lock()
 
     def matcher(self, structured: StructuredOutput) -> Matcher:
-        """For a reply that has yet to begin; from any thread.
+        """Return a matcher at the beginning of a reply. May be called from any thread.
 
-        Raises `StructuredOutputError` for what cannot be compiled, or not within
-        `COMPILE_SECONDS`; `GrammarsBusyError` where others take so long; ModuleNotFoundError
-        without llguidance.
+        Raises `StructuredOutputError` for a grammar that cannot be compiled within
+        `COMPILE_SECONDS`, `GrammarsBusyError` if others occupy the processes for so long, and
+        ModuleNotFoundError without llguidance.
         """
         with self._lock:
             if self._vocabulary is None:
@@ -157,12 +158,13 @@ class Grammars:
             return matcher.copy()
 
     def _try_out(self, structured: StructuredOutput) -> str:
-        """The grammar in llguidance's own form, from a process that has compiled it."""
+        """Compile in a separate process, and return the grammar in llguidance's own format."""
         where = f"structured.{structured.kind}"
         try:
             process = self._processes.get(timeout=COMPILE_SECONDS)
         except Empty:
-            raise GrammarsBusyError(f"{where}: others take long to compile; try again") from None
+            message = f"{where}: other grammars take long to compile; try again"
+            raise GrammarsBusyError(message) from None
         usable = None
         try:
             process = process or _Process(self._as_read)
@@ -204,7 +206,7 @@ class _Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             encoding="utf-8",
-            start_new_session=True,  # an interrupt from the keyboard is for this process
+            start_new_session=True,  # so that Ctrl-C reaches this process alone
         )
         weakref.finalize(self, _end, self._process)
         tokens = [each.hex() for each in vocabulary.tokens]
@@ -213,10 +215,10 @@ class _Process:
             raise RuntimeError(f"{grammar_process.__file__} does not start")
 
     def ask(self, kind: str, text: str) -> tuple[str, str]:
-        """A grammar in llguidance's own form, and what is wrong with it, see `grammar_process`.
+        """Compile a grammar. Returns it in llguidance's own format, and an error message.
 
         Raises TimeoutError after `COMPILE_SECONDS`, and ChildProcessError if the process has
-        crashed; it is of no further use then.
+        crashed. It cannot be used after either.
         """
         is_late = threading.Event()
 
@@ -251,41 +253,43 @@ class _Process:
 
 def _end(process: subprocess.Popen[str]) -> None:
     process.kill()
-    with suppress(OSError), process:  # closes what leads to it, and waits
+    with suppress(OSError), process:  # closes its pipes, and waits
         pass
 
 
 class MaskThreads:
-    """Threads in which masks of several replies are computed at the same time."""
+    """Threads that compute the masks of several replies at the same time."""
 
     def __init__(self) -> None:
         self._size = min(16, os.cpu_count() or 1)
         self._pool: ThreadPoolExecutor | None = None
 
     def masks(
-        self, wanted: Sequence[tuple[Matcher, Sequence[int], Sequence[int]]]
+        self, calls: Sequence[tuple[Matcher, Sequence[int], Sequence[int]]]
     ) -> list[np.ndarray | Exception]:
-        """`Matcher.masks` of each matcher with its tokens and guesses, or what that raised; also
-        where it takes longer than `MASKS_SECONDS`."""
+        """Call `Matcher.masks` of each matcher with its tokens and draft tokens.
+
+        Returns for each the masks or the exception, which after `MASKS_SECONDS` says so.
+        """
         late = StructuredOutputError(
-            f"structured: what may follow was not known after {MASKS_SECONDS:g} s"
+            f"structured: computing the allowed tokens took more than {MASKS_SECONDS:g} s"
         )
-        results: list[np.ndarray | Exception] = [late] * len(wanted)
-        waiting = deque(enumerate(wanted))
+        results: list[np.ndarray | Exception] = [late] * len(calls)
+        waiting = deque(enumerate(calls))
 
         def work() -> None:
             while waiting:
                 with suppress(IndexError):  # another thread has taken the last one
-                    i, (matcher, token_ids, guesses) = waiting.popleft()
+                    i, (matcher, token_ids, drafts) = waiting.popleft()
                     try:
-                        results[i] = matcher.masks(token_ids, guesses)
+                        results[i] = matcher.masks(token_ids, drafts)
                     except Exception as error:
                         results[i] = error
 
-        # A job per thread: handing one over takes longer than computing a mask.
+        # One task per thread: submitting a task takes longer than computing a mask.
         pool = self._pool = self._pool or ThreadPoolExecutor(self._size, "masks")
-        jobs = [pool.submit(work) for _ in range(min(self._size, len(wanted)))]
-        if wait(jobs, timeout=MASKS_SECONDS).not_done:
+        tasks = [pool.submit(work) for _ in range(min(self._size, len(calls)))]
+        if wait(tasks, timeout=MASKS_SECONDS).not_done:
             pool.shutdown(wait=False)  # its threads may be busy for long
             self._pool = None
             work()

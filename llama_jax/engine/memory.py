@@ -1,4 +1,4 @@
-"""Will it fit? The bytes that a model needs on each device, before any of them is allocated."""
+"""Plans memory: computes the bytes that a model needs on each device before any is allocated."""
 
 import bisect
 import math
@@ -24,28 +24,30 @@ from llama_jax.model.sharding import cache_shardings
 from llama_jax.model.spec import ModelSpec
 from pallas_kernels.fp8_matmul.xla import block_rows
 
-# Bytes per token of the intermediate size: the MLP's arrays that are live at the same time, in
-# float32 where weights are widened block by block, else in bfloat16. Per head and token: scores
-# against a block of keys, and the queries. Per row and word of the vocabulary: sampling settings,
-# and the logits on their way through the sampler; per guess and word, its logits. Fitted to XLA's
-# own memory analysis of the compiled steps (tests/test_memory.py holds them against it).
+# Bytes of workspace, fitted to XLA's memory analysis of the compiled steps (tests/test_memory.py
+# compares them). _MLP: per token and intermediate feature, the arrays that are live at once, in
+# float32 if weights are upcast block by block, else in bfloat16. _HEAD: per head and token, the
+# queries and the scores of a block of keys. _SAMPLER: per slot and token of the vocabulary, the
+# settings and the logits. _DRAFT: per draft token and token of the vocabulary, the logits.
 _MLP_WIDE, _MLP_NARROW = 36, 12
 _HEAD_BYTES = 4 * 1024
 _SAMPLER_BYTES = 40
-_GUESS_BYTES = 6
+_DRAFT_BYTES = 6
 _SCORED_TOKENS = 64
 
 
 class DoesNotFitError(MemoryError):
-    """A model and its cache need more memory than the device has."""
+    """Raised if a model and its cache need more memory than the device has."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on the fullest device; on a mesh, what one device holds, a draft model's included.
+    """The bytes needed on the fullest device, including those of a draft model.
 
-    weights and kv_cache are exact. workspace is an estimate: the temporaries of prefill and of
-    decode (the larger), logits and sampling state. limit is what the device has.
+    weights, kv_cache: exact.
+    workspace: an estimate of the temporaries of prefill or decode (the larger), logits and sampling
+        state.
+    limit: the device's memory.
     """
 
     weights: int
@@ -63,7 +65,7 @@ class MemoryPlan:
         return self.weights + self.kv_cache + self.workspace
 
     def check(self) -> None:
-        """Raise `DoesNotFitError`, with the sizes and with what to lower, if total > limit."""
+        """Raise `DoesNotFitError` if total > limit. It names the sizes and settings to lower."""
         if self.total <= self.limit:
             return
         each = " on each device" if self.devices > 1 else ""
@@ -78,7 +80,7 @@ class MemoryPlan:
         if self.weights > 0.5 * self.limit:
             advice.append("use FP8 weights (quantize), a smaller model, or shard over more devices")
         raise DoesNotFitError(
-            f"{decimal(self.total)} needed{each}, {decimal(self.limit)} there: weights "
+            f"{decimal(self.total)} needed{each}, {decimal(self.limit)} available: weights "
             f"{decimal(self.weights)}, KV cache {decimal(self.kv_cache)}, workspace "
             f"{decimal(self.workspace)}. To make it fit: {'; '.join(advice)}."
         )
@@ -107,16 +109,17 @@ class MemoryPlan:
         return f"{self.num_pages:,} pages of {PAGE_SIZE} tokens"
 
     def print(self) -> None:
-        """The table, on stderr."""
+        """Print the plan as a table on stderr."""
         Console(stderr=True).print(self)
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """How far the memory goes with one kind of cache; 0 where it does not go at all.
+    """The sequences that fit in memory with one kind of cache; 0 if none do.
 
-    longest_alone, longest: tokens of context for one sequence, and for as many at the same time as
-    were asked about. most: sequences of the length that was asked about.
+    longest_alone: tokens of context for a single sequence.
+    longest: tokens of context for the given number of sequences.
+    most: sequences of the given length.
     """
 
     longest_alone: int
@@ -134,13 +137,14 @@ def plan_memory(
     num_pages: int | None = None,
     speculation: Speculation = NO_SPECULATION,
 ) -> MemoryPlan:
-    """Return what `spec` takes with a cache of max_batch_size rows of max_seq_len tokens.
+    """Plan the memory of a model with a cache of max_batch_size slots of max_seq_len tokens.
 
-    kv_dtype: of the cache, as `kv_cache.init_cache` takes it. prefill_chunk: tokens of a row that
-    go through the model at once, all rows together. limit: bytes on each device, in place of what
-    the devices that are here report. num_pages: of the cache, instead of whole rows. speculation:
-    its draft has a cache of the same pages, and what it guesses has logits, as have tokens that a
-    grammar forces.
+    kv_dtype: of the cache, as in `kv_cache.init_cache`.
+    prefill_chunk: tokens that go through the model in one prefill call, of all prompts together.
+    limit: bytes on each device; by default what the devices report.
+    num_pages: the size of the cache, if it is not max_batch_size full slots.
+    speculation: its draft model has a cache of the same pages, and draft tokens have logits, as
+        have tokens that a grammar forces.
     """
     mesh = spec.mesh
     if limit is None:
@@ -154,11 +158,11 @@ def plan_memory(
         return _bytes_per_device(cache, cache_shardings(spec.config, mesh))
 
     specs = [spec, speculation.draft] if speculation.draft else [spec]
-    guesses = max_batch_size * (speculation.num_speculative_tokens or MAX_FORCED)
+    num_drafts = max_batch_size * (speculation.num_speculative_tokens or MAX_FORCED)
     return MemoryPlan(
         weights=sum(map(_weights, specs)),
         kv_cache=sum(map(kv_cache, specs)),
-        workspace=_workspace(spec, max_batch_size, min(prefill_chunk, max_seq_len), guesses),
+        workspace=_workspace(spec, max_batch_size, min(prefill_chunk, max_seq_len), num_drafts),
         limit=limit,
         max_batch_size=max_batch_size,
         max_seq_len=max_seq_len,
@@ -168,17 +172,17 @@ def plan_memory(
     )
 
 
-@lru_cache(maxsize=8)  # a plan is made for many sizes of the cache of one model
+@lru_cache(maxsize=8)  # plans of one model are made for many cache sizes
 def _weights(spec: ModelSpec) -> int:
-    """Bytes of the parameters on each device."""
+    """Return the bytes of the parameters on each device."""
     return _bytes_per_device(abstract_params(spec), param_shardings(spec))
 
 
 def fitting_pages(plan: Callable[[int], MemoryPlan], least: int, most: int) -> int:
-    """Return how many pages to make a cache of: `most`, if they fit, else what a twentieth less
-    than the limit has room for; at least `least`.
+    """Return the number of pages for a cache: `most` if they fit, else as many as fit in 95 % of
+    the limit, but at least `least`.
 
-    plan: the plan with so many pages.
+    plan: returns the plan for a number of pages.
     """
     first = plan(least)
     if plan(most).total <= first.limit:
@@ -190,7 +194,7 @@ def fitting_pages(plan: Callable[[int], MemoryPlan], least: int, most: int) -> i
 def fitted(
     spec: ModelSpec, options: EngineOptions, kv_dtype: jnp.dtype, speculation: Speculation
 ) -> tuple[EngineOptions, MemoryPlan]:
-    """The options with a number of pages that fits, where they give none, and the plan of all."""
+    """Return the options with a number of pages that fits, if they have none, and the plan."""
     limit = device_memory_bytes(spec.mesh.devices.flat[0] if spec.mesh else None)
 
     def plan(num_pages: int) -> MemoryPlan:
@@ -200,7 +204,7 @@ def fitted(
         )  # fmt: skip
 
     if options.num_pages is None:
-        num_pages = fitting_pages(plan, options.pages_per_row, options.pool_size)
+        num_pages = fitting_pages(plan, options.pages_per_slot, options.pool_size)
         options = replace(options, num_pages=num_pages)
     return options, plan(options.pool_size)
 
@@ -213,9 +217,9 @@ def capacity(
     prefill_chunk: int,
     limit: int,
 ) -> Capacity:
-    """Return what fits into `limit` bytes on one device; the arguments are those of `plan_memory`.
+    """Compute what fits into `limit` bytes on one device. Arguments are those of `plan_memory`.
 
-    Contexts are whole pages, of at least `prefill_chunk` tokens and at most the model's own.
+    Contexts are whole pages, between `prefill_chunk` tokens and the model's context.
     """
     context = spec.config.max_position_embeddings
     shortest = min(-(-prefill_chunk // PAGE_SIZE) * PAGE_SIZE, context)
@@ -232,15 +236,15 @@ def capacity(
 
 
 def _most(size: Callable[[int], int], limit: int, most: int) -> int:
-    """The largest n of 0 to `most` with size(n) <= limit, or -1; size must not fall."""
+    """Return the largest n in [0, most] with size(n) <= limit, or -1. `size` must be monotonic."""
     return bisect.bisect_right(range(most + 1), limit, key=size) - 1
 
 
 def device_memory_bytes(device: jax.Device | None = None) -> int:
-    """Bytes that this process may use on a device, the default one when None.
+    """Return the bytes that this process may use on a device, by default JAX's default device.
 
-    An accelerator reports the limit of its allocator. CPU devices share what the machine, or the
-    container, has available now.
+    An accelerator reports the limit of its allocator. CPU devices share the memory that the machine
+    or the container has available now.
     """
     device = device or jax.devices()[0]
     stats = device.memory_stats()
@@ -250,13 +254,12 @@ def device_memory_bytes(device: jax.Device | None = None) -> int:
 
 
 def _available_ram() -> int:
-    """Return what the machine has available, or the container that this process runs in, if
-    less."""
+    """Return the bytes available on the machine, or in this process's container if less."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         kibibytes = next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))
         available = int(kibibytes) * 1024
-    except (OSError, StopIteration):  # not Linux: all of it, for want of a better figure
+    except (OSError, StopIteration):  # not Linux: all memory, for want of a better figure
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([available, *_room_in_cgroups()])
 
@@ -264,10 +267,11 @@ def _available_ram() -> int:
 def _room_in_cgroups(
     root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")
 ) -> list[int]:
-    """Bytes left in each control group, version 2 or 1, that this process is in.
+    """Yield the bytes left in each control group (version 1 or 2) of this process.
 
-    A group's limit holds for those inside it, so that its parents count too. Cached files can be
-    given back, unless they are in use.
+    A group's limit also holds for the groups inside it, so parents count too. Cached files that are
+    not in use can be reclaimed.
+
     Source: admin-guide/cgroup-v2 and cgroup-v1/memory in the Linux kernel's documentation.
     """
     room = []
@@ -283,17 +287,18 @@ def _room_in_cgroups(
         group = top / path.lstrip("/")
         for directory in (group, *group.parents):
             if directory.is_relative_to(top):
-                left = _room_in_cgroup(directory, *names)
-                room += [] if left is None else [left]
+                free = _room_in_cgroup(directory, *names)
+                room += [] if free is None else [free]
     return room
 
 
 def _room_in_cgroup(directory: Path, limit: str, usage: str, cached: str) -> int | None:
-    """Bytes left in one group, None without a limit; the names are those of its files' figures."""
+    """Return the bytes left in one group, or None without a limit. The strings are names of its
+    files and figures."""
     try:
         most, used = (directory / limit).read_text().strip(), (directory / usage).read_text()
         stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
-    except OSError:  # the top has no limit, and a container does not see what lies above it
+    except OSError:  # the root has no limit, and a container cannot see its parents
         return None
     if most == "max":
         return None
@@ -308,7 +313,7 @@ def _bytes_per_device(arrays: object, shardings: object) -> int:
     return sum(sizes)
 
 
-def _workspace(spec: ModelSpec, batch_size: int, chunk: int, guesses: int) -> int:
+def _workspace(spec: ModelSpec, batch_size: int, chunk: int, num_drafts: int) -> int:
     config = spec.config
     is_fp8 = any(stored.scale for stored in spec.formats.values())
     wide = is_fp8 or spec.dtype == "float32"
@@ -316,12 +321,12 @@ def _workspace(spec: ModelSpec, batch_size: int, chunk: int, guesses: int) -> in
         (_MLP_WIDE if wide else _MLP_NARROW) * config.intermediate_size,
         _HEAD_BYTES * config.num_heads,
     )
-    widened_block = 6 * max(
+    upcast_block = 6 * max(
         block_rows(columns) * columns for columns in (config.intermediate_size, config.hidden_size)
     )
     logits = config.vocab_size * (
-        _SAMPLER_BYTES * batch_size + _GUESS_BYTES * guesses + 8 * _SCORED_TOKENS
+        _SAMPLER_BYTES * batch_size + _DRAFT_BYTES * num_drafts + 8 * _SCORED_TOKENS
     )
     tokens = min(batch_size * chunk, max(chunk, MAX_TOKENS_PER_CALL))
     tokens //= spec.mesh.shape["model"] if spec.mesh else 1
-    return per_token * tokens + widened_block + logits
+    return per_token * tokens + upcast_block + logits

@@ -1,4 +1,4 @@
-"""Takes the results of calls into their requests: tokens, text, logprobs, and whether they end."""
+"""Applies the results of calls to their requests: tokens, text, logprobs, and when they end."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -19,9 +19,9 @@ from llama_jax.engine.slots import PendingDraws, RunningSequence
 
 
 class OutputProcessor:
-    """Hands results over to requests, and takes the slots of those that have ended.
+    """Applies results to requests, and frees the slots of those that have ended.
 
-    changed: requests whose `on_change` is still to be called.
+    changed: requests whose `on_change` has not been called yet.
     """
 
     def __init__(self, scheduler: Scheduler, counts: EngineCounts) -> None:
@@ -31,10 +31,10 @@ class OutputProcessor:
 
     @contextmanager
     def alone(self, request: Request, ends_by: type[BaseException] = Exception) -> Iterator[None]:
-        """A context in which what is raised ends `request`, and nothing else.
+        """Return a context in which an exception ends `request` and nothing else.
 
-        ends_by: BaseException where an interrupt would leave the request's text half done. It ends
-        the request and goes on to the caller.
+        ends_by: BaseException if an interrupt would leave the request's text incomplete. It then
+            ends the request and is raised again.
         """
         try:
             yield
@@ -47,8 +47,8 @@ class OutputProcessor:
                 raise
 
     def tell(self, changed: list[Request]) -> list[Request]:
-        """Call the `on_change` of requests that have changed; one that raises is not called again,
-        one that is interrupted is."""
+        """Call the `on_change` of requests that have changed. If one raises it is not called again;
+        if it is interrupted it is."""
         for request in changed:
             if request in self.changed and request.on_change:
                 with self.alone(request):
@@ -57,7 +57,7 @@ class OutputProcessor:
         return changed
 
     def fetch(self, outputs: Any) -> Any:
-        """Outputs of a call, on the host."""
+        """Copy the outputs of a call to the host, and count the seconds of waiting for them."""
         began = time.perf_counter()
         fetched = jax.device_get(outputs)
         self._counts.waited += time.perf_counter() - began
@@ -68,7 +68,7 @@ class OutputProcessor:
         ended: Sequence[tuple[int, RunningSequence]],
         outputs: tuple[Array, Sampled | None],
     ) -> None:
-        """Take in first tokens. ended: sequences whose prompt has ended, and their places in the
+        """Apply first tokens. ended: sequences whose prompt has ended, and their places in the
         call."""
         tokens, sampled = self.fetch(outputs)
         now = time.perf_counter()
@@ -77,10 +77,10 @@ class OutputProcessor:
             self._extend(sequence, [int(tokens[i])], now, sampled, i)
 
     def take_draws(self, draws: PendingDraws, outputs: tuple[Array, Sampled | None]) -> None:
-        """Take in the tokens of a decode launch."""
+        """Apply the tokens of a decode launch."""
         numbers, sampled = self.fetch(outputs)
         drawn = Drawn.unpack(numbers)
-        self._counts.guessed += int(drawn.num_drafts.sum())
+        self._counts.drafted += int(drawn.num_drafts.sum())
         self._counts.accepted += int(drawn.num_accepted.sum())
         counts = drawn.num_tokens
         self._scheduler.slots.settle(draws, counts)
@@ -95,21 +95,21 @@ class OutputProcessor:
         chunks: Sequence[Chunk],
         outputs: tuple[tuple[Array, ...], tuple[Array, ...] | None],
     ) -> None:
-        """Take in how likely the tokens after those of prompts' chunks are, and the likeliest in
-        their places, if these were computed."""
+        """Apply the logprobs of the tokens that follow those of the chunks, and the likeliest
+        tokens in their places if these were computed."""
         (logprobs, likeliest, most), top = self.fetch(outputs)
         for i, chunk in enumerate(chunks):
             request = chunk.sequence.request
             first = max(0, request.score_from - 1 - chunk.start)
-            wanted = slice(first, max(first, chunk.stop - chunk.start))
+            scored = slice(first, max(first, chunk.stop - chunk.start))
             with self.alone(request):
-                request.extend_prompt(logprobs[i, wanted], likeliest[i, wanted], most[i, wanted])
+                request.extend_prompt(logprobs[i, scored], likeliest[i, scored], most[i, scored])
                 if request.params.logprobs is not None:
-                    request.extend_prompt_top(*(each[i, wanted] for each in top))
+                    request.extend_prompt_top(*(each[i, scored] for each in top))
                 self._end_chunk(chunk)
 
     def take_logits(self, chunks: Sequence[Chunk], outputs: Array) -> None:
-        """Take in the logits of prompts' chunks."""
+        """Apply the logits of prompts' chunks."""
         logits = self.fetch(outputs)
         for i, chunk in enumerate(chunks):
             request = chunk.sequence.request
@@ -127,9 +127,9 @@ class OutputProcessor:
         drawn: Sampled | None,
         at: Any,
     ) -> None:
-        """Hand drawn tokens to their request, unless that has ended by the host's decision.
+        """Append drawn tokens to their request, unless the host has ended it meanwhile.
 
-        drawn[at]: where they come from, for their logprobs.
+        drawn[at]: their place in the outputs, for their logprobs.
         """
         request = sequence.request
         if request.finish_reason or not token_ids:
@@ -153,7 +153,7 @@ class OutputProcessor:
                 self._scheduler.leave(sequence)
 
     def _end_chunk(self, chunk: Chunk) -> None:
-        """Note that a request has changed, and that it has ended if its prompt has."""
+        """Mark a request as changed, and as ended if its prompt has ended."""
         request = chunk.sequence.request
         if request.finish_reason:
             return

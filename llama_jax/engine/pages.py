@@ -1,13 +1,13 @@
-"""Who owns which page of the key/value cache, and which pages hold a prefix that others share.
+"""Manages the pages of the key/value cache: the sequences that own them, the prefixes they hold.
 
-A page holds the keys and values of `page_size` consecutive tokens, and these depend on all tokens
-before them. So a page is known by its content: its own tokens and the hash of all pages before it.
-A sequence that begins as an earlier one did takes over the earlier one's full pages, and copies the
-page in the middle of which the two part. A page that nobody uses any more keeps its content until
-room is needed; the one used longest ago goes first.
+A page holds the keys and values of `page_size` consecutive tokens, which depend on all tokens
+before them. So a page is identified by its own tokens and a hash of all pages before it. A sequence
+with the prefix of an earlier one shares the full pages of that prefix, and copies the page in which
+the two diverge. A page without an owner keeps its content until room is needed, when the least
+recently used one is evicted.
 
-Idea: automatic prefix caching in vLLM (Kwon et al., 2023), RadixAttention in SGLang (Zheng et al.,
-2024).
+Source: automatic prefix caching in vLLM (Kwon et al., 2023) and RadixAttention in SGLang (Zheng et
+al., 2024).
 """
 
 import hashlib
@@ -17,19 +17,23 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-# The digest of a full page's tokens and those of all pages before it; `ROOT` where there are none.
+# The digest of a full page's tokens and those of all pages before it; `ROOT` before any page.
 BlockHash = bytes
 ROOT: BlockHash = b""
 
 
 class OutOfPagesError(Exception):
-    """Fewer pages are free, or can be freed, than were asked for."""
+    """Raised if fewer pages are free, or can be freed, than are needed."""
 
 
 @dataclass(frozen=True)
 class Content:
-    """What a page holds: `tokens`, after the pages that `parent` is the hash of. It is not full
-    while it grows or where a sequence ended in it. block_hash: of a full page."""
+    """The content of a page, which is partial while it grows and where a sequence ended in it.
+
+    parent: the hash of all pages before it.
+    tokens: the tokens of this page.
+    block_hash: the hash of a full page.
+    """
 
     parent: BlockHash
     tokens: tuple[int, ...]
@@ -40,7 +44,8 @@ class Content:
 class Match:
     """The prefix of a sequence that is in the cache already.
 
-    pages: full ones, to share. partial: a page to copy, and how many of its tokens to use.
+    pages: full pages to share.
+    partial: a page to copy, and how many of its tokens to use.
     """
 
     pages: tuple[int, ...]
@@ -50,8 +55,12 @@ class Match:
 
 @dataclass
 class PageCounts:
-    """queried, hit: tokens of admitted sequences, and those of them found in the cache. evicted:
-    pages whose content was given up to make room."""
+    """Counters of prefix sharing.
+
+    queried: tokens of admitted sequences.
+    hit: those of them that were found in the cache.
+    evicted: pages whose content was dropped to make room.
+    """
 
     queried: int = 0
     hit: int = 0
@@ -60,8 +69,8 @@ class PageCounts:
 
 @dataclass
 class PagePool:
-    """Pages 0 to num_pages - 1: each is free, owned by one or more sequences, or kept for its
-    content."""
+    """Tracks pages 0 to num_pages - 1: each is free, owned by one or more sequences, or kept for
+    its content."""
 
     num_pages: int
     page_size: int
@@ -81,11 +90,12 @@ class PagePool:
 
     @property
     def num_available(self) -> int:
-        """Pages that `take` could give: free ones, and kept ones that nobody owns."""
+        """Return the number of pages that `take` can give: free ones and kept ones."""
         return len(self._free) + len(self._kept)
 
     def take(self, count: int) -> list[int]:
-        """Pages for one owner; their content is void. Raises `OutOfPagesError`, taking none."""
+        """Take pages for one owner; their content is void. Raises `OutOfPagesError` and takes none
+        if there are too few."""
         if count > self.num_available:
             raise OutOfPagesError
         pages = [self._free.pop() if self._free else self._evict() for _ in range(count)]
@@ -94,14 +104,14 @@ class PagePool:
         return pages
 
     def share(self, pages: Sequence[int]) -> None:
-        """Give each page one more owner."""
+        """Add an owner to each page."""
         for page in pages:
             self._owners[page] += 1
             self._kept.pop(page, None)
 
     def release(self, pages: Sequence[int]) -> None:
-        """Take one owner from each page. pages: of a sequence, in order; the last of them will be
-        given up first."""
+        """Remove an owner from each page. pages: of a sequence, in order; the last are evicted
+        first."""
         for page in reversed(pages):
             self._owners[page] -= 1
             if self._owners[page] == 0:
@@ -117,9 +127,10 @@ class PagePool:
         start: int = 0,
         block_hashes: list[BlockHash] | None = None,
     ) -> None:
-        """Note that `pages` hold the first `len(tokens)` tokens of a sequence, in order.
+        """Record that `pages` hold the first `len(tokens)` tokens of a sequence, in order.
 
-        start: tokens of it that were registered before. block_hashes: as in `match`.
+        start: the number of its tokens that were registered before.
+        block_hashes: as in `match`.
         """
         block_hashes = extend_block_hashes(
             [] if block_hashes is None else block_hashes, tokens, self.page_size
@@ -132,10 +143,10 @@ class PagePool:
             self._describe(pages[number], Content(parent, part, block_hash))
 
     def match(self, tokens: Sequence[int], block_hashes: list[BlockHash] | None = None) -> Match:
-        """The longest prefix of `tokens` that is in the cache.
+        """Find the longest prefix of `tokens` that is in the cache.
 
-        block_hashes: of the sequence, see `extend_block_hashes`. Those that are missing are added,
-        so that a caller who keeps the list has each computed once.
+        block_hashes: of the sequence, see `extend_block_hashes`. Missing ones are appended, so a
+            caller who keeps the list has each computed once.
         """
         block_hashes = extend_block_hashes(
             [] if block_hashes is None else block_hashes, tokens, self.page_size
@@ -156,7 +167,7 @@ class PagePool:
         return self._owners[page]
 
     def check(self) -> None:
-        """Assert that every page is in exactly one state; for tests."""
+        """Assert that every page is in exactly one state. For tests."""
         owned = {page for page, owners in enumerate(self._owners) if owners}
         free, kept = set(self._free), set(self._kept)
         assert len(free) == len(self._free) and min(self._owners, default=0) >= 0
@@ -166,18 +177,18 @@ class PagePool:
         full = {page: each.block_hash for page, each in self._content.items() if each.block_hash}
         assert full == {page: block_hash for block_hash, page in self._full.items()}
 
-    def _longest(self, parent: BlockHash, wanted: Sequence[int]) -> tuple[int, int]:
-        """The page after `parent` that has the longest prefix in common with `wanted`, and how long
-        that is."""
+    def _longest(self, parent: BlockHash, tokens: Sequence[int]) -> tuple[int, int]:
+        """Return the page after `parent` with the longest prefix in common with `tokens`, and the
+        length of that prefix."""
         best, most = -1, 0
-        for page in sorted(self._children.get((parent, wanted[0]), ())):
-            common = _common(self._content[page].tokens, wanted)
+        for page in sorted(self._children.get((parent, tokens[0]), ())):
+            common = _common(self._content[page].tokens, tokens)
             if common > most:
                 best, most = page, common
         return best, most
 
     def _describe(self, page: int, content: Content) -> None:
-        """Note a page's content, unless another page holds all of it already."""
+        """Record a page's content, unless another page holds all of it already."""
         known = self._content.get(page)
         if known == content:
             return
@@ -210,9 +221,9 @@ class PagePool:
 def extend_block_hashes(
     block_hashes: list[BlockHash], tokens: Sequence[int], page_size: int
 ) -> list[BlockHash]:
-    """Add to `block_hashes`, of the full pages of a sequence, those of `tokens` that are missing.
+    """Append the missing hashes of the full pages of `tokens` to `block_hashes`, and return it.
 
-    block_hashes: of a prefix of `tokens`, or of more than that; changed and returned.
+    block_hashes: of a prefix of `tokens`, or of a longer sequence.
     """
     first, count = len(block_hashes), len(tokens) // page_size
     if first < count:
@@ -224,7 +235,7 @@ def extend_block_hashes(
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
+    """Return the length of the longest common prefix."""
     size = min(len(a), len(b))
     differ = np.flatnonzero(np.asarray(a[:size]) != np.asarray(b[:size]))
     return int(differ[0]) if differ.size else size

@@ -1,10 +1,10 @@
-"""Which path each matmul and each attention takes, read from the traced programs.
+"""Finds which kernel or XLA product each matmul and attention uses, by reading traced programs.
 
-A kernel stands in a program's jaxpr by its name, and what is left to XLA stands there as products.
-Name stacks hold the module that they belong to and the `Choice` that was made for them; the flow of
-the parameters says which matrices they read. Nothing is compiled or run, and no device is needed:
-`jax.sharding.use_abstract_mesh(pallas_kernels.dev.sm90.H200)` around `programs` and `calls` asks
-what an H200 would run.
+A kernel appears in a program's jaxpr by its name, and what XLA computes appears as products. Name
+stacks hold the module and the `Choice` of each, and following the parameters shows which matrices
+it reads. Nothing is compiled or run, and no device is needed: with
+`jax.sharding.use_abstract_mesh(pallas_kernels.dev.sm90.H200)` around `programs` and `calls`, the
+result is for an H200.
 """
 
 import inspect
@@ -34,7 +34,7 @@ from pallas_kernels import device, e4m3
 from pallas_kernels.choice import Choice, Kernel, choice_in
 
 _KERNELS = ("mpmd_map", "pallas_call", "ffi_call")
-# Rates as in an H200's data sheet, without sparsity: FP8 1,979, bf16 989, float32 67 TFLOP/s.
+# The rates of an H200's data sheet, without sparsity: FP8 1,979, bf16 989, float32 67 TFLOP/s.
 _UNITS = {
     "f8_e4m3fn": "FP8 tensor cores",
     "bf16": "bf16 tensor cores, 1/2 of FP8's rate",
@@ -46,9 +46,9 @@ _ITEMSIZE = {"bf16": 2, "f16": 2, "f32": 4}
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled step and the shapes of its arguments, the second of which it is to donate.
+    """A step to compile and the shapes of its arguments, of which it donates the second.
 
-    name: with its sizes, for readers.
+    name: for readers, with its sizes.
     """
 
     phase: Literal["prefill", "decode"]
@@ -59,13 +59,14 @@ class Program:
 
 @dataclass(frozen=True)
 class KernelCall:
-    """A kernel's launch, or neighbouring products of one module that are left to XLA.
+    """A kernel's launch, or neighbouring products of one module that XLA computes.
 
-    module: where it stands, "layers_0/self_attn"; "" outside of the model's modules.
-    matrices: those it reads, by module path: several in a fused launch, none in attention.
-    path: the launch's name, or "xla". operands: of the launch or the first product, such as
-    "bf16[8,4096]". choice: the object by which the model called it; None where nothing was to
-    choose. cost: what multiplies, and in which form it takes the matrices.
+    module: its place, such as "layers_0/self_attn"; "" outside the model's modules.
+    matrices: module paths of those it reads: several in a fused launch, none in attention.
+    path: the launch's name, or "xla".
+    operands: of the launch or the first product, such as "bf16[8,4096]".
+    choice: the model's choice; None if there was nothing to choose.
+    cost: the units that multiply, and the form in which they get the matrices.
     """
 
     module: str
@@ -77,7 +78,7 @@ class KernelCall:
 
     @property
     def why_not(self) -> str | None:
-        """Return why XLA multiplies where there are kernels; None where there are none."""
+        """Return why XLA multiplies although there are kernels; None if there are none."""
         return self.choice.why_no_kernel if self.choice else None
 
 
@@ -88,14 +89,17 @@ def programs(
     prompts: int = 1,
     kind: Kind = "everything",
 ) -> tuple[Program, Program]:
-    """Return what is done with `prompts` whole chunks that end prompts, `prefill_step` and
-    `draw_step` one after the other, and `decode_steps`, on the device that is lowered for. kind: of
-    the draws."""
+    """Return the programs of prefill and decode for the target device.
+
+    prompts: full chunks in the prefill program, each of which ends a prompt, so that `prefill_step`
+        is followed by `draw_step`.
+    kind: of the draws.
+    """
     rows, chunk = options.max_batch_size, min(options.prefill_chunk, options.max_seq_len)
     params, state = _stored(spec), _state(spec, options, storage_dtype(kv_dtype, spec.dtype))
-    table = _ints(rows, options.pages_per_row)
+    table = _ints(rows, options.pages_per_slot)
     of_prompt, active = _ints(prompts), jax.ShapeDtypeStruct((rows,), jnp.bool_)
-    # The functions themselves: of a program that was kept (`program_cache`) nothing can be read.
+    # Unwrapped, because a program that `program_cache` has kept has no jaxpr to read.
     append, draw, steps = map(inspect.unwrap, (prefill_step, draw_step, decode_steps))
 
     def prefill(params: Params, state: DecodeState, table: Any, *appended: Any) -> Any:
@@ -115,7 +119,7 @@ def programs(
 
 
 def calls(program: Program) -> list[KernelCall]:
-    """In the order of the program; a loop's body counts once, and both branches of a condition."""
+    """Return the calls in program order. A loop's body counts once, a condition's branches each."""
     traced = jax.jit(program.function).trace(*program.arguments)
     leaves = jax.tree_util.tree_leaves_with_path(program.arguments)
     names = [
@@ -134,14 +138,14 @@ def calls(program: Program) -> list[KernelCall]:
 
 
 def _cost(call: KernelCall, stored: Mapping[str, jnp.dtype]) -> str:
-    """stored: the dtypes of the matrices."""
+    """Describe what multiplies. stored: the dtypes of the matrices."""
     if call.choice and call.path in call.choice.kernel.launches:
         return call.choice.kernel.launches[call.path]
     operand = call.operands[0].partition("[")[0]
     unit = _UNITS.get(operand, operand) if device.platform() == "gpu" else operand
     of_matrices = {jnp.dtype(stored[name]).itemsize for name in call.matrices}
-    is_widened = of_matrices and min(of_matrices) < _ITEMSIZE.get(operand, 0)
-    return f"{unit}; weight widened in pieces" if is_widened else unit
+    is_upcast = of_matrices and min(of_matrices) < _ITEMSIZE.get(operand, 0)
+    return f"{unit}; weight upcast in pieces" if is_upcast else unit
 
 
 def _walk(
@@ -151,7 +155,7 @@ def _walk(
     platform: str,
     modules: set[str],
 ) -> Iterator[KernelCall]:
-    """reads: variables that hold matrices, or parts of them in any form, and whose."""
+    """Yield the calls of a jaxpr. reads: variables that hold matrices or parts of them."""
 
     def of(atom: Any) -> frozenset[str]:
         return reads.get(atom, frozenset()) if isinstance(atom, Var) else frozenset()
@@ -169,7 +173,7 @@ def _walk(
                 choice_in(inner),
             )
         elif bodies := list(_bodies(eqn, platform)):
-            # A loop's and a condition's own operands come before those of their bodies.
+            # The operands of a loop or condition itself come before those of its bodies.
             for body in bodies:
                 known = dict(zip(reversed(body.invars), map(of, reversed(eqn.invars))))  # noqa: B905
                 yield from _walk(body, known, inner, platform, modules)
@@ -177,12 +181,12 @@ def _walk(
                     reads[out] = known.get(left, frozenset()) if isinstance(left, Var) else of(left)
         elif primitive == "optimization_barrier":
             reads.update(zip(eqn.outvars, map(of, eqn.invars), strict=True))
-        elif primitive != "gather":  # which looks embeddings up: activations
+        elif primitive != "gather":  # an embedding lookup: its result is activations
             reads.update(dict.fromkeys(eqn.outvars, frozenset().union(*map(of, eqn.invars))))
 
 
 def _bodies(eqn: JaxprEqn, platform: str) -> Iterable[Jaxpr]:
-    """The jaxprs inside, of several for platforms only the one that will be lowered."""
+    """Return the jaxprs inside an equation; of several for platforms, the target's alone."""
     if eqn.primitive.name == "while":
         return (eqn.params["body_jaxpr"].jaxpr,)
     if platforms := eqn.params.get("branches_platforms"):
@@ -192,7 +196,7 @@ def _bodies(eqn: JaxprEqn, platform: str) -> Iterable[Jaxpr]:
 
 
 def _module(scopes: tuple[str, ...], modules: set[str]) -> str:
-    """The innermost module whose path the scopes spell."""
+    """Return the innermost module whose path is among the scopes."""
     path = ""
     for part in (part for scope in scopes for part in scope.split("/")):
         if (longer := f"{path}/{part}".lstrip("/")) in modules:
@@ -201,7 +205,7 @@ def _module(scopes: tuple[str, ...], modules: set[str]) -> str:
 
 
 def _merged(found: Iterable[KernelCall]) -> Iterator[KernelCall]:
-    """Without XLA's further products of the same module and matrices."""
+    """Merge neighbouring XLA products of the same module and matrices into the first."""
     previous = None
     for call in found:
         key = (call.module, call.matrices, call.path, call.choice)
@@ -211,7 +215,7 @@ def _merged(found: Iterable[KernelCall]) -> Iterator[KernelCall]:
 
 
 def _platform() -> str:
-    """As `lax.platform_dependent` names it."""
+    """Return the target platform by its name in `lax.platform_dependent`."""
     return "cuda" if device.platform() == "gpu" else device.platform()
 
 
@@ -220,7 +224,7 @@ def _is_matrix(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> bool:
 
 
 def _stored(spec: ModelSpec) -> Params:
-    """The parameters as they lie on the device."""
+    """Return the parameters as they are stored on the device."""
     fp8 = jnp.dtype(jnp.int8) if device.platform() == "cpu" else e4m3.DTYPE
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, fp8) if leaf.dtype == e4m3.DTYPE else leaf,

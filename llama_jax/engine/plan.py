@@ -1,7 +1,7 @@
-"""A round's plan: the calls that the scheduler wants, in the order in which they are launched.
+"""Defines a round's plan: the calls that the scheduler has decided on, in the order of launch.
 
-A plan is carried out whole, even where a request of it fails meanwhile: what `PagePool` says of the
-pages' content holds once all calls of the plan have run.
+A plan is carried out completely even if one of its requests fails meanwhile, because the contents
+that `PagePool` records are true only once all calls of the plan have run.
 """
 
 from dataclasses import dataclass
@@ -9,14 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from llama_jax.engine.draw_kinds import Kind
-from llama_jax.engine.request import Request, Wanted
+from llama_jax.engine.request import OutputKind, Request
 from llama_jax.engine.slots import PendingDraws, RunningSequence
 
 
 @dataclass(frozen=True, eq=False)
 class Admission:
-    """A sequence that gets a slot. num_cached: tokens that its pages hold already.
-    page_copy: a page to copy for it first, and the page to copy it to."""
+    """A sequence that gets a slot.
+
+    num_cached: tokens that its pages hold already.
+    page_copy: a page to copy for it first, and the page to copy it to.
+    """
 
     sequence: RunningSequence
     num_cached: int
@@ -25,10 +28,11 @@ class Admission:
 
 @dataclass(frozen=True, eq=False)
 class DecodeCall:
-    """A launch that draws tokens for the slots whose prompts are through.
+    """A launch that draws tokens for the slots whose prompts have been computed.
 
-    steps: times that each slot draws, at most. kind: what the program does for the sampler.
-    structured: the sequences whose grammar says what they may draw, which takes other programs.
+    steps: the most times that each slot draws.
+    kind: of the draws that the program makes.
+    structured: the sequences with a grammar, which need other programs.
     """
 
     draws: PendingDraws
@@ -55,12 +59,13 @@ class Chunk:
 class PrefillCall:
     """A call that takes chunks of prompts through the model.
 
-    wanted: what all of them are for. shape: prompts and tokens of each that the program is compiled
-    for. kind, wants_logprobs: as in `DecodeCall`, for the first tokens of the prompts that end;
-    where "logprobs" of prompts are wanted, `wants_logprobs` is for the likeliest tokens too.
+    output_kind: of all of them.
+    shape: the prompts, and tokens of each, that the program is compiled for.
+    kind, wants_logprobs: as in `DecodeCall`, for the first tokens after prompts that end. For
+        "logprobs", `wants_logprobs` is for the likeliest tokens in the places of the prompt's.
     """
 
-    wanted: Wanted
+    output_kind: OutputKind
     shape: tuple[int, int]
     chunks: tuple[Chunk, ...] = ()
     kind: Kind = "everything"
@@ -68,7 +73,7 @@ class PrefillCall:
 
     @property
     def ended(self) -> list[tuple[int, RunningSequence]]:
-        """The sequences whose prompt ends here, and their places in the call."""
+        """Return the sequences whose prompt ends in this call, and their places in it."""
         return [(i, chunk.sequence) for i, chunk in enumerate(self.chunks) if chunk.is_last]
 
     @property
@@ -78,8 +83,11 @@ class PrefillCall:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The calls of one round. page_table: int32 [batch, pages_per_sequence], for all of them.
-    failed: requests that could not be admitted, with the error as their result."""
+    """The calls of one round.
+
+    failed: requests that could not be admitted, with the error as their result.
+    page_table: int32 [batch, pages_per_slot], for all calls.
+    """
 
     admissions: tuple[Admission, ...]
     decodes: tuple[DecodeCall, ...]

@@ -1,15 +1,16 @@
-"""Programs that a second start need not trace: their StableHLO, beside XLA's compilation cache.
+"""Keeps the StableHLO of programs on disk, so that a second start need not trace them.
 
-XLA's cache saves compiling, but JAX has to trace and lower a program before it can look there,
-which takes longer than fetching it. `kept_jit` is `jax.jit` for functions that are worth keeping:
-when one is to be traced, its StableHLO is read from a file, if there is one for all that tracing
-depends on (`_key`); else it is traced, and the file is written (`jax.export`). Everything else
-stays jax.jit's: static and donated arguments, dispatch, and the search in XLA's cache, whose key
-has the compiler, its flags and the processor. A file is StableHLO with a checksum: data that are
-compiled, nothing that is unpickled. Every change of the code makes new files, so those that have
-gone unused longest are removed when all together exceed `MAX_BYTES`.
+XLA's compilation cache saves compiling, but JAX has to trace and lower a program before it can look
+there, and that takes longer than fetching it. `kept_jit` is a `jax.jit` that reads a function's
+StableHLO from a file if there is one for everything that tracing depends on (`_key`), and otherwise
+traces it and writes the file (`jax.export`). The rest remains `jax.jit`'s work: static and donated
+arguments, dispatch, and the lookup in XLA's cache, whose key includes the compiler, its flags and
+the processor.
 
-Only where JAX has one device, a CPU, so far; elsewhere functions are traced as ever.
+A file is StableHLO with a checksum: it is compiled, never unpickled. Every change of the code makes
+new files, so the least recently used ones are removed when all together exceed `MAX_BYTES`.
+
+So far this works only if JAX has a single device and that is a CPU; elsewhere programs are traced.
 """
 
 import contextlib
@@ -39,7 +40,7 @@ _log = logging.getLogger(__name__)
 _DIRECTORY = "traced"
 _DIGEST_BYTES = hashlib.sha256().digest_size
 _LIBRARIES = ("jax", "jaxlib", "flax", "numpy", "ml_dtypes")
-# Of jax.config: where programs are kept, and what is said meanwhile.
+# Settings of jax.config about where programs are kept and what is logged.
 _IRRELEVANT = (
     "jax_compilation_cache", "jax_debug_log", "jax_dump_ir", "jax_enable_compilation_cache",
     "jax_explain_cache", "jax_log", "jax_persistent_cache", "jax_raise_persistent_cache",
@@ -49,10 +50,10 @@ _IRRELEVANT = (
 def kept_jit(
     function: Callable[..., Any], *, static_argnames: str | Sequence[str] = (), **settings: Any
 ) -> Any:
-    """`jax.jit(function, static_argnames=..., **settings)`, of which traces are kept.
+    """Return `jax.jit(function, static_argnames=..., **settings)`, and keep its traces on disk.
 
-    Static arguments need a `repr` that says all of what they are; classes of `flax.struct` in what
-    is returned are to be named by `returns`. `inspect.unwrap` gives the function back.
+    Static arguments need a complete `repr`. Classes of `flax.struct` in the result must be declared
+    by `returns`. `inspect.unwrap` gives the function back.
     """
     names = (static_argnames,) if isinstance(static_argnames, str) else tuple(static_argnames)
     signature = inspect.signature(function)
@@ -75,7 +76,7 @@ def kept_jit(
                 return function(**jax.tree.unflatten(tree, leaves), **static)
 
             flat.__name__ = function.__name__
-            # What lies under this key was traced where the CPU's kernel runs, too.
+            # The key includes whether the CPU's kernel runs, so its custom call is safe here.
             allowed = export.DisabledSafetyCheck.custom_call(library.TARGET)
             exported = export.export(jax.jit(flat), disabled_checks=[allowed])(*avals)
             _write(path, exported)
@@ -85,7 +86,7 @@ def kept_jit(
 
 
 def returns(*classes: type) -> None:
-    """Name classes of `flax.struct`, without static fields, that kept functions return."""
+    """Declare classes of `flax.struct`, without static fields, that kept functions return."""
     for each in classes:
         export.register_pytree_node_serialization(
             each,
@@ -101,7 +102,7 @@ def _rebuilt(cls: type, _: Any, children: Sequence[Any]) -> Any:
 
 
 def _directory() -> Path | None:
-    """Return where traces are kept; None where they are not, see the head of this file."""
+    """Return the directory of traces, or None if none are kept (see the module's docstring)."""
     directory, mesh = compile_cache.directory(), jax.sharding.get_abstract_mesh()
     is_plain = (
         jax.default_backend() == "cpu"
@@ -116,8 +117,8 @@ def _directory() -> Path | None:
 def _key(
     function: Callable[..., Any], static: Mapping[str, Any], avals: Sequence[Any], tree: Any
 ) -> str:
-    """A hash of what the StableHLO follows from: code and libraries, JAX's settings, the device,
-    whether the CPU's kernel runs, static arguments, and shapes and dtypes of the others."""
+    """Hash everything that the StableHLO depends on: code and libraries, JAX's settings, the
+    device, whether the CPU's kernel runs, static arguments, and shapes and dtypes of the others."""
     settings = {
         name: getattr(jax.config, name, value)
         for name, value in jax.config.values.items()
@@ -134,7 +135,7 @@ def _key(
 
 @functools.cache
 def _software() -> tuple[str, ...]:
-    """Versions of what traces, and a digest of this project's code."""
+    """Return the versions of Python and the libraries, and a digest of this project's code."""
     import pallas_kernels
 
     digest = hashlib.sha256()
@@ -146,13 +147,12 @@ def _software() -> tuple[str, ...]:
 
 
 def _read(path: Path) -> export.Exported | None:
-    """Read what `_write` wrote, and note that it is in use; None if there is nothing, or something
-    else."""
+    """Read a file of `_write` and mark it as used; None if it is missing or damaged."""
     try:
         content = path.read_bytes()
     except OSError:
         return None
-    with contextlib.suppress(OSError):  # of a directory that can only be read
+    with contextlib.suppress(OSError):  # a read-only directory
         os.utime(path)
     digest, blob = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
     if hashlib.sha256(blob).digest() != digest:
@@ -162,7 +162,7 @@ def _read(path: Path) -> export.Exported | None:
 
 
 def _write(path: Path, exported: export.Exported) -> None:
-    """Keep a program, whole or not at all, if the directory can be written to; make room for it."""
+    """Write a program atomically if the directory is writable, and make room for it."""
     blob = exported.serialize()
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -180,9 +180,9 @@ def _write(path: Path, exported: export.Exported) -> None:
 
 
 def _trim(directory: Path) -> None:
-    """Remove files until the rest fit `MAX_BYTES`, those first that have gone unused longest.
+    """Remove the least recently used files until the rest fit in `MAX_BYTES`.
 
-    Other processes may do the same at the same time. Whoever misses a file traces its program.
+    Other processes may do the same at the same time; one that misses a file traces its program.
     """
     files = []
     for entry in os.scandir(directory):

@@ -1,8 +1,8 @@
-"""What a program that is compiled for a GPU is made of, read from XLA's list of thunks.
+"""Reports what a program compiled for a GPU launches, by reading XLA's list of thunks.
 
-A thunk is one thing that XLA launches: a kernel, a copy, a graph of several, a loop. XLA writes the
-list, and which HLO instruction each thunk comes from, beside its other dumps (`--xla_dump_to`). No
-GPU is needed: `pallas_kernels.dev.sm90` compiles for an H200 on any machine.
+A thunk is a launch of XLA: a kernel, a copy, a graph of several, a loop. XLA writes the list, and
+the HLO instruction of each thunk, beside its other dumps (`--xla_dump_to`). No GPU is needed:
+`pallas_kernels.dev.sm90` compiles for an H200 on any machine.
 """
 
 import re
@@ -40,8 +40,11 @@ _OF_HOST = re.compile("Host|Infeed|Outfeed|Callback")
 
 @dataclass(frozen=True)
 class Thunk:
-    """One line of the list. within: the kinds of those that it is inside of, the outermost first;
-    a graph of kernels is a "kCommandBuffer"."""
+    """One line of the list.
+
+    within: the kinds of the thunks that contain it, outermost first; a graph of kernels is a
+        "kCommandBuffer".
+    """
 
     number: int
     kind: str
@@ -50,8 +53,8 @@ class Thunk:
 
 @dataclass(frozen=True)
 class Launches:
-    """kernels: Pallas kernels and calls of libraries; fusions: kernels that XLA makes; copies: of
-    memory, fills with a constant included."""
+    """Counts of launches: Pallas kernels and library calls, XLA's fusions, and copies or fills of
+    memory."""
 
     kernels: int
     fusions: int
@@ -60,10 +63,14 @@ class Launches:
 
 @dataclass(frozen=True)
 class ProgramReport:
-    """host_round_trips: places where the device waits for the host to decide how the program goes
-    on. layer, outside: launches of one layer, and of the rest; what is in a loop counts once.
-    graphs: CUDA graphs that take part. temporary_bytes: device memory besides arguments and
-    results. cache_aliased: whether the state is changed where it lies."""
+    """The launches and memory of a compiled program.
+
+    host_round_trips: places where the device waits for a decision of the host.
+    layer, outside: launches of one layer, and of the rest; a loop's body counts once.
+    graphs: the number of CUDA graphs.
+    temporary_bytes: device memory besides arguments and results.
+    cache_aliased: whether the state is updated in place.
+    """
 
     host_round_trips: int
     layer: Launches
@@ -76,8 +83,10 @@ class ProgramReport:
 def report(
     spec: ModelSpec, options: EngineOptions, kv_dtype: KVDtype, phase: Phase, kind: Kind = "greedy"
 ) -> ProgramReport:
-    """The program that the engine launches, as it is compiled for an H200 with the first layer and
-    with the first two: the others are like the second, and nothing but launches grows with them.
+    """Compile the engine's program for an H200 and report on it.
+
+    It is compiled with the first layer and with the first two. The others are like the second, and
+    only the number of launches grows with them.
 
     kind: of the draws in decode steps. Raises RuntimeError if `sm90.unavailable()`.
     """
@@ -89,9 +98,9 @@ def report(
     counts = [Counter(thunk.kind for thunk in thunks) for thunks in (few, more)]
     in_layer = counts[1] - counts[0]
     memory, state = executable.memory_analysis(), program.arguments[1]
-    assert memory is not None  # XLA says it for GPUs
+    assert memory is not None  # XLA has it for GPUs
     donated = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-    table = state.cache.page_table  # given anew with each call
+    table = state.cache.page_table  # an argument of each call
     return ProgramReport(
         host_round_trips=trips,
         layer=_launches(in_layer),
@@ -103,7 +112,7 @@ def report(
 
 
 def compiled(program: Program) -> tuple[jax.stages.Compiled, list[Thunk], int]:
-    """A program compiled for an H200, what it launches, and its host round trips."""
+    """Compile a program for an H200. Returns it, its thunks, and the number of host round trips."""
     with tempfile.TemporaryDirectory() as folder:
         executable = sm90.compile(
             program.function, *program.arguments, donate_argnums=1,
@@ -114,14 +123,13 @@ def compiled(program: Program) -> tuple[jax.stages.Compiled, list[Thunk], int]:
             for name in ("thunk_sequence_after_thunk_passes", "thunk_metadata")
         )
     if not listing:
-        raise RuntimeError("XLA has written no list of thunks: another version of jaxlib?")
+        raise RuntimeError("XLA has written no list of thunks; is this another version of jaxlib?")
     listed = list(thunks(listing))
     return executable, listed, host_round_trips(listed, metadata, executable.as_text() or "")
 
 
 def thunks(listing: str) -> Iterator[Thunk]:
-    """The lines of a list, `*.thunk_sequence_after_thunk_passes.txt`, whose indents say what is
-    inside of what."""
+    """Parse a list, `*.thunk_sequence_after_thunk_passes.txt`, in which indents mean nesting."""
     around: list[tuple[int, str]] = []
     for line in listing.splitlines():
         if found := _THUNK.match(line):
@@ -133,11 +141,13 @@ def thunks(listing: str) -> Iterator[Thunk]:
 
 
 def host_round_trips(listed: list[Thunk], metadata: str, hlo: str) -> int:
-    """Loops and conditions that the host decides, and what talks to the host.
+    """Count loops and conditions that the host decides, and transfers to and from the host.
 
-    The device decides those inside of a graph; and a loop whose number of trips XLA knows needs no
-    decision. metadata: `*.thunk_metadata.txt`, which has the names of instructions; hlo: the text
-    of the compiled program.
+    Those inside a graph are decided by the device, and a loop with a trip count that XLA knows
+    needs no decision.
+
+    metadata: `*.thunk_metadata.txt`, which has the names of instructions.
+    hlo: the text of the compiled program.
     """
     names = {int(number or 0): name for name, number in _LOOP.findall(metadata)}
     known = set(_KNOWN_TRIPS.findall(hlo))
@@ -166,7 +176,7 @@ def _program(
         prefill, decode = programs(spec, options, kv_dtype, kind=kind)
     if phase == "decode":
         return decode
-    # Without the draw that follows where a prompt ends.
+    # Without the draw that follows the end of a prompt.
     function: Any = partial(prefill_step, spec=spec)
     return replace(prefill, function=function, arguments=prefill.arguments[:-1])
 

@@ -1,4 +1,4 @@
-"""One request on its way through the engine: what was asked for, and the results so far."""
+"""Defines a request to the engine, which holds its arguments and its results so far."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -13,39 +13,42 @@ from llama_jax.sampling_params import SamplingParams
 from llama_jax.text.tokenizer import StreamDecoder
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-Wanted = Literal["tokens", "logprobs", "logits"]
+OutputKind = Literal["tokens", "logprobs", "logits"]
 
 
 @dataclass(eq=False)
 class Request:
-    """What was asked for, up to `on_change`, and the results.
+    """A request. The fields up to `on_change` are its arguments, the others its results.
 
-    stop_ids: tokens that end the text, and are not part of it. eos_ids: those that the model ends
-        its replies with, which are not drawn before `params.min_new_tokens` even where
-        `params.ignore_eos` keeps them out of `stop_ids`. stop_names: the special tokens among
-        `stop_ids` that `params.stop` names.
+    stop_ids: tokens that end the text and are not part of it.
+    eos_ids: tokens with which the model ends its replies. They are not drawn before
+        `params.min_new_tokens`, even if `params.ignore_eos` keeps them out of `stop_ids`.
+    stop_names: the special tokens among `stop_ids` that `params.stop` names.
     matcher: for `params.structured`, at the beginning of the reply.
-    wanted: "tokens" continues the prompt; "logprobs" asks how likely the prompt's own tokens are,
-        from `score_from` on, and which would be likeliest if `params.logprobs` is not None;
-        "logits" for float32 logits of every prompt token.
-    is_streamed: the caller wants each token when it is drawn, rather than several at a time.
+    output_kind: "tokens" continues the prompt; "logprobs" computes those of the prompt's own tokens
+        from `score_from` on, and the likeliest tokens in their places if `params.logprobs` is not
+        None; "logits" computes float32 logits of every prompt token.
+    is_streamed: whether the caller needs each token as soon as it is drawn.
 
-    on_change: called by the engine whenever there is something new in the request.
+    on_change: called by the engine after each change of the request.
 
-    finish_reason: "stop" by a stop token or string, "length" by the limit of tokens, "cancelled",
-        or "error" where something raised `error` in the work for this request alone. stop_reason:
-        the string, or the id of `params`, that stopped it; None for the model's own end.
-    token_ids, logprobs, top: what was drawn, with natural-log probabilities where `params` asks
-        for them. `text` is the decoded text, as it grows if the request is streamed or has stop
-        strings, else once it has ended; `text[:released]` may be shown: what follows could still
-        turn out to be the beginning of a stop string.
-    prompt_logprobs: float32, one per token from `score_from` on. prompt_likeliest,
-        prompt_most: int32 and float32, the likeliest token in each one's place, and its logprob.
-    prompt_top, prompt_ranks: where they are asked for, the `params.logprobs` likeliest tokens in
-        each one's place with their logprobs, and its own rank among all tokens, from 1 on.
-    prompt_logits: float32 [length, vocab]. num_cached: prompt tokens that were found in the cache
-    when it was admitted last. block_hashes: of all tokens or a prefix of them, see
-    `pages.extend_block_hashes`. Times are of `time.perf_counter`.
+    token_ids, logprobs, top: the drawn tokens, with natural-log probabilities if `params` asks for
+        them.
+    text, released: the decoded text. It grows token by token if the request is streamed or has stop
+        strings, and is otherwise decoded at the end. `text[:released]` may be shown; the rest could
+        still become a stop string.
+    finish_reason: "stop" (a stop token or string), "length", "cancelled", or "error" with the
+        exception in `error`.
+    stop_reason: the string, or the id of `params`, that ended it; None for the model's own end.
+    prompt_logprobs: float32, one per prompt token from `score_from` on.
+    prompt_likeliest, prompt_most: int32 and float32, the likeliest token in the place of each, and
+        its logprob.
+    prompt_top, prompt_ranks: if `params.logprobs` is not None, that many likeliest tokens in the
+        place of each with their logprobs, and its own rank among all tokens, from 1 on.
+    prompt_logits: float32 [length, vocab].
+    num_cached: prompt tokens that were found in the cache at the last admission.
+    block_hashes: of all tokens or a prefix of them, see `pages.extend_block_hashes`.
+    admitted_at, first_token_at, finished_at: times of `time.perf_counter`.
     """
 
     prompt: list[int]
@@ -55,7 +58,7 @@ class Request:
     eos_ids: frozenset[int] = frozenset()
     stop_names: Mapping[int, str] = field(default_factory=dict)
     matcher: Matcher | None = None
-    wanted: Wanted = "tokens"
+    output_kind: OutputKind = "tokens"
     score_from: int = 1
     is_streamed: bool = False
     on_change: "Callable[[Request], None] | None" = None
@@ -85,7 +88,7 @@ class Request:
         return self.prompt + self.token_ids
 
     def start_prompt(self, num_cached: int) -> None:
-        """Begin to compute the prompt, after its first `num_cached` tokens, which are cached."""
+        """Reset the prompt's results. num_cached: the number of its tokens that are cached."""
         self.num_cached = num_cached
         self.prompt_logprobs = np.zeros(0, np.float32)
         self.prompt_likeliest = np.zeros(0, np.int32)
@@ -95,28 +98,28 @@ class Request:
 
     @property
     def prompt_is_likeliest(self) -> np.ndarray:
-        """bool, one per token from `score_from` on."""
+        """Return for each prompt token from `score_from` on whether it is the likeliest: bool."""
         until = self.score_from + len(self.prompt_likeliest)
         return self.prompt_likeliest == np.asarray(self.prompt[self.score_from : until], np.int32)
 
     def extend_prompt(self, logprobs: np.ndarray, likeliest: np.ndarray, most: np.ndarray) -> None:
-        """Take in what is known of the next tokens of the prompt."""
+        """Append the results of the next tokens of the prompt."""
         self.prompt_logprobs = np.append(self.prompt_logprobs, logprobs)
         self.prompt_likeliest = np.append(self.prompt_likeliest, likeliest)
         self.prompt_most = np.append(self.prompt_most, most)
 
     def extend_prompt_top(self, ids: np.ndarray, logprobs: np.ndarray, ranks: np.ndarray) -> None:
-        """Take in the likeliest tokens, [tokens, k], in the places of the next of the prompt, and
-        the ranks of these."""
+        """Append the likeliest tokens in the places of the prompt's next tokens, ids and logprobs
+        [tokens, k], and the ranks of the prompt's tokens."""
         count = self.params.logprobs or 0
         pairs = zip(ids[:, :count].tolist(), logprobs[:, :count].tolist(), strict=True)
         self.prompt_top += [list(zip(*pair, strict=True)) for pair in pairs]
         self.prompt_ranks += ranks.tolist()
 
     def extend(self, token_ids: Sequence[int], limit: int) -> int:
-        """Take in drawn tokens until one of them ends the request; returns how many.
+        """Append drawn tokens until one of them ends the request. Returns how many were appended.
 
-        limit: tokens that may be drawn in all.
+        limit: the number of tokens that may be drawn in total.
         """
         goes_on = len(self.token_ids) + len(token_ids) < limit and not self._is_followed
         if goes_on and self.stop_ids.isdisjoint(token_ids):
@@ -129,14 +132,14 @@ class Request:
         return len(token_ids)
 
     def cancel(self) -> None:
-        """End it where it stands, with the text so far, as far as that can be decoded."""
+        """End the request with the text so far, as far as it can be decoded."""
         self.finish_reason = "cancelled"
         with suppress(Exception):
             self._decode([] if self._is_followed else self.token_ids, is_end=True)
             self.released = len(self.text)
 
     def fail(self, error: BaseException) -> None:
-        """End it with `error` as its result."""
+        """End the request with `error` as its result."""
         self.error = error
         if self.finish_reason != "cancelled":
             self.finish_reason = "error"
@@ -147,10 +150,10 @@ class Request:
         return self.is_streamed or bool(self.params.stop)
 
     def _append(self, token_id: int, limit: int) -> None:
-        """Append a token and its text, and end the request if one or the other says so.
+        """Append a token and its text, and end the request if one of them is a stop.
 
-        Neither does before there are more than `min_new_tokens` tokens. A stop string may begin
-        earlier.
+        Nothing stops it before there are more than `min_new_tokens` tokens, though a stop string
+        may begin earlier.
         """
         self.token_ids.append(token_id)
         may_stop = len(self.token_ids) > self.params.min_new_tokens
@@ -181,8 +184,11 @@ class Request:
 
 
 def first_stop(text: str, stops: Sequence[str], searched: int) -> tuple[int, str] | None:
-    """Return where in `text` the first stop string begins that ends after `searched` characters,
-    and which one it is; of several at one place the first."""
+    """Find the first stop string that ends after `searched` characters of `text`.
+
+    Returns its start and the string, or None. If several start at one place, the first in `stops`
+    counts.
+    """
     hits = [
         (at, stop)
         for stop in stops
@@ -192,7 +198,7 @@ def first_stop(text: str, stops: Sequence[str], searched: int) -> tuple[int, str
 
 
 def held_back(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that begins one of the stop strings."""
+    """Return the length of the longest suffix of `text` that is a prefix of a stop string."""
     return max(
         (size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])),
         default=0,

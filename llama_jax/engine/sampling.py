@@ -1,12 +1,12 @@
-"""Choosing the next token, inside the compiled step.
+"""Draws the next token of each slot, inside the compiled step.
 
-Every setting is an array with one entry per slot, so one compiled program serves any mixture of
-requests, and what a slot draws depends on its own logits, seed and step alone. What no slot of a
-launch needs can be left out of its program (`draw_kinds`), which changes no token.
+Each setting is an array with an entry per slot, so one compiled program serves any mixture of
+requests, and a slot's draw depends on its own logits, seed and step alone. A program may leave out
+what none of its slots needs (`draw_kinds`), which changes no token.
 
-Order, as in Hugging Face transformers and vLLM: penalties, logit bias, minimum length, grammar,
-temperature, top-k, top-p, min-p. Reported logprobs are those of the model's own distribution,
-before any of it.
+The order is that of Hugging Face transformers and vLLM: penalties, logit bias, minimum length,
+grammar, temperature, top-k, top-p, min-p. Logprobs are those of the model's own distribution,
+before all of these.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -23,17 +23,20 @@ from llama_jax.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
 from pallas_kernels import device
 
 _ROWS_OF_SCORES = 8
-# Stop tokens of a request that are sent to the device as a list rather than a mask, see `is_plain`.
+# The most stop tokens that are sent to the device as a list, not as a mask, see `is_plain`.
 _LISTED_STOPS = 16
 _LEAST_TEMPERATURE = np.float32(1e-30)
 
 
 class SamplingState(struct.PyTreeNode):
-    """The settings and the history of each slot. Shapes: [batch], or [batch, vocab] where noted.
+    """The settings and the history of each slot. Shapes are [batch] unless noted.
 
-    step counts the tokens generated; counts [batch, vocab] how often each was; prompt_mask
-    [batch, vocab] marks the prompt's tokens; stop_mask, int8 [batch, vocab], the tokens that end
-    the text with 2, and those that only may not be drawn before `min_new_tokens` with 1.
+    step: the number of generated tokens.
+    logit_bias: [batch, vocab].
+    stop_mask: int8 [batch, vocab]: 2 for tokens that end the text, 1 for other tokens that may not
+        be drawn before `min_new_tokens`.
+    prompt_mask: [batch, vocab], the prompt's tokens.
+    counts: [batch, vocab], how often each token was generated.
     """
 
     temperature: Array
@@ -54,8 +57,11 @@ class SamplingState(struct.PyTreeNode):
 
 
 class Sampled(struct.PyTreeNode):
-    """tokens: int32 [batch]; logprobs: float32 [batch]; top_ids and top_logprobs: [batch, 20], the
-    likeliest tokens, filled where a slot asks for them. None but for the kind "everything"."""
+    """The drawn tokens; all other fields are None unless the draws' kind is "everything".
+
+    tokens: int32 [batch]. logprobs: float32 [batch].
+    top_ids, top_logprobs: [batch, 20], the likeliest tokens, filled for slots that ask for them.
+    """
 
     tokens: Array
     logprobs: Array | None = None
@@ -64,7 +70,7 @@ class Sampled(struct.PyTreeNode):
 
 
 def init_sampling(batch_size: int, vocab_size: int) -> SamplingState:
-    """Greedy settings and empty histories."""
+    """Return greedy settings and empty histories."""
     row = host_rows([SamplingParams(temperature=0.0, seed=0)], [()], [()], vocab_size)
     return jax.tree.map(lambda a: jnp.repeat(a, batch_size, axis=0), row)
 
@@ -72,7 +78,7 @@ def init_sampling(batch_size: int, vocab_size: int) -> SamplingState:
 def is_plain(
     params: SamplingParams, stop_ids: Collection[int], eos_ids: Collection[int] = ()
 ) -> bool:
-    """True if a request needs no state of vocabulary size: no more than a few stop tokens."""
+    """Return whether a request needs no state of vocabulary size, only a few stop tokens."""
     return len(stop_ids) <= _LISTED_STOPS and not (
         params.logit_bias
         or (params.min_new_tokens and not set(eos_ids) <= set(stop_ids))
@@ -91,13 +97,15 @@ def host_rows(
     eos_ids: Sequence[Collection[int]] | None = None,
     plain: bool = False,
 ) -> SamplingState:
-    """The state of fresh rows, as numpy arrays: one row per element of the sequences.
+    """Make the state of new rows as numpy arrays, one row per element of the sequences.
 
-    drawn: tokens that were drawn already, where a request is taken up again. eos_ids: tokens that
-    are not drawn before `min_new_tokens`, besides the stop tokens. plain: for rows that are, see
-    `is_plain`: a few bytes in place of arrays over the vocabulary, until `full_rows`.
-    Raises ValueError for token ids of the settings outside the vocabulary; stop tokens outside of
-    it are never drawn.
+    drawn: tokens that were drawn before, if a request was preempted.
+    eos_ids: tokens that are not drawn before `min_new_tokens`, besides the stop tokens.
+    plain: for plain rows, see `is_plain`: a few bytes in place of arrays over the vocabulary, which
+        `full_rows` adds.
+
+    Raises ValueError if the settings have token ids outside the vocabulary, except for stop tokens,
+    which are then never drawn.
     """
 
     def column(name: str, dtype: type) -> np.ndarray:
@@ -139,7 +147,7 @@ def host_rows(
             ("min_new_tokens", np.int32),
         )
     }
-    # Logits over less would be infinite, and which of them is largest unknown.
+    # With a smaller temperature, logits could overflow to infinity.
     warm = columns["temperature"] > 0
     columns["temperature"][warm] = np.maximum(columns["temperature"][warm], _LEAST_TEMPERATURE)
     columns |= {
@@ -153,7 +161,7 @@ def host_rows(
 
 
 def full_rows(rows: SamplingState, vocab_size: int) -> SamplingState:
-    """Rows of `host_rows` with all arrays over the vocabulary, also if they are plain."""
+    """Add the arrays over the vocabulary to rows of `host_rows` if they are plain."""
     if rows.counts.shape[1]:
         return rows
     shape = (len(rows.seed), vocab_size)
@@ -176,11 +184,12 @@ def check_ids(name: str, ids: Sequence[int] | Mapping[int, float], vocab_size: i
 def sample(
     logits: Array, state: SamplingState, kind: Kind = "everything", masks: Array | None = None
 ) -> Sampled:
-    """Draw one token per slot. logits: float32 [batch, vocab], as the model gives them.
+    """Draw one token per slot.
 
-    kind: what any slot needs whose token is wanted, or more than that; "everything" with masks.
-    masks: uint32 [batch, words], of which bit i % 32 of word i // 32 says whether token i may be
-    drawn. Where none may, some token is drawn all the same.
+    logits: float32 [batch, vocab], of the model.
+    kind: must cover every slot whose token is used, and be "everything" with masks.
+    masks: uint32 [batch, words]; bit i % 32 of word i // 32 is 1 if token i may be drawn. A slot
+        without such a token draws an arbitrary one.
     """
     assert masks is None or kind == "everything"
     if kind == "greedy":
@@ -218,14 +227,14 @@ def sample(
 
 
 def likeliest(scores: Array) -> Array:
-    """int32 [rows], where the largest of each row of scores [rows, vocab] is; the first of equals.
+    """Compute the argmax of each row of scores [rows, vocab], int32 [rows]; the first of equals.
 
-    XLA's argmax looks at one number at a time on a CPU. There it is two passes that XLA vectorises,
-    over few rows at a time, which stay in the cache.
+    XLA's argmax is not vectorised on a CPU. There it is done in two passes that are, over a few
+    rows at a time, which fit in the processor's cache.
     """
     if device.platform() != "cpu":
         return jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    # Both passes have to see the same bits, not the results of two computations.
+    # Without the barrier each pass might recompute the scores, with other bits.
     scores = lax.optimization_barrier(scores)
     last = scores.shape[-1] - 1
 
@@ -236,7 +245,7 @@ def likeliest(scores: Array) -> Array:
 
 
 def _bits(masks: Array, vocab_size: int) -> Array:
-    """bool [batch, vocab_size] of uint32 [batch, words]."""
+    """Unpack uint32 [batch, words] into bool [batch, vocab_size]."""
     bits = masks[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
     return bits.reshape(len(masks), -1)[:, :vocab_size] == 1
 
@@ -244,10 +253,10 @@ def _bits(masks: Array, vocab_size: int) -> Array:
 def record(
     state: SamplingState, tokens: Array, active: Array, kind: Kind = "everything"
 ) -> SamplingState:
-    """Count the tokens [batch] that the active slots, bool [batch], drew.
+    """Add the tokens [batch] that active slots (bool [batch]) drew to their history.
 
-    kind: of the draw. How often each token was drawn matters to slots that need everything, all of
-    whose tokens are drawn so.
+    kind: of the draw. `counts` is updated for "everything" alone: slots that need it draw every
+        token that way.
     """
     state = state.replace(step=state.step + active)
     if kind != "everything":
@@ -257,15 +266,19 @@ def record(
 
 
 def is_stop(state: SamplingState, tokens: Array) -> Array:
-    """Return whether each slot's token, int32 [batch], ends its text: bool [batch]. state: as the
-    tokens were drawn with, before they are recorded."""
+    """Return whether each slot's token, int32 [batch], ends its text: bool [batch].
+
+    state: the one with which the tokens were drawn, before they are recorded.
+    """
     marks = jnp.take_along_axis(state.stop_mask, tokens[:, None], axis=-1)[:, 0]
     return (marks == 2) & (state.step >= state.min_new_tokens)
 
 
 def _draw(scores: Array, state: SamplingState, is_limited: bool | Array) -> Array:
-    """int32 [batch], the likeliest where the temperature is 0. scores: float32 [batch, vocab].
-    is_limited: whether any slot has to be truncated."""
+    """Draw int32 [batch], the likeliest where the temperature is 0.
+
+    scores: float32 [batch, vocab]. is_limited: whether any slot has to be truncated.
+    """
     scaled = scores / jnp.where(state.temperature > 0, state.temperature, 1.0)[:, None]
     if isinstance(is_limited, bool):
         kept = _truncate(scaled, state) if is_limited else scaled
@@ -286,7 +299,7 @@ def _penalise(logits: Array, state: SamplingState) -> Array:
 
 
 def _truncate(logits: Array, state: SamplingState) -> Array:
-    """-inf for all but the top-k, the nucleus and the min-p tokens of each slot."""
+    """Set all but the top-k, the nucleus and the min-p tokens of each slot to -inf."""
     vocab = logits.shape[-1]
     ordered = jnp.flip(jnp.sort(logits, axis=-1), axis=-1)
     top_k = jnp.where(state.top_k > 0, jnp.minimum(state.top_k, vocab), vocab)[:, None]

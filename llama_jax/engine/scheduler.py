@@ -1,14 +1,14 @@
-"""The scheduler: requests, slots, pages and budgets in, a plan of calls out.
+"""Schedules requests: turns them, slots, pages and budgets into a plan of calls for each round.
 
-Each round it admits what fits, first come, first served; draws tokens for every sequence that has
-its prompt behind it; and takes chunks of prompts through the model within a budget of tokens.
-Everything is deterministic, and known before any result of the round is: what will be drawn is
-counted at its most and corrected when results are taken in (`Slots`). It computes with numbers and
-lists alone, on the host, and imports no JAX.
+In each round it admits requests that fit, first come, first served; draws tokens for all sequences
+whose prompt has been computed; and computes chunks of prompts within a budget of tokens. Decisions
+are deterministic and made before any result of the round is known: draws count as the most that
+they may be, and are corrected when results arrive (`Slots`). All of it runs on the host, without
+JAX.
 
-Pages (`pages.PagePool`) are taken as sequences grow and shared by sequences that begin alike. When
-none are left, the sequence that was admitted last gives its own back, and its request is taken up
-again later, with the tokens it has drawn as part of its prompt.
+Pages (`pages.PagePool`) are taken as sequences grow, and shared by sequences with a common prefix.
+When none are left, the sequence that was admitted last is preempted: it releases its pages, and its
+request is resumed later with the drawn tokens as part of its prompt.
 """
 
 import itertools
@@ -21,7 +21,7 @@ import numpy as np
 from llama_jax.engine.draw_kinds import KINDS, Kind, kind_of
 from llama_jax.engine.pages import Match, PagePool, extend_block_hashes
 from llama_jax.engine.plan import Admission, Chunk, DecodeCall, Plan, PrefillCall
-from llama_jax.engine.request import Request, Wanted
+from llama_jax.engine.request import OutputKind, Request
 from llama_jax.engine.scheduling import (
     MIN_TOKENS_PER_CALL,
     MIN_TOKENS_PER_CALL_ON_CPU,
@@ -32,23 +32,23 @@ from llama_jax.engine.scheduling import (
 from llama_jax.engine.slots import RunningSequence, Slots
 from llama_jax.model.config import PAGE_SIZE
 
-# How many waiting requests are looked at in a round.
+# The waiting requests that are examined in a round.
 _MAX_EXAMINED = 64
-# The part of the slots that may idle in a launch, on average, for the sake of fewer launches: on a
-# GPU the host takes about as long for a launch as the device for a step.
+# The share of slots that may idle in a launch, on average, to save launches: on a GPU the host
+# takes about as long for a launch as the device takes for a step.
 _MAX_IDLE = 1 / 4
 
 
 class QueueFullError(RuntimeError):
-    """More requests are waiting than `EngineOptions.max_waiting` allows."""
+    """Raised if more requests would wait than `EngineOptions.max_waiting` allows."""
 
 
 class Scheduler:
-    """The requests that wait and run, their slots and their pages.
+    """Holds the waiting and running requests with their slots and pages, and plans rounds.
 
-    stops_early: whether a decode launch ends when no slot has anything left to draw; otherwise it
-    has one of a few fixed numbers of steps (`step_counts`).
-    draw_kinds: the kinds of draws that there are programs for.
+    stops_early: whether a decode launch ends as soon as no slot has tokens to draw; otherwise it
+        has one of a few fixed numbers of steps (`step_counts`).
+    draw_kinds: the kinds of draws for which there are programs.
     """
 
     def __init__(self, options: EngineOptions, counts: EngineCounts, stops_early: bool) -> None:
@@ -56,20 +56,20 @@ class Scheduler:
         self.pages = PagePool(options.pool_size, PAGE_SIZE)
         self._counts = counts
         self._stops_early = stops_early
-        # What is left out of programs pays on a GPU, and costs one more program each to compile.
-        # Other kernels might be taken around it, so that equal bits are not certain.
+        # Programs without parts of the sampler save time on a GPU, and cost one more compilation
+        # each. They might not be bit-equal, hence not with batch_invariant.
         is_varied = not stops_early and not options.batch_invariant
         self.draw_kinds: tuple[Kind, ...] = KINDS if is_varied else KINDS[-1:]
         self._shares = options.share_prefixes and not options.batch_invariant
         self._waiting: deque[Request] = deque()
-        self._admissions: list[Admission] = []  # of a plan that is not complete
+        self._admissions: list[Admission] = []  # of an unfinished plan
         self._failed: list[Request] = []
         self._ids = itertools.count()
         self._start_afresh()
 
     @property
     def running(self) -> list[RunningSequence]:
-        """In the order of their admission."""
+        """Return the running sequences in the order of admission."""
         return self.slots.running
 
     @property
@@ -78,18 +78,21 @@ class Scheduler:
 
     @property
     def step_counts(self) -> tuple[int, ...]:
-        """Return how many steps decode programs are compiled for. Programs of different numbers of
-        steps might round differently, so `batch_invariant` has one."""
+        """Return the numbers of steps for which decode programs are compiled.
+
+        With `batch_invariant` it is a single one, because programs with different numbers might
+        round differently.
+        """
         most = self.options.max_steps
         if self.options.batch_invariant and not self._stops_early:
             return (1,)
         return (most,) if self._stops_early else tuple(dict.fromkeys((1, most)))
 
-    def call_shapes(self, wanted: Wanted) -> tuple[tuple[int, int], ...]:
-        """The shapes of prefill calls. Logits of a whole vocabulary are large, so calls for them
-        take one prompt at a time."""
+    def call_shapes(self, output_kind: OutputKind) -> tuple[tuple[int, int], ...]:
+        """Return the shapes of prefill calls. Those for logits, which are large, take one prompt at
+        a time."""
         shapes = self.options.call_shapes
-        return tuple(each for each in shapes if each[0] == 1) if wanted == "logits" else shapes
+        return tuple(each for each in shapes if each[0] == 1) if output_kind == "logits" else shapes
 
     def add(self, request: Request) -> None:
         """Queue a request and give it an id. Raises `QueueFullError`."""
@@ -102,12 +105,12 @@ class Scheduler:
         self._waiting.append(request)
 
     def find(self, request_id: int) -> Request | None:
-        """The request of this id, if it runs or waits."""
+        """Return the running or waiting request of this id, or None."""
         everywhere = itertools.chain((each.request for each in self.running), self._waiting)
         return next((each for each in everywhere if each.id == request_id), None)
 
     def remove(self, request: Request) -> None:
-        """Take a request that has ended from wherever it is."""
+        """Remove a request that has ended from its slot or the queue."""
         sequence = next((each for each in self.running if each.request is request), None)
         if sequence:
             self.leave(sequence)
@@ -115,7 +118,7 @@ class Scheduler:
             self._waiting.remove(request)
 
     def leave(self, sequence: RunningSequence) -> None:
-        """Take the slot from a sequence; its pages keep their content while there is room."""
+        """Free the slot of a sequence. Its pages keep their content while there is room."""
         if self._shares:
             computed = sequence.tokens[: sequence.num_computed]
             known = computed if sequence.is_prefilling else sequence.request.all_tokens[:-1]
@@ -125,25 +128,25 @@ class Scheduler:
         self.slots.leave(sequence)
 
     def preempt(self, sequence: RunningSequence) -> None:
-        """Take slot and pages from a sequence, none of whose results may be on their way, and put
-        its request back to the head of the queue."""
+        """Free the slot and pages of a sequence and put its request at the head of the queue. The
+        sequence must have no results in flight."""
         self._waiting.appendleft(sequence.request)
         self.leave(sequence)
         self._counts.preempted += 1
 
     def restart(self) -> None:
-        """Begin again with an empty cache: running requests go back to the head of the queue with
-        the tokens they have."""
+        """Start over with an empty cache: running requests return to the head of the queue with the
+        tokens they have."""
         unfinished = [each.request for each in self.running if not each.request.finish_reason]
         self._waiting.extendleft(each for each in reversed(unfinished) if each not in self._waiting)
         self._start_afresh()
 
     def schedule(self, results_are_coming: bool) -> Plan | None:
-        """The calls of the next round.
+        """Plan the next round.
 
-        results_are_coming: whether launched calls have results that were not taken in yet. Then it
-        may return None: pages are short, and sequences may have ended that have some. Take results
-        in, and ask again.
+        results_are_coming: whether launches are in flight. If so, this may return None when pages
+            are short, because their results may end sequences and free pages: the caller collects
+            results and calls again.
         """
         self._admit()
         decodes = self._decode(results_are_coming)
@@ -158,7 +161,7 @@ class Scheduler:
     def _start_afresh(self) -> None:
         options = self.options
         self.pages = PagePool(options.pool_size, PAGE_SIZE, self.pages.counts)
-        self.slots = Slots(options.max_batch_size, options.pages_per_row, options.pool_size)
+        self.slots = Slots(options.max_batch_size, options.pages_per_slot, options.pool_size)
         self._admissions = []
 
     # Admission.
@@ -170,9 +173,11 @@ class Scheduler:
             if len(self.running) == self.options.max_batch_size:
                 break
             try:
-                tokens = request.prompt[:-1] if request.wanted == "logprobs" else request.all_tokens
+                tokens = (
+                    request.prompt[:-1] if request.output_kind == "logprobs" else request.all_tokens
+                )
                 prefix = Match((), None, 0)
-                if self._shares and request.wanted != "logits":
+                if self._shares and request.output_kind != "logits":
                     known = tokens[: _first_output(request, tokens)]
                     prefix = self.pages.match(known, request.block_hashes)
                     if _is_coming(request, prefix, in_prefill):
@@ -191,12 +196,12 @@ class Scheduler:
             in_prefill.append(request)
 
     def _place(self, request: Request, tokens: list[int], prefix: Match) -> Admission | None:
-        """Start a request if there are pages for its prompt, and one more for each that runs.
+        """Admit a request if there are pages for its prompt, plus one for each running sequence.
 
-        prefix: what the cache holds of `tokens` already.
+        prefix: the part of `tokens` that is in the cache already.
         """
         max_new_tokens = 0
-        if request.wanted == "tokens":
+        if request.output_kind == "tokens":
             room = self.options.max_seq_len - len(request.prompt)
             max_new_tokens = min(request.params.max_new_tokens, room)
         whole = len(tokens)
@@ -209,7 +214,7 @@ class Scheduler:
             self.pages.release([*prefix.pages, *source])
             if self.running or not source:
                 return None
-            # A page that is copied from cannot be given up: with nothing running, do without it.
+            # The page to copy from cannot be evicted. If nothing is running, recompute it instead.
             full = Match(prefix.pages, None, len(prefix.pages) * PAGE_SIZE)
             return self._place(request, tokens, full)
         own = self.pages.take(missing)
@@ -217,8 +222,8 @@ class Scheduler:
         sequence = self.slots.enter(request, tokens, pages, max_new_tokens, prefix.num_tokens)
         if self._shares:
             extend_block_hashes(request.block_hashes, tokens, PAGE_SIZE)
-        # Pages are copied in the order of admission, and before any call writes to one, so that
-        # this one need not be kept.
+        # Pages are copied in the order of admission, before any call writes to one, so the source
+        # may be released now.
         self.pages.release(source)
         self.pages.counts.queried += len(tokens)
         self.pages.counts.hit += prefix.num_tokens
@@ -229,8 +234,8 @@ class Scheduler:
     # Decode.
 
     def _decode(self, results_are_coming: bool) -> tuple[DecodeCall, ...] | None:
-        """Draws for the sequences that have their prompt behind them, after making room; None where
-        results may make some."""
+        """Plan draws for all sequences whose prompt has been computed, preempting for pages if
+        needed. Returns None if results in flight may free pages."""
         slots = self.slots
         steps = self._num_steps()
         while steps:
@@ -254,7 +259,7 @@ class Scheduler:
         structured = tuple(slots.with_grammar(counts))
         calls = []
         if structured and self.options.batch_invariant:
-            # The others go through the same programs as ever.
+            # Sequences without a grammar use the usual programs.
             others = np.minimum(counts, 1 + self.options.num_speculative_tokens)
             others[[each.slot for each in structured]] = 0
             counts[others > 0] = 0
@@ -270,8 +275,8 @@ class Scheduler:
         return DecodeCall(self.slots.launch(counts), steps, kind, wants_logprobs, structured)
 
     def _num_steps(self) -> int:
-        """Return how many tokens to draw before the host looks again: as many as leave few slots
-        idle, but 1 where somebody waits for each token."""
+        """Return the number of steps of the next launch: as many as leave few slots idle, but 1 if
+        a request is streamed."""
         slots = self.slots
         remaining = slots.min_remaining[slots.min_remaining > 0]
         if not remaining.size:
@@ -283,11 +288,13 @@ class Scheduler:
         return max(n for n in possible if n == 1 or (n <= most and self._few_idle(n, remaining)))
 
     def _few_idle(self, steps: int, remaining: np.ndarray) -> bool:
-        """Return whether few slots idle in a launch of so many steps, and few first tokens wait for
-        it.
+        """Return whether a launch of so many steps leaves few slots idle and delays few first
+        tokens.
 
-        A slot idles where the prompt is not through, and where a sequence ends that another one
-        waits for. remaining: tokens left, of the slots that draw.
+        A slot idles while its prompt is not computed, and after its sequence has ended if another
+        one waits.
+
+        remaining: the remaining tokens of the slots that draw.
         """
         most = 0 if self._stops_early else _MAX_IDLE * len(self.running)
         ended = int(np.maximum(steps - remaining, 0).sum()) / steps if self._waiting else 0
@@ -295,13 +302,13 @@ class Scheduler:
         return len(self.slots.prefilling) + ended <= most and not is_early
 
     def _kind(self, needed: Kind) -> Kind:
-        """The least kind of draw that there is a program for."""
+        """Return the simplest kind of draw that covers `needed` and has a program."""
         return needed if needed in self.draw_kinds else self.draw_kinds[-1]
 
     # Prefill.
 
     def _prefill(self, steps: int) -> tuple[PrefillCall, ...]:
-        """Chunks of prompts, first those admitted first, until the round's budget is spent.
+        """Plan chunks of prompts in the order of admission until the round's budget is spent.
 
         steps: tokens that each sequence draws in this round.
         """
@@ -316,18 +323,20 @@ class Scheduler:
                     budget -= min(sequence.remaining, self.options.prefill_chunk)
             if not chosen:
                 break
-            for wanted in dict.fromkeys(each.request.wanted for each in chosen):
-                group = [each for each in chosen if each.request.wanted == wanted]
+            for output_kind in dict.fromkeys(each.request.output_kind for each in chosen):
+                group = [each for each in chosen if each.request.output_kind == output_kind]
                 remaining = [each.remaining for each in group]
-                shapes = self.call_shapes(wanted)
+                shapes = self.call_shapes(output_kind)
                 for members, shape in prefill_calls(remaining, shapes, min_tokens):
-                    calls.append(self._prefill_call(wanted, [group[i] for i in members], shape))
+                    calls.append(
+                        self._prefill_call(output_kind, [group[i] for i in members], shape)
+                    )
         return tuple(calls)
 
     def _prefill_call(
-        self, wanted: Wanted, sequences: Sequence[RunningSequence], shape: tuple[int, int]
+        self, output_kind: OutputKind, sequences: Sequence[RunningSequence], shape: tuple[int, int]
     ) -> PrefillCall:
-        """The next tokens of each sequence, in one call."""
+        """Plan a call with the next prompt tokens of each sequence."""
         chunks = []
         for sequence in sequences:
             start = sequence.num_computed
@@ -336,26 +345,27 @@ class Scheduler:
                 computed = sequence.tokens[: sequence.num_computed]
                 self.pages.register(computed, sequence.pages, start, sequence.request.block_hashes)
             chunks.append(Chunk(sequence, start, sequence.num_computed))
-        ended = [chunk.sequence for chunk in chunks if chunk.is_last and wanted == "tokens"]
+        ended = [chunk.sequence for chunk in chunks if chunk.is_last and output_kind == "tokens"]
         for sequence in ended:
             self.slots.begin(sequence)
         params = [each.request.params for each in ended]
         kind = max(map(kind_of, params), key=KINDS.index, default=KINDS[0])
-        if wanted == "logprobs":
+        if output_kind == "logprobs":
             params = [each.request.params for each in sequences]
         wants_logprobs = any(each.logprobs is not None for each in params)
-        return PrefillCall(wanted, shape, tuple(chunks), self._kind(kind), wants_logprobs)
+        return PrefillCall(output_kind, shape, tuple(chunks), self._kind(kind), wants_logprobs)
 
 
 def _first_output(request: Request, tokens: Sequence[int]) -> int:
-    """The first token whose output is wanted; those before it need not be computed again."""
-    return request.score_from - 1 if request.wanted == "logprobs" else len(tokens) - 1
+    """Return the index of the first token whose output is needed. Earlier ones may come from the
+    cache."""
+    return request.score_from - 1 if request.output_kind == "logprobs" else len(tokens) - 1
 
 
 def _is_coming(request: Request, prefix: Match, in_prefill: list[Request]) -> bool:
-    """Return whether a prompt in prefill will fill the next page that could be shared."""
+    """Return whether a prompt in prefill will fill the next page that this one could share."""
     count = len(prefix.pages)
-    wanted = request.block_hashes[count : count + 1]
-    return bool(wanted) and any(
-        other.block_hashes[count : count + 1] == wanted for other in in_prefill
+    next_hash = request.block_hashes[count : count + 1]
+    return bool(next_hash) and any(
+        other.block_hashes[count : count + 1] == next_hash for other in in_prefill
     )

@@ -1,12 +1,12 @@
-"""Draft tokens, proposed ahead so that the model checks several while its weights are read once.
+"""Proposes draft tokens, of which the model checks several while its weights are read once.
 
-A draft token is accepted if it is the token that would have been drawn in its place. What is drawn
-for a slot at a step is a function of its logits, seed and step number (`sampling`), so speculation
-changes no token, let alone their distribution; greedy or sampled, with penalties or without. A
-draft model draws with the same random numbers, which makes it agree with the model nearly as often
-as any rule of rejection could: at least (1 - d) / (1 + d) of the time where the distributions are d
-apart in total variation, when 1 - d is the best possible (Daliri, Musco and Suresh, "Coupling
-without communication and drafter-invariant speculative decoding", 2024).
+A draft token is accepted if it is the token that would have been drawn in its place. A slot's draw
+at a step is a function of its logits, seed and step number (`sampling`), so speculation changes no
+token, greedy or sampled, with penalties or without. A draft model draws with the same random
+numbers, which makes it agree with the model nearly as often as rejection sampling: at least
+(1 - d) / (1 + d) of the time if the distributions differ by d in total variation, where 1 - d is
+the best possible (Daliri, Musco and Suresh, "Coupling without communication and drafter-invariant
+speculative decoding", 2024).
 """
 
 from dataclasses import dataclass
@@ -22,16 +22,17 @@ from llama_jax.model.config import LlamaConfig
 from llama_jax.model.kv_cache import KVCache
 from llama_jax.model.spec import ModelSpec, Params
 
-# How many of the last tokens a place in the text may have in common with its end; more say little.
+# The most tokens compared between the end of the text and an earlier place; more hardly help.
 LONGEST_NGRAM = 3
 
 
 @dataclass(frozen=True)
 class Speculation:
-    """How draft tokens are proposed.
+    """The way in which draft tokens are proposed.
 
-    num_speculative_tokens: how many per step, 0 for none. draft: the spec of the draft model; None
-    takes what followed where the last tokens occurred before (prompt lookup).
+    num_speculative_tokens: the number per step, 0 for none.
+    draft: the spec of the draft model. None for prompt lookup: the tokens that followed an earlier
+        occurrence of the last ones.
     """
 
     num_speculative_tokens: int = 0
@@ -69,12 +70,14 @@ NO_SPECULATION = Speculation()
 
 
 def look_up(history: Array, last: Array, count: int) -> tuple[Array, Array]:
-    """Draft tokens from each slot's own text: int32 [batch, count], and which slots have any.
+    """Look up draft tokens in each slot's own text.
 
-    history: int32 [batch, capacity], of which slot b's tokens are those up to index last[b]. The
-    place that has most of the last `LONGEST_NGRAM` tokens in common with the end is taken, the
-    latest of several; a text that repeats itself is continued in its period.
-    (Saxena, "Prompt lookup decoding", 2023.)
+    They follow the place that has the most of the last `LONGEST_NGRAM` tokens in common with the
+    end, the latest of several. A text that repeats itself is continued with its period.
+
+    history: int32 [batch, capacity]; the tokens of slot b are those up to index last[b].
+    Returns int32 [batch, count], and which slots have any, bool [batch].
+    Source: Saxena, "Prompt lookup decoding", 2023.
     """
 
     def of_slot(history: Array, last: Array) -> tuple[Array, Array]:
@@ -105,13 +108,16 @@ def draft_tokens(
     count: int,
     kind: Kind = "everything",
 ) -> tuple[KVCache, Array]:
-    """Return what a draft model draws after each slot's newest token: int32 [batch, count].
+    """Draw draft tokens int32 [batch, count] after each slot's newest token with a draft model.
 
-    tokens, room: int32 [batch], the newest token and how many the cache has room for after it; -1
-    for a slot that draws nothing. forced: draft tokens that are taken as they are, int32 [batch,
-    count], and how many each slot has of them, int32 [batch]. kind: see `sampling.sample`. The
-    last draft token goes through the draft model too, so that its cache holds all of them if they
+    The last draft token goes through the draft model too, so that its cache has all of them if they
     are accepted.
+
+    tokens: int32 [batch], the newest token.
+    room: int32 [batch], tokens for which the cache has room after it; -1 for a slot that draws
+        nothing.
+    forced: given draft tokens, int32 [batch, count], and their number, int32 [batch].
+    kind: see `sampling.sample`.
     """
 
     def step(

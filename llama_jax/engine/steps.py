@@ -1,7 +1,7 @@
-"""The compiled programs: what runs on the device between two visits of the host.
+"""Defines the compiled programs that the engine launches.
 
 Each program takes the parameters and the device state, which it donates, and returns the new state
-and what the host wants to know.
+and its results for the host.
 """
 
 from collections.abc import Callable
@@ -33,17 +33,20 @@ from llama_jax.model.spec import ModelSpec, Params
 from llama_jax.sampling_params import MAX_TOP_LOGPROBS
 from pallas_kernels import device
 
-# Tokens whose logits exist at one time while scoring: 64 of 128,256 words in float32 are 33 MB.
+# Tokens whose logits exist at one time while scoring: with a vocabulary of 128,256 and in float32,
+# 64 take 33 MB.
 TOKENS_PER_LOGITS_BLOCK = 64
 
 
 class DecodeState(struct.PyTreeNode):
-    """What lives on the device between steps.
+    """The state on the device between launches.
 
-    tokens: int32 [batch], each slot's newest. remaining: int32 [batch], how many more it may draw;
-    0 while it has nothing to do, and from its stop token on.
-    history: int32 [batch, capacity], the tokens of each slot where draft tokens are looked up among
-    them, else [batch, 0]. draft: the draft model's cache, with the same pages and the same table.
+    tokens: int32 [batch], each slot's newest token.
+    remaining: int32 [batch], how many more tokens each slot may draw; 0 while it is idle and after
+        its stop token.
+    history: int32 [batch, capacity], each slot's tokens if draft tokens are looked up in them, else
+        [batch, 0].
+    draft: the draft model's cache, with the same page table.
     """
 
     cache: KVCache
@@ -66,9 +69,9 @@ def state_builder(
     num_pages: int | None = None,
     speculation: Speculation = NO_SPECULATION,
 ) -> Callable[[], DecodeState]:
-    """A program that makes empty slots, in place on their devices, and is compiled once.
+    """Return a compiled program that makes the state of empty slots directly on their devices.
 
-    Arguments as `kv_cache.init_cache` takes them.
+    Arguments are those of `kv_cache.init_cache`.
     """
     whole = replicated_on(spec.mesh) if spec.mesh else default_sharding()
 
@@ -106,11 +109,13 @@ def admit(
     targets: Array,
     history: Array,
 ) -> DecodeState:
-    """Give slots, int32 [b], to new sequences; an index past the end is padding.
+    """Initialise slots for new sequences.
 
-    cached_lens: int32 [b], tokens that their pages hold already. settings: as `sampling.host_rows`
-    returns them. sources, targets: int32 [b], pages to copy for them first, see
-    `kv_cache.copy_pages`. history: int32 [b, capacity], see `DecodeState`.
+    slots: int32 [b]; an index past the end is padding.
+    cached_lens: int32 [b], tokens that their pages hold already.
+    settings: from `sampling.host_rows`.
+    sources, targets: int32 [b], pages to copy for them first, see `kv_cache.copy_pages`.
+    history: int32 [b, capacity], see `DecodeState`.
     """
     cache = copy_pages(state.cache, sources, targets)
     settings = full_rows(settings, state.sampling.counts.shape[1])
@@ -138,12 +143,12 @@ def prefill_step(
     spec: ModelSpec,
     speculation: Speculation = NO_SPECULATION,
 ) -> tuple[DecodeState, Array]:
-    """Append a chunk of each prompt; returns hidden states [b, d] of the last tokens, for
-    `draw_step` where a prompt ends here.
+    """Append a chunk of each prompt to the cache.
 
-    page_table: int32 [batch, pages_per_slot]; tokens: int32 [b, t]; num_new_tokens: int32 [b], how
-    many of them each prompt has; slots: int32 [b]. See `forward.prefill`. draft_params: of
-    `speculation.draft`, which takes in the same chunk.
+    page_table: int32 [batch, pages_per_slot].
+    tokens, num_new_tokens, slots: as in `forward.prefill`.
+    draft_params: of `speculation.draft`, which gets the same chunks.
+    Returns the hidden states [b, d] of the last tokens, for `draw_step` if a prompt ends here.
     """
     cache, draft = state.cache.replace(page_table=page_table), state.draft
     if speculation.draft:
@@ -179,11 +184,12 @@ def draw_step(
     spec: ModelSpec,
     kind: Kind = "everything",
 ) -> tuple[DecodeState, Sampled]:
-    """Draw the first token of the slots whose prompt has ended.
+    """Draw the first token of slots whose prompt has ended.
 
-    hidden: [b, d], of `prefill_step`; slots: int32 [b], as there; remaining: int32 [b], tokens to
-    draw from here on, 0 where the prompt goes on. masks: uint32 [b, words] or None; kind: see
-    `sampling.sample` for both.
+    hidden, slots: [b, d] and int32 [b], as in `prefill_step`.
+    remaining: int32 [b], tokens to draw from here on; 0 if the prompt continues.
+    masks: uint32 [b, words] or None, see `sampling.sample`.
+    kind: see `sampling.sample`.
     """
     last = remaining > 0
     logits = forward.unembed(params, hidden, spec=spec)
@@ -207,8 +213,10 @@ def draw_step(
 
 
 def has_free_conditions() -> bool:
-    """Return whether a loop may end by a condition at no cost. On a GPU XLA has the host evaluate
-    it, and the device is idle before each step until the host has answered."""
+    """Return whether a loop may test a condition at no cost.
+
+    On a GPU XLA makes the host evaluate it, and the device is idle meanwhile at each step.
+    """
     return device.platform() == "cpu"
 
 
@@ -231,15 +239,17 @@ def decode_steps(
     kind: Kind = "everything",
     stops_early: bool = True,
 ) -> tuple[DecodeState, Drawn]:
-    """Feed each slot that has tokens remaining its newest one and draw the next, or several where
-    draft tokens are accepted; up to `steps` times.
+    """Run up to `steps` decode steps.
 
-    page_table: int32 [batch, pages_per_slot], with pages for what will be drawn; active: bool
-    [batch], slots that may go on; steps: int32 [], at most `max_steps`. kind: as
-    `sampling.sample` takes it.
-    stops_early: whether to stop when no slot has anything remaining; otherwise there are
-    `max_steps` steps, whatever `steps` says, in which slots that are done draw nothing (see
-    `has_free_conditions`).
+    In each, every active slot with tokens remaining feeds its newest token to the model and draws
+    the next, or several if draft tokens are accepted.
+
+    page_table: int32 [batch, pages_per_slot], with pages for all tokens to be drawn.
+    active: bool [batch], the slots that may draw.
+    steps: int32 [], at most `max_steps`.
+    kind: see `sampling.sample`.
+    stops_early: whether to stop when no slot has tokens remaining. Otherwise there are `max_steps`
+        steps whatever `steps` is, and slots that are done draw nothing (`has_free_conditions`).
     """
     state, waiting = _only(state, active, page_table)
     capacity = max_steps * (1 + speculation.num_speculative_tokens)
@@ -278,9 +288,10 @@ def decode_steps(
 def _only(
     state: DecodeState, active: Array, page_table: Array | None = None
 ) -> tuple[DecodeState, Array]:
-    """Have the other slots draw nothing, until what remains for them is added again: int32 [batch].
+    """Make inactive slots draw nothing, and set the page table.
 
-    page_table: taken in place of the cache's.
+    Returns the state, and the tokens remaining of inactive slots, int32 [batch], to be added again
+    later.
     """
     waiting = jnp.where(active, 0, state.remaining)
     if page_table is not None:
@@ -288,9 +299,9 @@ def _only(
     return state.replace(remaining=state.remaining - waiting), waiting
 
 
-# What `decode_steps` does in one, in three programs: `draft_step` (where there is speculation),
-# `feed_step` and `draw_fed_step`. While the model is busy with the second, the host finds out what
-# may be drawn in the third (`structured`).
+# One step of `decode_steps` as three programs, for structured output: `draft_step` (with
+# speculation), `feed_step` and `draw_fed_step`. While the device runs the second, the host computes
+# the masks for the third.
 
 
 @partial(kept_jit, static_argnames=("spec", "speculation"), donate_argnames="state")
@@ -306,11 +317,11 @@ def draft_step(
     spec: ModelSpec,
     speculation: Speculation,
 ) -> tuple[DecodeState, tuple[Array, Array]]:
-    """Propose draft tokens for the active slots: int32 [batch, drafts], and how many each has,
-    int32 [batch].
+    """Propose draft tokens for the active slots.
 
-    forced, num_forced: draft tokens that are taken first, in the same form. The other arguments are
-    those of `decode_steps`.
+    forced, num_forced: int32 [batch, drafts] and [batch], draft tokens that come first, and their
+        number. The other arguments are those of `decode_steps`.
+    Returns draft tokens, int32 [batch, drafts], and their number, int32 [batch].
     """
     state, waiting = _only(state, active, page_table)
     state, drafts, num_drafts = _propose(
@@ -331,10 +342,10 @@ def feed_step(
     *,
     spec: ModelSpec,
 ) -> tuple[DecodeState, Array]:
-    """Feed the active slots their newest tokens and the draft tokens after them.
+    """Feed the newest tokens of active slots, and the draft tokens after them, to the model.
 
-    drafts: int32 [batch, drafts]; num_drafts: int32 [batch], how many of them count. Returns
-    hidden states [batch, 1 + drafts, d], for `draw_fed_step`.
+    drafts: int32 [batch, drafts]; num_drafts: int32 [batch], how many of them are valid.
+    Returns hidden states [batch, 1 + drafts, d], for `draw_fed_step`.
     """
     state, waiting = _only(state, active, page_table)
     state, hidden = _feed(params, state, drafts, _acceptable(state, num_drafts), spec)
@@ -356,10 +367,11 @@ def draw_fed_step(
     spec: ModelSpec,
     kind: Kind = "everything",
 ) -> tuple[DecodeState, Drawn]:
-    """Draw what follows the tokens that `feed_step` fed, for the active slots.
+    """Draw after the tokens that `feed_step` fed, for the active slots.
 
-    hidden: what it returned; drafts, num_drafts: what it took; masks: uint32 [batch, 1 + drafts,
-    words], see `sampling.sample` for them and `kind`.
+    hidden, drafts, num_drafts: its result and arguments.
+    masks: uint32 [batch, 1 + drafts, words], see `sampling.sample`.
+    kind: see `sampling.sample`.
     """
     state, waiting = _only(state, active)
     num_drafts = _acceptable(state, num_drafts)
@@ -377,11 +389,10 @@ def _decode(
     speculation: Speculation,
     kind: Kind,
 ) -> tuple[DecodeState, Array, Sampled, Array]:
-    """Draw one token for each slot that has any remaining, and one more for each accepted draft
-    token.
+    """Draw one token for each slot that has any remaining, plus one for each accepted draft token.
 
     Returns the state; which slots drew, bool [1 + drafts, batch]; what they drew, with the same
-    first axes; and how many draft tokens each had, int32 [batch].
+    leading axes; and the number of draft tokens of each, int32 [batch].
     """
     state, drafts, num_drafts = _propose(draft_params, state, speculation, kind)
     num_drafts = _acceptable(state, num_drafts)
@@ -391,17 +402,17 @@ def _decode(
 
 
 def _acceptable(state: DecodeState, num_drafts: Array) -> Array:
-    """Leave out a draft token after which nothing may be drawn any more."""
+    """Reduce the number of draft tokens so that a token may still be drawn after the last."""
     return jnp.where(state.remaining > 0, jnp.minimum(num_drafts, state.remaining - 1), 0)
 
 
 def _feed(
     params: Params, state: DecodeState, drafts: Array, num_drafts: Array, spec: ModelSpec
 ) -> tuple[DecodeState, Array]:
-    """Take the newest token of each slot that has any remaining, and the draft tokens after it,
-    through the model: hidden states [batch, 1 + drafts, d].
+    """Feed the newest token of each slot with tokens remaining, and its draft tokens, to the model.
 
-    The cache holds them afterwards, but its `cached_lens` are as before.
+    The cache holds them afterwards, but its `cached_lens` are unchanged.
+    Returns the state and hidden states [batch, 1 + drafts, d].
     """
     fed = jnp.concatenate([state.tokens[:, None], drafts], axis=1)
     num_new_tokens = jnp.where(state.remaining > 0, 1 + num_drafts, 0)
@@ -421,7 +432,7 @@ def _draw(
     spec: ModelSpec,
     kind: Kind,
 ) -> tuple[DecodeState, Array, Sampled]:
-    """Draw after what `_feed` fed; returns which slots drew and what, as `_decode` does.
+    """Draw after the tokens that `_feed` fed. Returns which slots drew and what, as in `_decode`.
 
     masks: uint32 [batch, 1 + drafts, words], see `sampling.sample`.
     """
@@ -469,10 +480,10 @@ def _propose(
     kind: Kind,
     forced: tuple[Array, Array] | None = None,
 ) -> tuple[DecodeState, Array, Array]:
-    """Draft tokens for each slot, int32 [batch, drafts], and how many there are, int32 [batch].
+    """Propose draft tokens for each slot, int32 [batch, drafts], and their number, int32 [batch].
 
-    forced: draft tokens of the host, in the same form; a slot's own come after them or, if they are
-    looked up, only where there are none.
+    forced: draft tokens from the host, in the same form. A draft model's come after them; looked-up
+        ones are used only for slots without forced ones.
     """
     batch, count = len(state.tokens), speculation.num_speculative_tokens
     slots, last = jnp.arange(batch), state.cache.cached_lens
@@ -492,14 +503,14 @@ def _propose(
         is_forced = forced[1] > 0
         drafts = jnp.where(is_forced[:, None], forced[0], drafts)
         num_drafts = jnp.where(is_forced, forced[1], num_drafts)
-    # Those that are not accepted are overwritten before they are looked at.
+    # Entries of rejected tokens are overwritten before they are read.
     places = last[:, None] + 1 + jnp.arange(count)
     history = history.at[slots[:, None], places].set(drafts, mode="drop")
     return state.replace(history=history), drafts, num_drafts
 
 
 def _follow(draft: KVCache, cache: KVCache) -> KVCache:
-    """The draft model's cache, as far along as the model's."""
+    """Set the draft model's cache to the lengths and page table of the model's."""
     return draft.replace(page_table=cache.page_table, cached_lens=cache.cached_lens)
 
 
@@ -516,13 +527,17 @@ def score_step(
     *,
     spec: ModelSpec,
 ) -> tuple[DecodeState, tuple[tuple[Array, ...], tuple[Array, ...]]]:
-    """Append a chunk of each text; how likely is targets[b, t], the token after tokens[b, t]?
+    """Append a chunk of each text and compute the logprob of each target.
 
-    tokens, targets: int32 [b, t]; the others as in `prefill_step`. Returns float32 logprobs [b, t],
-    and the likeliest token in the target's place, int32 [b, t], with its logprob; and, if
-    `wants_top`, bool [], is true, the `MAX_TOP_LOGPROBS` likeliest tokens there, int32 [b, t, k],
-    with their logprobs, and the target's rank among all tokens from 1 on, int32 [b, t]. The logits
-    of `TOKENS_PER_LOGITS_BLOCK` tokens exist at a time.
+    The logits of only `TOKENS_PER_LOGITS_BLOCK` tokens exist at a time.
+
+    tokens, targets: int32 [b, t]; targets[b, t] is the token after tokens[b, t]. The other
+        arguments are those of `prefill_step`.
+    wants_top: bool [], whether to compute the second tuple, which is zeros otherwise.
+    Returns two tuples: float32 logprobs [b, t], and the likeliest token in each target's place,
+    int32 [b, t], with its logprob; and the `MAX_TOP_LOGPROBS` likeliest tokens in each target's
+    place, int32 [b, t, k], with their logprobs, and the target's rank among all tokens from 1 on,
+    int32 [b, t].
     """
     cache = state.cache.replace(page_table=page_table)
     hidden, cache = forward.extend(
@@ -532,7 +547,7 @@ def score_step(
     block = min(TOKENS_PER_LOGITS_BLOCK, count)
     padding = -count % block
     flat = jnp.pad(hidden.reshape(count, -1), ((0, padding), (0, 0)))
-    wanted = jnp.pad(targets.reshape(count), (0, padding))
+    flat_targets = jnp.pad(targets.reshape(count), (0, padding))
 
     most_top = min(MAX_TOP_LOGPROBS, spec.config.vocab_size)
 
@@ -554,7 +569,7 @@ def score_step(
         return scores, (top_ids.astype(jnp.int32), top - total[:, None], ranks)
 
     # One condition around all blocks: on a GPU the host evaluates each.
-    blocks = (flat.reshape(-1, block, flat.shape[-1]), wanted.reshape(-1, block))
+    blocks = (flat.reshape(-1, block, flat.shape[-1]), flat_targets.reshape(-1, block))
     found = lax.cond(
         wants_top,
         lambda: lax.map(partial(score_block, has_top=True), blocks),
@@ -580,7 +595,7 @@ def logits_step(
     *,
     spec: ModelSpec,
 ) -> tuple[DecodeState, Array]:
-    """Append a chunk of each text; float32 logits [b, t, vocab] of every token."""
+    """Append a chunk of each text and compute float32 logits [b, t, vocab] of every token."""
     cache = state.cache.replace(page_table=page_table)
     hidden, cache = forward.extend(
         params, cache, tokens, num_new_tokens, slots, spec=spec, phase="prefill"

@@ -1,4 +1,4 @@
-"""What grammars say of a launch: tokens that they force, and which may be drawn, as arrays."""
+"""Collects what grammars require of a launch as arrays: forced tokens and masks of allowed ones."""
 
 from collections.abc import Sequence
 
@@ -11,23 +11,24 @@ from llama_jax.engine.slots import RunningSequence
 
 
 class TokenMasks:
-    """Makes these arrays for an engine of `options`, over a vocabulary of `vocab_size`."""
+    """Makes these arrays for an engine of `options` and a vocabulary of `vocab_size`."""
 
     def __init__(self, options: EngineOptions, vocab_size: int) -> None:
         self._most = options.max_forced_tokens
         self._vocab_size = vocab_size
         self._threads = MaskThreads()
         has_one = options.num_speculative_tokens or options.batch_invariant
-        # How many draft tokens the programs for structured output take.
+        # Numbers of draft tokens for which there are structured programs.
         self.widths = (self._most,) if has_one else (0, self._most)
 
     def forced(
         self, counts: np.ndarray, structured: Sequence[RunningSequence]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Draft tokens that grammars force, int32 [batch, width], and how many, int32 [batch]. They
-        go through the model if that saves the slots half of their steps; else the width is 0.
+        """Return tokens that grammars force, as draft tokens int32 [batch, width], and their number
+        int32 [batch]. The width is 0 unless they save the slots half of their steps.
 
-        counts: tokens that each slot draws; structured: the sequences that have a grammar.
+        counts: tokens that each slot draws.
+        structured: the sequences that have a grammar.
         """
         drafts = np.zeros((len(counts), self._most), np.int32)
         num_drafts = np.zeros(len(counts), np.int32)
@@ -41,27 +42,27 @@ class TokenMasks:
         return drafts, num_drafts
 
     def everything(self, size: int, width: int) -> np.ndarray:
-        """uint32 [size, 1 + width, words]: masks that allow every token."""
+        """Return masks that allow every token: uint32 [size, 1 + width, words]."""
         return np.full((size, 1 + width, num_words(self._vocab_size)), ~np.uint32(0))
 
     def masks(
-        self, size: int, width: int, wanted: Sequence[tuple[int, Request, list[int]]]
+        self, size: int, width: int, places: Sequence[tuple[int, Request, list[int]]]
     ) -> tuple[np.ndarray, list[tuple[Request, Exception]]]:
-        """Which tokens may be drawn at each place and after its draft tokens: uint32
-        [size, 1 + width, words]; and the requests whose masks cannot be computed, with the error.
+        """Compute which tokens may be drawn at each place and after each of its draft tokens.
 
-        wanted: a place, the request that is drawn for there, and draft tokens; elsewhere any token
-        may be drawn.
+        places: (place, its request, its draft tokens); at other places any token may be drawn.
+        Returns masks, uint32 [size, 1 + width, words], and the requests whose masks could not be
+        computed, with the error.
         """
         masks = self.everything(size, width)
         jobs = {
             place: (request.matcher, request.token_ids, drafts)
-            for place, request, drafts in wanted
+            for place, request, drafts in places
             if request.matcher
         }
         found = dict(zip(jobs, self._threads.masks(list(jobs.values())), strict=True))
         failed: list[tuple[Request, Exception]] = []
-        for place, request, _ in wanted:
+        for place, request, _ in places:
             result = found.get(place)
             if isinstance(result, Exception):
                 failed.append((request, result))

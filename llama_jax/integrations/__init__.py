@@ -1,1 +1,1 @@
-"""This package has other people's tools with this engine inside. Each module needs an extra."""
+"""Integrates this engine into other people's tools. Each module needs an extra."""

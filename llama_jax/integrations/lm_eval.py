@@ -1,8 +1,8 @@
-"""This module gives lm-evaluation-harness (extra `eval`) the model `llama_jax`.
+"""Adds the model `llama_jax` to lm-evaluation-harness (extra `eval`).
 
-`python -m llama_jax.integrations.lm_eval` is the harness's own command line with that model in it.
-Texts become tokens, are cut to the context and end as with the harness's `hf` model, so figures can
-be compared; the engine forms the batches and computes what prompts share once.
+`python -m llama_jax.integrations.lm_eval` is the harness's own command line with this model. Texts
+are tokenised, truncated and ended as by the harness's `hf` model, so figures are comparable. The
+engine forms batches and computes a common prefix of prompts once.
 """
 
 import hashlib
@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from llama_jax.abacus import SHIPPED_MODEL
+from llama_jax.jobs import Job, run_jobs
 from llama_jax.llm import LLM
 from llama_jax.results import Generation
 from llama_jax.sampling_params import SamplingParams
-from llama_jax.scoring import Question, answers
 from llama_jax.text.chat import render_chat
 
 try:
@@ -45,7 +45,7 @@ _SAMPLING = frozenset({
 
 @register_model("llama_jax")
 class LlamaJax(TemplateLM):
-    """A model for the harness. Its texts may name special tokens, as those of chats do."""
+    """A model for the harness. Names of special tokens in its texts become those tokens."""
 
     def __init__(
         self,
@@ -55,11 +55,12 @@ class LlamaJax(TemplateLM):
         device: str | None = None,
         **settings: Any,
     ) -> None:
-        """pretrained, settings: as `LLM.load` takes them, or a loaded model.
+        """Load a model, or wrap a loaded one.
 
-        max_batch_size: sequences at the same time. batch_size, device: what the harness says to
-        every model ("cuda:0" by default), not used: the engine forms its own batches, and JAX takes
-        the GPU if there is one, unless JAX_PLATFORMS says otherwise.
+        pretrained, settings: as in `LLM.load`, or a loaded model.
+        max_batch_size: the most sequences at the same time.
+        batch_size, device: ignored. The harness passes them to every model ("cuda:0" by default),
+            but the engine forms its own batches, and JAX_PLATFORMS selects the device.
         """
         super().__init__()
         if isinstance(pretrained, LLM):
@@ -83,7 +84,7 @@ class LlamaJax(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Tokens that go into the model; the last one of a scored text is only looked up."""
+        """Return the most tokens that go into the model; the last of a scored text does not."""
         return self.llm.max_seq_len - 1
 
     @property
@@ -92,7 +93,7 @@ class LlamaJax(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """The name by which the harness's cache of requests knows a chat template."""
+        """Return the name that identifies a chat template in the harness's cache of requests."""
         source = self.tokenizer.chat_template or self.tokenizer.kind
         return "llama_jax-" + hashlib.blake2b(source.encode(), digest_size=16).hexdigest()
 
@@ -108,7 +109,7 @@ class LlamaJax(TemplateLM):
     def apply_chat_template(
         self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
     ) -> str:
-        """Renders messages; without `add_generation_prompt` the last one is to be continued."""
+        """Render messages. Without `add_generation_prompt` the last one is left open."""
         if add_generation_prompt:
             return render_chat(self.tokenizer, chat_history)
         return render_chat(self.tokenizer, chat_history, continue_final_message=True)
@@ -119,11 +120,11 @@ class LlamaJax(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        questions = (self._score_question(*request) for request in requests)
-        return self._answers(
+        jobs = (self._score_job(*request) for request in requests)
+        return self._results(
             "loglikelihood",
             [pair for pair, _, _ in requests],
-            questions,
+            jobs,
             lambda score: (score.total, score.is_greedy),
             disable_tqdm,
         )
@@ -132,41 +133,42 @@ class LlamaJax(TemplateLM):
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         texts = [request.args for request in requests]
-        # As `hf` does it: a first token, and after it the text with a first token of its own.
-        questions = (
-            self.llm.perplexity_question([self.prefix_token_id, *self.tok_encode(text)])
+        # Like `hf`: a prefix token, then the text, which has a prefix token of its own.
+        jobs = (
+            self.llm.perplexity_job([self.prefix_token_id, *self.tok_encode(text)])
             for (text,) in texts
         )
-        return self._answers(
-            "loglikelihood_rolling", texts, questions, lambda found: found.total, disable_tqdm
+        return self._results(
+            "loglikelihood_rolling", texts, jobs, lambda found: found.total, disable_tqdm
         )
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         arguments = [request.args for request in requests]
-        # Mistakes in any task come before the first reply.
-        questions = [self._generate_question(*each) for each in arguments]
-        return self._answers("generate_until", arguments, questions, _text, disable_tqdm)
+        # All jobs are made before the first runs, so that a bad argument is reported at once.
+        jobs = [self._generate_job(*each) for each in arguments]
+        return self._results("generate_until", arguments, jobs, _text, disable_tqdm)
 
-    def _answers[T, R](
+    def _results[T, R](
         self,
         method: str,
         arguments: Sequence[tuple[Any, ...]],
-        questions: Iterable[Question[T]],
+        jobs: Iterable[Job[T]],
         result: Callable[[T], R],
         disable_tqdm: bool,
     ) -> list[R]:
-        """Results of a method in order; each goes to the harness's cache as soon as it is known."""
-        found = answers(self.llm.engine, questions)
-        progress = tqdm(found, method, total=len(arguments), disable=disable_tqdm)
+        """Return the results of a method in order, and put each into the harness's cache at
+        once."""
+        source = run_jobs(self.llm.engine, jobs)
+        progress = tqdm(source, method, total=len(arguments), disable=disable_tqdm)
         results = []
-        for each, answer in zip(arguments, progress, strict=True):
-            results.append(result(answer))
+        for each, found in zip(arguments, progress, strict=True):
+            results.append(result(found))
             self.cache_hook.add_partial(method, each, results[-1])
         return results
 
-    def _score_question(
+    def _score_job(
         self, pair: tuple[str, str], context: list[int], continuation: list[int]
-    ) -> Question[Any]:
+    ) -> Job[Any]:
         count = len(continuation)
         if not 1 <= count <= self.max_length:
             raise ValueError(
@@ -174,11 +176,9 @@ class LlamaJax(TemplateLM):
                 f"between 1 and {self.max_length} (max_seq_len - 1) are possible"
             )
         kept = (context + continuation)[-self.llm.max_seq_len :]
-        return self.llm.score_question(kept[:-count], continuation)
+        return self.llm.score_job(kept[:-count], continuation)
 
-    def _generate_question(
-        self, context: str, generation_kwargs: dict[str, Any]
-    ) -> Question[Generation]:
+    def _generate_job(self, context: str, generation_kwargs: dict[str, Any]) -> Job[Generation]:
         sampling = self._sampling(generation_kwargs)
         room = self.max_length - sampling.max_new_tokens
         if room < 1:
@@ -186,7 +186,7 @@ class LlamaJax(TemplateLM):
                 f"max_gen_toks {sampling.max_new_tokens} leaves no room for a prompt among "
                 f"{self.max_length} tokens: lower it, or load the model with a larger max_seq_len"
             )
-        return self.llm.generate_question(self.tok_encode(context)[-room:], sampling)
+        return self.llm.generate_job(self.tok_encode(context)[-room:], sampling)
 
     def _sampling(self, generation_kwargs: dict[str, Any]) -> SamplingParams:
         given = dict(normalize_gen_kwargs(generation_kwargs, self.max_gen_toks))

@@ -1,4 +1,4 @@
-"""This module has actors for Ray Data (extra `ray`), each with a model of its own.
+"""Defines actors for Ray Data (extra `ray`), each with a model of its own.
 
     dataset.map_batches(
         Scorer, fn_constructor_args=["meta-llama/Llama-3.1-8B-Instruct"],
@@ -6,9 +6,9 @@
         compute=ray.data.ActorPoolStrategy(size=8),
     )
 
-A batch keeps its columns and gets those named below, always all of them, null where a row has none;
-a column of the same name is replaced. A row that cannot be answered says why in "error", and the
-others go on. Ray restarts an actor that dies and gives it the batch again.
+A batch keeps its columns and gets all columns named below, with nulls for rows without a value; a
+column of the same name is replaced. A row that fails gets an "error", and the others go on. Ray
+restarts an actor that dies and gives it the batch again.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,11 +18,11 @@ from typing import Any
 import pyarrow as pa
 
 from llama_jax.abacus import SHIPPED_MODEL
-from llama_jax.data_rows import answer_rows, score_rows
+from llama_jax.data_rows import run_rows, score_rows
+from llama_jax.jobs import Job
 from llama_jax.llm import LLM
 from llama_jax.results import Generation, generation_fields
 from llama_jax.sampling_params import SamplingParams
-from llama_jax.scoring import Question
 from llama_jax.text.windows import window_and_stride
 
 _SCORE = {
@@ -39,9 +39,12 @@ _GENERATED = {
 class Scorer:
     """Scores rows with "prompt" and "completion", "prompt" and "choices", or "text".
 
-    Adds what `llama-jax score` does: logprob, num_tokens, is_greedy, perplexity, byte_perplexity,
-    word_perplexity, best, probabilities, scores, error; with `tokens` token_ids and logprobs.
-    window, stride: as `LLM.perplexity`. settings: as `LLM.load`.
+    Adds the columns of `llama-jax score`: logprob, num_tokens, is_greedy, perplexity,
+    byte_perplexity, word_perplexity, best, probabilities, scores and error.
+
+    tokens: add token_ids and logprobs, too.
+    window, stride: as in `LLM.perplexity`.
+    settings: as in `LLM.load`.
     """
 
     def __init__(
@@ -64,16 +67,18 @@ class Scorer:
         }  # fmt: skip
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return _answered(
+        return _with_columns(
             batch, lambda rows: score_rows(self.llm, rows, **self._options), self._columns
         )
 
 
 class Generator:
-    """Continues rows with "prompt", a text, or answers rows with "messages", a chat.
+    """Continues rows with "prompt", a text, or replies to rows with "messages", a chat.
 
-    Adds text, finish_reason, prompt_tokens, completion_tokens, error. sampling: by default the
-    checkpoint's own. settings: as `LLM.load`.
+    Adds text, finish_reason, prompt_tokens, completion_tokens and error.
+
+    sampling: by default the checkpoint's own.
+    settings: as in `LLM.load`.
     """
 
     def __init__(
@@ -89,32 +94,32 @@ class Generator:
         self._sampling = sampling
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return _answered(
+        return _with_columns(
             batch,
-            lambda rows: answer_rows(self.llm.engine, rows, self._ask, generation_fields),
+            lambda rows: run_rows(self.llm.engine, rows, self._job, generation_fields),
             _GENERATED,
         )
 
-    def _ask(self, row: dict[str, Any]) -> Question[Generation]:
+    def _job(self, row: dict[str, Any]) -> Job[Generation]:
         prompt, messages = row.get("prompt"), row.get("messages")
         if isinstance(messages, list) and prompt is None:
-            return self.llm.chat_question(messages, self._sampling)
+            return self.llm.chat_job(messages, self._sampling)
         if isinstance(prompt, str) and messages is None:
-            return self.llm.generate_question(prompt, self._sampling)
+            return self.llm.generate_job(prompt, self._sampling)
         raise ValueError(
             'expected "prompt", a text, or "messages", a list, got '
             + (", ".join(f"{name}: {type(row[name]).__name__}" for name in row) or "no field")
         )
 
 
-def _answered(
+def _with_columns(
     batch: pa.Table,
-    answer: Callable[[list[dict[str, Any]]], Iterable[tuple[dict[str, Any], int]]],
+    run: Callable[[list[dict[str, Any]]], Iterable[tuple[dict[str, Any], int]]],
     columns: Mapping[str, pa.DataType],
 ) -> pa.Table:
-    """`batch` with the answers to its rows as columns of these types.
+    """Return `batch` with the results of `run` as columns of these types.
 
-    What is null in a row is a field that is not there.
+    A null in a row counts as a missing field.
     """
     if not isinstance(batch, pa.Table):
         raise TypeError(
@@ -122,7 +127,7 @@ def _answered(
             f"got {type(batch).__name__}"
         )
     table = batch.drop_columns([name for name in batch.column_names if name in columns])
-    rows = [row for row, _ in answer([_present(row) for row in table.to_pylist()])]
+    rows = [row for row, _ in run([_present(row) for row in table.to_pylist()])]
     for name, dtype in columns.items():
         table = table.append_column(name, pa.array([row.get(name) for row in rows], dtype))
     return table

@@ -1,4 +1,4 @@
-"""The architecture of a Llama checkpoint, read from config.json or params.json."""
+"""Reads the architecture of a Llama checkpoint from config.json or params.json."""
 
 import math
 import re
@@ -28,7 +28,7 @@ from llama_jax.model.config_files import RopeScaling as RopeScaling
 # Tokens in a page of the key/value cache.
 PAGE_SIZE = 64
 PARAM_DTYPES = ("bfloat16", "float16", "float32")
-# The names that `LlamaConfig`'s fields have in the files.
+# Names of `LlamaConfig`'s fields in the files, where they differ.
 _HF_NAMES = {
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
@@ -49,9 +49,11 @@ _META_NAMES = {
 class LlamaConfig:
     """Shapes and constants of a Llama model.
 
-    dtype: of the checkpoint's unquantised parameters. rope_linear_factor: by how much all rotary
-        wavelengths are stretched ("linear" in config.json: Vicuna 16k, DeepSeek Coder);
-        rope_scaling: Llama 3.1's way. Lengths are in tokens.
+    max_position_embeddings: the context, in tokens.
+    dtype: of the checkpoint's unquantised parameters.
+    rope_scaling: Llama 3.1's stretching of the rotary wavelengths.
+    rope_linear_factor: stretches all rotary wavelengths ("linear" in config.json: Vicuna 16k,
+        DeepSeek Coder).
     """
 
     vocab_size: Size
@@ -83,7 +85,7 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise ConfigError(f"head_dim must be even for rotary embeddings, got {self.head_dim}")
         if self.rope_scaling and self.rope_linear_factor != 1:
-            raise ConfigError("rope_scaling and rope_linear_factor: expected one of them at most")
+            raise ConfigError("rope_scaling and rope_linear_factor: expected at most one of them")
         if self.dtype not in PARAM_DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(PARAM_DTYPES)}, got {self.dtype!r}")
 
@@ -191,11 +193,12 @@ class LlamaConfig:
     ) -> "LlamaConfig":
         """Read the contents of Meta's params.json.
 
-        `use_scaled_rope` stands for Llama 3.1's constants; Meta's file does not hold them, and
-        Llama 3.2 (1B and 3B, recognised by their shapes) uses factor 32 where 3.1 uses 8.
-        `vocab_size` -1 means Llama 2's 32,000. The file has no context length either, so it follows
-        from the model, as in transformers' converter: 131,072 with scaled rope, 8,192 for Llama 3,
-        16,384 for Code Llama, 4,096 for Llama 2.
+        The file lacks some constants, which are filled in as transformers' converter does.
+        `use_scaled_rope` means Llama 3.1's rope scaling with factor 8, or 32 for Llama 3.2 (1B and
+        3B, recognised by their shapes). `vocab_size` -1 means Llama 2's 32,000. The context is
+        131,072 tokens with scaled rope, 8,192 for Llama 3, 16,384 for Code Llama and 4,096 for
+        Llama 2.
+
         where: names the file in errors. Raises `ConfigError`.
         """
         meta = read_params(values, where)
@@ -225,7 +228,8 @@ class LlamaConfig:
 
 
 def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
-    """Return the ids in a field of config.json or generation_config.json: one, a list, or none."""
+    """Return the ids of a field in config.json or generation_config.json, which may be one id, a
+    list, or None."""
     if value is None:
         return ()
     return (value,) if isinstance(value, int) else tuple(value)
@@ -233,7 +237,7 @@ def token_ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 @contextmanager
 def _explained(where: Path | str, names: Mapping[str, str]) -> Iterator[None]:
-    """Turn `LlamaConfig`'s own errors into those of a file. names: fields' names there, by ours."""
+    """Reword `LlamaConfig`'s own errors as errors of a file. names: the file's names of fields."""
     try:
         yield
     except ConfigError as error:

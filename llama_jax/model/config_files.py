@@ -1,8 +1,8 @@
-"""The schemas of config.json and Meta's params.json, and what is known of other keys.
+"""Defines the schemas of config.json and Meta's params.json, and lists harmless other keys.
 
-Reading is strict on purpose: a key that could change what the model computes is refused by name.
-Public ports of Llama went silently wrong because they skipped a key (rope scaling, the norm's eps).
-An unknown key whose value asks for nothing (null, false, empty) is let through.
+Reading is strict on purpose: a key that could change what the model computes is refused by name,
+because ports of Llama have gone silently wrong by skipping a key (rope scaling, the norm's eps). An
+unknown key with an inert value (null, false, empty) is accepted.
 
 Keys and values come from configs of Llama-architecture checkpoints on the Hugging Face hub: Meta's,
 and those of Unsloth, HuggingFaceTB, NousResearch, 01-ai, lmsys, codellama, deepseek-ai, nvidia,
@@ -24,7 +24,7 @@ Count = Annotated[int, Meta(ge=1, le=2**16)]
 Size = Annotated[int, Meta(ge=1, le=2**24)]
 Length = Annotated[int, Meta(ge=2, le=2**31 - 1)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**24)]
-# Beyond 0.01 the norm flattens what it normalises; below 1e-12 it does not keep zeros from NaN.
+# Above 0.01 the norm would flatten its input; below 1e-12 a zero input would become NaN.
 NormEps = Annotated[float, Meta(ge=1e-12, le=0.01)]
 Theta = Annotated[float, Meta(ge=1, le=1e15)]
 Factor = Annotated[float, Meta(gt=0, le=1e6)]
@@ -53,7 +53,7 @@ class RopeScaling:
 
 
 class HfConfig(Struct, kw_only=True):
-    """The keys of config.json that say what is computed, in transformers 4's form and in 5's.
+    """The keys of config.json that define the computation, as transformers 4 and 5 write them.
 
     transformers 5 keeps `rope_theta` and the scaling in `rope_parameters` and calls `torch_dtype`
     `dtype`.
@@ -80,8 +80,10 @@ class HfConfig(Struct, kw_only=True):
 
 
 class MetaParams(Struct, kw_only=True, forbid_unknown_fields=True):
-    """The keys of params.json. `vocab_size` -1 is Llama 2's; max_seq_len and max_batch_size are
-    settings of a run, not of the model."""
+    """The keys of params.json.
+
+    vocab_size: -1 for Llama 2. max_seq_len, max_batch_size: settings of a run, not of the model.
+    """
 
     dim: Size
     n_layers: Count
@@ -97,7 +99,7 @@ class MetaParams(Struct, kw_only=True, forbid_unknown_fields=True):
     max_batch_size: Size | None = None
 
 
-# Until generation_config.json, config.json held these; without it they are read from here.
+# Older checkpoints have these in config.json instead of generation_config.json.
 GENERATION_KEYS = (
     "bad_words_ids", "begin_suppress_tokens", "diversity_penalty", "do_sample",
     "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
@@ -107,7 +109,7 @@ GENERATION_KEYS = (
     "renormalize_logits", "repetition_penalty", "return_dict_in_generate", "suppress_tokens",
     "temperature", "top_k", "top_p", "typical_p",
 )  # fmt: skip
-# Keys that may have any value, by the reason why they cannot change what is computed.
+# Keys that may have any value, by the reason why they do not change the computation.
 HARMLESS: Mapping[str, tuple[str, ...]] = {
     "where the file comes from": (
         "_commit_hash", "_name_or_path", "fmo_version", "is_llama_config", "llama_jax_version",
@@ -170,7 +172,7 @@ FIXED: Mapping[str, tuple[tuple[Any, ...], str]] = {
         ({}, None),
         "These are MLX's weights; take the safetensors that they were made from.",
     ),
-    # These would make another model if they were false.
+    # With False, these would be another model.
     "is_causal": ((True, None), _OTHER_MODEL),
     "use_rope": ((True, None), _OTHER_MODEL),
     "scale_attn_weights": ((True, None), _OTHER_MODEL),
@@ -184,9 +186,9 @@ _KNOWN = {
 
 
 def read_hf(values: Mapping[str, Any], where: Path | str) -> HfConfig:
-    """Check the contents of config.json key by key. where: names the file in errors.
+    """Read the contents of config.json and check each key.
 
-    Raises `ConfigError`.
+    where: names the file in errors. Raises `ConfigError`.
     """
     named = values.get("architectures")
     if isinstance(named, list) and named and not _ARCHITECTURES.intersection(map(str, named)):
@@ -215,11 +217,10 @@ def read_hf(values: Mapping[str, Any], where: Path | str) -> HfConfig:
 
 
 def rope_of(hf: HfConfig, where: Path | str) -> tuple[float, RopeScaling | None, float]:
-    """Return theta, Llama 3.1's scaling of the wavelengths or None, and the factor by which all of
-    them are stretched.
+    """Return rope's theta, Llama 3.1's scaling or None, and the linear factor.
 
-    "dynamic" changes nothing: it stretches only beyond max_position_embeddings, and no text here is
-    longer. Raises `ConfigError`.
+    "dynamic" changes nothing, because it applies only beyond max_position_embeddings and no text is
+    longer than that here. Raises `ConfigError`.
     """
     given = {
         key: {name: value for name, value in rope.items() if value is not None}
@@ -300,7 +301,7 @@ def _converted[T](values: Mapping[str, Any], schema: type[T], where: Path | str)
 
 
 def _check_attention(values: Mapping[str, Any], where: Path | str) -> None:
-    """Refuse attention that does not see all of the text before, such as a sliding window."""
+    """Refuse attention to only a part of the context, such as a sliding window."""
     layers = values.get("layer_types") or []
     if not isinstance(layers, list) or any(each != "full_attention" for each in layers):
         raise ConfigError(
@@ -320,5 +321,5 @@ def _asks_for_nothing(value: Any) -> bool:
 
 
 def _same(found: Any, expected: Any) -> bool:
-    """Compare for equality, but true is not 1."""
+    """Compare for equality, except that True differs from 1."""
     return isinstance(found, bool) == isinstance(expected, bool) and found == expected

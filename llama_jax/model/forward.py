@@ -1,8 +1,8 @@
 """The forward pass as functions of parameters and cache, on one device or on a mesh.
 
 On a mesh each device runs the model inside shard_map on its own heads, intermediate features and
-part of the vocabulary (`device_spec`), so that its arrays are whole to it, as kernels need. The
-model sums over devices after the embedding, attention and the MLP; logits are gathered here.
+part of the vocabulary (`device_spec`), because XLA cannot partition a Pallas kernel. The model sums
+over devices after the embedding, attention and the MLP; logits are gathered here.
 """
 
 import math
@@ -38,18 +38,21 @@ def prefill(
     cache: KVCache,
     tokens: Array,
     num_new_tokens: Array,
-    rows: Array | None = None,
+    slots: Array | None = None,
     *,
     spec: ModelSpec,
 ) -> tuple[Array, KVCache]:
     """Append a chunk of each prompt to the cache.
 
-    tokens: int32 [b, t]; num_new_tokens: int32 [b], how many are real (0 leaves a row alone);
-    rows: int32 [b], the cache rows they belong to, all in order when None. Long prompts go through
-    in chunks: each call continues where the row stands. The cache is donated.
-    Returns float32 logits [b, vocab] after each row's last real token, and the cache.
+    A long prompt takes several calls, each of which continues where the last one ended. The cache
+    is donated.
+
+    tokens: int32 [b, t]; num_new_tokens: int32 [b], how many of them are real (0 leaves a sequence
+        as it is).
+    slots: int32 [b], the slots of the cache they belong to; None for all in order.
+    Returns float32 logits [b, vocab] after each sequence's last real token, and the cache.
     """
-    hidden, cache = extend(params, cache, tokens, num_new_tokens, rows, spec=spec, phase="prefill")
+    hidden, cache = extend(params, cache, tokens, num_new_tokens, slots, spec=spec, phase="prefill")
     return unembed(params, last_hidden(hidden, num_new_tokens), spec=spec), cache
 
 
@@ -62,9 +65,9 @@ def decode(
     *,
     spec: ModelSpec,
 ) -> tuple[Array, KVCache]:
-    """Append one token to each active row of the cache.
+    """Append one token to each active sequence of the cache, which is donated.
 
-    tokens: int32 [batch]; active: bool [batch], all when None. The cache is donated.
+    tokens: int32 [batch]; active: bool [batch], None for all.
     Returns float32 logits [batch, vocab] and the cache.
     """
     num_new_tokens = jnp.ones_like(tokens) if active is None else active.astype(jnp.int32)
@@ -79,32 +82,37 @@ def extend(
     cache: KVCache,
     tokens: Array,
     num_new_tokens: Array,
-    rows: Array | None = None,
+    slots: Array | None = None,
     *,
     spec: ModelSpec,
     phase: Phase,
 ) -> tuple[Array, KVCache]:
-    """Append tokens to the cache, as `prefill` and `decode` do, and return the hidden states
-    [b, t, d] of all of them, and the cache. phase: what "auto" activations depend on."""
+    """Append tokens to the cache, with the arguments of `prefill`.
+
+    phase: decides what "auto" activations are.
+    Returns the hidden states [b, t, d] of all tokens, and the cache.
+    """
     spec = replace(spec, activations=activations_in(phase, tokens.size, spec))
-    rows = jnp.arange(tokens.shape[0]) if rows is None else rows
-    cached_lens = jnp.take(cache.cached_lens, rows, mode="clip")
+    slots = jnp.arange(tokens.shape[0]) if slots is None else slots
+    cached_lens = jnp.take(cache.cached_lens, slots, mode="clip")
     positions = cached_lens[:, None] + jnp.arange(tokens.shape[1])
-    spec, whole = _placed(spec), PartitionSpec()
+    spec, replicated = _placed(spec), PartitionSpec()
     pages = spec.mesh and _specs(cache_shardings(spec.config, spec.mesh))
     extended: Any = _apply(
-        spec, "extend", params, (tokens, positions, cache, rows, num_new_tokens),
-        in_specs=(whole, whole, pages, whole, whole), out_specs=(whole, pages),
+        spec, "extend", params, (tokens, positions, cache, slots, num_new_tokens),
+        in_specs=(replicated, replicated, pages, replicated, replicated),
+        out_specs=(replicated, pages),
     )  # fmt: skip
     return extended
 
 
 def activations_in(phase: Phase, rows: int, spec: ModelSpec) -> Activations:
-    """Return the activations of `spec`, with "auto" settled.
+    """Return the activations of `spec`, with "auto" resolved.
 
-    "auto" is "dynamic" where FP8 tensor cores compute: in prefill, and where more rows are decoded
-    than the weight-only kernel takes. Otherwise it is "bf16". rows: the number that the call is
-    compiled for; nothing here depends on what a batch holds.
+    "auto" is "dynamic" where FP8 tensor cores are used: in prefill, and in decode steps of more
+    rows than the weight-only kernel takes. Otherwise it is "bf16".
+
+    rows: what the call is compiled for; the result never depends on what a batch holds.
     """
     if spec.activations != "auto":
         return spec.activations
@@ -114,16 +122,18 @@ def activations_in(phase: Phase, rows: int, spec: ModelSpec) -> Activations:
 
 
 def last_hidden(hidden: Array, num_new_tokens: Array) -> Array:
-    """Pick the state of each row's last real token: [b, t, d] and int32 [b] to [b, d]."""
+    """Pick the state of each sequence's last real token: [b, t, d] and int32 [b] to [b, d]."""
     last = jnp.maximum(num_new_tokens - 1, 0)[:, None, None]
     return jnp.take_along_axis(hidden, last, axis=1)[:, 0]
 
 
 def unembed(params: Params, hidden: Array, *, spec: ModelSpec) -> Array:
     """Compute float32 logits [..., vocab] of the hidden states [..., d] of `extend`."""
-    spec, whole = _placed(spec), PartitionSpec()
-    by_word = PartitionSpec(*(None,) * (hidden.ndim - 1), RULES["vocab"])
-    logits: Array = _apply(spec, "unembed", params, (hidden,), in_specs=(whole,), out_specs=by_word)
+    spec, replicated = _placed(spec), PartitionSpec()
+    over_vocab = PartitionSpec(*(None,) * (hidden.ndim - 1), RULES["vocab"])
+    logits: Array = _apply(
+        spec, "unembed", params, (hidden,), in_specs=(replicated,), out_specs=over_vocab
+    )
     return lax.with_sharding_constraint(logits, replicated_on(spec.mesh)) if spec.mesh else logits
 
 
@@ -132,8 +142,8 @@ def device_spec(spec: ModelSpec) -> ModelSpec | None:
     """Return the smaller model that each device of `spec.mesh` runs.
 
     Returns None if heads, intermediate features or the vocabulary do not divide evenly, or if a
-    block or a group of scales would lie on two devices. XLA then partitions the program itself, and
-    no kernel runs.
+    block or a group of scales would straddle two devices. XLA then partitions the program itself,
+    and no kernel runs.
     """
     parts = spec.mesh.shape["model"] if spec.mesh else 1
     if parts == 1:
@@ -174,13 +184,14 @@ def _apply(
     in_specs: tuple[Any, ...],
     out_specs: Any,
 ) -> Any:
-    """Call a method of the model; on a mesh in shard_map, if `device_spec` allows that."""
+    """Call a method of the model, inside shard_map if there is a mesh and `device_spec` allows
+    it."""
     own = device_spec(spec)
     if spec.mesh is None or own is None:
         return Llama(spec).apply({"params": params}, *args, method=method)
 
     def on_device(params: Params, *args: Any) -> Any:
-        # A device may hold a single group of columns; then that axis is dropped.
+        # A device that holds a single group of columns drops that axis.
         params = jax.tree.map(lambda a, own: a.reshape(own.shape), params, abstract_params(own))
         return Llama(own).apply({"params": params}, *args, method=method)
 
@@ -193,7 +204,7 @@ def _apply(
 
 
 def _placed(spec: ModelSpec) -> ModelSpec:
-    """Add a mesh of the default device where there are several: it pins arrays to that one."""
+    """Give the spec a mesh of the default device if there are several, to pin arrays to it."""
     if spec.mesh or jax.device_count() == 1:
         return spec
     return replace(spec, mesh=make_mesh(1, devices=list(default_sharding().device_set)))

@@ -1,9 +1,9 @@
-"""What an FP8 weight is: e4m3fn codes, float32 scales, and value = code * scale.
+"""Defines FP8 weights (e4m3fn codes and float32 scales, value = code * scale) and quantises.
 
-A quantised matrix is stored as Hugging Face stores matrices, (out, in), with a float32 scale per
-output row, or per 128x128 block of the matrix (edge blocks may be smaller). A checkpoint's single
-per-tensor scale becomes the same number in every row, which is exact. Where a checkpoint's parts
-hold some columns each, with row scales of their own, a row has a scale per group of columns.
+A quantised matrix is stored (out, in), as in Hugging Face's checkpoints, with a float32 scale per
+output row, or per 128x128 block (edge blocks may be smaller). A per-tensor scale becomes the same
+number in every row, which is exact. If a checkpoint's shards hold some of the columns each, with
+row scales of their own, then a row has a scale per group of columns.
 """
 
 from dataclasses import dataclass
@@ -20,15 +20,16 @@ ScaleLayout = Literal["row", "block"]
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How one parameter is stored: its dtype and, if it is quantised, what goes with it.
+    """The storage format of one parameter.
 
-    scale: "row" or "block" for codes, None for a plain weight. Codes are float8_e4m3fn, or bfloat16
-        where they come from an 8-bit format whose numbers e4m3fn does not all have.
-    input_scale: whether a calibrated scale of the activations is stored, too.
-    activation_scale_ub: activations beyond it are clipped when they are quantised per token.
+    dtype: of the weight or its codes. Codes are float8_e4m3fn, or bfloat16 if they come from an
+        8-bit format with numbers that e4m3fn lacks.
+    scale: "row" or "block" for codes; None for an unquantised weight.
+    input_scale: whether a calibrated scale of the activations is stored as well.
+    activation_scale_ub: the bound to which activations are clipped when quantised per token.
     column_groups: the number of equal groups of columns; each group has a scale per row.
-    activation_group: with dynamic activations, how many features of a token share a scale (kernels
-        take 128); None for one scale per token.
+    activation_group: the number of a token's features that share a scale with dynamic activations
+        (kernels take 128); None for one scale per token.
     """
 
     dtype: str
@@ -46,7 +47,7 @@ class WeightFormat:
             valid = self.dtype in ("float8_e4m3fn", "bfloat16")
         valid = valid and (self.column_groups == 1 or self.scale == "row")
         if not valid:
-            raise ValueError(f"scales go with codes (float8_e4m3fn, bfloat16) alone, got {self}")
+            raise ValueError(f"only codes (float8_e4m3fn, bfloat16) may have scales, got {self}")
         if self.activation_group not in (None, BLOCK) or (
             self.activation_group and self.activation_scale_ub
         ):
@@ -100,14 +101,17 @@ def encode(weight: Array, scale: Array) -> Array:
 
 
 def _quotient(x: Array, scale: Array) -> Array:
-    """Compute x / scale in float32. For a plain broadcast XLA would multiply by reciprocals, which
-    rounds numbers halfway between two codes to the wrong one."""
+    """Compute x / scale in float32, rounded correctly.
+
+    For a plain broadcast XLA would multiply by the reciprocal, which rounds some numbers halfway
+    between two codes to the wrong one.
+    """
     x = x.astype(jnp.float32)
     return x / jnp.where(jnp.isnan(x), x, scale)
 
 
 def dequantize(codes: Array, scale: Array) -> Array:
-    """Compute code * scale in float32, the exact meaning of a quantised matrix, for tests and
+    """Compute code * scale in float32, the exact value of a quantised matrix, for tests and
     reports."""
     return e4m3.load(codes) * expand_scale(scale, (codes.shape[0], codes.shape[1]))
 
@@ -115,8 +119,7 @@ def dequantize(codes: Array, scale: Array) -> Array:
 def dequantize_rows(codes: Array, scale: Array, stored: WeightFormat) -> Array:
     """Compute code * scale in float32 for some rows of a quantised matrix.
 
-    codes: [..., in]. scale: of each of these rows, [...], or [..., groups] where columns have
-        scales of their own.
+    codes: [..., in]. scale: a scale per row, [...], or per group of columns, [..., groups].
     """
     columns = codes.shape[-1]
     scale = scale.reshape(*codes.shape[:-1], -1)
@@ -130,9 +133,9 @@ def quantize_per_token(
     """Quantise activations over the last axis with scale = absmax / 448.
 
     x: [..., features].
-    upper_bound: caps absmax (what lies beyond is clipped); scales are then at least
+    upper_bound: caps absmax, so that larger activations are clipped; scales are then at least
         1 / (448 * 512), as in FBGEMM's `quantize_fp8_per_row`.
-    divided_over: inside shard_map, the mesh axis that the features are split over.
+    divided_over: inside shard_map, the mesh axis over which the features are split.
     Returns codes, float8_e4m3fn [..., features], and scales, float32 [..., 1]. A token of zeros
     gets scale 1.
     """
@@ -163,14 +166,14 @@ def quantize_per_group(x: Array) -> tuple[Array, Array]:
 
 
 def _in_blocks(weight: Array) -> Array:
-    """Reshape to [block row, 128, block column, 128]; edge blocks are filled up with zeros."""
+    """Reshape to [block row, 128, block column, 128], with edge blocks padded by zeros."""
     padded = jnp.pad(weight, [(0, -size % BLOCK) for size in weight.shape])
     return padded.reshape(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
 
 
 def _scale_of(absmax: Array) -> Array:
     absmax = absmax.astype(jnp.float32)
-    # XLA multiplies by the reciprocal of a constant instead of dividing, which may be an ulp off. A
-    # barrier around the constant does not help, since it is removed before that happens.
+    # Dividing by a constant would not do: XLA multiplies by its reciprocal, which may be an ulp
+    # off, and removes a barrier around the constant first.
     some = absmax > 0
     return jnp.where(some, absmax, 1.0) / jnp.where(some, e4m3.MAX, 1.0)

@@ -1,8 +1,7 @@
-"""The key/value cache: pools of pages, one pair per layer, and a table that says whose they are.
+"""Defines the key/value cache: a pool of pages for each layer, and a page table for all slots.
 
-Position p of row b lives in page `page_table[b, p // page_size]`, offset `p % page_size`. Nothing
-outside this file and `paged_attention` knows more than that, so who owns which page can change
-without the model noticing.
+Position p of slot b is in page `page_table[b, p // page_size]`, at offset `p % page_size`. The
+model knows no more than that, so the engine is free to decide which slot owns which page.
 """
 
 from typing import Annotated, Literal
@@ -16,7 +15,7 @@ from llama_jax.model.config import PAGE_SIZE, LlamaConfig
 from pallas_kernels import device, e4m3
 
 KVDtype = Literal["bf16", "fp8"]
-# The scales (k, v) of an FP8 cache, per layer: one each, or one for each kv head.
+# The scales (k, v) of an FP8 cache, per layer: a number each, or one for each kv head.
 _Positive = Annotated[float, Meta(gt=0, le=3.4e38)]
 Scale = _Positive | tuple[_Positive, ...]
 KVScales = tuple[tuple[Scale, Scale], ...]
@@ -36,15 +35,15 @@ def storage_dtype(kv_dtype: KVDtype, dtype: str) -> jnp.dtype:
 
 
 class KVCache(struct.PyTreeNode):
-    """The pages of all layers, and which of them belong to which row of the batch.
+    """The pages of all layers, and the page table.
 
     k, v: per layer [num_pages, page_size, num_kv_heads, head_dim], bfloat16, float32,
         float8_e4m3fn or its int8 bits.
-    k_scale, v_scale: what FP8 codes are multiplied by (1 otherwise), per layer float32 [], or
-        [num_kv_heads] where each head has its own. They are an array per layer: from one array for
-        all layers, each layer would copy its own scale out for its kernel, at every step.
-    page_table: int32 [batch, pages_per_row].
-    cached_lens: int32 [batch], tokens stored per row.
+    k_scale, v_scale: per layer float32 [], or [num_kv_heads] if each head has its own; FP8 codes
+        are multiplied by them, otherwise they are 1. One array per layer, because each layer would
+        have to copy its scale out of a common array at every step.
+    page_table: int32 [batch, pages_per_slot].
+    cached_lens: int32 [batch], tokens stored per slot.
     """
 
     k: tuple[Array, ...]
@@ -56,7 +55,7 @@ class KVCache(struct.PyTreeNode):
 
     @property
     def capacity(self) -> int:
-        """Return how many tokens a row has room for."""
+        """Return the number of tokens that a slot has room for."""
         return self.page_table.shape[1] * self.k[0].shape[1]
 
 
@@ -68,16 +67,16 @@ def init_cache(
     kv_scales: Array | None = None,
     num_pages: int | None = None,
 ) -> KVCache:
-    """Make an empty cache in which every row owns enough pages for `max_seq_len` tokens.
+    """Make an empty cache in which every slot owns enough pages for `max_seq_len` tokens.
 
     dtype: bfloat16, float32, float8_e4m3fn, or int8 for e4m3fn bit patterns (faster on a CPU).
     kv_scales: `KVScales` as float32, [num_layers, 2] or [num_layers, 2, num_kv_heads].
-    num_pages: makes a pool of this many pages, none of which belongs to a row yet: every entry of
-        the table is then `num_pages`, a page that does not exist, so nothing is written.
+    num_pages: makes a pool of this many pages that no slot owns yet. Every entry of the table is
+        then `num_pages`, a page that does not exist, so nothing is written.
     """
     dtype = jnp.dtype(dtype)
-    pages_per_row = -(-max_seq_len // PAGE_SIZE)
-    owned = batch_size * pages_per_row
+    pages_per_slot = -(-max_seq_len // PAGE_SIZE)
+    owned = batch_size * pages_per_slot
     table = jnp.arange(owned, dtype=jnp.int32) if num_pages is None else jnp.full(owned, num_pages)
     pool = (num_pages or owned, PAGE_SIZE, config.num_kv_heads, config.head_dim)
     is_fp8 = dtype in (e4m3.DTYPE, jnp.int8)
@@ -88,14 +87,16 @@ def init_cache(
         v=tuple(jnp.zeros(pool, dtype) for _ in range(config.num_layers)),
         k_scale=tuple(kv_scales[:, 0]),
         v_scale=tuple(kv_scales[:, 1]),
-        page_table=table.astype(jnp.int32).reshape(batch_size, pages_per_row),
+        page_table=table.astype(jnp.int32).reshape(batch_size, pages_per_slot),
         cached_lens=jnp.zeros(batch_size, jnp.int32),
     )
 
 
 def copy_pages(cache: KVCache, sources: Array, targets: Array) -> KVCache:
-    """Copy whole pages in every layer. sources, targets: int32 [n]; a target past the end is
-    padding."""
+    """Copy pages in every layer.
+
+    sources, targets: int32 [n], page numbers; a target past the end is padding.
+    """
 
     def copy(pages: Array) -> Array:
         return pages.at[targets].set(jnp.take(pages, sources, axis=0, mode="clip"), mode="drop")

@@ -1,4 +1,4 @@
-"""Declares matrices in the format they are stored in, and multiplies by the kernel chosen for each.
+"""Declares matrices in their storage format, and multiplies by the kernel chosen for each.
 
 Every parameter is declared once, in `parameter`, with its shape, its dtype and the logical names of
 its axes; initialisation, sharding and the restore target of a checkpoint all come from there.
@@ -17,7 +17,7 @@ from jax import Array, lax
 from llama_jax.model.fp8 import WeightFormat, quantize_per_group, quantize_per_token, scale_shape
 from llama_jax.model.sharding import divided_over
 from llama_jax.model.spec import ModelSpec
-from pallas_kernels import e4m3, row_fusions
+from pallas_kernels import e4m3
 from pallas_kernels.fp8_matmul import (
     Choice,
     Kernel,
@@ -34,6 +34,8 @@ from pallas_kernels.fp8_matmul.terms import Parts, Terms
 def parameter(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str
 ) -> Array:
+    """Declare a parameter of `module` with the logical names of its axes, and return it."""
+
     def initial(key: Array) -> Array:
         if name != "weight" or len(shape) == 1:
             return jnp.full(shape, _INITIAL_SCALE if name == "weight_scale" else 1.0, dtype)
@@ -49,10 +51,10 @@ _INITIAL_SCALE = 0.02 / 64
 
 
 class Stored(NamedTuple):
-    """A matrix [out, in] with its scales and its inputs' scale, None where it has none.
+    """A matrix [out, in] with its scales and the scale of its inputs, or None.
 
-    summed_over: inside shard_map, the mesh axis that the columns are split over, so that products
-        have to be summed; None elsewhere.
+    summed_over: inside shard_map, the mesh axis over which the columns are split and products must
+        be summed; None elsewhere.
     """
 
     weight: Array
@@ -66,7 +68,7 @@ class Stored(NamedTuple):
         return self.weight, self.scale
 
 
-# The collection in which each `Linear` leaves its input, if `apply` is told that it is mutable.
+# The collection in which each `Linear` stores its input, if `apply` gets it as mutable.
 INPUTS = "intermediates"
 _INPUT = "input"
 
@@ -74,14 +76,14 @@ _INPUT = "input"
 def inputs_of(variables: Mapping[str, Any]) -> dict[str, Array]:
     """Return the input [..., in] of each `Linear` by module path ("layers_0/mlp/up_proj").
 
-    variables: what `Llama.apply(..., mutable=INPUTS)` returned beside the result.
+    variables: the second value that `Llama.apply(..., mutable=INPUTS)` returned.
     """
-    left = traverse_util.flatten_dict(dict(variables[INPUTS]), sep="/")
-    return {path.removesuffix(f"/{_INPUT}"): x for path, (x,) in left.items()}
+    sown = traverse_util.flatten_dict(dict(variables[INPUTS]), sep="/")
+    return {path.removesuffix(f"/{_INPUT}"): x for path, (x,) in sown.items()}
 
 
 class Operands(NamedTuple):
-    """The operands of x @ matrix.T. x: [rows, in]; x_scale: for FP8 codes, as in `fp8_matmul`."""
+    """The operands of x @ matrix.T. x: [rows, in]; x_scale: of FP8 codes, as in `fp8_matmul`."""
 
     x: Array
     x_scale: Array | None
@@ -89,8 +91,8 @@ class Operands(NamedTuple):
 
 
 class Linear(nn.Module):
-    """Computes x [..., in] @ weight [out, in].T + residual [..., out], with the weight in whatever
-    format it is stored."""
+    """Computes x [..., in] @ weight [out, in].T + residual [..., out], with a weight of any storage
+    format."""
 
     spec: ModelSpec
     in_features: int
@@ -100,7 +102,7 @@ class Linear(nn.Module):
     def __call__(
         self, x: Array, residual: Array | None = None, choice: Choice[Kernel] | None = None
     ) -> Array:
-        """choice: what `choose` returned; with None it is asked now."""
+        """Multiply, and add a residual if given. choice: from `choose`; None to choose now."""
         if choice is None:
             choice = self.choose(x.size // self.in_features, x.dtype, residual)
         return multiply(self.spec, self.operands(x), choice, x, residual)
@@ -126,8 +128,11 @@ class Linear(nn.Module):
         residual: Array | None = None,
         out_dtype: jnp.dtype | None = None,
     ) -> Choice[Kernel] | None:
-        """Choose the kernel for x [rows, in] of `dtype`, which the result has, too, unless it is of
-        `out_dtype`; return None for a matrix without scales, for which `dense` chooses."""
+        """Choose the kernel for x [rows, in] of `dtype`.
+
+        out_dtype: of the result, by default `dtype`.
+        Returns None for a matrix without scales, for which `dense` chooses.
+        """
         matrix = self.stored()
         if matrix.scale is None:
             return None
@@ -146,7 +151,7 @@ class Linear(nn.Module):
         matrix, rows, x_scale = self.stored(), x.reshape(-1, self.in_features), None
         if matrix.scale is not None and self.spec.activations == "dynamic":
             if self.format.activation_group:
-                # No group lies on two devices: `forward.device_spec` sees to it.
+                # `forward.device_spec` ensures that no group is on two devices.
                 rows, x_scale = quantize_per_group(rows)
             else:
                 rows, x_scale = quantize_per_token(
@@ -182,7 +187,7 @@ class Products:
 
     @property
     def choice(self) -> Choice[Kernel]:
-        """The choice for all products, where they share a launch."""
+        """Return the choice of all products, if they share a launch."""
         (choice, *_) = self.choices
         assert choice is not None
         return choice
@@ -196,7 +201,7 @@ class Products:
         return "+".join(str(linear.name) for linear in self.linears)
 
     def __call__(self, x: Array) -> list[Array]:
-        """Multiply x [..., in] by each matrix, in one launch where a kernel does that."""
+        """Multiply x [..., in] by each matrix, in one launch if a kernel can do that."""
         operands = [linear.operands(x) for linear in self.linears]
         if not self._is_one_launch():
             found = []
@@ -213,8 +218,8 @@ class Products:
         return [y.reshape(*x.shape[:-1], -1) for y in ys]
 
     def parts(self, x: Array | Terms, rows: int) -> list[Parts]:
-        """Multiply x [rows, in] by all matrices in one launch that leaves its sums, where
-        `leave_sums` allows that."""
+        """Multiply x [rows, in] by all matrices in one launch that leaves its sums over splits of K
+        unadded. Only if `fused.leave_sums` allows it."""
         weights, scales = zip(*(linear.stored().quantized for linear in self.linears), strict=True)
         with jax.named_scope(self.name):
             return fp8_matmul_parts(
@@ -223,7 +228,7 @@ class Products:
             )  # fmt: skip
 
     def _is_one_launch(self) -> bool:
-        """Return whether one launch takes all: the operand is one, and a kernel takes several
+        """Return whether all products share their quantised x and a kernel takes several
         weights."""
         formats = [linear.format for linear in self.linears]
         alike = {(x.scale, x.activation_scale_ub, x.activation_group) for x in formats}
@@ -243,10 +248,12 @@ def multiply(
     like: Array | jax.ShapeDtypeStruct,
     residual: Array | None = None,
 ) -> Array:
-    """Multiply, and add a residual; the result has the dtype and the leading axes of `like`.
+    """Multiply, and add a residual if given. The result has the dtype and leading axes of `like`.
 
-    choice: what `Linear.choose` returned. Some kernels add the residual before they round. Without
-    them the product is summed over devices and rounded first.
+    Some kernels add the residual before they round. Otherwise the product is summed over devices
+    and rounded first.
+
+    choice: from `Linear.choose`.
     """
     x, x_scale, (weight, scale, _, summed_over) = operands
     is_added = False
@@ -267,63 +274,11 @@ def multiply(
     return y if residual is None or is_added else y + residual
 
 
-def leave_sums(
-    spec: ModelSpec, residual: Array, launches: Sequence[Products], inner: int = 0
-) -> bool:
-    """Return whether products leave their sums over splits of K to the launch that follows.
-
-    They do if each has a kernel that can, which is for few rows, and if `row_fusions` takes what
-    lies between them.
-    launches: products that share a launch each. inner: columns of SwiGLU, 0 without one.
-    """
-    rows = jax.ShapeDtypeStruct(
-        (residual.size // residual.shape[-1], residual.shape[-1]), residual.dtype
-    )
-    if spec.activations != "bf16" or row_fusions.why_not(rows, inner):
-        return False
-
-    def is_possible(products: Products) -> bool:
-        choices = [choice for choice in products.choices if choice]
-        return (
-            len(choices) == len(products.linears)
-            and all(choice.kernel.parts for choice in choices)
-            and len({linear.format.scale for linear in products.linears}) == 1
-            and not any(linear.stored().summed_over for linear in products.linears)
-        )
-
-    return all(map(is_possible, launches))
-
-
-def choose_swiglu(
-    spec: ModelSpec, rows: int, gate_up: Products, down: Products
-) -> Choice[Kernel] | None:
-    """Choose a kernel that computes silu(gate(x)) * up(x) and quantises it for down_proj in one
-    launch. Its result has a scale per token and 128 columns; without it, it is one per token.
-
-    Returns None if no kernel does that.
-    """
-    (gate, up), (last,) = gate_up.linears, down.choices
-    formats = [linear.format for linear in (gate, up, *down.linears)]
-    if (
-        spec.activations != "dynamic"
-        or any(each.scale is None or each.activation_scale_ub for each in formats)
-        or formats[0].scale != formats[1].scale
-        or last is None
-    ):
-        return None
-    codes = jax.ShapeDtypeStruct((rows, gate.in_features), e4m3.DTYPE)
-    choice, of_up = (choose(codes, *each.stored().quantized, None) for each in (gate, up))
-    is_fused = (
-        choice.kernel.swiglu
-        and choice.kernel is of_up.kernel is last.kernel
-        and choice.kernel.is_meant_by(spec.implementation)
-    )
-    return choice if is_fused else None
-
-
 def declared(x: Array, *linears: Linear) -> Array:
-    """Declare all parameters and return x: initialising needs no more, and tracing the products
-    would take much longer."""
+    """Declare all parameters and return x.
+
+    Initialisation needs no more, and tracing the products would take much longer.
+    """
     for linear in linears:
         linear.stored()
     return x

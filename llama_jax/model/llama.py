@@ -1,62 +1,45 @@
-"""Llama 3.1's forward pass in Flax linen, read from top to bottom.
+"""Llama 3.1's forward pass in Flax linen, to be read from top to bottom.
 
-Source: meta-llama/llama-models (`models/llama3/model.py`); layouts as Hugging Face stores them:
-matrices (out, in), rotary pairs (j, j + head_dim / 2). Shapes in comments: b batch, t tokens,
-d hidden_size.
+Shapes in comments: b batch, t tokens, d hidden_size. Layouts are Hugging Face's: matrices
+(out, in), rotary pairs (j, j + head_dim / 2). A layer's x may be `Pending`: then the product before
+it left its sums to the next launch (see `fused`).
+
+Source: meta-llama/llama-models (`models/llama3/model.py`).
 """
 
-from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array, lax
 
+from llama_jax.model.cached_attention import LayerCache, cached_attention
 from llama_jax.model.fp8 import dequantize_rows
-from llama_jax.model.kv_cache import KVCache
-from llama_jax.model.linear import (
-    Linear,
-    Operands,
-    Products,
+from llama_jax.model.fused import (
+    Pending,
+    add_rms_norm,
+    added,
     choose_swiglu,
-    declared,
     leave_sums,
-    multiply,
-    parameter,
+    quantized_swiglu,
+    residual_of,
 )
+from llama_jax.model.kv_cache import KVCache
+from llama_jax.model.linear import Linear, Operands, Products, declared, multiply, parameter
 from llama_jax.model.rope import rope_frequencies
 from llama_jax.model.sharding import divided_over
 from llama_jax.model.spec import ModelSpec
-from pallas_kernels.fp8_matmul import swiglu
 from pallas_kernels.fp8_matmul.reference import BLOCK
 from pallas_kernels.fp8_matmul.terms import Parts, Terms
-from pallas_kernels.paged_attention import paged_attention
-from pallas_kernels.rope_and_cache import rope_and_cache
-from pallas_kernels.rope_and_cache.projections import Projections
-from pallas_kernels.rope_and_cache.xla import apply_rope, per_head
-from pallas_kernels.row_fusions import add_rms_norm, silu_and_mul
-
-
-class LayerCache(NamedTuple):
-    """One layer's part of a `KVCache`, for the rows of this call.
-
-    cached_lens, kv_lens: int32 [b], tokens stored before the call, and after it.
-    """
-
-    k: Array
-    v: Array
-    k_scale: Array
-    v_scale: Array
-    page_table: Array
-    cached_lens: Array
-    kv_lens: Array
+from pallas_kernels.rope_and_cache.xla import apply_rope
+from pallas_kernels.row_fusions import silu_and_mul
 
 
 class Embedding(Linear):
-    """Looks up token embeddings, rows of a matrix [vocab_size, d]. A model with tied embeddings
-    multiplies by the same matrix for its output."""
+    """Looks up token embeddings in a matrix [vocab_size, d], which tied models use for their output
+    too."""
 
     def lookup(self, tokens: Array) -> Array:
         """Return the rows of these tokens [...] as [..., d]. If the matrix is quantised, no other
@@ -84,29 +67,9 @@ class Embedding(Linear):
         return multiply(self.spec, self.operands(hidden), choice, like)
 
 
-class Pending(NamedTuple):
-    """A residual stream [b, t, d] and a product that whatever reads it still has to add."""
-
-    residual: Array
-    product: Parts
-
-    def added(self) -> Array:
-        rows = self.residual.reshape(-1, self.residual.shape[-1]).astype(jnp.float32)
-        return (
-            (self.product.total() + rows).astype(self.residual.dtype).reshape(self.residual.shape)
-        )
-
-
-def added(x: Array | Pending) -> Array:
-    return x.added() if isinstance(x, Pending) else x
-
-
-def residual_of(x: Array | Pending) -> Array:
-    return x.residual if isinstance(x, Pending) else x
-
-
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, then cast, then times the weight, as Hugging Face orders it."""
+    """Computes x / rms(x) in float32, then casts, then multiplies by the weight, as Hugging Face
+    orders it."""
 
     spec: ModelSpec
 
@@ -121,18 +84,16 @@ class RMSNorm(nn.Module):
         normed = wide * lax.rsqrt(mean_square + self.spec.config.rms_norm_eps)
         return normed.astype(x.dtype) * self.weight.astype(x.dtype)
 
-    def in_terms(self, x: Array | Pending) -> tuple[Array, Terms]:
-        """Add what is pending; return the residual stream, and the norm of its rows as `Terms`."""
-        residual, product = x if isinstance(x, Pending) else (x, None)
-        eps = self.spec.config.rms_norm_eps
-        rows = residual.reshape(-1, residual.shape[-1])
-        summed, terms = add_rms_norm(product, rows, self.weight, eps)
-        return summed.reshape(residual.shape), terms
+    def fused(self, x: Array | Pending) -> tuple[Array, Terms]:
+        """Add a pending product and normalise the sum in one launch; return both."""
+        return add_rms_norm(x, self.weight, self.spec.config.rms_norm_eps)
 
 
 class Attention(nn.Module):
-    """Computes norm, grouped-query attention and the residual's sum. Attention is causal over the
-    call's own tokens, or, with a cache, over the layer's pages."""
+    """Computes grouped-query attention of norm(x), plus x.
+
+    Attention is causal over the call's own tokens, or, with a cache, over the layer's pages.
+    """
 
     spec: ModelSpec
 
@@ -141,128 +102,85 @@ class Attention(nn.Module):
         self, x: Array | Pending, norm: RMSNorm, positions: Array, cache: LayerCache | None
     ) -> tuple[Array | Pending, LayerCache | None]:
         config, hidden = self.spec.config, self.spec.config.hidden_size
-        q_size, kv_size = (
-            count * config.head_dim for count in (config.num_heads, config.num_kv_heads)
-        )
+        q_size = config.num_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
         linear = partial(Linear, self.spec)
-        projections = (
-            linear(hidden, q_size, ("heads", "embed"), name="q_proj"),
-            linear(hidden, kv_size, ("kv_heads", "embed"), name="k_proj"),
-            linear(hidden, kv_size, ("kv_heads", "embed"), name="v_proj"),
-        )
+        q_proj = linear(hidden, q_size, ("heads", "embed"), name="q_proj")
+        k_proj = linear(hidden, kv_size, ("kv_heads", "embed"), name="k_proj")
+        v_proj = linear(hidden, kv_size, ("kv_heads", "embed"), name="v_proj")
         o_proj = linear(q_size, hidden, ("embed", "heads"), name="o_proj")
         if self.is_initializing():
             norm(added(x))
-            return declared(added(x), *projections, o_proj), cache
-        batch, tokens = positions.shape
-        rows, dtype = batch * tokens, residual_of(x).dtype
-        qkv = Products.of(projections, rows, dtype)
+            return declared(added(x), q_proj, k_proj, v_proj, o_proj), cache
+
+        batch, t = positions.shape
+        rows, dtype = batch * t, residual_of(x).dtype
+        into = Products.of((q_proj, k_proj, v_proj), rows, dtype)
         out = Products.of((o_proj,), rows, dtype, residual_of(x))
-        leaves_sums = leave_sums(self.spec, residual_of(x), (qkv, out))
+        leaves_sums = leave_sums(self.spec, residual_of(x), (into, out))
         if leaves_sums:
-            residual, terms = norm.in_terms(x)
-            projected = qkv.parts(terms, rows)
+            residual, terms = norm.fused(x)
+            qkv = into.parts(terms, rows)  # each [b * t, heads * head_dim]
         else:
             residual = added(x)
-            whole = qkv(norm(residual))
-            projected = [Parts(y.reshape(1, rows, -1), None) for y in whole]
+            qkv = [Parts(y.reshape(1, rows, -1), None) for y in into(norm(residual))]
+
         if cache is None:
             q, k, v = (
-                each.total().astype(residual.dtype).reshape(batch, tokens, -1, config.head_dim)
-                for each in projected
-            )
+                each.total().astype(dtype).reshape(batch, t, -1, config.head_dim) for each in qkv
+            )  # [b, t, heads, head_dim]
             frequencies = rope_frequencies(config)
             q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
-            y = jax.nn.dot_product_attention(q, k, v, is_causal=True)  # [b, t, heads, head_dim]
+            y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
         else:
-            q, cache = _append(self.spec, projected, positions, cache)
-            y = paged_attention(
-                q, cache.k, cache.v, cache.page_table, cache.cached_lens, cache.kv_lens,
-                k_scale=1.0 if cache.k_scale.ndim else cache.k_scale,
-                v_scale=1.0 if cache.v_scale.ndim else cache.v_scale,
-                is_batch_invariant=self.spec.is_batch_invariant,
-                implementation=self.spec.of_attention,
-            )  # fmt: skip
-            y = per_head(y, _of_own_heads(cache.v_scale, cache.v.shape[2]))
+            y, cache = cached_attention(self.spec, qkv, positions, cache)
+
         if leaves_sums:
             (product,) = out.parts(y.reshape(rows, q_size), rows)
             return Pending(residual, product), cache
         (choice,) = out.choices
-        return o_proj(y.reshape(batch, tokens, q_size), residual, choice), cache
-
-
-def _append(
-    spec: ModelSpec, qkv: Sequence[Parts], positions: Array, cache: LayerCache
-) -> tuple[Array, LayerCache]:
-    """Rotate q and k, and write keys and values into the cache.
-
-    qkv: the products, each [b * t, out].
-    Returns q, ready for attention, [b, t, heads, head_dim], and the cache.
-    """
-    kv_heads, head_dim = cache.k.shape[2:]
-    sums = (each.sums.reshape(*each.sums.shape[:2], -1, head_dim) for each in qkv)
-    scales = [each.scale.reshape(-1, head_dim) for each in qkv if each.scale is not None]
-    q, k, v = rope_and_cache(
-        Projections(*sums), positions, rope_frequencies(spec.config),
-        cache.k, cache.v, cache.page_table, cache.cached_lens, cache.kv_lens,
-        weight_scales=Projections(*scales) if scales else None,
-        k_scale=_of_own_heads(cache.k_scale, kv_heads),
-        v_scale=_of_own_heads(cache.v_scale, kv_heads),
-        dtype=jnp.dtype(spec.dtype),
-        implementation=spec.of_attention,
-    )  # fmt: skip
-    return q, cache._replace(k=k, v=v)
-
-
-def _of_own_heads(scale: Array, kv_heads: int) -> Array:
-    """Slice scales per kv head down to those of this device's heads."""
-    axis = divided_over("kv_heads")
-    if scale.ndim == 0 or axis is None:
-        return scale
-    return lax.dynamic_slice_in_dim(scale, lax.axis_index(axis) * kv_heads, kv_heads)
+        return o_proj(y.reshape(batch, t, q_size), residual, choice), cache  # [b, t, d]
 
 
 class MLP(nn.Module):
-    """Computes down(silu(gate(x)) * up(x)) + residual, where x is the norm of the residual."""
+    """Computes down(silu(gate(norm(x))) * up(norm(x))) + x."""
 
     spec: ModelSpec
 
     @nn.compact
-    def __call__(self, stream: Array | Pending, norm: RMSNorm) -> Array | Pending:
-        hidden, inner = self.spec.config.hidden_size, self.spec.config.intermediate_size
+    def __call__(self, x: Array | Pending, norm: RMSNorm) -> Array | Pending:
+        hidden, intermediate = self.spec.config.hidden_size, self.spec.config.intermediate_size
         linear = partial(Linear, self.spec)
-        gate = linear(hidden, inner, ("mlp", "embed"), name="gate_proj")
-        up = linear(hidden, inner, ("mlp", "embed"), name="up_proj")
-        down = linear(inner, hidden, ("embed", "mlp"), name="down_proj")
+        gate = linear(hidden, intermediate, ("mlp", "embed"), name="gate_proj")
+        up = linear(hidden, intermediate, ("mlp", "embed"), name="up_proj")
+        down = linear(intermediate, hidden, ("embed", "mlp"), name="down_proj")
         if self.is_initializing():
-            norm(added(stream))
-            return declared(added(stream), gate, up, down)
-        rows, dtype = residual_of(stream).size // hidden, residual_of(stream).dtype
+            norm(added(x))
+            return declared(added(x), gate, up, down)
+
+        rows, dtype = residual_of(x).size // hidden, residual_of(x).dtype
         gate_up = Products.of((gate, up), rows, dtype)
-        last = Products.of((down,), rows, dtype, residual_of(stream))
-        if leave_sums(self.spec, residual_of(stream), (gate_up, last), inner):
-            residual, terms = norm.in_terms(stream)
-            inner_terms = silu_and_mul(*gate_up.parts(terms, rows))
-            (product,) = last.parts(inner_terms, rows)
+        last = Products.of((down,), rows, dtype, residual_of(x))
+        if leave_sums(self.spec, residual_of(x), (gate_up, last), intermediate):
+            residual, terms = norm.fused(x)
+            activated = silu_and_mul(*gate_up.parts(terms, rows))  # [b * t, intermediate]
+            (product,) = last.parts(activated, rows)
             return Pending(residual, product)
-        residual = added(stream)
-        x, (of_down,) = norm(residual), last.choices
+
+        residual = added(x)
+        normed, (choice,) = norm(residual), last.choices
         if fused := choose_swiglu(self.spec, rows, gate_up, last):
-            codes, x_scale, matrix = gate.operands(x)
-            with jax.named_scope(gate_up.name):
-                codes, scale = swiglu(
-                    codes, *matrix.quantized, *up.stored().quantized, x_scale=x_scale,
-                    implementation=fused,
-                )  # fmt: skip
+            codes, scale = quantized_swiglu(gate_up, normed, fused)  # [b * t, intermediate]
             with jax.named_scope("down_proj"):
                 operands = Operands(codes, scale, down.stored())
-                return multiply(self.spec, operands, of_down, x, residual)
-        g, u = gate_up(x)
-        return down(nn.silu(g) * u, residual, of_down)
+                return multiply(self.spec, operands, choice, normed, residual)
+        g, u = gate_up(normed)  # [b, t, intermediate]
+        return down(nn.silu(g) * u, residual, choice)  # [b, t, d]
 
 
 class Block(nn.Module):
-    """One decoder layer: attention and MLP, each after a norm and added to the residual."""
+    """One decoder layer: attention and an MLP, each on the norm of the residual stream and added
+    to it."""
 
     spec: ModelSpec
 
@@ -277,8 +195,11 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The whole model. Layers are unrolled: their weights may differ in format, and no layer's
-    weights need to be sliced (copied) out of a stack."""
+    """The whole model.
+
+    Layers are unrolled, not stacked: their weights may differ in format, and slicing a layer's
+    weights out of a stack would copy them.
+    """
 
     spec: ModelSpec
 
@@ -292,8 +213,8 @@ class Llama(nn.Module):
             self.lm_head = Linear(*matrix)
 
     def __call__(self, tokens: Array) -> Array:
-        """Compute float32 logits [b, t, vocab] of int [b, t] without a cache, for training and to
-        check `extend`."""
+        """Compute float32 logits [b, t, vocab] of tokens int [b, t] without a cache, for training
+        and to check `extend`."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x: Array | Pending = self.embed_tokens.lookup(tokens)
         for layer in self.layers:
@@ -301,18 +222,17 @@ class Llama(nn.Module):
         return self.unembed(self.norm(added(x)))
 
     def extend(
-        self, tokens: Array, positions: Array, cache: KVCache, rows: Array, num_new_tokens: Array
+        self, tokens: Array, positions: Array, cache: KVCache, slots: Array, num_new_tokens: Array
     ) -> tuple[Array, KVCache]:
-        """Append tokens to rows of the cache: the core of prefill and decode.
+        """Append tokens to sequences in the cache: the core of prefill and decode.
 
-        tokens: int [b, t], num_new_tokens[b] of them real. positions: int [b, t], for rotary
-        embedding.
-        rows: int [b], which rows of the cache; an index past the end is padding, whose length must
-        be 0.
-        Returns the final hidden states [b, t, d], normed, and the cache.
+        tokens: int [b, t], of which num_new_tokens int [b] are real.
+        positions: int [b, t], for rotary embedding.
+        slots: int [b], the slots of the cache; one past the end is padding and must have no tokens.
+        Returns the final hidden states [b, t, d], after the last norm, and the cache.
         """
-        cached_lens = jnp.take(cache.cached_lens, rows, mode="clip")
-        page_table = jnp.take(cache.page_table, rows, axis=0, mode="clip")
+        cached_lens = jnp.take(cache.cached_lens, slots, mode="clip")
+        page_table = jnp.take(cache.page_table, slots, axis=0, mode="clip")
         kv_lens = cached_lens + num_new_tokens
         x: Array | Pending = self.embed_tokens.lookup(tokens)
         written: list[Any] = []
@@ -326,7 +246,7 @@ class Llama(nn.Module):
         cache = cache.replace(
             k=tuple(pages.k for pages in written),
             v=tuple(pages.v for pages in written),
-            cached_lens=cache.cached_lens.at[rows].set(kv_lens, mode="drop"),
+            cached_lens=cache.cached_lens.at[slots].set(kv_lens, mode="drop"),
         )
         return self.norm(added(x)), cache
 

@@ -1,4 +1,4 @@
-"""The parameter tree: its shapes, its axes' names, where it lies, and random values for it."""
+"""Describes the parameter tree (shapes, logical axes, shardings) and makes random parameters."""
 
 from dataclasses import replace
 from functools import cache
@@ -30,16 +30,16 @@ def init_params(spec: ModelSpec, seed: int = 0) -> Params:
 
 
 def _declaring(spec: ModelSpec) -> ModelSpec:
-    """Return a spec that declares the same parameters, whatever device and kernels will run."""
+    """Return a spec that declares the same parameters and does not depend on device or kernels."""
     return replace(spec, implementation="xla", mesh=None)
 
 
 def param_shardings(spec: ModelSpec) -> Params:
-    """Return the tree `abstract_params(spec)` with a Sharding for each array.
+    """Return a tree like `abstract_params(spec)` with a Sharding for each array.
 
-    Without a mesh everything lies on the default device. A dimension that the mesh axis does not
-    divide evenly (block scales of a narrow matrix, few kv heads over many devices) is replicated,
-    which `memory.plan_memory` counts.
+    Without a mesh everything is on the default device. A dimension that the mesh axis does not
+    divide evenly (block scales of a narrow matrix, few kv heads over many devices) is replicated;
+    `memory.plan_memory` takes that into account.
     """
     mesh, abstract = spec.mesh, abstract_params(spec)
     shardings: Params

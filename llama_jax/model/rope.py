@@ -1,4 +1,4 @@
-"""The frequencies of rotary embedding, stretched as a checkpoint asks."""
+"""Computes the frequencies of rotary embedding, with the scaling of a checkpoint's config."""
 
 import numpy as np
 
@@ -6,14 +6,13 @@ from llama_jax.model.config import LlamaConfig
 
 
 def rope_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Compute the angular frequencies of the rotary pairs, float32 [head_dim / 2], stretched as
-    configured.
+    """Compute the angular frequencies of the rotary pairs, float32 [head_dim / 2].
 
-    Source: `apply_scaling` in llama-models; its formula with the config's constants.
+    Source: `apply_scaling` in llama-models, with the config's constants.
     """
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
     powers = np.float64(config.rope_theta) ** exponents.astype(np.float64)
-    inv = np.float32(1.0) / powers.astype(np.float32)  # as torch rounds it, bit for bit
+    inv = np.float32(1.0) / powers.astype(np.float32)  # rounded as in torch, bit for bit
     scaling = config.rope_scaling
     if scaling is None:
         return inv / np.float32(config.rope_linear_factor)

@@ -1,4 +1,4 @@
-"""Which device holds which part of an array: a mesh, and rules from logical axes to its axes.
+"""Maps arrays to devices: makes a mesh, and shards logical axes over the mesh axes by rules.
 
 This is Megatron-LM's tensor parallelism (Shoeybi et al., 2019, arXiv:1909.08053): heads, the MLP's
 intermediate features and the vocabulary are split over "model", and hidden features are replicated.
@@ -23,9 +23,11 @@ RULES: Mapping[str, str] = MappingProxyType(
 def make_mesh(
     model: int | None = None, data: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """Make a mesh with axes ("data", "model"); `model` None takes all devices that `data` leaves.
+    """Make a mesh with axes ("data", "model").
 
-    Raises ValueError if there are fewer than data * model devices; those beyond are left idle.
+    model: the size of that axis; None for all devices divided by `data`.
+
+    Raises ValueError if there are fewer than data * model devices. Surplus devices stay idle.
     """
     devices = jax.devices() if devices is None else devices
     if model is None:
@@ -39,12 +41,12 @@ def make_mesh(
 
 
 def cache_shardings(config: LlamaConfig, mesh: Mesh | None) -> KVCache:
-    """Return a `KVCache` with a Sharding for each array: pages are split by kv heads, the rest is
+    """Return a `KVCache` with a Sharding for each array: pages are split over kv heads, all else is
     replicated."""
     if mesh is None:
         pages = rest = default_sharding()
     else:
-        # Only the size of the kv heads' dimension matters to the rule.
+        # The rule depends on the size of the kv heads' dimension alone.
         shape = (1, 1, config.num_kv_heads, config.head_dim)
         pages = sharding_of(mesh, (None, None, "kv_heads", None), shape)
         rest = replicated_on(mesh)
@@ -63,10 +65,9 @@ def default_sharding() -> Sharding:
 
 
 def divided_over(axis: str) -> str | None:
-    """Name the mesh axis over which the dimension of a logical axis is split.
+    """Return the mesh axis over which a logical axis is split, inside shard_map.
 
-    There is one inside shard_map, where a device sees its part alone. Returns None elsewhere, and
-    for a dimension that is replicated.
+    Returns None outside shard_map, and for a replicated dimension.
     """
     placed = RULES.get(axis)
     return placed if placed in jax.sharding.get_abstract_mesh().manual_axes else None

@@ -1,4 +1,4 @@
-"""`ModelSpec`: sizes, formats, activations, kernels and devices, which shape compiled programs."""
+"""Defines `ModelSpec`: everything that shapes a compiled program besides its arguments."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,20 +21,20 @@ Params = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything that shapes the compiled program besides its arguments.
+    """Everything that shapes a compiled program besides its arguments.
 
-    formats: how each parameter is stored, by module path ("layers_0/self_attn/q_proj"); those not
-        named are unquantised, of the config's dtype.
+    formats: the storage format of each parameter by module path ("layers_0/self_attn/q_proj").
+        Parameters without one are unquantised and have the config's dtype.
     dtype: "bfloat16" or "float32", of the activations and the residual stream.
-    activations: what FP8 weights are multiplied with: "bf16" (activations as they are, in
-        `dtype`), "dynamic" (e4m3fn, a scale per token, or for each `WeightFormat.activation_group`
-        of its features) or "static" (e4m3fn, the checkpoint's input scale); "auto" is for `extend`
-        to decide, see `activations_in`.
-    implementation: of attention and of products with FP8 weights, see `pallas_kernels`: None for
-        the best that runs on what is lowered for, else "reference", "xla", or "cpu" or "hopper",
-        which refuse what their kernels cannot take. For "cpu" attention is XLA's.
-    is_batch_invariant: a row's numbers are bit-equal whatever the other rows of the same call are.
-    mesh: the devices that share the work (`sharding.make_mesh`); None for the default device alone.
+    activations: the format in which activations meet FP8 weights: "bf16" (unquantised, in
+        `dtype`), "dynamic" (e4m3fn with a scale per token, or per `WeightFormat.activation_group`
+        of its features) or "static" (e4m3fn with the checkpoint's input scale). `extend` resolves
+        "auto", see `activations_in`.
+    implementation: of attention and FP8 products, see `pallas_kernels`: None for the best that runs
+        on the target device, else "reference", "xla", "cpu" or "hopper"; the last two raise if
+        their kernels cannot take an operand. With "cpu", attention is XLA's.
+    is_batch_invariant: whether a sequence's results are bit-equal whatever else is in the call.
+    mesh: the devices that share the work (`sharding.make_mesh`); None for the default device.
     """
 
     config: LlamaConfig
@@ -69,17 +69,17 @@ class ModelSpec:
             )
 
     def check_runs(self) -> None:
-        """Raise ValueError if the named implementation cannot run on what is lowered for."""
+        """Raise ValueError if the named implementation cannot run on the target device."""
         if reason := not_here(fp8_kernels.KERNELS, self.implementation):
             raise ValueError(
-                f"implementation={self.implementation!r} cannot run: {reason}. Leave it out for "
-                "what can."
+                f"implementation={self.implementation!r} cannot run: {reason}. Leave it out to use "
+                "one that can."
             )
 
     @property
     def of_attention(self) -> str | None:
-        """The implementation of attention and of what is around it: None, the best, where they have
-        none of that name."""
+        """Return the implementation of attention and `rope_and_cache`: None, for the best, if they
+        have none by the name in `implementation`."""
         known = any(each.is_meant_by(self.implementation) for each in paged_attention.KERNELS)
         return self.implementation if known else None
 

@@ -123,9 +123,9 @@ async def _answer(service: Service, request: Request, body: Any, endpoint: Any) 
     began = request.scope[BEGAN]
     if not body.stream:
         return _reply(await while_connected(request, endpoint.whole(service, body, began)))
-    question = await while_connected(request, endpoint.prepare(service, body))
-    job = service.admit(question.requests, is_streamed=True)
-    return EventStream(job, endpoint.pieces(service, body, job, began))
+    job = await while_connected(request, endpoint.prepare(service, body))
+    submission = service.admit(job.requests, is_streamed=True)
+    return EventStream(submission, endpoint.pieces(service, body, submission, began))
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:

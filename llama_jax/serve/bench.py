@@ -235,7 +235,7 @@ class _Stream(asyncio.Protocol):
 
     @property
     def status(self) -> str:
-        """The HTTP status."""
+        """Returns the HTTP status."""
         return self.beginning.split(b" ", 2)[1].decode()
 
     def last_event(self) -> dict[str, Any]:

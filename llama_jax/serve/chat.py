@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.engine.request import Request
+from llama_jax.jobs import Job
 from llama_jax.results import Generation, TokenLogprob
-from llama_jax.scoring import Question
-from llama_jax.serve.engine_thread import Job, Update
+from llama_jax.serve.engine_thread import Submission, Update
 from llama_jax.serve.errors import bad_request, request_failed
 from llama_jax.serve.prompt_logprobs import prompt_logprobs, scoring
 from llama_jax.serve.replies import (
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _TAG = "<|python_tag|>"
 
 
-async def prepare(service: Service, body: ChatRequest) -> Question[Generation]:
+async def prepare(service: Service, body: ChatRequest) -> Job[Generation]:
     """Returns what a request asks of the engine. Raises `ApiError` for what is wrong with it."""
     service.check_model(body.model)
     service.check_queue(body.n or 1)  # before it costs anything
@@ -54,9 +54,9 @@ async def prepare(service: Service, body: ChatRequest) -> Question[Generation]:
     if body.documents is not None:
         given["documents"] = body.documents
 
-    def make() -> Question[Generation]:
+    def make() -> Job[Generation]:
         sampling = service.sampling(body, body.limit, logprobs)
-        return service.llm.chat_question(
+        return service.llm.chat_job(
             body.messages,
             sampling,
             tools=body.tools,
@@ -66,22 +66,22 @@ async def prepare(service: Service, body: ChatRequest) -> Question[Generation]:
             **given,
         )
 
-    question = await service.in_thread(make, body)
+    job = await service.in_thread(make, body)
     named = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    service.check_room(question.requests[0], body.limit, named)
-    service.metrics.asked(question.requests)
-    return question
+    service.check_room(job.requests[0], body.limit, named)
+    service.metrics.asked(job.requests)
+    return job
 
 
 async def whole(service: Service, body: ChatRequest, began: float) -> ChatCompletion:
     """Returns a reply in one piece. began: when the request came."""
-    question = await prepare(service, body)
-    drawn = question.requests
+    job = await prepare(service, body)
+    drawn = job.requests
     (scored,) = scoring([drawn[0].prompt], body.prompt_logprobs, has_ranks=True)
     if scored is not None:
-        conclude = question.conclude
-        question = Question((*drawn, scored), lambda requests: conclude(requests[:-1]))
-    result = await service.answer(question, began)
+        combine = job.combine
+        job = Job((*drawn, scored), lambda requests: combine(requests[:-1]))
+    result = await service.run(job, began)
     choices = [_choice(service.llm, body, *each) for each in enumerate(result.samples)]
     return ChatCompletion(
         id=new_id("chatcmpl"),
@@ -169,7 +169,7 @@ def _token(tokenizer: "Tokenizer", token_id: int, logprob: float) -> dict[str, A
 
 
 async def pieces(
-    service: Service, body: ChatRequest, job: Job, began: float
+    service: Service, body: ChatRequest, submission: Submission, began: float
 ) -> AsyncIterator[dict[str, Any]]:
     """Yields the chunks of a reply, of all its choices as they come."""
     llm = service.llm
@@ -179,19 +179,19 @@ async def pieces(
         "created": int(time.time()),
         "model": service.name,
     }
-    streams = [_tool_stream(llm, body) if body.may_call else None for _ in job.requests]
-    has_begun = [False] * len(job.requests)
+    streams = [_tool_stream(llm, body) if body.may_call else None for _ in submission.requests]
+    has_begun = [False] * len(submission.requests)
 
     def chunk(index: int, delta: Delta, **fields: Any) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         made = {**head, "choices": [choice | fields]}
         if body.usage_always_asked:
-            made["usage"] = service.usage(job.requests).model_dump()
+            made["usage"] = service.usage(submission.requests).model_dump()
         elif body.usage_asked:
             made["usage"] = None
         return made
 
-    async for update in service.updates(job, began):
+    async for update in service.updates(submission, began):
         index = update.index
         if not has_begun[index]:
             has_begun[index] = True
@@ -206,7 +206,7 @@ async def pieces(
         if last:
             yield chunk(index, {}, **last)
     if body.usage_asked:
-        yield {**head, "choices": [], "usage": service.usage(job.requests).model_dump()}
+        yield {**head, "choices": [], "usage": service.usage(submission.requests).model_dump()}
 
 
 def _news(

@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama_jax.engine.request import Request
+from llama_jax.jobs import Job
 from llama_jax.results import Generation
-from llama_jax.scoring import Question
-from llama_jax.serve.engine_thread import Job, Update
+from llama_jax.serve.engine_thread import Submission, Update
 from llama_jax.serve.errors import request_failed
 from llama_jax.serve.prompt_logprobs import likeliest, prompt_logprobs, scoring
 from llama_jax.serve.replies import (
@@ -27,64 +27,61 @@ _DEFAULT_MAX_TOKENS = 16  # as OpenAI and vLLM have it
 _Top = Sequence[tuple[int, float]]
 
 
-async def prepare(service: Service, body: CompletionRequest) -> Question[list[CompletionChoice]]:
+async def prepare(service: Service, body: CompletionRequest) -> Job[list[CompletionChoice]]:
     """Returns what a request asks of the engine: continuations of all its prompts in their order,
     and then, where that is asked, how likely the prompts are."""
     service.check_model(body.model)
     service.check_queue(len(body.prompts) * (body.n or 1))  # before it costs anything
     limit = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    question = await service.in_thread(lambda: _question(service, body, limit), body)
-    for request in question.requests:
+    job = await service.in_thread(lambda: _job(service, body, limit), body)
+    for request in job.requests:
         service.check_room(request, body.max_tokens)
-    service.metrics.asked(question.requests)
-    return question
+    service.metrics.asked(job.requests)
+    return job
 
 
-def _question(
-    service: Service, body: CompletionRequest, limit: int
-) -> Question[list[CompletionChoice]]:
+def _job(service: Service, body: CompletionRequest, limit: int) -> Job[list[CompletionChoice]]:
     llm = service.llm
     sampling = service.sampling(body, max(1, limit), body.logprobs)
     parts = [
-        llm.generate_question(prompt, sampling, is_streamed=bool(body.stream))
-        for prompt in body.prompts
+        llm.generate_job(prompt, sampling, is_streamed=bool(body.stream)) for prompt in body.prompts
     ]
     prompts = [part.requests[0].prompt for part in parts]
     drawn = [request for part in parts for request in part.requests] if body.max_tokens != 0 else []
     scored = scoring(prompts, body.num_prompt_top, body.prompt_logprobs is not None)
 
-    def conclude(requests: Sequence[Request]) -> list[CompletionChoice]:
+    def combine(requests: Sequence[Request]) -> list[CompletionChoice]:
         if not drawn:
             return [
                 _choice(service, body, index, ids, each, None)
                 for index, (ids, each) in enumerate(zip(prompts, scored, strict=True))
             ]
-        samples = [sample for part in parts for sample in part.answer().samples]
+        samples = [sample for part in parts for sample in part.result().samples]
         return [
             _choice(service, body, i, prompts[i // sampling.n], scored[i // sampling.n], sample)
             for i, sample in enumerate(samples)
         ]
 
-    return Question((*drawn, *filter(None, scored)), conclude)
+    return Job((*drawn, *filter(None, scored)), combine)
 
 
 async def whole(service: Service, body: CompletionRequest, began: float) -> Completion:
     """Returns all continuations at once. began: when the request came."""
-    question = await prepare(service, body)
-    choices = await service.answer(question, began)
-    drawn = _drawn(question.requests)
+    job = await prepare(service, body)
+    choices = await service.run(job, began)
+    drawn = _drawn(job.requests)
     return Completion(
         id=new_id("cmpl"),
         created=int(time.time()),
         model=service.name,
         choices=choices,
-        usage=service.usage(drawn or question.requests, len(body.prompts)),
+        usage=service.usage(drawn or job.requests, len(body.prompts)),
     )
 
 
 def _drawn(requests: Sequence[Request]) -> list[Request]:
-    """Returns those that continue prompts, without those that score them."""
-    return [request for request in requests if request.wanted == "tokens"]
+    """Returns the requests that continue prompts, without those that score them."""
+    return [request for request in requests if request.output_kind == "tokens"]
 
 
 def _choice(
@@ -119,7 +116,7 @@ def _choice(
 
 
 async def pieces(
-    service: Service, body: CompletionRequest, job: Job, began: float
+    service: Service, body: CompletionRequest, submission: Submission, began: float
 ) -> AsyncIterator[dict[str, Any]]:
     """Yields the chunks of all continuations, as they come."""
     tokenizer = service.llm.tokenizer
@@ -130,9 +127,9 @@ async def pieces(
         "model": service.name,
     }
     offsets: dict[int, int] = {}
-    num_prompts, drawn = len(body.prompts), _drawn(job.requests)
-    scored = _by_prompt(job.requests)
-    async for update in _scored_first(service.updates(job, began), job.requests):
+    num_prompts, drawn = len(body.prompts), _drawn(submission.requests)
+    scored = _by_prompt(submission.requests)
+    async for update in _scored_first(service.updates(submission, began), submission.requests):
         index, text = update.index, update.text
         made: CompletionLogprobs | None = None
         if index not in offsets:
@@ -170,23 +167,23 @@ async def pieces(
 
 def _by_prompt(requests: Sequence[Request]) -> dict[tuple[int, ...], Request]:
     """Returns the requests that score prompts."""
-    return {tuple(each.prompt): each for each in requests if each.wanted == "logprobs"}
+    return {tuple(each.prompt): each for each in requests if each.output_kind == "logprobs"}
 
 
 async def _scored_first(
     updates: AsyncIterator[Update], requests: Sequence[Request]
 ) -> AsyncIterator[Update]:
     """Yields updates of continuations, once all the prompts that are to be scored are."""
-    left = len(requests) - len(_drawn(requests))
+    num_unscored = len(requests) - len(_drawn(requests))
     held: list[Update] = []
     async for update in updates:
-        if update.request.wanted == "tokens":
+        if update.request.output_kind == "tokens":
             held.append(update)
         elif update.is_last:
-            left -= 1
+            num_unscored -= 1
             if update.request.error:
                 raise request_failed(update.request.error)
-        if not left:
+        if not num_unscored:
             for each in held:
                 yield each
             held.clear()

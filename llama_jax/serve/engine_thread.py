@@ -1,6 +1,6 @@
 """This module has the one thread that steps the engine, and what the event loop sees of it.
 
-The event loop never calls the engine: its lock is held for as long as a step takes. Jobs and
+The event loop never calls the engine: its lock is held for as long as a step takes. Submissions and
 cancellations go into an inbox that the thread empties between two steps; what a step changed goes
 back in one `call_soon_threadsafe`. So a client that leaves is cancelled within one step, and a
 thousand streams wake the event loop once a step.
@@ -34,7 +34,7 @@ _STALLED_AFTER = 60.0
 
 @dataclass(frozen=True)
 class Update:
-    """An update is what is new in one of a job's requests: a copy, made between two steps.
+    """An update is what is new in one of a submission's requests: a copy, made between two steps.
 
     text: what may be shown now. token_ids, logprobs, top: of the tokens drawn since the last one.
     """
@@ -50,8 +50,8 @@ class Update:
 
 
 @dataclass(eq=False)
-class Job:
-    """A job holds requests that are asked together, for one caller in the event loop.
+class Submission:
+    """A submission holds requests that are submitted together, by one caller in the event loop.
 
     Made by `EngineThread.ask`. is_streamed: the caller wants pieces, or else only each request's
     end.
@@ -63,7 +63,7 @@ class Job:
     _news: "asyncio.Queue[Update | ApiError]" = field(default_factory=asyncio.Queue)
     # The thread's own: characters and tokens that were told, by request; requests not ended.
     _told: dict[int, tuple[int, int]] = field(default_factory=dict)
-    _left: int = 0
+    _remaining: int = 0
     # The event loop's own: requests that have not ended, as far as it knows, and their tokens.
     num_open: int = 0
     open_tokens: int = 0
@@ -89,7 +89,7 @@ class Job:
     def _take(self, index: int, request: Request) -> Update | None:
         """Returns what is new; called by the engine's thread alone."""
         is_last = request.finish_reason is not None
-        self._left -= is_last
+        self._remaining -= is_last
         if not (is_last or self.is_streamed):
             return None
         shown, count = self._told.get(index, (0, 0))
@@ -142,8 +142,8 @@ class EngineThread:
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._is_told_to_stop = False
-        self._jobs: set[Job] = set()  # the thread's own
-        self._news: list[tuple[Job, Update | ApiError]] = []
+        self._submissions: set[Submission] = set()  # the thread's own
+        self._news: list[tuple[Submission, Update | ApiError]] = []
         self.loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._step_began = 0.0
@@ -161,27 +161,27 @@ class EngineThread:
         self.loop = asyncio.get_running_loop()
         self._thread.start()
 
-    def ask(self, requests: Sequence[Request], is_streamed: bool) -> Job:
-        """Hands requests to the engine. The caller has to close the job."""
-        job = Job(requests, is_streamed, self)
+    def ask(self, requests: Sequence[Request], is_streamed: bool) -> Submission:
+        """Hands requests to the engine. The caller has to close the submission."""
+        submission = Submission(requests, is_streamed, self)
         for index, request in enumerate(requests):
-            request.on_change = partial(self._note, job, index)
+            request.on_change = partial(self._note, submission, index)
         with self._wake:
             if self.failure:
                 raise engine_failed(self.failure)
             if not self.is_ready or self._is_told_to_stop:
                 raise not_ready("the server is starting or going down")
-            self._inbox.append(partial(self._submit, job))
+            self._inbox.append(partial(self._submit, submission))
             self._wake.notify()
-        self._count(job, len(requests), sum(len(request.prompt) for request in requests))
-        return job
+        self._count(submission, len(requests), sum(len(request.prompt) for request in requests))
+        return submission
 
-    def close(self, job: Job) -> None:
-        if job.num_open:
-            self._tell(partial(self._cancel, job))
+    def close(self, submission: Submission) -> None:
+        if submission.num_open:
+            self._tell(partial(self._cancel, submission))
 
     def fail_all(self, error: ApiError) -> None:
-        """Ends every job with an error, and takes no more."""
+        """Ends every submission with an error, and takes no more."""
         self._tell(partial(self._end_all, error))
 
     def stop(self, timeout: float) -> bool:
@@ -204,17 +204,17 @@ class EngineThread:
             self._inbox.append(command)
             self._wake.notify()
 
-    def _deliver(self, news: list[tuple[Job, Update | ApiError]]) -> None:
-        for job, each in news:
+    def _deliver(self, news: list[tuple[Submission, Update | ApiError]]) -> None:
+        for submission, each in news:
             if isinstance(each, ApiError):
-                self._count(job, -job.num_open, -job.open_tokens)
+                self._count(submission, -submission.num_open, -submission.open_tokens)
             elif each.is_last:
-                self._count(job, -1, -len(each.request.prompt))
-            job._news.put_nowait(each)
+                self._count(submission, -1, -len(each.request.prompt))
+            submission._news.put_nowait(each)
 
-    def _count(self, job: Job, requests: int, tokens: int) -> None:
-        job.num_open += requests
-        job.open_tokens += tokens
+    def _count(self, submission: Submission, requests: int, tokens: int) -> None:
+        submission.num_open += requests
+        submission.open_tokens += tokens
         self.num_open += requests
         self.open_tokens += tokens
 
@@ -265,37 +265,37 @@ class EngineThread:
             steps=self._steps,
         )
 
-    def _note(self, job: Job, index: int, request: Request) -> None:
-        update = job._take(index, request)
+    def _note(self, submission: Submission, index: int, request: Request) -> None:
+        update = submission._take(index, request)
         if update:
-            self._news.append((job, update))
-        if not job._left:
-            self._jobs.discard(job)
+            self._news.append((submission, update))
+        if not submission._remaining:
+            self._submissions.discard(submission)
 
-    def _submit(self, job: Job) -> None:
-        job._left = len(job.requests)
-        self._jobs.add(job)
+    def _submit(self, submission: Submission) -> None:
+        submission._remaining = len(submission.requests)
+        self._submissions.add(submission)
         try:
-            for request in job.requests:
+            for request in submission.requests:
                 self._engine.submit(request)
         except Exception as error:
-            self._end(job, ApiError(400, str(error)))
+            self._end(submission, ApiError(400, str(error)))
 
-    def _cancel(self, job: Job) -> None:
-        for request in job.requests:
+    def _cancel(self, submission: Submission) -> None:
+        for request in submission.requests:
             if not request.finish_reason and request.id >= 0:
                 self._engine.cancel(request.id)
 
-    def _end(self, job: Job, error: ApiError) -> None:
-        """Cancels a job and tells `error` instead of what that leaves."""
-        self._jobs.discard(job)
-        self._cancel(job)
-        self._news = [(other, each) for other, each in self._news if other is not job]
-        self._news.append((job, error))
+    def _end(self, submission: Submission, error: ApiError) -> None:
+        """Cancels a submission and tells `error` instead of what that leaves."""
+        self._submissions.discard(submission)
+        self._cancel(submission)
+        self._news = [(other, each) for other, each in self._news if other is not submission]
+        self._news.append((submission, error))
 
     def _end_all(self, error: ApiError) -> None:
-        for job in list(self._jobs):
-            self._end(job, error)
+        for submission in list(self._submissions):
+            self._end(submission, error)
 
     def _flush(self) -> None:
         if self._news:

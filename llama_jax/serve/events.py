@@ -10,7 +10,7 @@ import msgspec
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from llama_jax.serve.engine_thread import Job
+from llama_jax.serve.engine_thread import Submission
 from llama_jax.serve.errors import ApiError
 
 DONE = b"data: [DONE]\n\n"
@@ -22,18 +22,18 @@ def event(value: dict[str, Any]) -> bytes:
 
 
 class EventStream(StreamingResponse):
-    """Sends events of a job, and closes it when the last one is sent or the client has left."""
+    """Sends events of a submission, and closes it after the last one or when the client leaves."""
 
-    def __init__(self, job: Job, events: AsyncIterator[dict[str, Any]]) -> None:
+    def __init__(self, submission: Submission, events: AsyncIterator[dict[str, Any]]) -> None:
         super().__init__(_told(events), media_type="text/event-stream")
         self.headers["Cache-Control"] = "no-cache"
-        self._job = job
+        self._submission = submission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._job.close()
+            self._submission.close()
 
 
 async def _told(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llama_jax.engine.request import Request
-from llama_jax.scoring import score_request
+from llama_jax.jobs import score_request
 from llama_jax.serve.replies import LEAST_LOGPROB, PromptLogprob
 
 if TYPE_CHECKING:

@@ -163,8 +163,12 @@ class Text(BaseModel):
 
 
 class ScoreItem(BaseModel):
-    """logprob: the sum over the completion's tokens, natural log; is_greedy: each is the model's
-    likeliest; probability: of this completion if it has to be one of those that were given."""
+    """The score of one completion.
+
+    logprob: the sum over its tokens, natural log.
+    is_greedy: whether each token is the model's likeliest.
+    probability: of this completion, given that it is one of the request's.
+    """
 
     index: int
     logprob: float

@@ -90,7 +90,7 @@ def _check_biases(given: Any) -> Any:
 
 
 class _Body(BaseModel):
-    """strict: "1" is no number and 1 no bool, so that nothing is misread.
+    """A strictly validated body: "1" is no number and 1 no bool, so that nothing is misread.
 
     Lists have `fail_fast`. Pydantic would otherwise make an error of each wrong item, and a body of
     5 MB with a million of them would keep the event loop for most of a minute.
@@ -125,7 +125,7 @@ class ResponseFormat(_Body):
 
 
 class StructuredOutputs(BaseModel):
-    """vLLM's: what the text has to be, in exactly one way."""
+    """The form of the text in vLLM's field, given in exactly one way."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -188,7 +188,7 @@ _Tools = Annotated[
 
 
 class Asked(_Body):
-    """What both kinds of completion may ask of their tokens."""
+    """The fields that both kinds of completion share."""
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
@@ -308,7 +308,7 @@ class ChatRequest(Asked):
 
     @property
     def limit(self) -> int | None:
-        """The limit of new tokens, if one was given."""
+        """Return the limit of new tokens, if one was given."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
@@ -327,7 +327,7 @@ class ChatRequest(Asked):
 
     @property
     def choice(self) -> ToolChoice:
-        """`tool_choice` as `LLM.chat` takes it."""
+        """Return `tool_choice` in the form of `LLM.chat`."""
         if isinstance(self.tool_choice, NamedTool):
             return self.tool_choice.model_dump()
         return self.tool_choice or "auto"

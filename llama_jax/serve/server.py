@@ -165,7 +165,7 @@ class Ending:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its own handling of signals, which would end the process by them."""
+    """A uvicorn server without its own handling of signals, which would end the process."""
 
     def __init__(self, app: FastAPI, options: ServeOptions, listener: socket.socket) -> None:
         super().__init__(
@@ -193,8 +193,8 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
-    """uvicorn's protocol, with bounds on how long and how large a request's headers are, and with
-    its refusals in OpenAI's shape."""
+    """uvicorn's protocol with limits on the time and size of a request's headers, and with errors
+    in OpenAI's shape."""
 
     _headers_timer: asyncio.TimerHandle | None = None
     _is_in_headers = False

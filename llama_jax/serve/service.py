@@ -1,4 +1,4 @@
-"""This module does what every endpoint needs: make questions, admit them, and wait in time.
+"""This module does what every endpoint needs: make jobs, admit them, and wait in time.
 
 Prompts are tokenised, and templates rendered, in worker threads: a long one would keep the event
 loop, and with it every stream, waiting.
@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from llama_jax.engine.request import Request
+from llama_jax.jobs import Job
 from llama_jax.llm import PromptTooLongError
 from llama_jax.sampling_params import SamplingParams
-from llama_jax.scoring import Question
-from llama_jax.serve.engine_thread import EngineThread, Job, Update
+from llama_jax.serve.engine_thread import EngineThread, Submission, Update
 from llama_jax.serve.errors import (
     ApiError,
     bad_request,
@@ -91,7 +91,7 @@ class Service:
 
     @property
     def name(self) -> str:
-        """The model's name in replies."""
+        """Returns the model's name in replies."""
         return self.options.names[0]
 
     @property
@@ -180,8 +180,8 @@ class Service:
 
     # How it is answered.
 
-    def admit(self, requests: Sequence[Request], *, is_streamed: bool = False) -> Job:
-        """Hands requests to the engine, if they have room to wait. The job has to be closed.
+    def admit(self, requests: Sequence[Request], *, is_streamed: bool = False) -> Submission:
+        """Hands requests to the engine, if they have room to wait. The submission has to be closed.
 
         The engine admits no sequence before there are pages for it, and takes up those again that
         had to give theirs back, so what is accepted here does not die of memory.
@@ -222,56 +222,59 @@ class Service:
         pace = (time.perf_counter() - self._ended[0]) / len(self._ended)
         return min(_LONGEST_RETRY, max(1, math.ceil(pace)))
 
-    async def updates(self, job: Job, began: float) -> AsyncIterator[Update]:
-        """Yields what comes of a job until all its requests have ended, and counts it.
+    async def updates(self, submission: Submission, began: float) -> AsyncIterator[Update]:
+        """Yields what comes of a submission until all its requests have ended, and counts it.
 
-        began: when it was asked for, of `time.perf_counter`. Raises `ApiError` at its deadline. One
-        timer keeps that for the whole job, as a timeout around each update would take as long as
+        began: when it was asked for, of `time.perf_counter`. Raises `ApiError` at its deadline.
+
+        One timer serves the whole submission: a timeout around each update would take as long as
         everything else that is done here for a token.
         """
         seconds = self.options.request_timeout - (time.perf_counter() - began)
-        deadline = asyncio.get_running_loop().call_later(max(0.0, seconds), self._end_late, job)
-        left = len(job.requests)
+        deadline = asyncio.get_running_loop().call_later(
+            max(0.0, seconds), self._end_late, submission
+        )
+        remaining = len(submission.requests)
         last_at: dict[int, float] = {}
         try:
-            while left:
-                update = await job.next()
-                if job.is_streamed and update.token_ids:
+            while remaining:
+                update = await submission.next()
+                if submission.is_streamed and update.token_ids:
                     if update.index in last_at:
                         self.metrics.piece(update.at - last_at[update.index], len(update.token_ids))
                     last_at[update.index] = update.at
                 if update.is_last:
-                    left -= 1
+                    remaining -= 1
                     self._ended.append(update.at)
                     self.metrics.request(update.request, began)
                 yield update
-            self.metrics.ended(job.requests)
+            self.metrics.ended(submission.requests)
         finally:
             deadline.cancel()
 
-    def _end_late(self, job: Job) -> None:
+    def _end_late(self, submission: Submission) -> None:
         self.metrics.failures.labels(self.name, "timeout").inc()
-        job.fail(too_late(self.options.request_timeout))
+        submission.fail(too_late(self.options.request_timeout))
 
-    async def answer[T](self, question: Question[T], began: float) -> T:
-        """Asks a question and waits for its answer, until the deadline."""
-        job = self.admit(question.requests)
+    async def run[T](self, job: Job[T], began: float) -> T:
+        """Runs a job and waits for its result, until the deadline."""
+        submission = self.admit(job.requests)
         try:
-            async for _ in self.updates(job, began):
+            async for _ in self.updates(submission, began):
                 pass
         finally:
-            job.close()
-        return self.conclude(question)
+            submission.close()
+        return self.result_of(job)
 
-    def conclude[T](self, question: Question[T]) -> T:
-        """Returns the answer to a question whose requests have ended.
+    def result_of[T](self, job: Job[T]) -> T:
+        """Returns the result of a job whose requests have ended.
 
         Raises `ApiError` for what was raised in the work for one of them.
         """
-        for request in question.requests:
+        for request in job.requests:
             if request.error:
                 raise request_failed(request.error)
-        return question.answer()
+        return job.result()
 
     def usage(self, requests: Sequence[Request], num_prompts: int = 1) -> Usage:
         """Counts tokens.

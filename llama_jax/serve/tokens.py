@@ -5,8 +5,8 @@ That is /tokenize, /detokenize, /v1/models and /v1/score.
 
 import time
 
+from llama_jax.jobs import Job
 from llama_jax.results import Ranking
-from llama_jax.scoring import Question
 from llama_jax.serve.errors import bad_request
 from llama_jax.serve.replies import (
     ModelCard,
@@ -91,11 +91,11 @@ async def score(service: Service, body: ScoreRequest, began: float) -> ScoreRepl
     service.check_model(body.model)
     service.check_queue(len(body.completions))
 
-    def make() -> Question[Ranking]:
-        return service.llm.rank_question(body.prompt, body.completions)
+    def make() -> Job[Ranking]:
+        return service.llm.rank_job(body.prompt, body.completions)
 
-    question = await service.in_thread(make)
-    ranking = await service.answer(question, began)
+    job = await service.in_thread(make)
+    ranking = await service.run(job, began)
     text = service.llm.tokenizer.token_text
     data = [
         ScoreItem(
@@ -118,5 +118,5 @@ async def score(service: Service, body: ScoreRequest, began: float) -> ScoreRepl
         model=service.name,
         best=ranking.best,
         data=data,
-        usage=service.usage(question.requests, len(question.requests)),
+        usage=service.usage(job.requests, len(job.requests)),
     )

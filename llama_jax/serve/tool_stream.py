@@ -62,8 +62,8 @@ class ToolCallStream:
         """Returns what is left to tell when the reply has ended. calls: those that it makes."""
         if not calls:
             return [] if self._num_calls else self._content(self._held)
-        left = calls[self._num_calls :] if self._parallel else calls[self._num_calls : 1]
-        return [self._begin(call.name, arguments_text(call)) for call in left]
+        unsent = calls[self._num_calls :] if self._parallel else calls[self._num_calls : 1]
+        return [self._begin(call.name, arguments_text(call)) for call in unsent]
 
     def _in_undecided(self) -> list[Delta]:
         text = self._held.lstrip()

@@ -1,1 +1,1 @@
-"""Text in and out: tokenizers, chat templates and tool calls. Needs no JAX."""
+"""Tokenizers, chat templates and tool calls. Imports no JAX."""

@@ -1,15 +1,14 @@
-"""Finds added tokens: names in a text that are cut out as whole tokens before any rule of the
-vocabulary applies. Special ones, such as "<|eot_id|>", leave no trace in decoded text.
+"""Finds added tokens in a text: names that become single tokens before other rules apply.
 
-They are found as the tokenizers library finds them
-(https://huggingface.co/docs/tokenizers/api/added-tokens).
+Special ones, such as "<|eot_id|>", do not appear in decoded text. Matching follows the tokenizers
+library (https://huggingface.co/docs/tokenizers/api/added-tokens).
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-# Unicode's white space; Python's str.isspace counts four control characters more.
+# Unicode's white space; Python's str.isspace includes four more control characters.
 WHITE_SPACE = (
     "\t\n\v\f\r \x85\xa0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000"
@@ -19,9 +18,14 @@ _WORD = re.compile(r"\w")
 
 @dataclass(frozen=True)
 class AddedToken:
-    """lstrip, rstrip: white space on this side of it belongs to it. single_word: only between
-    characters that are no letters, digits or underscores. normalized: it is looked for in the
-    normalized text, after those that are not."""
+    """An added token and how it is matched.
+
+    special: whether it is left out of decoded text.
+    lstrip, rstrip: whether it takes white space on this side with it.
+    single_word: whether it matches only between characters that are not letters, digits or
+        underscores.
+    normalized: whether it is matched in the normalized text, after those that are not.
+    """
 
     id: int
     content: str
@@ -33,10 +37,10 @@ class AddedToken:
 
 
 class Splitter:
-    """Cuts a text at the added tokens in it, the longest where several begin at one place."""
+    """Splits a text at its added tokens; of several that begin at one place, at the longest."""
 
     def __init__(self, tokens: Mapping[str, AddedToken]) -> None:
-        """tokens: the added tokens by their names."""
+        """Prepare the search. tokens: the added tokens by name."""
         self._tokens = tokens
         names = sorted(filter(None, tokens), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, names))) if names else None
@@ -71,8 +75,9 @@ def added_token_encoder(
 ) -> Callable[[str, bool, bool], list[int]]:
     """Return a function (text, parse, is_first) -> token ids.
 
-    parse: whether names of added tokens in the text are tokens. is_first: whether a text begins
-    here. encode_words: from normalized text without added tokens, and `is_first`, to ids.
+    parse: whether names of added tokens in the text become tokens.
+    is_first: whether this is the beginning of a text.
+    encode_words: encodes normalized text without added tokens, given `is_first`.
     """
     tokens = list(tokens)
     raw = Splitter({token.content: token for token in tokens if not token.normalized})
@@ -99,8 +104,8 @@ def added_token_encoder(
 
 
 def strip_around(pieces: Sequence[str | AddedToken]) -> Iterator[str | AddedToken]:
-    """Drop empty strings from the pieces of a text, and the white space that tokens with lstrip or
-    rstrip take from their neighbours."""
+    """Drop empty strings from the pieces of a text, and the white space that lstrip or rstrip of
+    neighbouring tokens take."""
     for i, piece in enumerate(pieces):
         if isinstance(piece, AddedToken):
             yield piece

@@ -1,9 +1,9 @@
-"""Byte-pair encoding: which tokens a word becomes, given a vocabulary and its merges.
+"""Encodes words by byte-pair encoding, given a vocabulary and its merges.
 
-Merges have an order, and the first of them that applies anywhere in a word is made first, the
-leftmost where it applies twice (Sennrich et al., https://arxiv.org/abs/1508.07909). `bpe` does this
-for any merges. tiktoken, which is faster, knows ids instead and joins whatever two tokens make the
-one of lowest id; `tiktoken_ranks` says whether that is the same.
+Merges have an order: the first one that applies anywhere in a word is done first, at its leftmost
+place (Sennrich et al., https://arxiv.org/abs/1508.07909). `bpe` does this for any merges. tiktoken,
+which is faster, has ids instead of merges, and joins the two tokens that make the one of lowest id;
+`tiktoken_ranks` tells whether the result is the same.
 """
 
 import heapq
@@ -14,7 +14,7 @@ from functools import lru_cache
 
 Merge = tuple[str, str]
 
-# Distinct words whose tokens are kept; a text has few.
+# Distinct words whose tokens are cached; a text has few.
 _CACHED_WORDS = 1 << 16
 _CACHED_LENGTH = 64
 
@@ -24,10 +24,11 @@ def bpe(
 ) -> Callable[[str], list[int]]:
     """Return a function from a word to its token ids.
 
-    Both parts of each merge, and what they make, are in `vocab`. ignore_merges: a word that is a
-    token is this token, whatever merges would make of it. byte_fallback: a character that is no
-    token becomes the tokens "<0x0A>" of its UTF-8 bytes, all of which are in `vocab`; without it
-    every character of every word is in `vocab`.
+    vocab: has both parts of each merge and their result, and every character of every word unless
+        byte_fallback is set.
+    ignore_merges: whether a word that is a token becomes it, whatever the merges are.
+    byte_fallback: whether a character without a token becomes the tokens "<0x0A>" of its UTF-8
+        bytes, all of which are in `vocab`.
     """
     ranks: dict[tuple[int, int], tuple[int, int]] = {}
     for rank, (left, right) in enumerate(merges):
@@ -50,9 +51,9 @@ def bpe(
 
 
 def merge(ids: list[int], ranks: Mapping[tuple[int, int], tuple[int, int]]) -> list[int]:
-    """Token ids after all merges. ranks: (left, right) -> (rank, what they make).
+    """Apply all merges to token ids. ranks: (left, right) -> (rank, result).
 
-    Takes O(n log n): candidates wait in a heap by (rank, place), and neighbours are a linked list.
+    This takes O(n log n): a heap holds candidates by (rank, place), a linked list the neighbours.
     """
     following = list(range(1, len(ids) + 1))  # place of the next token
     previous = list(range(-1, len(ids) - 1))
@@ -67,7 +68,7 @@ def merge(ids: list[int], ranks: Mapping[tuple[int, int], tuple[int, int]]) -> l
 
     for place in range(len(merged)):
         consider(place)
-    gone = -1  # the id at a place that was merged into the one before
+    gone = -1  # marks a place that was merged into the one before
     while heap:
         _, place, left, right = heapq.heappop(heap)
         after = following[place]
@@ -86,16 +87,15 @@ def merge(ids: list[int], ranks: Mapping[tuple[int, int], tuple[int, int]]) -> l
 def tiktoken_ranks(
     vocab: Mapping[str, int], merges: Sequence[Merge], ignore_merges: bool
 ) -> dict[str, int] | None:
-    """Return the tokens, with their ids, by which tiktoken encodes every word as `bpe` does; None
-    where it might not.
+    """Return ranks (token -> id) with which tiktoken encodes every word as `bpe` does, or None if
+    it might not.
 
-    1. Merges come in the order of the ids that they make, so both sides give them the same
-       priority.
-    2. Inside a token's bytes merging runs the same alone as in any context where the token comes
-       about, so the only pair that ever makes the token is the last one when it is encoded alone:
-       that pair must be listed.
-    3. A token that merging never makes is reached only as a whole word, by `ignore_merges`;
-       tiktoken always looks whole words up, so without it the token is left out.
+    1. Merges must be in the order of the ids that they make, so that both have the same priorities.
+    2. If a token arises in a context, merging inside its bytes runs as when it is encoded alone.
+       So a single pair can make it: the last one when it is encoded alone. That pair must be a
+       merge.
+    3. A token that merging never makes is reached only as a whole word, by `ignore_merges`.
+       tiktoken always looks up whole words, so without ignore_merges the token is left out.
     """
     made = [vocab[left + right] for left, right in merges]
     if any(later < earlier for earlier, later in itertools.pairwise(made)):
@@ -131,8 +131,8 @@ def _all_listed(token: str, vocab: Mapping[str, int], listed: set[Merge]) -> boo
 
 
 def _last_merge(token: str, vocab: Mapping[str, int]) -> Merge | None:
-    """Return the pair that makes `token` when its bytes are merged by lowest id, or None if merging
-    does not reach it."""
+    """Return the pair that makes `token` when its bytes are merged by lowest id, or None if they do
+    not become it."""
     parts = list(token)
     while len(parts) > 2:
         ids = [vocab.get(left + right, math.inf) for left, right in itertools.pairwise(parts)]

@@ -1,10 +1,10 @@
-"""A conversation becomes the prompt that the model was trained on.
+"""Turns a conversation into a prompt in the checkpoint's chat format.
 
-The checkpoint's own Jinja template is used where there is one, rendered as transformers renders it;
-otherwise Meta's format for the tokenizer's family. Either way the prompt is a list of pieces that
-are each either a special token that the format wrote, or text: text from messages and tools never
-becomes a special token. For a template this is done by putting a pair of characters that occur
-nowhere else around the names of special tokens in what the user supplied, before rendering.
+The checkpoint's own Jinja template is used if there is one, rendered as in transformers, and
+otherwise Meta's format for the tokenizer's family. The prompt is a list of pieces, each of which is
+a special token of the format or text, so text from messages and tools never becomes a special
+token. With a template this works by marking: before rendering, names of special tokens in the
+user's input are put between two characters that occur nowhere else.
 """
 
 import itertools
@@ -24,8 +24,8 @@ __all__ = ["ROLES", "ChatTemplateError", "choose_template", "encode_chat", "rend
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
 _MAX_DEPTH = 100  # of nested lists and objects in a message
-# The two marks are the first characters from here that the input does not hold. They are rare
-# ideographs: unlike private-use characters, Python's repr() does not escape them.
+# The two marks are the first characters of this range that the input does not contain. They are
+# rare ideographs because, unlike private-use characters, Python's repr() does not escape them.
 _MARKS = range(0x20000, 0x2A6D0)
 
 Messages = Sequence[Mapping[str, Any]]
@@ -45,22 +45,22 @@ def render_chat(
 ) -> str:
     """Render the prompt as text, for people to read.
 
-    Give the model `encode_chat` instead: in text, a special token that a user wrote looks like one
-    that the template wrote.
+    The model should get `encode_chat` instead: in the text, a special token that the user wrote
+    looks like one of the template.
 
-    messages: mappings with a "role" (any that the template knows; without a template one of
-        `ROLES`) and a "content", which is a string or a list of {"type": "text", "text": ...}, and
-        for a tool's result any JSON value. An assistant message may have "tool_calls" instead:
-        `ToolCall`s or {"type": "function", "function": {"name", "arguments"}}.
+    messages: mappings with a "role" (one that the template knows, or one of `ROLES` without a
+        template) and a "content": a string, a list of {"type": "text", "text": ...}, or any JSON
+        value for a tool's result. An assistant message may have "tool_calls" instead: `ToolCall`s
+        or {"type": "function", "function": {"name", "arguments"}}.
     tools: functions or JSON schemas, see `tool_schema`.
-    continue_final_message: whether the last message is left open for the model to go on.
+    continue_final_message: whether the last message is left open for the model to continue.
     chat_template: the name of one of the checkpoint's templates, or Jinja source; by default
         "tool_use" with tools, if there is one, or else "default".
-    template_kwargs, or the same as chat_template_kwargs: variables for the template, such as
-        `date_string` or `enable_thinking`. Without a template, Llama 3 takes `tool_prompt_format`:
-        "json", "function_tag" or "python_list".
-    Raises ValueError naming the message and field that cannot be used, ChatTemplateError from the
-    template.
+    template_kwargs, chat_template_kwargs: variables for the template, such as `date_string` or
+        `enable_thinking`. Without a template, Llama 3 takes `tool_prompt_format`: "json",
+        "function_tag" or "python_list".
+
+    Raises ValueError, which names the message and field, and ChatTemplateError from the template.
     """
     pieces = _pieces(
         tokenizer, messages, tools, add_generation_prompt, continue_final_message, chat_template,
@@ -82,9 +82,8 @@ def encode_chat(
 ) -> list[int]:
     """Encode the prompt as token ids; arguments and errors are those of `render_chat`.
 
-    Only what the template itself wrote becomes a special token, and all of it does. Where a
-    template leaves out the begin-of-text that the tokenizer's files ask for in front of a text, it
-    is put there.
+    Special tokens that the template writes become special tokens, and no others do. If the template
+    omits the begin-of-text token that the tokenizer's files require, it is prepended.
     """
     pieces = _pieces(
         tokenizer, messages, tools, add_generation_prompt, continue_final_message, chat_template,
@@ -128,8 +127,8 @@ def _pieces(
 def choose_template(
     tokenizer: Tokenizer, *, tools: bool, chat_template: str | None = None
 ) -> str | None:
-    """Choose the template for a conversation with or without tools, as transformers does; None if
-    the checkpoint has none."""
+    """Choose the template for a conversation with or without tools, as transformers does. Returns
+    None if the checkpoint has none."""
     named = tokenizer.named_templates
     if chat_template is None:
         return named.get(TOOL_USE, tokenizer.chat_template) if tools else tokenizer.chat_template
@@ -141,14 +140,14 @@ def choose_template(
         return chat_template
     known = [*([DEFAULT] if tokenizer.chat_template is not None else []), *sorted(named)]
     raise ValueError(
-        f"chat_template: {chat_template!r} is no template of this checkpoint, which has "
+        f"chat_template: {chat_template!r} is not a template of this checkpoint, which has "
         f"{', '.join(known) or 'none'}"
     )
 
 
 def _mark_end(messages: list[dict[str, Any]], end: str) -> str:
-    """Put `end` and a space behind the last message's text, and return that text. The space is gone
-    where a template strips messages."""
+    """Append `end` and a space to the last message's text, and return the text without them. A
+    template that strips messages removes the space."""
     content: Any = messages[-1].get("content")
     if _is_text_parts(content):
         text = content[-1]["text"]
@@ -162,8 +161,8 @@ def _mark_end(messages: list[dict[str, Any]], end: str) -> str:
 
 
 def _cut_at(pieces: list[Piece], end: str, continued: str) -> list[Piece]:
-    """Return the pieces up to `end`. Where the template strips messages, white space before `end`
-    is dropped, but not what the template wrote before an empty message."""
+    """Return the pieces up to `end`. If the template strips messages, white space before `end` is
+    dropped, except what the template itself wrote before an empty message."""
     for index in reversed(range(len(pieces))):
         before, found, after = pieces[index].text.rpartition(end)
         if found:
@@ -178,7 +177,7 @@ def _unused_characters(text: str, count: int) -> str:
 
 
 def _formed(messages: list[dict[str, Any]], template: str) -> list[dict[str, Any]]:
-    """Bring messages into the form that the template takes; change nothing else."""
+    """Convert messages to the form that the template expects, and change nothing else."""
     habits = template_habits(template)
     formed = []
     for given in messages:
@@ -203,7 +202,7 @@ def _with_text(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _joined(message: dict[str, Any]) -> dict[str, Any]:
-    """Join parts of text, each on a line of its own as in vLLM."""
+    """Join text parts by line breaks, as vLLM does."""
     content: Any = message.get("content")
     if not _is_text_parts(content):
         return dict(message)
@@ -264,7 +263,7 @@ def _template_pieces(
     rendered = render_template(
         template, tokenizer.named_tokens | marked | {"add_generation_prompt": add_generation_prompt}
     )
-    # One half of a pair is enough to know a user's text: a template may have cut off the other.
+    # One mark of a pair is enough to recognise a user's text, as a template may cut off the other.
     written = re.compile(f"{opening}(?:{names})|(?:{names}){closing}|({names})")
     pieces: list[Piece] = []
     position = 0
@@ -392,7 +391,7 @@ def _check_call(call: Any, where: str) -> dict[str, Any]:
             f"{call!r:.200}"
         )
     arguments = function.get("arguments")
-    if arguments is None or arguments == "":  # servers write a call without arguments so
+    if arguments is None or arguments == "":  # how servers write a call without arguments
         arguments = {}
     if isinstance(arguments, str):
         try:
@@ -406,7 +405,7 @@ def _check_call(call: Any, where: str) -> dict[str, Any]:
 
 
 def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """Copy JSON data deeply; anything else is refused, so that a template gets no live object."""
+    """Copy JSON data deeply. Anything else is refused, so that a template gets no live object."""
     if depth > _MAX_DEPTH:
         raise ValueError(f"{where}: nested more than {_MAX_DEPTH} levels deep")
     if value is None or type(value) in (str, int, float, bool):

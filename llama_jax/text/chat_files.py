@@ -11,15 +11,15 @@ from llama_jax.json_file import read_json, read_text
 
 DEFAULT, TOOL_USE = "default", "tool_use"
 TEMPLATE_FILE = "chat_template.jinja"
-# Further templates lie here, as NAME.jinja.
+# The directory of further templates, NAME.jinja.
 TEMPLATE_DIRECTORY = "additional_chat_templates"
-# Processors of images and text wrote this until 2025.
+# Written by processors of images and text until 2025.
 _JSON_FILE = "chat_template.json"
 _CONFIG_FILE = "tokenizer_config.json"
 
 
 class TemplateSource(str):
-    """The Jinja source of a template. `where` names its file, and the field in it, in messages."""
+    """The Jinja source of a template, and `where` it comes from (file and field), for messages."""
 
     where: str
 
@@ -30,7 +30,7 @@ class TemplateSource(str):
 
 
 def said_to_lie_in(directory: str | Path, template: str, found_in: Path) -> str:
-    """Return a template of `found_in` whose error messages name `directory` instead."""
+    """Make error messages about a template of `found_in` name `directory` instead."""
     if not isinstance(template, TemplateSource):
         return template
     return TemplateSource(template, template.where.replace(str(found_in), str(directory)))
@@ -50,11 +50,13 @@ class _JsonFile(Struct, frozen=True):
 def read_chat_templates(
     directory: Path, listed: str | Iterable[_Named] | None
 ) -> dict[str, TemplateSource]:
-    """Read the templates in a checkpoint's directory, by name; {} without any.
+    """Read the templates in a checkpoint's directory, by name; {} if there are none.
 
     listed: `chat_template` of tokenizer_config.json, which is used if there are no files, as in
-    transformers. Raises `CheckpointError` for a file that cannot be read, and for several templates
-    of which none is named "default".
+        transformers.
+
+    Raises `CheckpointError` for a file that cannot be read, and for several templates of which none
+    is named "default".
     """
     templates = {
         file.stem: TemplateSource(read_text(file), str(file))

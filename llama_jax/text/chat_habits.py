@@ -1,8 +1,8 @@
-"""Finds out by trial what form of messages a chat template takes.
+"""Finds out by trial which form of messages a chat template expects.
 
 Templates differ in three ways that no file describes: whether the arguments of a tool call are an
 object or JSON text, whether content is text or a list of parts, and what a null key means. So a
-short conversation is rendered in either form, and the result is searched for a word of it.
+short conversation is rendered in both forms, and a word of it is searched in the result.
 """
 
 import re
@@ -32,9 +32,13 @@ _CONTENT_NULL = re.compile(r"""content['"]?\]?\s+is\s+(?:not\s+)?none""")
 
 @dataclass(frozen=True)
 class Habits:
-    """takes_lists: whether it writes the texts of a list of parts. needs_lists: whether it loses
-    content that is text. drops_null_calls: whether "tool_calls": null reads as calls to it.
-    fills_content: whether a message with calls needs "content": null."""
+    """The forms of messages that a template expects.
+
+    takes_lists: whether it writes the texts of a list of parts.
+    needs_lists: whether it drops content that is text.
+    drops_null_calls: whether "tool_calls": null has to be dropped, because it would read as calls.
+    fills_content: whether a message with calls needs "content": null.
+    """
 
     takes_lists: bool
     needs_lists: bool
@@ -44,7 +48,7 @@ class Habits:
 
 @lru_cache(maxsize=16)
 def template_habits(source: str) -> Habits:
-    """Find out what content and keys a template expects. Raises ChatTemplateBudgetError."""
+    """Find out which content and keys a template expects. Raises ChatTemplateBudgetError."""
     parts = [{"type": "text", "text": _WORD}]
     listed, text = _tried(source, _user(parts)), _tried(source, _user(_WORD))
     takes_lists = _WORD in listed and "'text'" not in listed and '"text"' not in listed

@@ -1,5 +1,8 @@
-"""Renders a checkpoint's Jinja chat template, which sees plain data only, cannot reach Python's
-internals and has a budget for all that it does (`template_budget`)."""
+"""Renders a checkpoint's Jinja chat template in a sandbox.
+
+The template gets plain data alone, cannot reach Python's internals, and has a budget of time and
+memory (`template_budget`).
+"""
 
 import json
 import sys
@@ -14,24 +17,24 @@ from llama_jax.text.template_budget import OverBudgetError, budgeted
 from llama_jax.text.template_sandbox import TemplateRefusalError, compile_template
 
 _MAX_SOURCE = 64 << 10  # characters of a template; the longest in use have 40,000
-_MAX_OUTPUT = 1 << 20  # characters, and as many for each byte that was given:
+_MAX_OUTPUT = 1 << 20  # characters; more for each byte of input:
 _OUTPUT_PER_GIVEN = 8
 _MAX_WORDS = 1000  # characters of an error message
 
 
 class ChatTemplateError(ValueError):
-    """A chat template refuses the conversation or cannot be rendered."""
+    """Raised if a chat template refuses the conversation or cannot be rendered."""
 
 
 class ChatTemplateBudgetError(ChatTemplateError):
-    """A chat template needs more time or memory than it may use."""
+    """Raised if a chat template needs more time or memory than it may use."""
 
 
 def render_template(template: str, variables: Mapping[str, Any]) -> str:
-    """Render `template`, which is Jinja source, for `variables`, which are plain JSON data.
+    """Render Jinja source with variables, which are plain JSON data.
 
-    Raises ChatTemplateError naming file and line. It has the template's own words if that calls
-    `raise_exception`, and otherwise says why rendering failed (syntax, an undefined name, a sandbox
+    Raises ChatTemplateError, which names file and line: with the template's own message if it calls
+    `raise_exception`, and otherwise with the reason (syntax, an undefined name, a sandbox
     violation, ...). Raises ChatTemplateBudgetError if rendering takes too much time or memory.
     """
     given = sys.getsizeof(json.dumps(variables, ensure_ascii=False))
@@ -43,7 +46,7 @@ def render_template(template: str, variables: Mapping[str, Any]) -> str:
             for piece in compiled.generate(variables):
                 limit -= len(piece)
                 if limit < 0:
-                    raise OverBudgetError("it writes far more than it is given")
+                    raise OverBudgetError("it writes far more than its input")
                 pieces.append(piece)
     except TemplateRefusalError as error:
         raise ChatTemplateError(

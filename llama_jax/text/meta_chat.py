@@ -1,5 +1,5 @@
-"""Meta's own chat formats, for checkpoints without a template: Llama 3's headers and Llama 2's
-[INST] turns.
+"""Writes Meta's own chat formats, for checkpoints without a template: Llama 3's headers and Llama
+2's [INST] turns.
 
 Sources of the layout: `ChatFormat` and `ToolUtils` of github.com/meta-llama/llama-models
 (models/llama3), and `chat_completion` of github.com/meta-llama/llama (llama/generation.py).
@@ -25,7 +25,7 @@ _LLAMA2_TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 
 
 class Piece(NamedTuple):
-    """A part of a prompt: a special token by name, or text that holds none."""
+    """A piece of a prompt: a special token by name, or text without special tokens."""
 
     text: str
     special: bool
@@ -39,9 +39,9 @@ def llama3_pieces(
 ) -> list[Piece]:
     """Write begin-of-text, then each message as its header, its content and end of turn.
 
-    A tool result is an "ipython" message. Tool calls are written in `tool_prompt_format`; calls of
-    built-in tools have a form of their own and end with eom. `tools` are described in the first
-    user message, as Llama 3.1 is prompted for calls in JSON.
+    A tool result is an "ipython" message. Tool calls are written in `tool_prompt_format`, except
+    that calls of built-in tools have their own form and end with eom. `tools` are described in the
+    first user message, as Llama 3.1 is prompted for calls in JSON.
     """
     if tool_prompt_format not in get_args(ToolPromptFormat):
         raise ValueError(
@@ -129,9 +129,9 @@ def llama2_pieces(
     """Write Llama 2's turns, `[INST] user [/INST] answer`, each between begin and end of text; the
     last one stays open.
 
-    A system message stands in front of the first user message. Every turn has its own begin of
-    text, as in training. The tags are ordinary text to the tokenizer, so messages that contain
-    them are refused.
+    A system message is put before the first user message. Every turn has its own begin of text, as
+    in training. The tags are ordinary text to the tokenizer, so messages that contain them are
+    refused.
     """
     for index, message in enumerate(messages):
         for tag in _LLAMA2_TAGS:

@@ -1,8 +1,8 @@
-"""Limits what one rendering of a chat template may use: steps, processor time, text and lists.
+"""Limits the resources of one rendering of a chat template: steps, processor time, text and lists.
 
-A template is code from whoever published the checkpoint, and a few lines of it can ask for all the
-memory there is or run for ever. Python cannot interrupt one long operation, so each is kept short:
-no value may be large, and the clock is read between operations. The sizes here are bytes.
+A template is code of whoever published the checkpoint, and a few lines of it could use all memory
+or run for ever. Python cannot interrupt one long operation, so each has to be short: no value may
+be large, and the clock is read between operations. Sizes are in bytes.
 """
 
 import sys
@@ -14,42 +14,42 @@ from typing import Any
 
 MAX_STEPS = 1_000_000  # loop turns, calls, filters, attributes, outputs; a message takes ~100
 MAX_SECONDS = 0.6  # of this thread's processor time; 1,000 messages take 0.1
-MAX_VALUE = 8 << 20  # one text, or one list or object with all that it refers to
-MAX_HELD = 96 << 20  # long texts that live at one time, short ones and lists that ever lived
+MAX_VALUE = 8 << 20  # a text, or a list or object with all its contents
+MAX_HELD = 96 << 20  # long texts alive at one time, plus all short ones and lists ever made
 MAX_WRITTEN = 64 << 20  # by the template, its macros and its blocks together
-MAX_DEPTH = 200  # of lists and objects in each other
+MAX_DEPTH = 200  # of nested lists and objects
 MAX_BITS = 64  # of an integer
-# The size of the user's input is added to these limits this many times, since a template may write
-# all of it again with every message.
+# Multiples of the input's size that are added to these limits, since a template may write all of it
+# again with every message.
 _VALUE_PER_GIVEN, _HELD_PER_GIVEN, _WRITTEN_PER_GIVEN = 8, 64, 256
 
-_ELEMENT = 16  # of a list, without what it refers to
-_CONTAINER = 256  # an empty list, and what is remembered about it here
+_ELEMENT = 16  # of a list, without its contents
+_CONTAINER = 256  # an empty list, and its entry in `_known`
 _SMALL = 64  # a number, a text of one character
-_LONG = 1 << 10  # a text whose end of life is noticed
+_LONG = 1 << 10  # a text of this size returns its bytes when it is freed
 _CLOCK_EVERY = 0.02  # seconds between two looks at the thread's clock
 _CONTAINERS = (list, tuple, dict, KeysView, ValuesView, ItemsView)
 
 
 class OverBudgetError(Exception):
-    """A rendering exceeds its budget. It is no ValueError, which jinja2 swallows in places."""
+    """Raised if a rendering exceeds its budget. Not a ValueError, because jinja2 swallows some."""
 
 
 class _LongText(str):
-    """A text that gives its size back to the budget when nobody refers to it any more."""
+    """A text that returns its size to the budget when it is freed."""
 
     __slots__ = ("_budget",)
     _budget: "Budget"
 
     def __str__(self) -> str:
-        return self  # str() would make a copy that nobody counts
+        return self  # str() would make an uncounted copy
 
     def __del__(self) -> None:
         self._budget.create(-sys.getsizeof(self))
 
 
 class Budget:
-    """Keeps what one rendering has left; `given` is the size of the variables it starts with."""
+    """Tracks what remains of one rendering's budget. given: the size of its variables."""
 
     def __init__(self, given: int = 0) -> None:
         self.largest = MAX_VALUE + _VALUE_PER_GIVEN * given
@@ -58,11 +58,11 @@ class Budget:
         self._written_left = MAX_WRITTEN + _WRITTEN_PER_GIVEN * given
         self._started = thread_time()
         self._look_at = perf_counter() + _CLOCK_EVERY
-        # Container by id -> (itself, so that the id stays its own, size, depth).
+        # id of a container -> (itself, so that the id is not reused, size, depth).
         self._known: dict[int, tuple[Any, int, int]] = {}
 
     def spend(self, steps: int = 1) -> None:
-        """Counts steps, and reads the clock."""
+        """Count steps, and check the clock."""
         self._steps_left -= steps
         if self._steps_left < 0:
             raise OverBudgetError(f"it takes more than {MAX_STEPS:,} steps")
@@ -73,27 +73,27 @@ class Budget:
                 raise OverBudgetError(f"it takes longer than {MAX_SECONDS:g} seconds")
 
     def room(self, size: int) -> None:
-        """Checks, before it is made, that a value of this size may exist."""
+        """Check that a value of this size may be made."""
         if size > self.largest:
             raise OverBudgetError(f"a text or list needs more than {self.largest >> 20} MiB")
 
     def create(self, size: int) -> None:
-        """Counts a value of this size that now exists."""
+        """Count a value of this size that was made."""
         self._held_left -= size
         if self._held_left < 0 < size:
             raise OverBudgetError("its texts and lists need too much memory together")
 
     def write(self, size: int) -> None:
-        """Counts what goes into the output, or into the text of a macro or block."""
+        """Count what is written to the output, or to the text of a macro or block."""
         self._written_left -= size
         if self._written_left < 0:
             raise OverBudgetError("it writes too much")
 
     def measure(self, value: Any) -> tuple[int, int]:
-        """Size with all that `value` refers to, once per reference, and depth of nesting.
+        """Return the size of `value` with all its contents, once per reference, and its depth.
 
-        Raises OverBudgetError where either is too large. A list made of two times itself, forty
-        times over, is small in memory, but not to whoever prints or compares it.
+        Raises OverBudgetError if either is too large. Contents count once per reference because a
+        list that was doubled forty times is small in memory, but not when it is printed.
         """
         if isinstance(value, str):
             return sys.getsizeof(value), 0
@@ -117,14 +117,14 @@ class Budget:
         return size, depth + 1
 
     def check_arguments(self, *values: Any) -> None:
-        """Checks what a call is given, which `varargs` and `kwargs` may hand on together."""
+        """Check the arguments of a call, which may combine `varargs` and `kwargs`."""
         size = 0
         for value in values:
             size += _ELEMENT + self.measure(value)[0]
             self.room(size)
 
     def keep(self, value: Any) -> Any:
-        """Counts a value that an operation made, and returns it."""
+        """Count a value that an operation made, and return it."""
         if isinstance(value, str):
             size = sys.getsizeof(value)
             self.room(size)
@@ -143,7 +143,7 @@ class Budget:
         return value
 
     def take(self, items: Iterable[Any]) -> list[Any]:
-        """All items as a list, each one a step."""
+        """Return all items as a list. Each is a step."""
         if isinstance(items, list | tuple):
             self.measure(items)
             self.spend(len(items) + 1)
@@ -166,13 +166,13 @@ _current: ContextVar[Budget] = ContextVar("_current")
 
 
 def current_budget() -> Budget:
-    """Return the budget of the rendering that this code is part of."""
+    """Return the budget of the current rendering."""
     return _current.get()
 
 
 @contextmanager
 def budgeted(given: int) -> Iterator[None]:
-    """Give the code inside a fresh `current_budget`; `given` is as in `Budget`."""
+    """Run the code inside with a new `current_budget`. given: as in `Budget`."""
     token = _current.set(Budget(given))
     try:
         yield

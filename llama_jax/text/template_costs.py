@@ -1,8 +1,8 @@
-"""What operations of a chat template may cost, checked before they are done.
+"""Checks the cost of a chat template's operations before they are done.
 
 The result of an operation on text (`center`, `replace`, `join`, `%`, ...) can be much larger than
-what goes in. Each check has the arguments of its method or filter after the budget, and raises
-`OverBudgetError` if the budget has no room for the largest result that they can have.
+its operands. Each check takes the budget and then the arguments of its method or filter, and raises
+`OverBudgetError` if the budget has no room for the largest possible result.
 """
 
 import re
@@ -14,9 +14,9 @@ from llama_jax.text.template_budget import Budget, OverBudgetError
 
 _WIDEST = 4  # bytes that a character may take
 PIECE = 64  # bytes that a short text takes
-_ESCAPED = 6  # characters that JSON in ASCII has for each byte of a text
+_ESCAPED = 6  # characters of ASCII JSON per byte of a text
 _MAX_FIELD = 999  # width and precision in a format
-_MAX_SEARCH = 1 << 28  # what Python does in length times length
+_MAX_SEARCH = 1 << 28  # for searches that take Python time quadratic in length
 _LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 _WORD_STARTS = "-({[< \t"
 

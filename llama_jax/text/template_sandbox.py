@@ -1,11 +1,11 @@
-"""jinja2's sandbox for chat templates, in which every operation is counted against a `Budget`.
+"""Compiles chat templates in a jinja2 sandbox that counts every operation against a `Budget`.
 
-It has the settings, names and filters that transformers gives a template, without those that no
-chat template needs and that cost much (`wordwrap`, `lipsum`, ...). jinja2 lets a sandbox see calls,
-attributes and binary operators. What it does not show (`~`, slices, literals, comparisons, output)
-goes through filters that `_Counting` puts around those expressions. Operations whose result can be
-much larger than what goes in (`*`, `center`, `replace`, `join`, `%`, ...) are checked beforehand
-(`template_costs`), all others afterwards.
+It has the settings, names and filters that templates get in transformers, except for some that are
+expensive and that no chat template needs (`wordwrap`, `lipsum`, ...). jinja2 lets a sandbox
+intercept calls, attributes and binary operators. Other expressions (`~`, slices, literals,
+comparisons, output) are wrapped in filters by `_Counting`. Operations whose result can be much
+larger than their operands (`*`, `center`, `replace`, `join`, `%`, ...) are checked before they are
+done (`template_costs`), all others afterwards.
 """
 
 import functools
@@ -41,8 +41,8 @@ from llama_jax.text.template_costs import (
     check_width,
 )
 
-_JINJA_ARGUMENTS = ("_loop_vars", "_block_vars")  # which jinja2 hands to its own `call`
-_MAX_TIME_FORMAT = 200  # characters that strftime_now is given
+_JINJA_ARGUMENTS = ("_loop_vars", "_block_vars")  # which jinja2 passes to its own `call`
+_MAX_TIME_FORMAT = 200  # characters in the format of strftime_now
 _LEFT_OUT = frozenset({
     "filesizeformat", "pprint", "striptags", "urlencode", "urlize", "wordcount", "wordwrap",
     "xmlattr",
@@ -73,15 +73,15 @@ _METHODS: dict[type, frozenset[str]] = {
 
 
 class TemplateRefusalError(Exception):
-    """The template called `raise_exception`; the words are its own."""
+    """Raised by `raise_exception` in a template, with the template's message."""
 
 
 def compile_template(source: str) -> jinja2.Template:
-    """The template, made to count what it does; jinja2's errors for what is no template."""
+    """Compile a template so that it counts its operations. Raises jinja2's errors."""
     environment = _environment()
     tree = _Counting(environment).visit(environment.parse(source))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # Python's, of the code that jinja2 makes
+        warnings.simplefilter("ignore", SyntaxWarning)  # of the Python code that jinja2 generates
         return environment.from_string(tree)
 
 
@@ -90,7 +90,7 @@ def _environment() -> jinja2.Environment:
     environment = _Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
-        optimized=False,  # constants are not computed while compiling, when nobody counts
+        optimized=False,  # no constant folding, which would not be counted
         extensions=[_GenerationTag, loopcontrols],
     )
     chosen = {name: f for name, f in filters.FILTERS.items() if name not in _LEFT_OUT} | {
@@ -118,11 +118,11 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-# ---- what jinja2 does not show to a sandbox --------------------------------------------------
+# ---- expressions that a sandbox cannot intercept ----------------------------------------------
 
 
 class _Counting(NodeTransformer):
-    """Puts the filters of `_INNER` around the expressions that a sandbox does not see."""
+    """Wraps expressions that a sandbox cannot intercept in the filters of `_INNER`."""
 
     def __init__(self, environment: jinja2.Environment) -> None:
         self._environment = environment
@@ -139,7 +139,7 @@ class _Counting(NodeTransformer):
     visit_List = visit_Compare = _made
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Expr:
-        if node.ctx != "load":  # names that something is assigned to
+        if node.ctx != "load":  # targets of an assignment
             return node
         return self._made(node)
 
@@ -198,7 +198,7 @@ class _Counting(NodeTransformer):
         raise jinja2.TemplateSyntaxError("a chat template has no autoescape", node.lineno)
 
 
-@jinja2.pass_context  # also keeps jinja2 from computing them while compiling
+@jinja2.pass_context  # also prevents constant folding by jinja2
 def _made(context: Context, value: Any) -> Any:
     budget = current_budget()
     budget.spend()
@@ -237,7 +237,7 @@ def _written(context: Context, value: Any) -> str:
 
 @jinja2.pass_context
 def _data(context: Context, length: int) -> str:
-    """Count `length` bytes of the template's own text, which is written after this call."""
+    """Count `length` bytes of the template's own text, which follows this call."""
     current_budget().spend()
     current_budget().write(PIECE + length)
     return ""
@@ -253,7 +253,7 @@ _INNER = {
 }
 
 
-# ---- what it does show -----------------------------------------------------------------------
+# ---- operations that a sandbox intercepts ------------------------------------------------------
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
@@ -311,7 +311,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 class _Formatter(SandboxedFormatter):
-    """`str.format` whose fields are counted."""
+    """Counts the fields of `str.format`."""
 
     def __init__(self, environment: jinja2.Environment) -> None:
         super().__init__(environment)
@@ -331,7 +331,7 @@ class _Formatter(SandboxedFormatter):
 def _check_method(
     budget: Budget, method: BuiltinMethodType, *args: Any, **kwargs: Any
 ) -> tuple[Any, ...]:
-    """Check a call of a method of text, list, ... before it is made; return its arguments."""
+    """Check a call of a method of a text, list, ... and return its arguments."""
     owner, name = method.__self__, method.__name__
     if not isinstance(owner, str):
         if name not in _METHODS.get(type(owner), ()):
@@ -354,7 +354,7 @@ def _check_method(
 
 
 def _counted_filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    first = 1 if hasattr(function, "jinja_pass_arg") else 0  # context or environment before it
+    first = 1 if hasattr(function, "jinja_pass_arg") else 0  # after a context or environment
     check = FILTER_CHECKS.get(name)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -387,14 +387,14 @@ def _counted_test(test: Any) -> Callable[..., Any]:
 
 
 def _check_attribute_names(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    # The name is looked up part by part for each element.
+    # The parts of the name are looked up one by one for each element.
     for name in (*args[:1], *args[2:3], kwargs.get("attribute")):
         if isinstance(name, str) and name.count(".") + name.count(",") > _ATTRIBUTE:
             raise OverBudgetError(f"the name of an attribute has more than {_ATTRIBUTE} parts")
 
 
 def _check_key(key: Any) -> None:
-    # Tuples of -1 and -2 have the same hash in any order: a dict of them takes quadratic time.
+    # Tuples of -1 and -2 in any order have the same hash, so a dict of them takes quadratic time.
     if not isinstance(key, str | int | float | None):
         raise TypeError(f"a key is a text or a number, not {type(key).__name__}")
 
@@ -410,7 +410,8 @@ def _dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
 
 
 def _cycler(*items: Any) -> Cycler:
-    """jinja2's cycler; the class itself has functions that change whatever they are given."""
+    """Make jinja2's cycler. The class itself is not offered, because its functions can modify any
+    object."""
     return Cycler(*items)
 
 
@@ -419,8 +420,8 @@ def _joiner(sep: str = ", ") -> Joiner:
 
 
 class _SafeNamespace(Namespace):
-    """jinja2's namespace without underscored attributes, which would shadow Python's own
-    (`__class__`), and without a repr of its contents, which change after they are measured."""
+    """jinja2's namespace with two restrictions: no underscored attributes, which would shadow
+    Python's own (`__class__`), and no repr of its contents, which change after being measured."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *data = args
@@ -467,7 +468,7 @@ def _divisible(value: Any, number: Any) -> bool:
 def _sum(
     environment: jinja2.Environment, items: list[Any], attribute: Any = None, start: Any = 0
 ) -> Any:
-    """jinja2's sum. Adding lists up copies them again and again, which is counted."""
+    """Compute jinja2's sum, and count the repeated copies that adding lists makes."""
     if attribute is not None:
         items = list(map(filters.make_attrgetter(environment, attribute), items))
     budget = current_budget()
@@ -486,7 +487,7 @@ def _unique(
     case_sensitive: bool = False,
     attribute: Any = None,
 ) -> list[Any]:
-    """jinja2's unique, for texts and numbers."""
+    """Compute jinja2's unique, for texts and numbers."""
     case = None if case_sensitive else filters.ignore_case
     key_of = filters.make_attrgetter(environment, attribute, postprocess=case)
     first: dict[Any, Any] = {}
@@ -504,8 +505,8 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Write JSON without jinja2's HTML escaping. `ensure_ascii` leaves plane 2 alone, where the
-    marks of chat.py are."""
+    """Write JSON without jinja2's HTML escaping. `ensure_ascii` does not escape plane 2, which has
+    the marks of chat.py."""
     text = json.dumps(
         value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -517,13 +518,13 @@ def _tojson(
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}...{% endgeneration %}` marks assistant text for training; here it only
-    renders its body."""
+    """Renders the body of `{% generation %}...{% endgeneration %}`, which marks assistant text for
+    training."""
 
     tags = frozenset({"generation"})  # type: ignore[assignment]  # jinja2 only looks names up
 
     def filter_stream(self, stream: TokenStream) -> list[Token]:
-        # At once: a lexer that is left halfway where Python's stack is full complains on stderr.
+        # Not lazily: a lexer left halfway by a full Python stack complains on stderr.
         return list(stream)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:

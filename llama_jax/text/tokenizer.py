@@ -1,9 +1,9 @@
-"""Turns text into token ids and back, for every tokenizer that a Llama checkpoint ships with.
+"""Encodes and decodes text with the tokenizers of Llama checkpoints.
 
-The vocabulary comes from Hugging Face's `tokenizer.json` (`tokenizer_json`) or from
-`tokenizer.model`, Llama 3's or Llama 2's (`tokenizer_model`); the files beside it say which tokens
-have a role (`tokenizer_config`). Text given to `encode` never turns into a special token unless the
-caller says `parse_special=True`.
+The vocabulary comes from Hugging Face's `tokenizer.json` (`tokenizer_json`) or from Llama 3's or
+Llama 2's `tokenizer.model` (`tokenizer_model`); files beside it give tokens their roles
+(`tokenizer_config`). Text given to `encode` never becomes a special token unless
+`parse_special=True`.
 """
 
 import codecs
@@ -34,22 +34,30 @@ __all__ = [
 
 # Llama 3.2's tokenizer.json has 17 MB.
 _MAX_BYTES = 128 * 1024 * 1024
-# Roles that Llama 3's tokens have by their names.
+# Llama 3's names for tokens with a role.
 _BOS, _PAD = "<|begin_of_text|>", "<|finetune_right_pad_id|>"
 _TURN_ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 
 
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
-    """A vocabulary with its special tokens; made by `load_tokenizer`.
+    """A vocabulary with its special tokens, made by `load_tokenizer`.
 
-    `vocab_size` is the highest id + 1. `eos_id` is the tokenizer's own end of text, `eos_ids` are
-    all ids that end a turn, ascending. `prefix_ids` and `suffix_ids` go around a text that is given
-    to the model: BOS in front, as a rule. `special_tokens` maps the name of every added token to
-    its id; those in `visible_ids` (for example `</think>`) are part of the reply and stay in
-    decoded text. `named_tokens` are "bos_token", "eos_token" ... -> name, for templates.
-    `chat_template` is the checkpoint's Jinja source, None when it has none; `named_templates` are
-    further ones, for example "tool_use".
+    vocab_size: the highest id + 1.
+    eos_id: the tokenizer's own end of text.
+    eos_ids: all ids that end a turn, ascending.
+    prefix_ids, suffix_ids: ids before and after a text for the model, usually BOS and none.
+    special_tokens: the id of every added token, by name.
+    visible_ids: added tokens that are part of the reply and stay in decoded text, such as
+        `</think>`.
+    named_tokens: maps "bos_token", "eos_token" and so on to names, for templates.
+    chat_template: the checkpoint's Jinja source, or None.
+    named_templates: its further templates, such as "tool_use".
+
+    >>> from llama_jax.abacus import SHIPPED_MODEL
+    >>> tokenizer = load_tokenizer(SHIPPED_MODEL)
+    >>> tokenizer.decode(tokenizer.encode("What is 47 + 85?", bos=True))
+    'What is 47 + 85?'
     """
 
     kind: Literal["tiktoken", "sentencepiece"]
@@ -67,7 +75,7 @@ class Tokenizer:
     named_templates: Mapping[str, str] = field(repr=False)
     _encode: Callable[[str, bool, bool], list[int]] = field(repr=False)
     _added: Mapping[str, AddedToken] = field(repr=False)
-    _bytes: tuple[bytes, ...] = field(repr=False)  # by id; an id that nothing uses is empty
+    _bytes: tuple[bytes, ...] = field(repr=False)  # by id; empty for an unused id
     _hidden_ids: frozenset[int] = field(repr=False)
     _strip_spaces: int = field(repr=False)
 
@@ -76,10 +84,11 @@ class Tokenizer:
     ) -> list[int]:
         """Encode `text` as token ids.
 
-        bos, eos: whether `prefix_ids` go in front and `suffix_ids` behind. The tokenizer's files
-            say what these are: often BOS and nothing, or nothing at all.
+        A lone surrogate, which UTF-8 cannot encode, becomes U+FFFD.
+
+        bos, eos: whether to add `prefix_ids` and `suffix_ids`. The tokenizer's files define these:
+            often BOS and nothing, or nothing at all.
         parse_special: whether names of added tokens become their ids; otherwise they are text.
-         A lone surrogate, which UTF-8 cannot hold, becomes U+FFFD.
         """
         if not isinstance(text, str):
             raise TypeError(f"text: expected a str, got {type(text).__name__}")
@@ -90,17 +99,34 @@ class Tokenizer:
         ]
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Encode text that goes on from other text: without the space that SentencePiece puts in
-        front of a text."""
+        """Encode text that continues other text, without the space that SentencePiece prepends to a
+        text."""
         if not self._strip_spaces:
             return self.encode(text)
         line = self.encode("\n")
         ids = self.encode("\n" + text)
         return ids[len(line) :] if ids[: len(line)] == line else self.encode(text)
 
+    def encode_pair(
+        self, prompt: str | Sequence[int], completion: str | Sequence[int]
+    ) -> tuple[list[int], int]:
+        """Encode a prompt and its completion so that no token contains parts of both.
+
+        Token ids are taken as they are. Returns all ids, and the index of the completion's first.
+        """
+        if isinstance(prompt, str) and isinstance(completion, str):
+            before, ids = self.encode(prompt, bos=True), self.encode(prompt + completion, bos=True)
+            if ids[: len(before)] != before:
+                ids = before + self.encode_continuation(completion)
+            return ids, len(before)
+        before = self.encode(prompt, bos=True) if isinstance(prompt, str) else list(prompt)
+        if isinstance(completion, str):
+            encode = self.encode_continuation if self.decode(before) else self.encode
+            completion = encode(completion)
+        return [*before, *completion], len(before)
+
     def encode_pieces(self, pieces: Iterable[tuple[str, bool]]) -> list[int]:
-        """Encode a text that is cut into pieces: (text, False) stays text, (name, True) is an added
-        token."""
+        """Encode a text given as pieces: (text, False) is text, (name, True) is an added token."""
         known = [self._added[text] if special else text for text, special in pieces]
         ids: list[int] = []
         for i, piece in enumerate(strip_around(known)):
@@ -113,49 +139,49 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Decode `ids`. Bytes that are not UTF-8 become U+FFFD, and unused ids become nothing.
 
-        skip_special: whether special tokens leave no trace; otherwise they appear by name.
-        The space that SentencePiece puts in front of a text is dropped again.
+        The space that SentencePiece prepends to a text is removed.
+
+        skip_special: whether to leave out special tokens; otherwise they appear by name.
         """
         stream = StreamDecoder(self, skip_special=skip_special)
         return "".join([stream.push(token_id) for token_id in ids]) + stream.flush()
 
     def token_text(self, token_id: int) -> str:
-        """Return the text of one token with its space, or its name: the same in any context."""
+        """Return the text of one token, including its space, or its name. Independent of
+        context."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the bytes that one token stands for: the name of a special token, and nothing for
-        an unused id, such as those that pad a model's vocabulary.
-
-        Raises ValueError for a negative id.
-        """
+        """Return the bytes of one token: the name of a special token, and nothing for an unused id,
+        such as those that pad a model's vocabulary. Raises ValueError for a negative id."""
         if token_id < 0:
             raise ValueError(f"token id {token_id} is negative")
         return self._bytes[token_id] if token_id < self.vocab_size else b""
 
     def special_stops(self, stops: Sequence[str]) -> dict[int, str]:
-        """Return the special tokens that stop strings name, by id.
+        """Return the special tokens that are named by stop strings, by id.
 
-        Raises ValueError for such a name with text around it: the token leaves no text, so the
-        string would never be found.
+        Raises ValueError for a name with text around it, because the token is not in the text, and
+        so the string would never be found.
         """
         for stop in stops:
             for name, token_id in self.special_tokens.items():
                 is_hidden = token_id not in self.visible_ids
                 if name in stop and stop not in self.special_tokens and is_hidden:
                     raise ValueError(
-                        f"stop: {stop!r} contains the special token {name!r}, which leaves no text "
-                        "that it could be found in: name the token alone"
+                        f"stop: {stop!r} contains the special token {name!r}, which does not "
+                        "appear in the text, so it would never be found: name the token alone"
                     )
         return {self.special_tokens[stop]: stop for stop in stops if stop in self.special_tokens}
 
 
 class StreamDecoder:
-    """Decodes one token at a time; what `push` and the final `flush` return adds up to
+    """Decodes one token at a time. The texts of all `push` and the final `flush` together are
     `tokenizer.decode(ids)`.
 
-    The bytes of a character that later tokens may complete are held back. after: tokens that come
-    before the text, such as a prompt's.
+    Bytes of a character that later tokens may complete are held back.
+
+    after: tokens before the text, such as a prompt's.
     """
 
     def __init__(
@@ -168,7 +194,7 @@ class StreamDecoder:
         self._strip_spaces = tokenizer._strip_spaces if begins else 0
 
     def push(self, token_id: int) -> str:
-        """Return the text that `token_id` completes: often none within a multi-byte character."""
+        """Return the text that `token_id` completes; none within a multi-byte character."""
         data = self._tokenizer.token_bytes(token_id)
         if token_id in self._skipped:
             return ""
@@ -179,7 +205,7 @@ class StreamDecoder:
         return self._utf8.decode(data)
 
     def flush(self) -> str:
-        """End the stream and return what is held back: U+FFFD for an incomplete character, or
+        """End the stream and return the text held back: U+FFFD for an incomplete character, or
         nothing."""
         return self._utf8.decode(b"", final=True)
 
@@ -188,12 +214,14 @@ def load_tokenizer(path: str | Path, config: LlamaConfig | None = None) -> Token
     """Read a tokenizer from a checkpoint directory, or from a `tokenizer.json` or `tokenizer.model`
     file.
 
-    In a directory `tokenizer.json` is taken before `tokenizer.model` (unless it holds a unigram
-    model), the files that `tokenizer_config` reads give tokens their roles, and
-    `chat_files` finds the chat templates. A lone tiktoken file gets Llama 3.1's 256 special tokens
-    after its last rank. config: the model's; it names BOS and EOS where the tokenizer's files do
-    not. Raises FileNotFoundError when there is no tokenizer, `CheckpointError` naming the file and
-    the line or field when one cannot be used.
+    In a directory `tokenizer.json` is preferred to `tokenizer.model` (unless it holds a unigram
+    model), `tokenizer_config` reads the roles of tokens, and `chat_files` the chat templates. A
+    single tiktoken file gets Llama 3.1's 256 special tokens after its last rank.
+
+    config: of the model; it names BOS and EOS if the tokenizer's files do not.
+
+    Raises FileNotFoundError if there is no tokenizer, and `CheckpointError`, which names the file
+    and the line or field, if it cannot be used.
     """
     path = Path(path)
     if not path.is_dir():
@@ -233,11 +261,11 @@ def _joined(
     templates: Mapping[str, str],
     config: LlamaConfig | None,
 ) -> Tokenizer:
-    """Make a tokenizer of a vocabulary and the roles of its tokens. path: of its file."""
+    """Make a tokenizer from a vocabulary and the roles of its tokens. path: of its file."""
     added = _all_added(vocabulary, settings)
     ids = {**vocabulary.ids, **{name: token.id for name, token in added.items()}}
     named = _named_tokens(path, vocabulary, settings, config, ids)
-    # An ordinary token with a role becomes a special one; the flags of added tokens hold.
+    # An ordinary token with a role becomes a special one; added tokens keep their flags.
     for name in ((settings.special | set(named.values())) & ids.keys()) - added.keys():
         added[name] = AddedToken(ids[name], name)
     bos, eos, pad = (
@@ -278,8 +306,8 @@ def _joined(
 
 
 def _all_added(vocabulary: Vocabulary, settings: TokenizerSettings) -> dict[str, AddedToken]:
-    """Return added tokens by name: those of the vocabulary's file, and those of the files beside it
-    whose name and id it does not mention."""
+    """Return added tokens by name: those of the vocabulary's file, and those of other files whose
+    name and id are new."""
     added = {token.content: token for token in vocabulary.added}
     taken = {token.id for token in vocabulary.added}
     found = dict(added)
@@ -297,8 +325,8 @@ def _named_tokens(
     config: LlamaConfig | None,
     ids: Mapping[str, int],
 ) -> dict[str, str]:
-    """Return the names of tokens with a role, by role: from the files beside the vocabulary, or
-    else from the vocabulary itself, or else from the model's config."""
+    """Return the names of tokens with a role, by role: from the files beside the vocabulary, else
+    from the vocabulary, else from the model's config."""
     names = {token_id: name for name, token_id in ids.items()}
     last_end = next((name for name in reversed(_TURN_ENDS) if name in ids), None)
     named = {
@@ -314,11 +342,11 @@ def _named_tokens(
         named["bos_token"] = names.get(vocabulary.around[0][0])
     found = {role: name for role, name in named.items() if name is not None}
     for role, name in settings.named.items():
-        if name in ids or role not in ("bos_token", "eos_token"):  # the others only reach templates
+        if name in ids or role not in ("bos_token", "eos_token"):  # others matter to templates
             found[role] = name
         else:
             raise CheckpointError(
-                f"{path.parent / CONFIG_FILE}: {role} is {shown(name)}, which is no token of "
+                f"{path.parent / CONFIG_FILE}: {role} is {shown(name)}, which is not a token of "
                 f"{path.name}; correct the name or add the token"
             )
     return found
@@ -335,10 +363,10 @@ def _around(
     eos: int | None,
     config: LlamaConfig | None,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the ids in front of a text and behind it.
+    """Return the ids before and after a text.
 
-    `add_bos_token` and `add_eos_token` decide, or else the vocabulary's file, or else what is usual
-    for its kind. A model that names no BOS gets none.
+    `add_bos_token` and `add_eos_token` decide, else the vocabulary's file, else the convention of
+    its kind. A model without a BOS token gets none.
     """
     before: tuple[int, ...] = () if bos is None else (bos,)
     after: tuple[int, ...] = () if eos is None else (eos,)

@@ -1,5 +1,5 @@
 """Reads the small files beside a vocabulary: tokenizer_config.json, special_tokens_map.json and
-added_tokens.json. Where they contradict each other, the first of them is right."""
+added_tokens.json. If they contradict each other, the first of them wins."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,11 +16,11 @@ from llama_jax.text.vocabulary import MAX_ID
 CONFIG_FILE = "tokenizer_config.json"
 SPECIAL_FILE = "special_tokens_map.json"
 ADDED_FILE = "added_tokens.json"
-# Tokens that have a name of their own in these files, and in chat templates.
+# Tokens with a role in these files and in chat templates.
 NAMED = (
     "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token",
 )  # fmt: skip
-# The classes of transformers that put BOS before a text unless they are told otherwise.
+# The classes of transformers that prepend BOS by default.
 _LLAMA_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer")
 
 TokenId = Annotated[int, Meta(ge=0, le=MAX_ID)]
@@ -36,7 +36,7 @@ class _Token(Struct, frozen=True):
     normalized: bool | None = None
 
 
-_Name = str | _Token | None  # "" names none, in LLaMA 1's first files
+_Name = str | _Token | None  # "" means none, in LLaMA 1's first files
 _Names = list[Content | _Token]
 
 
@@ -49,7 +49,7 @@ class _SpecialTokens(Struct, frozen=True):
     cls_token: _Name = None
     mask_token: _Name = None
     additional_special_tokens: _Names | None = None
-    # Today's name of the same.
+    # The new name of additional_special_tokens.
     extra_special_tokens: _Names | dict[str, Content | _Token] | None = None
 
 
@@ -70,11 +70,15 @@ class _Config(_SpecialTokens, frozen=True):
 
 @dataclass(frozen=True)
 class TokenizerSettings:
-    """named: "bos_token" ... -> name, those that the files give. special: names of all special
-    tokens. declared: added tokens with their ids, by file. adds_bos, adds_eos: whether they go
-    around a text; None where the files do not say. is_llama_class: whether transformers' class for
-    it puts BOS in front where no file says so. prefix_space, legacy: see
-    `tokenizer_model.read_tokenizer_model`."""
+    """The settings in the files beside a vocabulary.
+
+    named: maps "bos_token" and so on to names, if the files give them.
+    special: names of all special tokens.
+    declared: added tokens with their ids, by file.
+    adds_bos, adds_eos: whether a text gets them; None if no file says so.
+    is_llama_class: whether transformers' class for it prepends BOS by default.
+    prefix_space, legacy: see `tokenizer_model.read_tokenizer_model`.
+    """
 
     named: Mapping[str, str] = field(default_factory=dict)
     special: frozenset[str] = frozenset()
@@ -88,9 +92,9 @@ class TokenizerSettings:
 
 
 def read_settings(directory: Path) -> TokenizerSettings:
-    """Read the files that are there in a checkpoint's directory.
+    """Read those of the files that are in a checkpoint's directory.
 
-    Raises `CheckpointError` naming the file and the field that is wrong.
+    Raises `CheckpointError`, which names the file and the field.
     """
     config = _read(directory / CONFIG_FILE, _Config)
     special_map = _read(directory / SPECIAL_FILE, _SpecialTokens)

@@ -1,10 +1,11 @@
-"""Reads a Hugging Face `tokenizer.json` without the tokenizers library: byte-pair encodings of
-Llama's two families, byte-level (Llama 3, SmolLM2) and SentencePiece restated (Llama 2).
+"""Reads a Hugging Face `tokenizer.json` without the tokenizers library.
 
-The file describes five steps: a normalizer changes the text, a pre-tokenizer cuts it into words,
-the model makes tokens of each, a post-processor puts special tokens around them, and a decoder
-turns tokens back into text (https://huggingface.co/docs/tokenizers/pipeline). The classes below are
-the steps that are known, field by field; anything else is refused by name.
+It supports the byte-pair encodings of Llama's two families: byte-level (Llama 3, SmolLM2), and
+SentencePiece in this format (Llama 2). The file describes five steps: a normalizer changes the
+text, a pre-tokenizer splits it into words, the model turns each into tokens, a post-processor adds
+special tokens around them, and a decoder turns tokens back into text
+(https://huggingface.co/docs/tokenizers/pipeline). The classes below declare the supported steps,
+field by field; anything else is refused by name.
 """
 
 import math
@@ -33,19 +34,18 @@ from llama_jax.text.vocabulary import (
 
 TokenId = Annotated[int, Meta(ge=0, le=MAX_ID)]
 
-# GPT-2's split into words (https://github.com/openai/gpt-2, src/encoder.py), which ByteLevel makes
-# unless it is told not to.
+# GPT-2's split into words (https://github.com/openai/gpt-2, src/encoder.py), ByteLevel's default.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# Patterns whose matches leave nothing out, which tiktoken would drop.
+# Patterns whose matches cover every text; tiktoken would drop what a pattern does not match.
 _COVERING = (LLAMA3_PATTERN, GPT2_PATTERN)
-# What Oniguruma and the package regex read differently: escapes other than those for categories,
-# white space, digits and punctuation; sets in sets; comments and names of groups.
+# Syntax that Oniguruma and the package regex interpret differently: escapes other than those for
+# categories, white space, digits and punctuation; nested sets; comments and names of groups.
 _UNSURE = re.compile(
     r"\\[a-oqt-zA-OQRT-Z0-9](?<!\\[rntd])|&&|\[\[|\(\?[^:=!<i]|\(\?<[^=!]|--|~~|\|\|"
 )
-# How long a pattern may search a text: some need time that is exponential in its length.
+# The time that a pattern may take to search a text; some take exponential time.
 _SECONDS, _CHARS_PER_SECOND = 5, 20_000
-# A repeated group is compiled once for each time, so counts inside each other multiply.
+# A repeated group is compiled once per repetition, so nested counts multiply.
 _MAX_PATTERN, _MAX_REPEATS = 10_000, 10_000
 _COUNT = re.compile(r"\{(\d{0,9}),?(\d{0,9})")
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
@@ -55,11 +55,12 @@ _RUNS = re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
 
 
 class UnigramError(CheckpointError):
-    """The tokenizer.json holds a unigram model, which is read from tokenizer.model instead."""
+    """Raised if tokenizer.json holds a unigram model, which is read from tokenizer.model
+    instead."""
 
 
 class _Pattern(Struct, frozen=True, forbid_unknown_fields=True):
-    """One of the two."""
+    """A pattern; exactly one field is set."""
 
     String: str | None = None
     Regex: str | None = None
@@ -127,7 +128,7 @@ class _ByteLevel(_Step, tag="ByteLevel"):
 class _Metaspace(_Step, tag="Metaspace"):
     replacement: Annotated[str, Meta(min_length=1, max_length=1)] = SPACE
     prepend_scheme: Literal["always", "first", "never"] | None = None
-    add_prefix_space: bool | None = None  # before prepend_scheme
+    add_prefix_space: bool | None = None  # the older form of prepend_scheme
     split: bool = True
     str_rep: str | None = None
 
@@ -148,7 +149,7 @@ class _Name(Struct, frozen=True):
 
 
 class _Piece(Struct, frozen=True, forbid_unknown_fields=True):
-    """One of the two."""
+    """A piece of a template; exactly one field is set."""
 
     SpecialToken: _Name | None = None
     Sequence: _Name | None = None
@@ -211,7 +212,7 @@ class _Added(Struct, frozen=True):
 class _Model(Struct, frozen=True, forbid_unknown_fields=True):
     vocab: dict[str, TokenId]
     merges: list[str | tuple[str, str]]
-    type: str | None = None  # files before 2020 lack it
+    type: str | None = None  # absent before 2020
     dropout: float | None = None
     unk_token: str | None = None
     continuing_subword_prefix: str | None = None
@@ -239,9 +240,9 @@ class _FileType(Struct, frozen=True):
 
 
 def read_tokenizer_json(path: Path, data: bytes) -> Vocabulary:
-    """Read the vocabulary in the contents of a tokenizer.json.
+    """Read the vocabulary from the contents of a tokenizer.json.
 
-    Raises `CheckpointError` naming the field that is not understood, `UnigramError` for a unigram
+    Raises `CheckpointError`, which names the unsupported field, and `UnigramError` for a unigram
     model.
     """
     value = parse(data, path)
@@ -259,7 +260,7 @@ def read_tokenizer_json(path: Path, data: bytes) -> Vocabulary:
     steps = list(_flat(file.pre_tokenizer, "pretokenizers"))
     is_byte_level = any(isinstance(step, _ByteLevel) for step in steps)
     made = {left + right for left, right in merges}
-    # The names of added tokens are found in a text before the model sees it, or not at all.
+    # Names of added tokens are matched before the model sees a text, or not at all.
     names = {token.content for token in added if token.content not in made}
     vocab = {token: i for token, i in file.model.vocab.items() if token not in names}
     if is_byte_level:
@@ -282,7 +283,8 @@ def read_tokenizer_json(path: Path, data: bytes) -> Vocabulary:
 
 
 def _merges(path: Path, model: _Model) -> list[Merge]:
-    """Return the merges of a model as pairs, if its other fields are those of plain BPE."""
+    """Return the merges of a model as pairs. Raises if its other fields are not those of plain
+    BPE."""
     found = {
         "type": (model.type, (None, "BPE"), "BPE"),
         "dropout": (model.dropout, (None, 0), "null"),
@@ -316,7 +318,7 @@ def _added_token(token: _Added) -> AddedToken:
 
 
 def _flat(step: Any, field: str) -> Iterator[Any]:
-    """Return the parts of a step, which may be a sequence of sequences; none for None."""
+    """Yield the parts of a step, which may be nested sequences; none for None."""
     if hasattr(step, field):
         for part in getattr(step, field):
             yield from _flat(part, field)
@@ -364,8 +366,8 @@ def _byte_level_encoder(
 
 
 def _byte_level_cuts(path: Path, steps: Sequence[Any]) -> list[str | None]:
-    """Return patterns that cut a text into words: their matches, and what is between them. None
-    puts a space before each word that has none."""
+    """Return patterns that split a text into words: their matches and the text between them. None
+    means to prepend a space to each word that has none."""
     cuts: list[str | None] = []
     for i, step in enumerate(steps):
         if isinstance(step, _Split):
@@ -395,8 +397,8 @@ def _character_encoder(
         )
     to_ids = bpe(vocab, merges, ignore_merges=bool(model.ignore_merges), byte_fallback=True)
     cuts = [_character_cut(path, step) for step in steps]
-    # Merging cannot cross the beginning of a run of spaces if no token does: its parts can then be
-    # merged by themselves, and are found again.
+    # If no token crosses the beginning of a run of spaces, no merge does either: the parts can then
+    # be encoded one by one, and cached.
     if not model.ignore_merges and not any(_CROSSING.search(a + b) for a, b in merges):
         cuts.append(lambda text, is_first: _RUNS.findall(text))
 
@@ -412,7 +414,7 @@ def _character_encoder(
 
 
 def _character_cut(path: Path, step: Any) -> Callable[[str, bool], list[str]]:
-    """Return a function that cuts a text into words, given also whether a text begins there."""
+    """Return a function that splits a text into words, given whether it begins a text."""
     if isinstance(step, _Split | _Digits):
         (source,) = _byte_level_cuts(path, [step])
         pattern = _compiled(path, str(source))
@@ -435,8 +437,8 @@ def _source(pattern: _Pattern) -> str:
 
 
 def _compiled(path: Path, source: str) -> "regex.Pattern[str]":
-    """Compile a pattern that means the same to Oniguruma, which the tokenizers library uses, and to
-    the package regex."""
+    """Compile a pattern. Raises unless Oniguruma, which the tokenizers library uses, and the
+    package regex interpret it alike."""
     unsure = _UNSURE.search(source)
     if unsure:
         raise CheckpointError(
@@ -467,7 +469,7 @@ def _compiled(path: Path, source: str) -> "regex.Pattern[str]":
 
 
 def _isolated(pattern: "regex.Pattern[str]", text: str) -> list[str]:
-    """Cut a text into a pattern's matches and what is between them, without empty strings."""
+    """Split a text into a pattern's matches and the text between them, without empty strings."""
     parts, done = [], 0
     for start, stop in _spans(pattern, text):
         parts += [text[done:start], text[start:stop]]
@@ -476,7 +478,7 @@ def _isolated(pattern: "regex.Pattern[str]", text: str) -> list[str]:
 
 
 def _spans(pattern: "regex.Pattern[str]", text: str) -> list[tuple[int, int]]:
-    """Return where a pattern matches. Raises ValueError if that takes too long."""
+    """Return the spans of a pattern's matches. Raises ValueError if that takes too long."""
     try:
         seconds = _SECONDS + len(text) / _CHARS_PER_SECOND
         return [match.span() for match in pattern.finditer(text, timeout=seconds)]
@@ -505,7 +507,7 @@ def _normalizer(path: Path, step: Any) -> Callable[[str], str]:
     return lambda text: unicodedata.normalize(form, text)
 
 
-# Around a text, and back from tokens.
+# Special tokens around a text, and decoding.
 
 
 def _around(path: Path, step: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
@@ -532,8 +534,8 @@ def _around(path: Path, step: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | 
 
 
 def _stripped_spaces(path: Path, decoder: Any, is_byte_level: bool) -> int:
-    """Return how many spaces decoding takes away at the beginning, by a decoder that otherwise
-    turns tokens into what `Vocabulary.pieces` says."""
+    """Return the number of spaces that decoding removes at the beginning. Raises unless the decoder
+    otherwise yields `Vocabulary.pieces`."""
     steps = list(_flat(decoder, "decoders"))
     kinds = [type(step) for step in steps]
     if is_byte_level and kinds == [_ByteLevel]:
@@ -564,7 +566,7 @@ def _byte_level_bytes(token: str) -> bytes:
 
 
 def _byte_characters() -> list[str]:
-    """The character that byte-level BPE writes for each byte: itself where printable, else from
+    """Return the character of byte-level BPE for each byte: itself if printable, else one from
     U+0100 on (GPT-2)."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
@@ -572,8 +574,8 @@ def _byte_characters() -> list[str]:
 
 
 _BYTE_CHARACTERS = _byte_characters()
-# For str.translate, between Latin-1, in which a byte is a character, and these characters. What is
-# none of them is made one that Latin-1 lacks.
+# For str.translate, between Latin-1, in which a byte is a character, and these characters. Any
+# other character is mapped to one that Latin-1 lacks.
 _WRITTEN = dict(enumerate(_BYTE_CHARACTERS))
 _READ = dict.fromkeys(range(256), "\uffff") | {
     ord(character): chr(byte) for byte, character in enumerate(_BYTE_CHARACTERS)

@@ -1,5 +1,5 @@
-"""Reads `tokenizer.model`: Llama 3's, lines of "base64 rank" (the tiktoken format), and Llama 2's,
-a SentencePiece model."""
+"""Reads `tokenizer.model`: Llama 3's in tiktoken's format (lines of "base64 rank"), and Llama 2's,
+which is a SentencePiece model."""
 
 import base64
 import binascii
@@ -20,7 +20,7 @@ from llama_jax.text.vocabulary import (
     tiktoken_encoder,
 )
 
-# Names of the ids after the last rank in Llama 3.1, as Hugging Face writes them.
+# Names of the ids after the last rank in Llama 3.1, as in Hugging Face's files.
 LLAMA31_SPECIAL_TOKENS = (
     "<|begin_of_text|>",
     "<|end_of_text|>",
@@ -35,26 +35,26 @@ LLAMA31_SPECIAL_TOKENS = (
     "<|python_tag|>",
     *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)),
 )
-# Meta cuts a text at these lengths before tiktoken sees it, and so parts tokens there.
+# Meta's code splits a text at these lengths before tiktoken encodes it.
 _MAX_CHARS = 400_000
 _MAX_RUN = 25_000
 _LONG_RUN = re.compile(rf"\s{{{_MAX_RUN + 1},}}|\S{{{_MAX_RUN + 1},}}")
-# A part of a SentencePiece model that says normalizer_spec.add_dummy_prefix = false. Of a protobuf
-# message that is written in parts the later ones hold (https://protobuf.dev/programming-guides/
-# encoding/#last-one-wins); the fields' numbers are those of sentencepiece_model.proto in
-# https://github.com/google/sentencepiece.
+# Appended to a SentencePiece model, these bytes set normalizer_spec.add_dummy_prefix = false: in
+# protobuf the last value of a field wins (https://protobuf.dev/programming-guides/encoding/
+# #last-one-wins). Field numbers: sentencepiece_model.proto in https://github.com/google/sentencepiece.
 _NO_PREFIX = bytes([3 << 3 | 2, 2, 3 << 3, 0])
 
 
 def read_tokenizer_model(
     path: Path, data: bytes, declared: Sequence[AddedToken], prefix_space: bool, legacy: bool
 ) -> Vocabulary:
-    """Read the vocabulary in the contents of a tokenizer.model of either format.
+    """Read the vocabulary from the contents of a tokenizer.model of either format.
 
-    declared: the added tokens that other files name. prefix_space: whether SentencePiece's space
-    goes before a text, where the model wants it at all. legacy: whether it also goes before what
-    follows an added token in the text.
-    Raises `CheckpointError` naming the line that is wrong.
+    declared: the added tokens that other files name.
+    prefix_space: whether SentencePiece prepends a space to a text, if the model asks for it.
+    legacy: whether it also prepends one after each added token in the text.
+
+    Raises `CheckpointError`, which names the line.
     """
     if data[:1] == b"\n":  # the protobuf tag of the first piece
         return _sentencepiece(path, data, declared, prefix_space, legacy)
@@ -99,8 +99,8 @@ def _parse_ranks(path: Path, data: bytes) -> dict[bytes, int]:
 
 
 def split_long_text(text: str) -> Iterator[str]:
-    """Cut `text` as Meta's Llama 3 tokenizer does: after every 400,000 characters, and within those
-    after every 25,000 of a run that is all white space, or has none."""
+    """Split `text` like Meta's Llama 3 tokenizer: after every 400,000 characters, and within those
+    after every 25,000 of a run of white space or of other characters."""
     for start in range(0, len(text), _MAX_CHARS):
         chunk = text[start : start + _MAX_CHARS]
         begin = 0
@@ -132,14 +132,14 @@ def _sentencepiece(
             pieces[token_id] = bytes([int(piece[3:5], 16)])  # "<0x0A>"
         else:
             pieces[token_id] = piece.replace(SPACE, " ").encode()
-    # A piece may stand in the model for an added token that other files name.
+    # The model may have a piece for an added token that other files name.
     for token in declared:
         ids.pop(model.IdToPiece(token.id) if token.id < model.vocab_size() else "", None)
     check_ids(path, ids, tuple(added.values()))
     adds_space = prefix_space and model.EncodeAsPieces("a")[0].startswith(SPACE)
     outer = model if adds_space else inner
-    # User-defined pieces, which SentencePiece finds in any text: where they are added tokens, text
-    # that names one is cut, so that it stays text.
+    # SentencePiece finds user-defined pieces in any text. If they are added tokens, a text with
+    # such a name is split inside it, so that it stays text.
     found = [name for name, token in added.items() if token.id in inner.EncodeAsIds(name)]
     cut = re.compile("|".join(f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in found))
 

@@ -1,7 +1,7 @@
-"""What `tool_choice` says: which tools a prompt offers, and whether the reply has to call one.
+"""Interprets `tool_choice`: which tools a prompt offers, and whether the reply must call one.
 
-The values are OpenAI's: "none" offers nothing, "auto" leaves it to the model, "required" asks for a
-call of any tool, and {"type": "function", "function": {"name": ...}} for a call of that one.
+The values are OpenAI's: "none" offers no tools, "auto" lets the model decide, "required" demands a
+call of any tool, and {"type": "function", "function": {"name": ...}} a call of this one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +18,11 @@ ToolChoice = Literal["none", "auto", "required"] | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Calling:
-    """How a reply may call tools.
+    """The ways in which a reply may call tools.
 
-    offered: the tools that its prompt names. form: what it has to look like where it must be a
-    call. is_parallel: whether it may make several calls.
+    offered: the tools in its prompt.
+    form: the structured output of a reply that must be a call.
+    is_parallel: whether it may make several calls.
     """
 
     offered: Tools | None
@@ -32,10 +33,9 @@ class Calling:
 def calling(
     tools: Tools | None, choice: ToolChoice, is_parallel: bool, tokenizer: Tokenizer
 ) -> Calling:
-    """Return what `choice` means with these tools, which may be functions or JSON schemas.
+    """Interpret `choice` for these tools, which may be functions or JSON schemas.
 
-    Raises ValueError for a choice that is none, that names no tool, or that needs tools where there
-    are none.
+    Raises ValueError for an unknown choice or tool, and if there are no tools to choose from.
     """
     if choice in ("none", "auto"):
         return Calling(tools if choice == "auto" else None, None, is_parallel)
@@ -47,7 +47,7 @@ def calling(
 
 
 def _name(choice: Any) -> str | None:
-    """The name of the only tool that may be called; None where it may be any."""
+    """Return the name of the only tool that may be called, or None for any."""
     if choice == "required":
         return None
     if isinstance(choice, Mapping) and choice.get("type") == "function":

@@ -1,4 +1,4 @@
-"""The grammar of a reply that has to be a call of a tool, in the way a checkpoint writes calls."""
+"""Makes the grammar of a reply that must be a tool call, in the checkpoint's format of calls."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +13,11 @@ from llama_jax.text.tools import ToolFormat, tool_format, tool_schema
 
 @dataclass(frozen=True)
 class _Form:
-    """How calls are written: a call is what stands before the tool's name, between it and the
-    arguments, and after them; calls stand between `begin` and `end`, and `between` each other.
-    is_json: whether the name is a JSON string."""
+    """A format of calls: `begin` call `between` call ... `end`, where a call is `before` name
+    `middle` arguments `after`.
+
+    is_json: whether the name is a JSON string.
+    """
 
     before: str
     middle: str
@@ -49,12 +51,15 @@ def tool_call_output(
     name: str | None = None,
     is_parallel: bool = False,
 ) -> StructuredOutput:
-    """Return the constraint that makes a reply a call of one of `tools`, whose arguments fit its
-    schema.
+    """Return the structured output that makes a reply a call of one of `tools` with arguments that
+    fit its schema.
 
-    tools: as `LLM.chat` takes them. tokenizer: its chat template says how calls are written. name:
-    of the only tool that may be called. is_parallel: whether there may be several calls. Raises
-    ValueError without a tool, or for a name that none has.
+    tools: as in `LLM.chat`.
+    tokenizer: its chat template determines the format of calls.
+    name: of the only tool that may be called.
+    is_parallel: whether there may be several calls.
+
+    Raises ValueError without tools, or for an unknown name.
     """
     functions = [tool_schema(tool)["function"] for tool in tools]
     names = [each["name"] for each in functions]
@@ -85,7 +90,7 @@ def tool_call_output(
 
 
 def _literal(text: str, special_tokens: Mapping[str, int]) -> str:
-    """Write a text in Lark, in which names of added tokens stand for these."""
+    """Write a text in Lark, with added tokens by name."""
     for name, token_id in special_tokens.items():
         if name in text:
             before, _, after = text.partition(name)
@@ -95,7 +100,7 @@ def _literal(text: str, special_tokens: Mapping[str, int]) -> str:
 
 
 def _arguments(function: Mapping[str, Any]) -> str:
-    """Return the schema of a tool's arguments, which allows no others unless it says so."""
+    """Return the schema of a tool's arguments, without additional ones unless it allows them."""
     parameters = function.get("parameters") or {}
     schema = {"type": "object", "properties": {}, "additionalProperties": False, **parameters}
     try:

@@ -1,4 +1,4 @@
-"""Turns Python functions into JSON schemas of tools, and a model's reply into calls of them."""
+"""Makes JSON schemas of tools from Python functions, and parses the tool calls in a reply."""
 
 import ast
 import enum
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from uuid import uuid4
 
-# Llama 3.1 was trained to call these as `name.call(query="...")`, besides running code.
+# Tools that Llama 3.1 was trained to call as `name.call(query="...")`, besides running code.
 BUILTIN_TOOLS = ("brave_search", "wolfram_alpha", "photogen")
 CODE_INTERPRETER = "code_interpreter"
 
@@ -25,11 +25,12 @@ def tool_schema(tool: Callable[..., Any] | Mapping[str, Any]) -> dict[str, Any]:
     """Return the schema of a tool as chat templates expect it: {"type": "function", "function":
     {name, description, ...}}.
 
-    A mapping is taken as such a schema (a bare {"name", "parameters"} is wrapped). A function needs
-    type hints and a docstring in Google's style that describes every argument; the result equals
-    transformers' `get_json_schema`, "return" included. `(choices: ["a", "b"])` at the end of a
-    description becomes an enum. Raises ValueError naming the function and the argument that cannot
-    be described.
+    A mapping must be such a schema already (a bare {"name", "parameters"} is wrapped). A function
+    needs type hints and a docstring in Google's style that describes every argument. The result
+    equals that of transformers' `get_json_schema`, including "return". `(choices: ["a", "b"])` at
+    the end of a description becomes an enum.
+
+    Raises ValueError, which names the function and the argument that cannot be described.
     """
     if isinstance(tool, Mapping):
         return _checked_schema(tool)
@@ -184,15 +185,14 @@ def _parse_docstring(doc: str) -> tuple[str, dict[str, str], str | None]:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """One call that a reply makes. `id` is fresh for each parsed call; a tool message answers by
-    it."""
+    """One call in a reply. `id` is unique; the tool message with the result refers to it."""
 
     name: str
     arguments: dict[str, Any]
     id: str
 
 
-# These may frame a reply without being part of it.
+# Tokens that may surround a reply without being part of it.
 _FRAME = re.compile(
     r"\A\s*<\|start_header_id\|>assistant<\|end_header_id\|>|(?:<\|(?:eot_id|eom_id|end_of_text)\|>\s*)+\Z"
 )
@@ -200,14 +200,14 @@ _BUILTIN_CALL = re.compile(r'(\w+)\.call\(query="([^"]*)"\)')
 _BUILTIN_CALL_WITH_QUOTES = re.compile(r'(\w+)\.call\(query="(.*)"\)', re.DOTALL)
 _ANY_CALL = re.compile(r"(\w+)\.call\(.*\)", re.DOTALL)
 _FUNCTION_TAG = re.compile(r"<function=([^>{}\s]+)>\s*")
-_DECODER = json.JSONDecoder(strict=False)  # models write line breaks inside strings
+_DECODER = json.JSONDecoder(strict=False)  # not strict, as models write line breaks in strings
 
 
 ToolFormat = Literal["llama", "hermes", "deepseek", "nemotron"]
 
 
 def tool_format(template: str | None) -> ToolFormat:
-    """Find out how a model writes calls from what its chat template writes around them."""
+    """Find the model's format of calls from the marks that its chat template writes around them."""
     for name, (_, begin, _) in _TAGGED.items():
         if template is not None and begin in template:
             return name
@@ -217,17 +217,18 @@ def tool_format(template: str | None) -> ToolFormat:
 def parse_tool_calls(text: str, form: ToolFormat = "llama") -> tuple[ToolCall, ...]:
     """Return the calls in a reply, in order; () if it is plain text or any call is malformed.
 
-    form: see `tool_format`. "hermes" is `<tool_call>{...}</tool_call>`, "nemotron"
-    `<TOOLCALL>[{...}, ...]</TOOLCALL>`, and "deepseek" what R1 and its distilled models write: a
-    name and JSON between marks of their own. Text may stand around these, and after `</think>`
-    only; the last JSON needs no mark behind it, as in vLLM. A reply in which there is none of the
-    form's marks is read as Llama's.
+    text: the reply, decoded with its special tokens.
+    form: the format of calls, see `tool_format`. "hermes" is `<tool_call>{...}</tool_call>`,
+        "nemotron" `<TOOLCALL>[{...}, ...]</TOOLCALL>`, and "deepseek" that of R1 and its distilled
+        models, a name and JSON between special marks. There may be other text around calls, but
+        they count only after `</think>`, and the last JSON needs no closing mark, as in vLLM. A
+        reply without the format's marks is parsed as Llama's.
 
-    `text` is the reply decoded with its special tokens. Read are, as Llama 3.1 writes them: JSON
-    objects {"name", "parameters" or "arguments"} that make up the whole reply, alone, in a list, or
-    with ";" or white space between them; `<function=name>{...}</function>` anywhere; a whole reply
-    `[f(a=1), g()]`; and after `<|python_tag|>` any of these, a built-in `name.call(query="...")`,
-    or code, which is a call of code_interpreter with the argument "code".
+    Llama 3.1's formats are: JSON objects {"name", "parameters" or "arguments"} that make up the
+    whole reply, alone, in a list, or separated by ";" or white space;
+    `<function=name>{...}</function>` anywhere; a whole reply `[f(a=1), g()]`; and after
+    `<|python_tag|>` any of these, a built-in `name.call(query="...")`, or code, which is a call of
+    code_interpreter with the argument "code".
     """
     body = _FRAME.sub("", text).strip()
     if form in _TAGGED and _TAGGED[form][1] in body:
@@ -236,19 +237,19 @@ def parse_tool_calls(text: str, form: ToolFormat = "llama") -> tuple[ToolCall, .
 
 
 def call_marks(form: ToolFormat) -> tuple[str, ...]:
-    """Return what may stand in front of a call inside a reply; the text before it is for the user.
-    Llama's other forms make up the whole reply, see `CALL_OPENINGS`."""
+    """Return the marks before a call inside a reply; the text before them is for the user. Llama's
+    other forms make up the whole reply, see `CALL_OPENINGS`."""
     if form in _TAGGED:
         return (_TAGGED[form][1], *(("<｜tool▁calls▁begin｜>",) if form == "deepseek" else ()))  # noqa: RUF001
     return ("<function=",)
 
 
 def call_ends(form: ToolFormat) -> tuple[str, ...]:
-    """Return what may stand behind a call."""
+    """Return the marks after a call."""
     return (_TAGGED[form][2],) if form in _TAGGED else ()
 
 
-# A reply that consists of calls begins with one of these.
+# Beginnings of a reply that consists of calls.
 CALL_OPENINGS = ("{", "[", *(f"{name}.call(" for name in BUILTIN_TOOLS))
 
 
@@ -271,11 +272,11 @@ def _as_calls(calls: "_Calls | None") -> tuple[ToolCall, ...]:
 
 _Calls = list[tuple[str, dict[str, Any]]]
 _ARGUMENTS = {"parameters", "arguments"}
-# After the last tag, if it is not closed, there is nothing but perhaps the token that ended it.
+# The end of a reply whose last tag is not closed: nothing but perhaps the stop token.
 _END = re.compile(r"\s*(?:<\|\w+\|>|</s>)?\s*")
 
 
-# For each form, how the inside of a tag is read, and the tag.
+# For each form, the parser of a tag's content, and the tag.
 _DEEPSEEK_CALL = re.compile(
     r"\s*function<｜tool▁sep｜>([^\n]+)\n+```json\s*(.*?)\s*```\s*",  # noqa: RUF001
     re.DOTALL,
@@ -288,7 +289,7 @@ _TAGGED: dict[ToolFormat, tuple[Literal["json", "deepseek"], str, str]] = {
 
 
 def _between_tags(body: str, form: ToolFormat) -> _Calls | None:
-    """Return the calls in all tags of a form; what looks like a tag inside a JSON text is none."""
+    """Return the calls in all tags of a form, ignoring tags inside JSON strings."""
     inside, begin, end = _TAGGED[form]
     calls: _Calls = []
     position = body.find(begin)
@@ -417,7 +418,8 @@ def _parse_python(source: str) -> ast.expr | None:
 
 
 def _python_call(node: ast.expr | None) -> tuple[str, dict[str, Any]] | None:
-    """Return the name and arguments of `f(a=1, b=[...])`: keywords with literal values alone."""
+    """Return the name and arguments of `f(a=1, b=[...])`, which may only have literal keyword
+    arguments."""
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name | ast.Attribute):
         return None
     if node.args or any(keyword.arg is None for keyword in node.keywords):

@@ -1,4 +1,4 @@
-"""`Vocabulary`: the contents of a tokenizer's vocabulary file, whatever its format."""
+"""Defines `Vocabulary`, the contents of a tokenizer's vocabulary file of any format."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from llama_jax.errors import CheckpointError
 from llama_jax.json_file import shown
 from llama_jax.text.added_tokens import AddedToken
 
-# How SentencePiece writes a space.
+# SentencePiece's character for a space.
 SPACE = "\u2581"
-# Llama 3's split into words, the same in Meta's code and in tokenizer.json.
+# Llama 3's split into words, as in Meta's code and in tokenizer.json.
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The largest vocabularies have a quarter of this; a table of all ids is kept.
+# Bounds the table of all ids; the largest vocabularies have a quarter of this.
 MAX_ID = (1 << 20) - 1
 
 
@@ -27,16 +27,15 @@ class Vocabulary:
     """A vocabulary and its rules.
 
     kind: whether tokens consist of bytes ("tiktoken") or characters ("sentencepiece").
-    pieces: what the ordinary tokens stand for, by id.
-    ids: the ids of ordinary tokens, by how the file writes them.
+    pieces: the bytes of ordinary tokens, by id.
+    ids: the ids of ordinary tokens, by their names in the file.
     added: the added tokens that the file names.
     normalize: changes a text before anything else.
-    encode_words: turns normalized text without added tokens, and whether a text begins there, into
-        ids.
-    name_bytes: returns what an added token of this name stands for.
-    strip_spaces: how many spaces decoding drops at the beginning of a text.
-    around: the ids in front of and behind a text, None where the file does not say; adds_bos:
-        whether BOS goes in front then.
+    encode_words: encodes normalized text without added tokens, given whether it begins a text.
+    name_bytes: returns the bytes of an added token, by name.
+    strip_spaces: the number of spaces that decoding removes at the beginning of a text.
+    around: the ids before and after a text; None if the file does not define them.
+    adds_bos: whether BOS is prepended if `around` is None.
     bos, eos, pad: the names that the file gives these tokens.
     """
 

@@ -1,10 +1,10 @@
-"""Cuts a text that is longer than the model's context into windows. Needs no JAX."""
+"""Splits a text that is longer than the model's context into windows. Imports no JAX."""
 
 from collections.abc import Iterator
 
 
 def window_and_stride(window: int | None, stride: int | None, max_seq_len: int) -> tuple[int, int]:
-    """Check both for `rolling_windows`; by default each is the longest possible."""
+    """Check both, or return their defaults, which are the longest possible."""
     window = max_seq_len if window is None else window
     stride = window - 1 if stride is None else stride
     if window < 2:
@@ -17,15 +17,15 @@ def window_and_stride(window: int | None, stride: int | None, max_seq_len: int) 
 
 
 def rolling_windows(length: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Return how to score a text that is longer than the model's context: (begin, first, end) of
-    passes.
+    """Yield windows (begin, first, end) that score a text longer than the model's context.
 
-    A pass reads tokens begin to end - 1, at most `window`, and scores those from `first` on. The
-    first one scores all it can, each later one the next `stride`, or what is left, after as many
-    tokens before them as fit. Every token but the first, which has nothing before it, is scored
-    once. The strided perplexity of Hugging Face's guide; with stride = window - 1 lm-eval's
-    loglikelihood_rolling, where the windows of a model of context c hold c + 1 tokens, the last of
-    which is only looked up.
+    Each reads tokens begin to end - 1, at most `window`, and scores those from `first` on. The
+    first window scores as many as fit, each later one the next `stride` (or the remaining) tokens
+    after as much context as fits. Every token but the very first is scored once.
+
+    This is the strided perplexity of Hugging Face's guide. With stride = window - 1 it is lm-eval's
+    loglikelihood_rolling, in which windows of a model of context c have c + 1 tokens, because the
+    last is not read.
     """
     first = 1
     while first < length:

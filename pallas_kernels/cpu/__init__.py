@@ -1,4 +1,4 @@
-"""C++ for a CPU behind XLA's foreign function interface, compiled where it is first used.
+"""C++ kernels for CPUs, called through XLA's foreign function interface and compiled at first use.
 
-`library` compiles, keeps and loads it; fp8_matmul.cpp is what XLA calls, tiles.inc its loops.
+`library` compiles, keeps and loads them. XLA calls fp8_matmul.cpp, whose loops are in tiles.inc.
 """

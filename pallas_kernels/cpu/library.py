@@ -1,10 +1,10 @@
-"""The library of this package's C++: compiled at first use, kept, loaded, made known to XLA.
+"""Compiles this package's C++ library at first use, keeps it, loads it and registers it with XLA.
 
-The machine's own compiler makes it, once: it lies in `$LLAMA_JAX_CACHE/cpu` (`~/.cache/llama_jax/
-cpu`) under a hash of the sources, the compiler and jax's version, whose headers it includes. It
-holds every instruction set and takes the best when it runs, so that machines may share the
-directory. What stands in the way, a machine without a compiler say, is a reason why the kernels
-cannot run, never an error: `why_not` tells it.
+The machine's own compiler builds it once, in `$LLAMA_JAX_CACHE/cpu` (by default
+`~/.cache/llama_jax/cpu`), under a hash of the sources, the compiler and jax's version, whose
+headers it includes. It has code for every instruction set and selects the best at run time, so
+machines may share the directory. A failure, such as a missing compiler, is never an error, but a
+reason why the kernels cannot run, which `why_not` returns.
 """
 
 import contextlib
@@ -29,17 +29,17 @@ import jax
 _log = logging.getLogger(__name__)
 _loading = threading.Lock()
 
-# From the least to the best, numbered from 1 as in fp8_matmul.cpp.
+# From worst to best, numbered from 1 as in fp8_matmul.cpp.
 Instructions = Literal["portable", "avx2", "avx512", "avx512_bf16"]
-# XLA's names, in `--xla_cpu_max_isa`, of what is less than the best.
+# XLA's names in `--xla_cpu_max_isa` for all but the best.
 _LIMITS: dict[str, Instructions] = {
     "SSE4_2": "portable", "AVX": "portable", "AVX2": "avx2", "AVX512": "avx512",
     "AVX512_VNNI": "avx512",
 }  # fmt: skip
 TARGET = "fp8_matmul_cpu"
 _SOURCES = ("fp8_matmul.cpp", "tiles.inc")
-# No sum may be contracted in one tile and not in another. With ivopts, GCC keeps addresses in
-# registers that the loops need for weights. Warnings are for those who change it.
+# No contraction, so that all tiles round alike. No ivopts, with which GCC keeps addresses in
+# registers that the loops need for weights. No warnings, which are for those who change the code.
 _FLAGS = ("-std=c++17", "-O2", "-fno-ivopts", "-ffp-contract=off", "-fPIC", "-shared", "-w")
 _COMPILERS = ("c++", "g++", "clang++")
 _COMPILE_SECONDS = 300
@@ -48,19 +48,19 @@ _COMPILE_SECONDS = 300
 def why_not() -> str | None:
     """Return why there is no library here; None once it is loaded and XLA knows `TARGET`.
 
-    The first call compiles, if need be, which takes seconds.
+    The first call compiles if needed, which takes seconds.
     """
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
 
 
 def number(instructions: Instructions | None) -> int:
-    """Return what the library calls an instruction set; None is the best."""
+    """Return the library's number of an instruction set, or of the best for None."""
     return 0 if instructions is None else 1 + get_args(Instructions).index(instructions)
 
 
 def best() -> Instructions:
-    """The best instruction set of this machine, and within `--xla_cpu_max_isa` of XLA_FLAGS.
+    """Return the best instruction set of this machine within `--xla_cpu_max_isa` of XLA_FLAGS.
 
     Raises RuntimeError if there is no library.
     """
@@ -71,9 +71,10 @@ def best() -> Instructions:
 
 
 def build(directory: Path, extra_flags: Sequence[str] = ()) -> Path:
-    """The library in `directory`, compiled unless it lies there already, whole.
+    """Return the library's path in `directory`, and compile it unless it is there and intact.
 
-    Raises RuntimeError if there is no compiler or it fails, OSError where nothing can be written.
+    Raises RuntimeError without a compiler or if it fails, and OSError if the directory cannot be
+    written to.
     """
     compiler = _compiler()
     flags = [*_FLAGS, *extra_flags]
@@ -91,7 +92,7 @@ def build(directory: Path, extra_flags: Sequence[str] = ()) -> Path:
 
 
 def _load() -> ctypes.CDLL | str:
-    """The library, or why there is none. Of threads that ask together, one compiles."""
+    """Return the library, or why there is none. If threads call this together, one compiles."""
     with _loading:
         return _loaded()
 
@@ -102,7 +103,7 @@ def _loaded() -> ctypes.CDLL | str:
         return f"there is no code for {platform.machine()} that is faster than XLA's"
     home = os.environ.get("LLAMA_JAX_CACHE", "~/.cache/llama_jax")
     if not home:
-        return "LLAMA_JAX_CACHE is empty, so there is no place for the library"
+        return "LLAMA_JAX_CACHE is empty, so there is no directory for the library"
     try:
         library = ctypes.CDLL(str(build(Path(home).expanduser().absolute() / "cpu")))
         library.llama_jax_instructions.argtypes = [ctypes.c_int64]
@@ -119,7 +120,7 @@ def _loaded() -> ctypes.CDLL | str:
 
 
 def _within_limit(library: ctypes.CDLL) -> Instructions:
-    """Keep the library within what XLA may use; the best that it has then."""
+    """Limit the library to instructions that XLA may use. Returns the best that remains."""
     found = re.findall(r"--xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
     most = _LIMITS.get(found[-1].upper() if found else "", get_args(Instructions)[-1])
     which: Instructions = get_args(Instructions)[library.llama_jax_instructions(number(most)) - 1]
@@ -139,7 +140,7 @@ def _version_of(compiler: str) -> str:
 
 
 def _compile(command: Sequence[str], path: Path) -> None:
-    """Into `path`, whole or not at all, and its checksum beside it."""
+    """Compile to `path` atomically, with a checksum beside it."""
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / path.name
         _run([*command, "-o", str(made)])
@@ -174,10 +175,10 @@ def _is_whole(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _one_at_a_time(directory: Path) -> Iterator[None]:
-    """Of several processes that begin at the same time, one compiles and the others wait."""
+    """Lock the directory, so that one of several processes compiles and the others wait."""
     import fcntl  # not on Windows
 
     with open(directory / "lock", "w") as lock:
-        with contextlib.suppress(OSError):  # file systems without locks: each compiles for itself
+        with contextlib.suppress(OSError):  # without file locks, each process compiles for itself
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,1 +1,1 @@
-"""Tools for those who write kernels: check, time, tune, compile without a GPU, report."""
+"""Tools for writing kernels: check, time, tune, compile without a GPU, report."""

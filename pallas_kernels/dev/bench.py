@@ -1,19 +1,19 @@
-"""Times the kernels by the GPU's own clock, against the hardware's floor.
+"""Times the kernels by the GPU's own clock, and compares them with the hardware's limits.
 
     python -m pallas_kernels.dev.bench                     the 8B model on one GPU
     python -m pallas_kernels.dev.bench --only "70B TP4"    cases by their names
-    python -m pallas_kernels.dev.bench --baselines m=2048  cases of that name also as XLA runs them
+    python -m pallas_kernels.dev.bench --baselines m=2048  also XLA, for cases of that name
     python -m pallas_kernels.dev.bench --check             results only, no times
     python -m pallas_kernels.dev.bench --simulate          results of tiny shapes, on any machine
 
 All programs are compiled first, in threads. Then each case's result is compared with a float32
-reference, and its calls run under the profiler, over inputs that together exceed the L2 cache
-several times. The time of a call is that of its kernels and copies in the device's record
-(`device_trace`), the median of each. The floor is the time of a problem's operations at the tensor
+reference, and its calls run under the profiler, with inputs that together exceed the L2 cache
+several times. The time of a call is the sum of the medians of its kernels and copies in the
+device's record (`device_trace`). The floor is the time of the problem's operations at the tensor
 cores' published peak, or of its bytes at the bandwidth of a copy in this run, whichever is longer.
-The baselines are what XLA runs, which is cuBLASLt's FP8 matmul where that applies, and cuDNN's
-attention for whole prompts. "x xla" compares all that a baseline launches with all that we launch,
-"x kernel" the longest kernel of each.
+The baselines are XLA, which uses cuBLASLt's FP8 matmul if it applies, and cuDNN's attention for
+whole prompts. "x xla" compares all launches of a baseline with all of ours, "x kernel" the longest
+kernel of each.
 """
 
 import argparse
@@ -52,7 +52,7 @@ BASELINES = ("xla", "cudnn")
 
 ROWS = (1, 16, 64, 512, 2048, 8192)
 L2_BYTES = 50 * 2**20
-# Calls take different inputs in turn, which exceed the L2 cache four times, but not the memory.
+# Calls take turns with inputs that exceed the L2 cache four times, but not the memory.
 MAX_INPUTS, MAX_INPUT_BYTES = 24, 16 * 2**30
 # A program is recorded for about this long.
 RECORDED_SECONDS = 0.03
@@ -62,7 +62,7 @@ RECORDED_SECONDS = 0.03
 class LaunchTiming:
     """A kernel or copy in a call.
 
-    count: how often a call launches it. seconds: of all of these together.
+    count: launches per call. seconds: of all of these together.
     """
 
     name: str
@@ -74,8 +74,8 @@ class LaunchTiming:
 class Timing:
     """The time of a call of a program.
 
-    seconds: of all that it launches.
-    launches: the longest first; empty if the device keeps no record, and the time is the host's.
+    seconds: of all its launches.
+    launches: longest first; empty if the device keeps no record, and the time is the host's.
     """
 
     seconds: float
@@ -83,13 +83,13 @@ class Timing:
 
     @property
     def kernel_seconds(self) -> float:
-        """The time of the longest kernel, without what is launched around it."""
+        """Return the seconds of the longest kernel alone."""
         return self.launches[0].seconds if self.launches else self.seconds
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured of a case. floor_seconds: of one call. error: as in `Case`."""
+    """The measurements of a case. floor_seconds: of one call. error: as in `Case`."""
 
     name: str
     timing: Timing
@@ -123,7 +123,7 @@ HEADER = (
 
 
 def cases(rows: Sequence[int] = ROWS, only: str = "") -> Iterator[Case]:
-    """Yield the cases of all families in whose names the regular expression `only` is found."""
+    """Yield the cases of all families whose names match the regular expression `only`."""
     for family in FAMILIES:
         for case in import_module(family).cases(rows):
             if re.search(only, case.name):
@@ -181,7 +181,7 @@ def timed(program: Callable[..., Any], inputs: Sequence[tuple[Array, ...]]) -> T
 
 
 def num_inputs(case: Case) -> int:
-    """Return how many inputs it takes that no call finds its own arguments in the L2 cache."""
+    """Return the number of inputs with which no call finds its arguments in the L2 cache."""
     least = 1 + 4 * L2_BYTES // case.bytes
     return max(1, min(least, MAX_INPUTS, MAX_INPUT_BYTES // case.bytes))
 
@@ -204,7 +204,7 @@ def checked(case: Case, error: float) -> float:
     if not error <= case.tolerance:
         raise ValueError(
             f"{case.kernel} is wrong for {case.name}: its error is {error:.1e} of the result, "
-            f"{case.tolerance:.1e} are allowed"
+            f"allowed is {case.tolerance:.1e}"
         )
     return error
 
@@ -221,9 +221,9 @@ class Prepared:
 
 
 def prepare(case: Case, with_baselines: bool) -> Prepared:
-    """Compile all that a case needs.
+    """Compile all programs of a case.
 
-    A baseline that does not compile is no error, but is reported: cuDNN may be missing or too old.
+    A baseline that does not compile is only reported, because cuDNN may be missing or too old.
     """
     key = jax.random.key(0)
     structs = jax.eval_shape(case.arguments, key)
@@ -268,24 +268,24 @@ def check(case: Case) -> str:
 def parser(description: str) -> argparse.ArgumentParser:
     """Return a parser of the arguments that choose cases."""
     made = argparse.ArgumentParser(description=description)
-    made.add_argument(
-        "--only", default="8B TP1|^tiny", help="a regular expression, found in their names"
-    )
+    made.add_argument("--only", default="8B TP1|^tiny", help="a regular expression for their names")
     made.add_argument("--rows", type=int, nargs="+", default=ROWS, help="of activations")
-    made.add_argument("--seconds", type=float, default=math.inf, help="begin no case after these")
+    made.add_argument(
+        "--seconds", type=float, default=math.inf, help="start no case after this time"
+    )
     made.add_argument("--simulate", action="store_true", help="check tiny shapes without a GPU")
     return made
 
 
 def in_time(cases: Iterable[Case], seconds: float, start: float | None = None) -> Iterator[Case]:
-    """Yield the cases whose turn comes within `seconds` from `start`, by default now.
+    """Yield the cases that start within `seconds` from `start`, by default now.
 
     Prints a line if some are left out.
     """
     start = time.monotonic() if start is None else start
     for case in cases:
         if time.monotonic() - start > seconds:
-            print(f"{seconds:.0f} seconds are over: nothing from {case.name} on")
+            print(f"{seconds:.0f} seconds are over: skipping cases from {case.name} on")
             return
         yield case
 
@@ -308,14 +308,14 @@ def each(cases: Iterable[Case], do: Callable[[Case], Any]) -> tuple[list[Any], l
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser("Time the kernels against XLA's path and the hardware's floor.")
-    options.add_argument("--check", action="store_true", help="results alone, no times")
+    options.add_argument("--check", action="store_true", help="results only, no times")
     options.add_argument(
         "--baselines",
         "--rivals",
         nargs="?",
         const="",
         metavar="REGEX",
-        help="also time XLA's path (in cases so named); --rivals is the old spelling",
+        help="also time XLA (in cases of this name); --rivals is the old spelling",
     )
     options.add_argument("--json", type=Path, help="also write the results to this file")
     chosen = options.parse_args(arguments)
@@ -339,8 +339,8 @@ def measure_all(
 ) -> list[str]:
     """Print results and, if there is a path, write them. Returns the failures.
 
-    baselines: a regular expression for the names of the cases whose baselines are timed too; None
-        for no case.
+    baselines: a regular expression for the names of cases whose baselines are timed too; None for
+        no case.
     """
     start = time.monotonic()
     with ThreadPoolExecutor(os.cpu_count()) as pool:

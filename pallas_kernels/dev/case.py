@@ -1,4 +1,4 @@
-"""A case: a problem that `pallas_kernels.dev` checks, times and tunes a kernel on."""
+"""Defines a case: a problem on which `pallas_kernels.dev` checks, times and tunes a kernel."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ BF16_OPERATIONS_PER_SECOND = 989e12
 class Case:
     """A kernel and a problem for it.
 
-    kernel, problem: what its tuned configuration is filed under.
-    name: what people call it.
-    operations, bytes: the least that any kernel has to do and to move; a multiply-add is two
+    kernel, problem: the keys of its tuned configuration.
+    name: for people.
+    operations, bytes: the least that any kernel has to compute and to move; a multiply-add is two
         operations.
-    peak: operations per second of the unit that does them.
+    peak: operations per second of the unit that computes them.
     arguments: makes random arguments from a key.
     run: the kernel, with keyword arguments config and interpret.
     reference: computes the same from the same arguments.
-    baselines: what does the same work for these arguments, by name: "xla", "cudnn".
-    value: brings what `run` returns into one array of numbers.
-    tolerance: the largest ratio of the error's norm to the reference's.
+    baselines: other programs that do the same work, by name: "xla", "cudnn".
+    value: converts the result of `run` to one array of numbers.
+    tolerance: the largest allowed ratio of the error's norm to the reference's.
     configs: the configurations to try.
     """
 
@@ -46,7 +46,7 @@ class Case:
     configs: Sequence[Any]
 
     def floor(self, bytes_per_second: float) -> float:
-        """Return the seconds that no kernel can go below."""
+        """Return the least seconds that any kernel needs."""
         return max(self.operations / self.peak, self.bytes / bytes_per_second)
 
     def expected(self, *arguments: Any) -> Array:

@@ -1,4 +1,4 @@
-"""Reports what the compiler makes of the kernels: registers, shared memory, instructions.
+"""Reports the registers, shared memory and instructions of the compiled kernels.
 
     python -m pallas_kernels.dev.report                    kernels of the 8B model
     python -m pallas_kernels.dev.report --only "70B TP4"   of other cases of `dev.bench`
@@ -34,7 +34,7 @@ class Row:
     """One kernel.
 
     case: the first one that it was compiled for.
-    blocks: how many an SM has room for.
+    blocks: the number of blocks that fit on an SM.
     instructions: counts in the whole kernel. loop: counts in the shortest loop with a matrix
         instruction, empty if there is none. See `sm90.Kernel`.
     """

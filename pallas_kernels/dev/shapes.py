@@ -1,4 +1,4 @@
-"""The shapes of Llama 3.1 models' matrices and heads, whole and as Megatron sharding cuts them."""
+"""Lists the shapes of Llama 3.1 models' matrices and heads, complete and sharded as by Megatron."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ HEAD_DIM = 128
 class Model:
     """A model's sizes.
 
-    tensor_parallel: numbers of GPUs over which its layers are commonly spread.
+    tensor_parallel: numbers of GPUs over which its layers are commonly sharded.
     """
 
     hidden: int
@@ -30,7 +30,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Linear:
-    """y [m, n] = x [m, k] @ weight [n, k].T on one GPU; gate and up are two such weights."""
+    """A product y [m, n] = x [m, k] @ weight [n, k].T on one GPU; gate and up are two of them."""
 
     model: str
     tensor_parallel: int
@@ -47,13 +47,13 @@ def linears() -> Iterator[Linear]:
     for name, model in MODELS.items():
         for parts in model.tensor_parallel:
             queries = model.heads * HEAD_DIM // parts
-            inner = model.intermediate // parts
+            intermediate = model.intermediate // parts
             for matrix, n, k in (
                 ("q_proj", queries, model.hidden),
                 ("k_proj", model.kv_heads * HEAD_DIM // parts, model.hidden),
                 ("o_proj", model.hidden, queries),
-                ("gate_proj", inner, model.hidden),
-                ("down_proj", model.hidden, inner),
+                ("gate_proj", intermediate, model.hidden),
+                ("down_proj", model.hidden, intermediate),
                 ("lm_head", VOCABULARY // parts, model.hidden),
             ):
                 yield Linear(name, parts, matrix, n, k)
@@ -61,7 +61,7 @@ def linears() -> Iterator[Linear]:
 
 @dataclass(frozen=True)
 class Launch:
-    """One x times several weights [n_i, k]. ns: the rows of each weight."""
+    """A launch that multiplies one x by several weights [n_i, k]. ns: the rows of each weight."""
 
     name: str
     ns: tuple[int, ...]

@@ -1,11 +1,11 @@
-"""Compiles for an H200 on a machine without one, and reads what the compiler did with each kernel.
+"""Compiles for an H200 on a machine without one, and reads the compiled kernels.
 
     compiled = sm90.compile(step, spec, cache)         # whole graphs: memory, aliasing, HLO text
     for kernel in sm90.kernels(fp8_matmul, x, weight): # Mosaic GPU kernels: registers, SASS
         assert kernel.spill_bytes == 0 and kernel.count("QGMMA")
 
 Arguments are arrays or `jax.ShapeDtypeStruct`s, and nothing is run. This needs the extra `aot` (the
-CUDA plugin of jax, ptxas, libdevice and nvdisasm), but no driver. `unavailable()` says what is
+CUDA plugin of jax, ptxas, libdevice and nvdisasm), but no driver. `unavailable()` returns what is
 missing.
 """
 
@@ -25,8 +25,9 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
-# What XLA has to know of a device to compile for it: the published limits of compute capability 9.0
-# (CUDA C++ programming guide, "Technical specifications per compute capability") and of the H200.
+# The description of a device from which XLA compiles: the published limits of compute capability
+# 9.0 (CUDA C++ programming guide, "Technical specifications per compute capability") and of the
+# H200.
 _H200 = """
 platform_name: "CUDA"
 device_description_str: "NVIDIA H200"
@@ -64,8 +65,8 @@ gpu_device_info {
 """
 
 
-# Lowering is not told its target. Under `jax.sharding.use_abstract_mesh(H200)` it takes the kernels
-# of an H200, and knows the number of SMs.
+# The target of lowering. Under `jax.sharding.use_abstract_mesh(H200)` kernels for an H200 are
+# chosen, and its number of SMs is known.
 H200 = AbstractMesh(
     (), (), abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
 )
@@ -76,15 +77,15 @@ class Kernel:
     """One compiled Mosaic GPU kernel.
 
     threads: of a block.
-    registers: per thread, as ptxas allots them before warpgroups redistribute them.
-    spill_bytes: stores and loads of registers that did not fit, together.
-    shared_bytes: dynamic shared memory of a block, with barriers.
-    instructions: how often each SASS opcode, without its suffixes, occurs in the listing (a loop's
-        body counts once). QGMMA is a warpgroup's FP8 matrix instruction, HGMMA the 16-bit one;
-        UTMALDG and UTMASTG are TMA loads and stores. HMMA or FFMA in a matrix kernel mean a slow
-        path, LDL and STL spills.
-    losses: ptxas' remarks on performance, such as matrix instructions that it had to serialise.
-    ptx, sass: the listings; sass has the scheduler's control codes in front.
+    registers: per thread, as allotted by ptxas before warpgroups redistribute them.
+    spill_bytes: of stores and loads of spilled registers together.
+    shared_bytes: dynamic shared memory of a block, including barriers.
+    instructions: occurrences of each SASS opcode, without suffixes, in the listing (a loop's body
+        counts once). QGMMA is a warpgroup's FP8 matrix instruction, HGMMA the 16-bit one; UTMALDG
+        and UTMASTG are TMA loads and stores. HMMA or FFMA in a matrix kernel mean a slow path, LDL
+        and STL spills.
+    losses: ptxas' remarks on performance, such as serialised matrix instructions.
+    ptx, sass: the listings; sass begins with the scheduler's control codes.
     """
 
     name: str
@@ -107,7 +108,7 @@ class Kernel:
 
 
 def unavailable() -> str | None:
-    """Say why nothing can be compiled for sm_90a here; None if it can."""
+    """Return why this machine cannot compile for sm_90a; None if it can."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         return "the CUDA plugin of jax is missing: install the extra aot"
     for tool in ("ptxas", "nvdisasm"):
@@ -155,7 +156,7 @@ def kernels(function: Callable[..., Any], *args: Any) -> list[Kernel]:
     """
     with tempfile.TemporaryDirectory() as folder:
         with _dumps_in(folder):
-            # A kernel in JAX's caches would not be compiled, and dumped, again.
+            # A cached kernel would not be compiled, and so not dumped.
             jax.clear_caches()
             compile(function, *args)
         ptx = sorted(Path(folder).glob("*.ptx"), key=lambda path: path.stat().st_mtime_ns)
@@ -171,7 +172,7 @@ def _cuda_root() -> Path:
 
 @contextlib.contextmanager
 def _dumps_in(folder: str) -> Iterator[None]:
-    """Have kernels dumped; Mosaic GPU reads the variable each time that it compiles one."""
+    """Dump kernels into a folder; Mosaic GPU reads the variable at each compilation."""
     os.environ["MOSAIC_GPU_DUMP_TO"] = folder
     try:
         yield
@@ -197,7 +198,7 @@ def _read(ptx: Path) -> Kernel:
 
 
 def _loops(sass: list[str]) -> Iterator[list[str]]:
-    """Yield the bodies of natural loops: what reaches a jump back without passing the head."""
+    """Yield the bodies of natural loops: all that reaches a jump back without passing the head."""
     blocks: list[list[str]] = [[]]
     labels = {}
     for line in sass:
@@ -213,7 +214,7 @@ def _loops(sass: list[str]) -> Iterator[list[str]]:
         last = block[-1] if block else ""
         if to := re.search(r"BRA\S* .*`\((\S+)\)", last):
             before[labels[to.group(1)]].add(i)
-        if not re.search(r"\*/\s+(BRA `|EXIT)", last):  # it may go on with the next block
+        if not re.search(r"\*/\s+(BRA `|EXIT)", last):  # it may fall through to the next block
             before[i + 1].add(i)
     for head in range(1, len(blocks)):
         for end in (each for each in before[head] if each >= head):

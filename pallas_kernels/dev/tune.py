@@ -1,7 +1,7 @@
 """Measures configurations of the kernels and keeps the fastest: python -m pallas_kernels.dev.tune.
 
-Writes the table that `pallas_kernels.tuned` reads, tuned/<device>.json, after each problem, so that
-a run may be stopped. Problems that it has already are only measured again with `--again`.
+It writes the table of `pallas_kernels.tuned`, tuned/<device>.json, after each problem, so that a
+run may be stopped. Problems that are in the table are measured again only with `--again`.
 """
 
 import sys
@@ -22,7 +22,7 @@ ROWS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 def tune(case: Case, measure: Callable[..., Mapping[Any, float]] = bench.measure) -> dict[str, Any]:
     """Find the fastest of a case's configurations.
 
-    Returns its fields, its time and that of the slowest.
+    Returns its fields, its time, and the time of the slowest.
     Raises ValueError if a configuration gives wrong results.
     """
     inputs = bench.inputs_of(case)
@@ -57,7 +57,9 @@ def tune_and_write(case: Case) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = bench.parser("Find the fastest configuration of each kernel for each problem.")
-    options.add_argument("--again", action="store_true", help="measure what the table holds, too")
+    options.add_argument(
+        "--again", action="store_true", help="also measure problems that are in the table"
+    )
     options.set_defaults(rows=ROWS)
     chosen = options.parse_args(arguments)
     if chosen.simulate:

@@ -1,4 +1,4 @@
-"""FP8 matrix multiplication: activations times a float8_e4m3fn weight that stays float8."""
+"""Multiplies activations by float8_e4m3fn weights, which stay in float8."""
 
 from collections.abc import Sequence
 
@@ -27,32 +27,42 @@ def fp8_matmul(
     """Compute x @ dequantised(weight).T + residual, accumulated in float32.
 
     x: [m, in], bfloat16 or float32 (weight-only), or float8_e4m3fn codes with `x_scale`.
-    weight: [out, in], float8_e4m3fn, or int8 bit patterns of it (see `pallas_kernels.e4m3`), or
-        bfloat16 codes, which no FP8 tensor core takes.
-    weight_scale: float32 [out], one per row; [out, groups], one per row and group of columns, all
-        of one size; or [ceil(out / 128), ceil(in / 128)], one per block.
+    weight: [out, in], float8_e4m3fn, int8 bit patterns of it (see `pallas_kernels.e4m3`), or
+        bfloat16 codes, which FP8 tensor cores cannot take.
+    weight_scale: float32 [out], one per row; [out, groups], one per row and equal group of columns;
+        or [ceil(out / 128), ceil(in / 128)], one per block.
     x_scale: float32 [m, 1] (per token), [] (static) or [m, ceil(in / 128)] (per token and 128
         columns); required with float8 activations.
     residual: [m, out], bfloat16 or float32, added before the result is rounded to `out_dtype`.
-    is_batch_invariant: a row's result is bit-equal whatever the other rows, and however many.
-    implementation: None takes the first that can run: "hopper_weight_only", "hopper_fp8", "cpu",
-        "xla"; "hopper" the first of its two kernels. `choose` says which, and why others refuse;
-        what it returns for these operands may be given instead of a name. Those of "hopper" need a
-        Hopper GPU, a float8_e4m3fn weight with scales per row or per block, and `in` a multiple of
-        128.
-        "hopper_weight_only": at most 64 rows of x, bfloat16 or float8; `out` a multiple of 32.
-        "hopper_fp8": float8 x; `out` a multiple of 16, of 8 for float32 results; a residual of
-        `out_dtype`.
-        "cpu": a CPU with AVX2 and a C++ compiler (`pallas_kernels.cpu.library`); `out` at least 8;
-        a group of columns with scales of its own a multiple of 64.
-    Returns [m, out] of `out_dtype`. With one scale per row the products are exact; with block
-    scales and bfloat16 activations, on a GPU also with float8 ones, "xla" rounds code * scale to
-    bfloat16 first; with `x_scale` per 128 columns "hopper_weight_only" does so with x, and "xla"
-    and "cpu" unless the result is float32.
-    "hopper_fp8" adds runs of 128 products with the tensor cores' precision, about 14 bits, and with
-    one scale per row all of them; a row does not depend on how many there are, nor does it in
-    "cpu".
+    is_batch_invariant: whether a row's result is bit-equal for any number and content of other
+        rows.
+    implementation: None for the first of "hopper_weight_only", "hopper_fp8", "cpu" and "xla" that
+        can run; a name; "hopper" for the first of its two kernels; or the `Choice` that `choose`
+        returned for these operands, which also has the reasons of refusals.
+        "hopper_weight_only", "hopper_fp8": need a Hopper GPU, a float8_e4m3fn weight with scales
+            per row or per block, and `in` a multiple of 128. The former also needs at most 64 rows
+            of bfloat16 or float8 x, and `out` a multiple of 32; the latter float8 x, `out` a
+            multiple of 16 (8 for float32 results), and a residual of `out_dtype`.
+        "cpu": needs AVX2 and a C++ compiler (`pallas_kernels.cpu.library`), `out` of at least 8,
+            and groups of columns that are multiples of 64.
+
+    Returns [m, out] of `out_dtype`.
+
+    With one scale per row, products are exact. "xla" rounds code * scale to bfloat16 first for
+    block scales with bfloat16 activations (on a GPU also with float8 ones). For `x_scale` per 128
+    columns, "hopper_weight_only" rounds x * x_scale to bfloat16, and so do "xla" and "cpu" unless
+    the result is float32. "hopper_fp8" adds runs of 128 products (with one scale per row, all
+    products) with the tensor cores' precision of about 14 bits. In "hopper_fp8" and "cpu" a row's
+    result does not depend on the number of rows.
+
     Raises ValueError for other shapes or dtypes, and if the named implementation cannot run.
+
+    >>> import jax.numpy as jnp
+    >>> x = jnp.ones((2, 128), jnp.bfloat16)
+    >>> weight = jnp.ones((64, 128), jnp.float8_e4m3fn)
+    >>> y = fp8_matmul(x, weight, jnp.full(64, 0.5), implementation="reference")
+    >>> y.shape, float(y[0, 0])
+    ((2, 64), 64.0)
     """
     _check(x, weight, weight_scale, x_scale)
     shape, dtype = (x.shape[0], weight.shape[0]), jnp.dtype(out_dtype)
@@ -78,8 +88,9 @@ def fp8_matmuls(
 ) -> tuple[Array, ...]:
     """Multiply one x by several weights, such as q_proj, k_proj and v_proj.
 
-    Operands are those of `fp8_matmul`. If one kernel that takes several weights is chosen for each
-    of them, and all scales are of one kind, this is one launch; otherwise each weight is one.
+    Operands are those of `fp8_matmul`. This is one launch if the same kernel is chosen for all
+    weights, it takes several weights, and all scales are of one kind. Otherwise it is one per
+    weight.
     """
     dtype = jnp.dtype(out_dtype)
     for weight, scale in zip(weights, weight_scales, strict=True):
@@ -102,7 +113,7 @@ def fp8_matmuls(
 
 
 def is_one_launch(choices: Sequence[Choice[Kernel]]) -> bool:
-    """Return whether one kernel is chosen for all products of one x, and takes several weights."""
+    """Return whether all products of one x have the same kernel and it takes several weights."""
     (kernel, *others) = {choice.kernel for choice in choices}
     return not others and kernel.takes_several
 
@@ -116,17 +127,18 @@ def fp8_matmul_parts(
     is_batch_invariant: bool = False,
     implementation: str | Choice[Kernel] | None = None,
 ) -> list[Parts]:
-    """Multiply one x [m, in] by several weights in one launch, which leaves the sums over splits of
-    `in` to the launch that reads them.
+    """Multiply one x [m, in] by several weights in one launch, and return the partial sums over
+    splits of `in`, for the launch that reads them to add.
 
     x: bfloat16 [m, in], or in two float8 terms. Other operands are those of `fp8_matmul`.
-    Raises ValueError if the kernel that takes the first weight cannot leave its sums.
+
+    Raises ValueError if the kernel of the first weight cannot return partial sums.
     """
     scales = [without_one_group(*each) for each in zip(weight_scales, weights, strict=True)]
     shape = jax.ShapeDtypeStruct((m, weights[0].shape[1]), jnp.bfloat16)
     choice = _chosen(implementation, shape, weights[0], scales[0], jnp.dtype(jnp.bfloat16))
     if choice.kernel.parts is None:
-        raise ValueError(f"{choice.kernel.name} adds its sums up itself")
+        raise ValueError(f"{choice.kernel.name} cannot return partial sums")
     with choice.scope():
         return choice.kernel.parts(x, m, weights, scales, is_batch_invariant)
 
@@ -145,10 +157,10 @@ def swiglu(
 
     Operands are those of `fp8_matmul`. gate and up are [out, in], where out is a multiple of 128,
     with scales of the same kind.
-    Returns codes, float8_e4m3fn [m, out], and scales, float32 [m, out / 128]: absmax / 448 of each
-    row's 128 columns, 1 where all are zero; they are what `fp8_matmul` takes as x and x_scale. One
-    scale per row would need the whole row, which no one block of a kernel has: a second pass over
-    memory. Per 128 columns a block knows its absmax, and the error is smaller, not larger.
+    Returns x and x_scale for `fp8_matmul`: codes, float8_e4m3fn [m, out], and scales, float32
+    [m, out / 128], absmax / 448 of each row's 128 columns, or 1 where all are zero. One scale per
+    row would take a second pass over memory, because no block of a kernel has a whole row. With one
+    per 128 columns the error is smaller, too.
     Raises ValueError as `fp8_matmul` does.
     """
     for weight, scale in ((gate, gate_scale), (up, up_scale)):
@@ -203,7 +215,9 @@ def _check(x: Array, weight: Array, weight_scale: Array, x_scale: Array | None) 
             f"{weight_scale.shape}"
         )
     if (x.dtype == e4m3.DTYPE) != (x_scale is not None):
-        raise ValueError("x_scale goes with float8_e4m3fn activations and with no others")
+        raise ValueError(
+            "x_scale is required with float8_e4m3fn activations, and not allowed with others"
+        )
     if x_scale is not None and x_scale.shape not in ((), (m, 1), (m, groups)):
         raise ValueError(f"x_scale must be [], {(m, 1)} or {(m, groups)}, got {x_scale.shape}")
 

@@ -1,4 +1,4 @@
-"""The problems that `pallas_kernels.dev` checks, times and tunes the FP8 x FP8 kernels on."""
+"""Defines the problems on which `pallas_kernels.dev` checks, times and tunes FP8 x FP8 kernels."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -164,8 +164,8 @@ def _arguments(
 
 
 def _configs(m: int, *, promote: bool, weights: int) -> list[Config]:
-    """Return what may be fastest: each tile with the deepest ring that fits, and with the deepest
-    one whose slots are a power of two, so that a mask finds them."""
+    """Return configurations that may be fastest: each tile with the deepest ring that fits, and
+    with the deepest whose slots are a power of two, so that a mask finds them."""
     tiles = itertools.product((64, 128), (64, 128, 256), (1, 2))
     found = []
     for tile_m, tile_n, cluster in tiles:

@@ -1,9 +1,9 @@
-"""Weight-only FP8 matmul on a CPU, in C++ (`pallas_kernels/cpu`).
+"""Calls the weight-only FP8 matmul for CPUs, which is C++ (`pallas_kernels/cpu`).
 
-Codes are upcast in registers, so reading them is all the memory traffic of a weight. A result
-depends only on its row of x and its row of the weight, whatever the number of rows of x, since sums
-are added in one order. With AVX-512's bfloat16 instructions, bfloat16 x is multiplied as it is, and
-products are added in float32 by pairs of columns. Everything else is done in float32.
+Codes are upcast in registers, so a weight is read once and as float8. Sums are added in one order,
+so a result depends on its row of x and its row of the weight alone. With AVX-512's bfloat16
+instructions, bfloat16 x is multiplied as it is, and products are added in float32 by pairs of
+columns. Everything else is done in float32.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ from pallas_kernels.fp8_matmul import xla
 from pallas_kernels.fp8_matmul.reference import BLOCK, is_per_block
 
 MIN_OUT = 8
-# `benchmarks/cpu_fp8_matmul.py --instructions avx2`: here level with XLA's code for AVX-512, at 64
-# rows half as fast. What XLA reaches with many rows on a CPU that has only AVX2 is not known.
+# By `benchmarks/cpu_fp8_matmul.py --instructions avx2`: with this many rows as fast as XLA's code
+# for AVX-512, with 64 half as fast. XLA was not measured with many rows on a CPU with AVX2 alone.
 MAX_ROWS_WITH_AVX2 = 16
-# Columns that share a scale: a multiple of this.
+# The number of columns that share a scale must be a multiple of this.
 GRANULE = 64
 
 
@@ -39,8 +39,8 @@ def fp8_matmuls(
     x: [m, k], bfloat16 or float32.
     weights: each [n_i, k], float8_e4m3fn, its int8 bits, or bfloat16.
     weight_scales: as in `fp8_matmul`, of one kind.
-    instructions: for tests; None takes the best.
-    Takes what `refusal` does not refuse.
+    instructions: for tests; None for the best.
+    `refusal` must accept the operands.
     """
     return _products(x, tuple(weights), tuple(weight_scales), instructions)
 
@@ -53,7 +53,7 @@ def dense(x: Array, weight: Array) -> Array:
 def refusal(
     x: Array | jax.ShapeDtypeStruct, weight: Array, weight_scale: Array | None
 ) -> str | None:
-    """Say why the kernel cannot take these operands; None if it can."""
+    """Return why the kernel cannot take these operands; None if it can."""
     if device.platform() != "cpu":
         return not_here()
     if x.dtype not in (jnp.bfloat16, jnp.float32):
@@ -69,14 +69,14 @@ def refusal(
 
 
 def not_here() -> str | None:
-    """Say why the kernel cannot run on what is lowered for at all; None if it can."""
+    """Return why the kernel cannot run on the target device with any operands; None if it can."""
     if device.platform() != "cpu":
         return f"JAX runs on {device.platform()}, not on a CPU"
     return library.why_not()
 
 
 def slower_than_xla(rows: int) -> str | None:
-    """Say why x of this many rows is better left to XLA; None if it is not."""
+    """Return why XLA is faster for x of this many rows; None if it is not."""
     if library.best() == "portable":
         return "without AVX2 XLA's code is faster"
     if library.best() == "avx2" and rows > MAX_ROWS_WITH_AVX2:
@@ -85,10 +85,7 @@ def slower_than_xla(rows: int) -> str | None:
 
 
 def instructions_here() -> library.Instructions | None:
-    """Return the instructions that decide which products go through the kernel.
-
-    Returns None if it cannot run on what is lowered for.
-    """
+    """Return the instruction set of the kernel, or None if it cannot run on the target device."""
     return None if not_here() else library.best()
 
 
@@ -118,7 +115,7 @@ def _products(
 def _products_jvp(
     _: library.Instructions | None, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    """Differentiate XLA's form instead."""
+    """Differentiate XLA's form, because the kernel has no derivative."""
 
     def by_xla(
         x: Array, weights: tuple[Array, ...], scales: tuple[Array | None, ...]
@@ -129,7 +126,7 @@ def _products_jvp(
 
 
 def _extent(weight: Array, scale: Array | None) -> tuple[int, int]:
-    """Return how many rows and columns of a weight share a scale."""
+    """Return the number of rows and of columns of a weight that share a scale."""
     if scale is None or scale.ndim == 1:
         return 1, weight.shape[1]
     if is_per_block(scale, (weight.shape[0], weight.shape[1])):

@@ -1,4 +1,4 @@
-"""Products with weights that have no scales. The CPU's kernel for FP8 weights takes them, too."""
+"""Multiplies by weights without scales, for which the CPU's kernel for FP8 weights can be used."""
 
 from functools import partial
 
@@ -12,9 +12,10 @@ from pallas_kernels.fp8_matmul.xla import MIN_ROWS_FOR_BF16, by_row_blocks, dot
 
 
 def dense(x: Array, weight: Array, implementation: str | None = None) -> Array:
-    """x [m, in] @ weight [out, in].T in float32 sums; both bfloat16 or float32.
+    """Compute x [m, in] @ weight [out, in].T with float32 sums; both bfloat16 or float32.
 
-    On a CPU its kernel takes bfloat16 weights, unless another implementation than "cpu" is named.
+    On a CPU the CPU's kernel takes bfloat16 weights, unless an implementation other than "cpu" is
+    named.
     """
     asked = implementation is None or CPU.is_meant_by(implementation)
     candidates = KERNELS if asked and device.platform() == "cpu" else (XLA,)
@@ -35,8 +36,8 @@ def _cpu_unasked(x: Array, _: Array) -> str | None:
 
 
 def _through_xla(x: Array, weight: Array) -> Array:
-    """A weight of another dtype than x, or few bfloat16 rows on a CPU, go by blocks of the weight's
-    rows: XLA would write out a copy of the whole weight."""
+    """Multiply by XLA. If the dtypes differ, or for few bfloat16 rows on a CPU, go by blocks of the
+    weight's rows, because XLA would write a converted copy of the whole weight."""
 
     def direct(x: Array, weight: Array) -> Array:
         precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None

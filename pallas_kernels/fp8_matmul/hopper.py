@@ -1,8 +1,8 @@
-"""FP8 x FP8 matmul on Hopper's tensor cores, and what would otherwise be a pass over its result.
+"""Implements the FP8 x FP8 matmul on Hopper's tensor cores, fused with its epilogue.
 
-A thread block is three warpgroups. The last one, the loader, copies tiles of both operands by TMA
-into a ring in shared memory; the other two multiply, each its part of the block's tile of the
-result, and store it:
+A thread block has three warpgroups. The last one, the loader, copies tiles of both operands by TMA
+into a ring in shared memory. The other two each compute and store a part of the block's tile of the
+result:
 
     x_gmem, weights_gmem
          │ TMA                                  the loader, `_load_tiles`
@@ -14,16 +14,16 @@ result, and store it:
          │ TMA, while the next tile's products begin
     results in gmem
 
-Blocks are persistent: each takes every so-many-th tile, in an order that keeps what neighbours read
-in L2. The loader is ahead by up to `stages` steps, and runs on into the next tile. Two blocks may
-form a cluster, which loads a tile of the weight once, for two tiles of x.
+Blocks are persistent: each takes every n-th tile, in an order that keeps the operands of neighbours
+in L2. The loader is up to `stages` steps ahead, also across tiles. Two blocks may form a cluster,
+which loads a tile of the weight once, for two tiles of x.
 
 The tensor cores add FP8 products with fewer bits than float32 has, about 14 (DeepSeek-V3 report,
 section 3.3.2). Where scales change along K, sums of 128 products are scaled and added in float32
 registers; with one scale per row that is a choice, `Config.promote`.
 
-Products are added along K in one order whatever the tiles are: a row of the result depends neither
-on the other rows nor on the configuration, `promote` aside.
+Products are added along K in one order for any tiles, so a row of the result depends neither on the
+other rows nor on the configuration, except for `promote`.
 """
 
 import functools
@@ -133,7 +133,7 @@ def refusal(
     out_dtype: jnp.dtype | None,
     residual: Array | None = None,
 ) -> str | None:
-    """Say why the kernels cannot take these operands; None if they can.
+    """Return why the kernels cannot take these operands; None if they can.
 
     out_dtype: of `fp8_matmul`; None for `swiglu`.
     """
@@ -207,7 +207,7 @@ def _operands(
     weight_scales: Sequence[Array],
     residual: Array | None = None,
 ) -> Operands:
-    """Put the scales into the shapes that the kernel reads."""
+    """Bring the scales into the shapes that the kernel reads."""
     rows, config = problem.rows_per_step, problem.config
     if problem.x_grouped:
         x_scale = _padded(x_scale.T, 1, rows)
@@ -229,7 +229,7 @@ def _padded(scale: Array, axis: int, multiple: int) -> Array:
 def _launch(
     problem: Problem, operands: Operands, epilogue: Epilogue, *, name: str, interpret: Any
 ) -> Any:
-    """Multiply tile by tile, and let the epilogue store what comes of it. Returns its results."""
+    """Launch the kernel: multiply tile by tile and apply the epilogue. Returns its results."""
     config, shared = problem.config, _shared_axes(problem.config)
     tiles = problem.grid[0] * problem.grid[1]
     clusters = min(tiles, num_sms() // config.cluster)
@@ -270,7 +270,7 @@ def _launch(
 
 
 def _ring_types(problem: Problem, weights: int) -> Ring:
-    """Return the scratch types of the ring that the operands pass through."""
+    """Return the scratch types of the operands' ring."""
     config, code = problem.config, e4m3.DTYPE
     tiles = StepTiles(
         x=smem_tile((config.stages, config.tile_m, TILE_K), code),
@@ -289,9 +289,9 @@ def _shared_axes(config: Config) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Schedule:
-    """The tiles that a thread block takes: `visits` of them, in an order that keeps L2 warm.
+    """The `visits` tiles of a thread block, in an order that reuses operands in L2.
 
-    clusters: how many share the tiles; cluster: which one the block is of.
+    clusters: the number of clusters. cluster: the index of the block's own.
     """
 
     problem: Problem
@@ -300,7 +300,7 @@ class _Schedule:
     visits: Array
 
     def locate(self, visit: Array) -> tuple[Array, Array]:
-        """Return where a visit's tile is along M and along N, counted in tiles."""
+        """Return the position of a visit's tile along M and N, counted in tiles."""
         config, grid = self.problem.config, self.problem.grid
         m, n = plgpu.planar_snake(visit * self.clusters + self.cluster, grid, 0, config.band)
         if config.cluster > 1:

@@ -1,4 +1,4 @@
-"""How an FP8 x FP8 matmul is cut into tiles on Hopper: the configuration, and how it is chosen."""
+"""Configures the FP8 x FP8 matmul on Hopper: tiles, stages, clusters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ from pallas_kernels.hopper import SHARED_MEMORY_BYTES
 TILE_K = 128
 WARPGROUP_ROWS = 64
 MAX_STAGES = 8
-# What a block may need besides its ring of tiles: staged results, scales, barriers.
+# Shared memory of a block besides its ring of tiles: staged results, scales, barriers.
 MAX_STAGING_BYTES = 35 * 1024
 
 
 @dataclass(frozen=True)
 class Config:
-    """The tiles of a matmul, and how they travel.
+    """The tiles of a matmul and the way they are loaded.
 
-    tile_m: rows of x per block: 128, or 64, where the two warpgroups divide tile_n instead.
+    tile_m: rows of x per block: 128, or 64, in which case the two warpgroups divide tile_n.
     tile_n: rows of the weight per block, of each weight in `swiglu`: 64, 128 or 256.
     stages: tiles, 128 of K wide, in flight.
     cluster: blocks that share the loads of the weight: 1 or 2.
-    band: tiles of x (or pairs of them) that blocks walk through side by side.
+    band: tiles of x (or pairs of them) that neighbouring blocks take at the same time.
     promote: whether sums of 128 products are added in float32 registers.
     """
 
@@ -38,7 +38,7 @@ class Config:
 
     @property
     def columns(self) -> int:
-        """Columns of the result per warpgroup."""
+        """Return the columns of the result per warpgroup."""
         return self.tile_n * self.tile_m // (2 * WARPGROUP_ROWS)
 
 
@@ -59,12 +59,11 @@ def tuned_as(m: int, ns: Sequence[int], k: int, *, promote: bool) -> str:
 
 
 def heuristic(m: int, ns: Sequence[int], *, promote: bool, weights: int = 1) -> Config:
-    """Return a configuration that no GPU has measured.
+    """Return an untuned configuration.
 
-    It takes the width whose tiles need the fewest cycles, if an SM does 4096 products a cycle and
-    gets 32 bytes of L2 in it. Pairs of blocks share the weight where there are two tiles of rows.
-    The ring is as long as fits; its slots are a power of two, so that a mask finds one, without a
-    division.
+    Its width is that with the fewest estimated cycles, if an SM does 4096 products and gets 32
+    bytes of L2 per cycle. Pairs of blocks share the weight if there are two tiles of rows. The ring
+    is as long as fits, with a power of two of slots, so that a mask finds one without a division.
     """
     tile_m = 64 if m <= 64 and weights == 1 else 128
     cluster = 2 if m > tile_m else 1
@@ -84,7 +83,7 @@ def heuristic(m: int, ns: Sequence[int], *, promote: bool, weights: int = 1) -> 
 
 
 def most_stages(tile_m: int, tile_n: int, weights: int) -> int:
-    """Return how many stages shared memory holds."""
+    """Return the most stages that fit in shared memory."""
     tiles = ring_bytes(Config(tile_m, tile_n, stages=1), weights)
     return min(MAX_STAGES, (SHARED_MEMORY_BYTES - MAX_STAGING_BYTES) // tiles)
 
@@ -92,16 +91,16 @@ def most_stages(tile_m: int, tile_n: int, weights: int) -> int:
 def ring_bytes(config: Config, weights: int = 1, *, x_grouped: bool = False) -> int:
     """Return the shared memory of the tiles in flight, in bytes.
 
-    x_grouped: x has scales that change along K, which travel with its tiles.
+    x_grouped: whether x has scales that change along K, which are loaded with its tiles.
     """
     scales = 4 * config.tile_m if x_grouped else 0
     return config.stages * ((config.tile_m + weights * config.tile_n) * TILE_K + scales)
 
 
 def unfit(config: Config, *, promote: bool, weights: int = 1) -> str | None:
-    """Say why no kernel can be made of a configuration; None if one can.
+    """Return why a configuration cannot work; None if it can.
 
-    promote: sums are added in registers, by choice or because scales change along K.
+    promote: whether sums are added in registers, by choice or because scales change along K.
     """
     ring = ring_bytes(config, weights)
     if config.tile_m not in (64, 128):

@@ -1,7 +1,7 @@
-"""The ends of the FP8 x FP8 matmuls' tiles on Hopper: what becomes of a warpgroup's sums.
+"""Implements the epilogues of the FP8 x FP8 matmuls on Hopper, which finish a warpgroup's sums.
 
-Results go to memory by TMA from shared memory, where they are staged. A store need not have ended
-before the next tile's products begin, only before its place in shared memory is written again.
+Results are staged in shared memory and stored by TMA. A store may still run while the next tile's
+products are computed, but must end before its place in shared memory is written again.
 
 An epilogue declares the results (`out_type`) and its shared memory and barriers (`scratch_types`).
 Each compute warpgroup calls `begin` before a tile's products, and `finish` with their sums.
@@ -26,7 +26,7 @@ from pallas_kernels.fp8_matmul.reference import BLOCK, MIN_ABSMAX
 from pallas_kernels.hopper import SHARED_MEMORY_BYTES, swizzled
 from pallas_kernels.hopper import tile as smem_tile
 
-SWIGLU_WIDTH = 32  # columns finished at a time: more would hold too many scales in registers
+SWIGLU_WIDTH = 32  # columns finished at a time; scales of more would take too many registers
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Store:
     """Scales the sums, adds the residual, rounds and stores, part by part of the columns.
 
     A warpgroup has `slots` places in shared memory for parts of [64, width]. A part of the residual
-    is loaded into the place that the part of the result then takes.
+    is loaded into the place of the part of the result.
     """
 
     problem: Problem
@@ -43,7 +43,7 @@ class Store:
 
     @property
     def width(self) -> int:
-        """Columns of a part: as many as a swizzle spans, and a divisor of n, as TMA demands."""
+        """Return the columns of a part: the span of a swizzle, and a divisor of n for TMA."""
         return math.gcd(
             self.problem.config.columns, 128 // self.out_dtype.itemsize, *self.problem.ns
         )
@@ -54,7 +54,7 @@ class Store:
 
     @property
     def slots(self) -> int:
-        """Two if there is room: float32 results and scales of x along K leave a long ring one."""
+        """Return 2, or 1 if float32 results and scales of x along K leave no room for more."""
         ring = ring_bytes(self.problem.config, x_grouped=self.problem.x_grouped)
         slot = 2 * WARPGROUP_ROWS * self.width * self.out_dtype.itemsize
         return min(2, self.parts, (SHARED_MEMORY_BYTES - ring) // slot)
@@ -87,7 +87,7 @@ class Store:
         scratch: dict[str, Any],
     ) -> None:
         (y_gmem,) = outputs_gmem
-        # All scales are asked for before any is waited for.
+        # All loads of scales are started before the first is waited for.
         ys = [
             scaled(
                 self.problem, gmem, tile, 0,
@@ -154,7 +154,7 @@ class Swiglu:
         }
 
     def begin(self, tile: Tile, gmem: Operands, scratch: dict[str, Any]) -> None:
-        """Nothing is needed before the sums."""
+        """Do nothing: no operand has to be loaded before the sums."""
 
     def finish(
         self,

@@ -1,10 +1,10 @@
-"""The main loop of the FP8 x FP8 matmuls on Hopper: one compute warpgroup's sums over K.
+"""Implements the main loop of the FP8 x FP8 matmuls on Hopper: a compute warpgroup's sums over K.
 
-There are three ways to add up, all of them in the order of K:
+There are three ways to add, all of them in the order of K:
 
 - `_accumulate` leaves the sums in the tensor cores' accumulator.
 - `_promote` scales the sums of each step, 128 products, and adds them in float32 registers.
-- `_promote_in_turn` does so for one step while the tensor cores are at the next one:
+- `_promote_in_turn` does so for one step while the tensor cores compute the next one:
 
       tensor cores   step 0 | step 1          | step 2          | ...
       registers             | promote step 0  | promote step 1  | ...
@@ -24,7 +24,7 @@ from pallas_kernels.fp8_matmul.hopper_ring import Ring
 from pallas_kernels.fp8_matmul.reference import BLOCK
 from pallas_kernels.hopper import tile_bounds
 
-# Steps of which one is promoted while the tensor cores are at the next one.
+# Steps per iteration, each promoted while the tensor cores compute the next one.
 IN_TURN = 2
 MATRIX = plgpu.Layout.WGMMA
 PER_ROW, PER_COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
@@ -32,11 +32,11 @@ PER_ROW, PER_COLUMN = MATRIX.reduce(1), MATRIX.reduce(0)
 
 @dataclass(frozen=True)
 class Problem:
-    """What is static about a launch.
+    """The static properties of a launch.
 
-    m, k: of x [m, k]; m is up to 8, or a multiple of it. ns: of each product [m, n]; their tiles
-    are counted one product after the other.
-    x_grouped, w_grouped: whether scales of x, of the weights, change along K, every 128.
+    m, k: of x [m, k]; m is up to 8, or a multiple of it.
+    ns: of each product [m, n]; tiles are counted product by product.
+    x_grouped, w_grouped: whether scales of x, and of the weights, change every 128 along K.
     """
 
     m: int
@@ -52,31 +52,33 @@ class Problem:
 
     @property
     def steps(self) -> int:
-        """Steps along K of each tile."""
+        """Return the steps along K of each tile."""
         return self.k // TILE_K
 
     @property
     def rows_per_step(self) -> int:
-        """Rows of x that a cluster works on at a time; what is indexed by row is padded to it."""
+        """Return the rows of x per cluster. Arrays that are indexed by row are padded to it."""
         return self.config.tile_m * self.config.cluster
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Tiles along M, each of a whole cluster, and along N."""
+        """Return the number of tiles along M, counted by cluster, and along N."""
         return pl.cdiv(self.m, self.rows_per_step), self.bounds[-1][1]
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
-        """The first tile along N of each product, and the next one's."""
+        """Return the range of tiles (first, end) along N of each product."""
         return tile_bounds(pl.cdiv(n, self.config.tile_n) for n in self.ns)
 
 
 class Operands(NamedTuple):
-    """Arrays outside of the kernel, references to global memory within.
+    """The operands: arrays outside of the kernel, references to global memory within.
 
-    x: [m, k]; x_scale: [padded m], or [k / 128, padded m] where it is grouped;
-    weights: each [n, k], one for each product, or two for `swiglu`'s; weight_scales: each
-    [padded n] or [n blocks, k blocks]; residual: [m, n] or None.
+    x: [m, k].
+    x_scale: [padded m], or [k / 128, padded m] if it is grouped.
+    weights: each [n, k], one for each product, or two for that of `swiglu`.
+    weight_scales: each [padded n] or [n blocks, k blocks].
+    residual: [m, n] or None.
     """
 
     x: Any
@@ -101,8 +103,9 @@ class StepTiles(NamedTuple):
 class Tile(NamedTuple):
     """One warpgroup's part of a block's tile of the result.
 
-    rows: a slice of the result; row, column: the first ones within the block's tile, by which the
-    warpgroup finds its operands in shared memory; first_column: the first one of the result.
+    rows: a slice of the result's rows.
+    row, column: the first ones within the block's tile, to index operands in shared memory.
+    first_column: the first column of the result.
     """
 
     warpgroup: Array
@@ -125,7 +128,7 @@ def sums(
 ) -> Sequence[Array]:
     """Multiply and add along K, with those scales that change along K.
 
-    first_step: the ring's step that brings the tile's first operands.
+    first_step: the ring's step with the tile's first operands.
     Returns float32 [64, columns] for each weight.
     """
     loop = _Mainloop(problem, gmem, ring, tile, first_step)
@@ -143,7 +146,8 @@ def scaled(
 ) -> Array:
     """Multiply sums by the scales that do not change along K.
 
-    y: float32 [64, width], sums of weight `which`; columns: which ones of the result they are.
+    y: float32 [64, width], sums of weight `which`.
+    columns: their place in the result.
     """
     if not problem.x_grouped:
         per_row = load_vector(gmem.x_scale.at[tile.rows], PER_ROW)
@@ -155,7 +159,7 @@ def scaled(
 
 
 def load_vector(ref: Any, layout: Any) -> Array:
-    """Load a vector laid out in registers as the accumulator's rows or columns are."""
+    """Load a vector in the register layout of the accumulator's rows or columns."""
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
@@ -172,7 +176,7 @@ class _Step(NamedTuple):
 
 @dataclass(frozen=True)
 class _Mainloop:
-    """The loop's surroundings; see `sums` for what they are."""
+    """The main loop with its arguments, which are those of `sums`."""
 
     problem: Problem
     gmem: Operands
@@ -189,7 +193,7 @@ class _Mainloop:
         return plgpu.ACC(self.shape, jnp.float32)
 
     def _accumulate(self, *accs: Any) -> list[Array]:
-        """Return the sums of all steps. One product stays in flight; it frees its slot a step
+        """Return the sums of all steps. One product stays in flight, so slots are freed a step
         later."""
         ring = self.ring
 
@@ -233,7 +237,7 @@ class _Mainloop:
         def multiply_from(
             j: int, total: Array, pending: tuple[Any, Array, Array | None] | None
         ) -> Array:
-            """Start step j, promote the pending one meanwhile, and go on with step j + 1."""
+            """Start step j, promote the pending one meanwhile, and continue with step j + 1."""
             if j == IN_TURN:
                 assert pending is not None
                 return add(total, pending, 0)
@@ -260,7 +264,7 @@ class _Mainloop:
         x_scale = None
         if self.problem.x_grouped:
             x_scale = load_vector(self.ring.smem.x_scale.at[slot, self._rows], PER_ROW)
-            plgpu.commit_smem()  # read before the copy engine, another proxy, overwrites it
+            plgpu.commit_smem()  # so that it is read before TMA, another proxy, overwrites it
         return _Step(slot, w_scales, x_scale)
 
     def _product(self, weight_smem: Any, slot: Array) -> Array:
@@ -286,8 +290,8 @@ class _Mainloop:
 def _times(y: Array, factor: Array | None) -> Array:
     """Multiply by one number, by one per row, or by None for 1.
 
-    Two factors are multiplied with y in turn: multiplied with each other first they would take
-    registers that `swiglu` does not have.
+    Two factors are applied to y one after the other, because their product would take registers
+    that `swiglu` does not have.
     """
     if factor is None:
         return y

@@ -1,4 +1,5 @@
-"""The ring in shared memory that carries tiles from a matmul's loader to its tensor cores.
+"""Implements the ring in shared memory that passes tiles from a matmul's loader to its tensor
+cores.
 
 A slot holds the tiles of one step along K. Step s has slot s % stages, so up to `stages` steps are
 in flight. Two barriers per slot hand it to and fro:
@@ -24,9 +25,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
 class Ring(NamedTuple):
-    """Slots and their barriers; scratch types outside of a kernel, references within.
+    """Slots and their barriers: scratch types outside of a kernel, references within.
 
-    smem: any tree of tiles, each [stages, ...]. filled, free: barriers [stages].
+    smem: a tree of tiles, each [stages, ...].
+    filled, free: barriers [stages].
     """
 
     smem: Any
@@ -55,7 +57,7 @@ class Ring(NamedTuple):
         """Wait until all slots are free after `num_steps` steps; the loader's last call.
 
         Every phase of a barrier has to be waited for, and a block must not end while the other
-        block of its cluster still signals here.
+        block of its cluster still signals to it.
         """
 
         @pl.loop(jnp.maximum(num_steps - self.stages, 0), num_steps)

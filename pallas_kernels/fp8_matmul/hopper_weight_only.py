@@ -1,18 +1,25 @@
-"""Weight-only FP8 matmul on Hopper for few rows of activations: decoding.
+"""Implements the weight-only FP8 matmul on Hopper, for few rows of activations, as in decode.
 
-Reading the weight is all the work. A thread block is three warpgroups: the last one streams tiles
-of the weight, and the columns of x that belong to them, by TMA through a ring in shared memory; the
-other two widen codes to bfloat16 in registers and multiply with the tensor cores. Operands are
-swapped: 64 rows of the weight are what wgmma takes from registers, x is what it takes from shared
-memory, padded to a multiple of 8 rows only.
+Its time is that of reading the weight. A thread block has three warpgroups. The last one streams
+tiles of the weight, and the matching columns of x, by TMA through a ring in shared memory; the
+other two upcast codes to bfloat16 in registers and multiply with the tensor cores:
 
-Or nothing is widened (x is `Terms`): FP8 wgmma takes the codes from shared memory as they are, and
-x as two float8 terms, which are twice as many rows and as many bytes. Tensor cores add FP8 products
-with about 14 bits, so sums of 128 products are added up in registers.
+    x_gmem, weights_gmem
+         │ TMA                                  the loader, `load_part`
+    ring: x_smem, weight_smem                   hopper_ring.py: barriers "filled" and "free"
+         │ codes upcast in registers, wgmma     the two others: hopper_weight_only_loop.py
+    sums in registers, float32 [64, rows of x]
+         │ staged_smem, TMA
+    parts in gmem, float32 [splits, m, n]
 
-K is split until every multiprocessor has work. Parts go to memory as float32 (`parts`); who reads
-them adds them up in one order, together with scales per row and the residual. Where a row's result
-is to be the same in any batch, the splits are the same for any number of rows (`configure`).
+Operands are swapped: wgmma takes 64 rows of the weight from registers and x from shared memory, so
+x is padded to a multiple of 8 rows only. If x is `Terms`, nothing is upcast: FP8 wgmma takes the
+codes from shared memory, and x as two float8 terms, which are twice as many rows and as many bytes.
+Tensor cores add FP8 products with about 14 bits, so sums of 128 products are added in registers.
+
+K is split until every SM has work. The partial sums go to memory as float32 (`parts`). Their reader
+adds them in one order, and applies per-row scales and the residual. For batch-invariant results the
+splits are the same for any number of rows (`configure`).
 
 Several weights with the same x (q, k and v; gate and up) are one launch over all their rows.
 """
@@ -54,7 +61,7 @@ from pallas_kernels.hopper import BOX_ROWS, for_owner_of, in_whole_boxes
 from pallas_kernels.hopper import tile as smem_tile
 
 LOADER = COMPUTE_WARPGROUPS  # the last warpgroup of a thread block
-# What TMA divides the columns of the results into.
+# TMA needs columns of the results in multiples of this.
 OUT_GRANULE = 32
 
 
@@ -69,7 +76,7 @@ def fp8_matmul(
     config: WeightOnlyConfig | None = None,
     interpret: Any = None,
 ) -> Array:
-    """As `pallas_kernels.fp8_matmul.fp8_matmul`, for what `refusal` does not refuse.
+    """Compute `pallas_kernels.fp8_matmul.fp8_matmul` for operands that `refusal` accepts.
 
     config: for tuning; None takes `configure`'s.
     interpret: plgpu.InterpretGPUParams, to run in the simulator.
@@ -90,7 +97,7 @@ def fp8_matmuls(
     config: WeightOnlyConfig | None = None,
     interpret: Any = None,
 ) -> tuple[Array, ...]:
-    """`fp8_matmul` of one x and several weights [n_i, k], in one launch.
+    """Compute `fp8_matmul` of one x and several weights [n_i, k], in one launch.
 
     weight_scales: of one kind, all per row or all per block.
     """
@@ -128,9 +135,9 @@ def parts(
     config: WeightOnlyConfig | None = None,
     interpret: Any = None,
 ) -> list[Parts]:
-    """The products of one x with several weights [n_i, k], not summed up, in one launch.
+    """Compute the products of one x with several weights [n_i, k] as partial sums, in one launch.
 
-    x: [m, k], bfloat16, or its terms, which do not tell m.
+    x: [m, k], bfloat16, or its terms. m: rows of x, which terms do not have.
     """
     ns, k = tuple(weight.shape[0] for weight in weights), weights[0].shape[1]
     m = x.shape[0] if isinstance(x, Array) else m
@@ -164,7 +171,7 @@ def _matmuls(
     config: WeightOnlyConfig | None,
     interpret: Any,
 ) -> list[Array]:
-    """float32 [m, n_i] for each weight."""
+    """Return float32 [m, n_i] for each weight."""
     found = parts(
         x, weights, scales,
         is_batch_invariant=is_batch_invariant, config=config, interpret=interpret,
@@ -176,9 +183,10 @@ def _matmuls(
 def _launch(
     problem: WeightOnlyProblem, operands: WeightOnlyOperands, interpret: Any
 ) -> list[Array]:
-    """Multiply unit by unit.
+    """Launch the kernel.
 
-    Returns sums over each split of K, float32 [splits, m, n_i]; scaled per block, but not per row.
+    Returns sums over each split of K, float32 [splits, m, n_i], with block scales applied and
+    per-row scales not.
     """
     config, shared = problem.config, loop.shared_axes(problem.config)
 
@@ -222,7 +230,7 @@ def _launch(
 def _scratch_types(
     problem: WeightOnlyProblem, x_dtype: jnp.dtype, is_simulated: bool
 ) -> dict[str, Any]:
-    """Return the shared memory: the ring, results on their way out, and, for the simulator, what
+    """Return the scratch types: the ring, staged results, and, for the simulator, the operand that
     wgmma takes from registers."""
     config, bfloat16 = problem.config, jnp.dtype(jnp.bfloat16)
     tiles = WeightOnlyTiles(

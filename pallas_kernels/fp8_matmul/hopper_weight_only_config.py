@@ -1,4 +1,4 @@
-"""How a weight-only FP8 matmul is cut up on Hopper: the configuration, and how it is chosen."""
+"""Configures the weight-only FP8 matmul on Hopper: splits of K, stages, clusters."""
 
 import functools
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from pallas_kernels.hopper import BOX_ROWS, SHARED_MEMORY_BYTES
 NAME = "fp8_matmul_weight_only"
 COMPUTE_WARPGROUPS = 2
 WARPGROUP_ROWS = 64
-# Of a weight, per thread block and step: a block of scales.
+# The tile of a weight per thread block and step: a block of scales.
 TILE_N = TILE_K = BLOCK
 TYPICAL_ROWS = 16
 MAX_STAGES = 12
@@ -24,12 +24,12 @@ BARRIERS_BYTES = 2048
 
 @dataclass(frozen=True)
 class WeightOnlyConfig:
-    """How the work is cut up.
+    """The division of the work.
 
     splits: thread blocks that divide K among them.
     stages: tiles of the weight, 128x128, in flight.
     cluster: 1, or 2 for pairs of blocks that share the loads of x.
-    in_fp8: x as two float8 terms instead of the weight as bfloat16, where x does not come in terms.
+    in_fp8: whether bfloat16 x is converted to two float8 terms, instead of the weight to bfloat16.
     """
 
     splits: int
@@ -46,17 +46,17 @@ def configure(
     *,
     in_terms: bool = False,
 ) -> WeightOnlyConfig:
-    """Return the tuned splits of the GPU in use, or else the heuristic's, and what follows from m.
+    """Return a configuration with the tuned splits of the GPU in use, or else the heuristic's.
 
     ns: rows of each weight.
-    is_batch_invariant: take the same splits for any m, so that a row's result does not depend on
-        how many there are.
-    in_terms: x comes in terms. Else they are made of bfloat16 x where that was measured to be
-        faster.
+    is_batch_invariant: whether to use the same splits for any m, so that a row's result does not
+        depend on the number of rows.
+    in_terms: whether x is given in terms. Otherwise bfloat16 x is converted to terms where that was
+        measured to be faster.
     """
     typical = TYPICAL_ROWS if is_batch_invariant else typical_rows(m)
     found = tuned.find(NAME, tuned_as(ns, k, typical, in_terms=in_terms))
-    # Older tables name x in terms as they do bfloat16 x.
+    # Older tables have the same names for x in terms and bfloat16 x.
     found = found or tuned.find(NAME, tuned_as(ns, k, typical))
     found = found or {"splits": heuristic_splits(ns, k, typical)}
     cluster = 2 if m >= MIN_ROWS_TO_SHARE else 1
@@ -67,7 +67,8 @@ def configure(
 
 
 def typical_rows(m: int) -> int:
-    """Return the rows that splits for m rows are chosen for: a power of two, 8 or more."""
+    """Return the number of rows for which splits for m rows are chosen: a power of two, at least
+    8."""
     return max(BOX_ROWS, pl.next_power_of_2(m))
 
 
@@ -77,7 +78,7 @@ def tuned_as(ns: Sequence[int], k: int, rows: int, *, in_terms: bool = False) ->
 
 
 def heuristic_splits(ns: Sequence[int], k: int, rows: int) -> int:
-    """Return the splits of the least cost, which no GPU has measured.
+    """Return the splits with the least estimated cost.
 
     On an H200 they are the fastest of those tried, or within 3 % (benchmarks/results/h200.md).
     """
@@ -85,10 +86,10 @@ def heuristic_splits(ns: Sequence[int], k: int, rows: int) -> int:
 
 
 def heuristic_cost(ns: Sequence[int], k: int, rows: int, splits: int) -> float:
-    """Estimate what splits cost, in bytes.
+    """Estimate the cost of splits, in bytes.
 
-    All thread blocks read as much as the busiest, a tile that it begins counts as a quarter of a
-    step, and the parts of so many rows are written and read.
+    Thread blocks count as reading as much as the busiest one, starting a tile costs a quarter of a
+    step, and partial sums are written and read.
     """
     tiles, blocks = sum(pl.cdiv(n, TILE_N) for n in ns), num_sms()
     busiest = pl.cdiv(tiles * splits, blocks) * (pl.cdiv(k // TILE_K, splits) + 0.25)
@@ -113,8 +114,8 @@ def unfit(config: WeightOnlyConfig, m: int, k: int) -> str | None:
 
 
 def rows_in_boxes(m: int, cluster: int) -> int:
-    """Return the rows of x that are multiplied: each block loads its share, which TMA takes by
-    eights."""
+    """Return the rows of x that are multiplied: each block loads its share, a multiple of 8 for
+    TMA."""
     return pl.cdiv(m, BOX_ROWS * cluster) * BOX_ROWS * cluster
 
 

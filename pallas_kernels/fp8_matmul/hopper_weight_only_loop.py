@@ -1,7 +1,7 @@
-"""The inside of the weight-only FP8 matmul on Hopper: what is loaded, and how it is added up.
+"""Implements the loops of the weight-only FP8 matmul on Hopper: the loader's and the main loop.
 
-The loader streams tiles of the weight and the columns of x that belong to them through the ring.
-Each of the two compute warpgroups multiplies 64 rows of the weight with x, in one of two ways:
+The loader streams tiles of the weight and the matching columns of x through the ring. Each of the
+two compute warpgroups multiplies 64 rows of the weight with x, in one of two ways:
 
 - `_accumulate` leaves the sums of all steps in the tensor cores' accumulator.
 - `_promote` adds each step's sums of 128 products in float32 registers, scaled where scales are per
@@ -35,12 +35,14 @@ MATRIX = plgpu.Layout.WGMMA
 
 @dataclass(frozen=True)
 class WeightOnlyProblem:
-    """What is static about a launch.
+    """The static properties of a launch.
 
-    A unit of work is one of `config.splits` parts of the sums of one tile; clusters take units in
-    turn, with a tile for each of their thread blocks. Tiles are counted over all weights; where
-    they end, what a cluster has too many reads zeros and stores nothing. m: up to 8, or a multiple.
-    groups: of columns that have a unit each, where x is in terms.
+    A unit of work is one of the `config.splits` partial sums of one tile. Clusters take units in
+    turn, with a tile for each of their thread blocks. Tiles are counted over all weights; surplus
+    tiles of the last cluster read zeros and store nothing.
+
+    m: up to 8, or a multiple of it.
+    groups: of columns with a unit each, if x is in terms.
     """
 
     m: int
@@ -55,7 +57,7 @@ class WeightOnlyProblem:
 
     @property
     def x_rows(self) -> int:
-        """That are multiplied: x, or its two terms."""
+        """Return the rows that are multiplied, of x or of its two terms."""
         return self.rows * (2 if self.config.in_fp8 else 1)
 
     @property
@@ -64,13 +66,13 @@ class WeightOnlyProblem:
 
     @property
     def bounds(self) -> list[tuple[int, int]]:
-        """The first tile of each weight, and the next one's."""
+        """Return the range of tiles (first, end) of each weight."""
         cluster = self.config.cluster
         return tile_bounds(pl.cdiv(n, TILE_N * cluster) * cluster for n in self.ns)
 
     @property
     def units(self) -> int:
-        """For a whole cluster."""
+        """Return the number of units for clusters."""
         return self.bounds[-1][1] // self.config.cluster * self.config.splits
 
     @property
@@ -79,9 +81,13 @@ class WeightOnlyProblem:
 
 
 class WeightOnlyOperands(NamedTuple):
-    """Arrays outside of the kernel, references within. x: [m, k], or in terms [2 rows, k], with
-    units [groups, rows] and perhaps mean_squares [parts, rows]; weights: each [n, k];
-    block_scales: each [n / 128, k / 128], or none at all if scales are per row."""
+    """The operands: arrays outside of the kernel, references to global memory within.
+
+    x: [m, k], or the codes of terms, [2 rows, k].
+    units, mean_squares: of terms, [groups, rows] and [parts, rows]; otherwise None.
+    weights: each [n, k].
+    block_scales: each [n / 128, k / 128]; empty if scales are per row.
+    """
 
     x: Any
     units: Any
@@ -101,8 +107,10 @@ class WeightOnlyTiles(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A thread block's part of a unit: a tile, the split, its first step along K and the one that
-    is not its any more; position: how many steps the block has done before."""
+    """A thread block's part of a unit: K steps [first, end) of a split of a tile.
+
+    position: the number of steps that the block has done before.
+    """
 
     tile: Array
     split: Array
@@ -144,10 +152,10 @@ def sums(
     warpgroup: Array,
     part: Part,
 ) -> Array:
-    """Multiply a compute warpgroup's rows of a part's tile with x, and add up along the part's K.
+    """Multiply a compute warpgroup's rows of a part's tile by x, and add along the part's K.
 
-    upcast_smem: where the simulator puts what wgmma takes from registers; None elsewhere.
-    Returns float32 [64, rows], scaled but for scales per row of the weight.
+    upcast_smem: the place of wgmma's register operand in the simulator; None elsewhere.
+    Returns float32 [64, rows], with all scales applied but per-row scales of the weight.
     """
     loop = _WeightOnlyMainloop(problem, gmem, ring, upcast_smem, warpgroup, part)
     promote = gmem.block_scales or problem.config.in_fp8
@@ -156,7 +164,7 @@ def sums(
 
 @dataclass(frozen=True)
 class _WeightOnlyMainloop:
-    """The loop's surroundings; see `sums` for what they are."""
+    """The main loop with its arguments, which are those of `sums`."""
 
     problem: WeightOnlyProblem
     gmem: WeightOnlyOperands
@@ -187,14 +195,14 @@ class _WeightOnlyMainloop:
 
         def add(step: Array, carry: tuple[Array, Any]) -> tuple[Array, Any]:
             total, (scale, units) = carry
-            # Asked for now, they are there when the next step wants them.
+            # Loaded early, to arrive before the next step needs them.
             following = self._factors_at(step + 1)
             slot = self._await_step(step)
             y = pl.run_scoped(functools.partial(self._product, slot), self.accumulator)
             self.ring.release(slot)
             return total + _scaled(_scaled(y, units), scale), following
 
-        # What it needs, asked for now, is there after the last step.
+        # Loaded early, to arrive before the last step ends.
         rms = self._inverse_rms()
         zeros = plgpu.layout_cast(jnp.zeros((WARPGROUP_ROWS, rows), jnp.float32), MATRIX)
         first = zeros, self._factors_at(part.first)
@@ -217,9 +225,9 @@ class _WeightOnlyMainloop:
             plgpu.wgmma(acc, weight_smem, x)
             return
         codes = plgpu.load(weight_smem, layout=MATRIX)
-        # Exact; there is no instruction from float8 to bfloat16.
+        # Exact. There is no instruction that converts float8 to bfloat16.
         weight = codes.astype(jnp.float32).astype(jnp.bfloat16)
-        if self.upcast_smem is not None:  # The simulator's wgmma takes nothing from registers.
+        if self.upcast_smem is not None:  # The simulator's wgmma cannot take registers.
             self.upcast_smem[self.warpgroup] = weight
             plgpu.commit_smem()
             weight = self.upcast_smem.at[self.warpgroup]
@@ -232,12 +240,12 @@ class _WeightOnlyMainloop:
         return y[:, :rows] + y[:, rows:] * (1 / TERM_RATIO) if self.problem.config.in_fp8 else y
 
     def _factors_at(self, step: Array) -> tuple[Array | None, Array | None]:
-        """Return what a step's sums are multiplied by: a block's scale, and its columns' units."""
+        """Return the factors of a step's sums: the block's scale, and the units of its columns."""
         has_units = self.problem.groups > 1
         return self._scale_at(step), self._units_at(step) if has_units else None
 
     def _scale_at(self, step: Array) -> Array | None:
-        """Return the scale of the tile's block at a step; the last step's beyond it."""
+        """Return the scale of the tile's block at a step, or past the end at the last one."""
         if not self.gmem.block_scales:
             return None
         step, tile = lax.min(step, self.problem.steps - 1), self.part.tile
@@ -254,14 +262,14 @@ class _WeightOnlyMainloop:
         return self._per_row(self.gmem.units, group)
 
     def _inverse_rms(self) -> Array | None:
-        """Return what rows of x are still to be multiplied by; None for nothing."""
+        """Return 1 / rms of the rows of x, if they still have to be normalised; otherwise None."""
         if (parts_gmem := self.gmem.mean_squares) is None:
             return None
         each = [self._per_row(parts_gmem, i) for i in range(parts_gmem.shape[0])]
         return lax.rsqrt(functools.reduce(jnp.add, each))
 
     def _per_row(self, ref: Any, i: Array | int) -> Array:
-        """Load numbers for the rows of x, as the accumulator's columns lie in registers."""
+        """Load a number for each row of x, in the register layout of the accumulator's columns."""
         place = ref.at[i, pl.ds(0, self.problem.rows)]
         return plgpu.load(place, layout=MATRIX.reduce(0), optimized=False)
 
@@ -279,7 +287,7 @@ def shared_axes(config: WeightOnlyConfig) -> tuple[str, ...]:
 
 
 def for_each_part(problem: WeightOnlyProblem, visit: Callable[[Part], None]) -> Array:
-    """Visit a thread block's parts in their order. Returns how many steps they are in all."""
+    """Visit a thread block's parts in order. Returns the total number of their steps."""
     config, cluster = problem.config, lax.axis_index("clusters")
 
     def one(i: Array, position: Array) -> Array:

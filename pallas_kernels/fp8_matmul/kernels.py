@@ -1,7 +1,7 @@
-"""The kernels for FP8 products, in the order in which they are asked, and what each one fuses.
+"""Lists the kernels for FP8 products in order of preference, with what each of them fuses.
 
-Modules of Mosaic GPU are imported inside functions, where they may run: importing them takes a
-third of JAX's own time.
+Modules of Mosaic GPU are imported inside functions, where they are needed: importing them takes a
+third of the time of importing JAX.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,13 +28,13 @@ class Kernel(choice.Kernel):
         residual, or of their shapes and dtypes.
     run: `run(x, weights, weight_scales, x_scale, out_dtype, residual, is_batch_invariant)` returns
         the product with each weight, of out_dtype; operands as in `fp8_matmul`.
-    takes_several: whether `run` takes several weights in one launch, with scales of one kind; other
-        kernels get one at a time.
-    adds_residual: whether the residual should be left to `run`, which adds it before it rounds.
-    parts: `parts(x, m, weights, weight_scales, is_batch_invariant)` is one launch, too, but leaves
-        its sums over splits of K to the launch that reads them (`fp8_matmul_parts`).
+    takes_several: whether `run` takes several weights with scales of one kind in one launch. Other
+        kernels get one weight at a time.
+    adds_residual: whether `run` adds the residual before it rounds.
+    parts: `parts(x, m, weights, weight_scales, is_batch_invariant)` is one launch that returns
+        partial sums over splits of K (`fp8_matmul_parts`).
     swiglu: `swiglu(x, gate, gate_scale, up, up_scale, x_scale)` is one launch that quantises its
-        result (`fp8_matmul.swiglu`); for other kernels that is put together from products.
+        result (`fp8_matmul.swiglu`). Without it, products are combined.
     """
 
     takes_several: bool = False
@@ -65,7 +65,7 @@ def choose(
     """Choose the kernel that multiplies these operands, given as arrays or as shapes and dtypes.
 
     Operands and implementation as in `fp8_matmul`; out_dtype: None for `swiglu`.
-    Raises ValueError if what is named cannot run.
+    Raises ValueError if the named implementation cannot run.
     """
     scale = without_one_group(weight_scale, weight)
     return choice.choose(
@@ -74,7 +74,7 @@ def choose(
 
 
 def without_one_group(weight_scale: Array, weight: Array) -> Array:
-    """Drop the axis of groups if there is one group of columns, as a shard may hold."""
+    """Drop the axis of groups if there is a single group of columns, as in a shard."""
     rows = weight.shape[0]
     return weight_scale.reshape(rows) if weight_scale.shape == (rows, 1) else weight_scale
 
@@ -99,7 +99,8 @@ def _weight_only(
     residual: Array | None,
     is_batch_invariant: bool,
 ) -> tuple[Array, ...]:
-    """FP8 activations become bfloat16, which is exact; scales per row are applied afterwards."""
+    """Run the weight-only kernel. FP8 activations become bfloat16, which is exact; per-row scales
+    of x are applied afterwards."""
     from pallas_kernels.fp8_matmul import hopper_weight_only
 
     if x_scale is not None and reference.is_grouped(x_scale, x.shape[1]):
@@ -150,7 +151,7 @@ def _fp8(
 ) -> tuple[Array, ...]:
     from pallas_kernels.fp8_matmul import hopper
 
-    assert x_scale is not None  # float8 activations, which `refusal` demands, have one
+    assert x_scale is not None  # `refusal` demands float8 activations, which have one
     if len(weights) > 1:
         return hopper.fp8_matmuls(x, weights, weight_scales, x_scale, out_dtype)
     (weight,), (weight_scale,) = weights, weight_scales
@@ -187,7 +188,7 @@ def _on_cpu(
 
 
 def _each(multiply: Callable[..., Array]) -> Callable[..., tuple[Array, ...]]:
-    """`Kernel.run` from a function of one weight."""
+    """Make `Kernel.run` from a function of one weight."""
 
     def run(
         x: Array,
@@ -207,7 +208,8 @@ def _each(multiply: Callable[..., Array]) -> Callable[..., tuple[Array, ...]]:
 def _finished(
     y: Array, x_scale: Array | None, residual: Array | None, out_dtype: jnp.dtype
 ) -> Array:
-    """A float32 product with what its kernel has left out, in out_dtype."""
+    """Apply scales and residual to a float32 product, as far as its kernel has not, and round it to
+    out_dtype."""
     y = y if x_scale is None else y * x_scale
     return (y if residual is None else y + residual.astype(jnp.float32)).astype(out_dtype)
 
@@ -252,9 +254,9 @@ CPU = Kernel(
     unasked=_cpu_unasked,
     not_here=cpu.not_here,
     takes_several=True,
-    launches={library.TARGET: "reads each code once, widens it in registers"},
+    launches={library.TARGET: "reads each code once, upcasts it in registers"},
 )
 XLA = Kernel(name="xla", run=_each(xla.fp8_matmul), refusal=never, unasked=never)
 REFERENCE = Kernel(name="reference", run=_each(reference.fp8_matmul), refusal=never, unasked=never)
-# The first that refuses nothing is what remains: "reference" is taken only by its name.
+# XLA refuses nothing, so "reference" is used only by name.
 KERNELS: tuple[Kernel, ...] = (HOPPER_WEIGHT_ONLY, HOPPER_FP8, CPU, XLA, REFERENCE)

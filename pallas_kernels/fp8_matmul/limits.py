@@ -1,4 +1,4 @@
-"""Limits of the kernels, for those who ask before Mosaic GPU is imported."""
+"""Has limits of the kernels that are needed before Mosaic GPU is imported."""
 
-# Rows of x that "hopper_weight_only" takes.
+# The most rows of x that "hopper_weight_only" takes.
 MAX_WEIGHT_ONLY_ROWS = 64

@@ -1,4 +1,4 @@
-"""The meaning of `fp8_matmul` and `swiglu`: dequantise in float32, multiply in float32."""
+"""Defines `fp8_matmul` and `swiglu`: dequantise in float32, multiply in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +7,14 @@ from jax import Array, lax
 from pallas_kernels import e4m3
 
 BLOCK = 128
-# A GPU takes scales below float32's smallest normal number for zero, and cannot divide by them.
+# A GPU flushes scales below float32's smallest normal number to zero, and cannot divide by them.
 MIN_ABSMAX = e4m3.MAX * float(jnp.finfo(jnp.float32).tiny)
 
 
 def expand_scale(scale: Array, shape: tuple[int, int]) -> Array:
     """Make scales broadcastable to an (out, in) matrix of `shape`: (out, 1) or (out, in).
 
-    scale: [out], one per row; [out, groups], one per row and group of columns, all of one size; or
+    scale: [out], one per row; [out, groups], one per row and equal group of columns; or
         [ceil(out / 128), ceil(in / 128)], one per block.
     """
     if scale.ndim == 1:
@@ -61,8 +61,8 @@ def fp8_matmul(
 def quantize_groups(h: Array) -> tuple[Array, Array]:
     """Quantise h [m, n] by rows and groups of 128 columns.
 
-    Returns float8_e4m3fn codes [m, n] and float32 scales [m, n / 128]: absmax / 448, or 1 where all
-    of the group is zero, or so small (`MIN_ABSMAX`) that it becomes zero.
+    Returns float8_e4m3fn codes [m, n] and float32 scales [m, n / 128]: absmax / 448, or 1 if the
+    whole group is zero, or so small (below `MIN_ABSMAX`) that it becomes zero.
     """
     groups = h.astype(jnp.float32).reshape(h.shape[0], -1, BLOCK)
     absmax = jnp.max(jnp.abs(groups), axis=2)

@@ -1,4 +1,5 @@
-"""The problems that `pallas_kernels.dev` checks, times and tunes the weight-only kernel on."""
+"""Defines the problems on which `pallas_kernels.dev` checks, times and tunes the weight-only
+kernel."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,7 @@ LAYOUTS: tuple[Layout, ...] = ("row", "block")
 BF16, FLOAT32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 # Results are rounded to bfloat16, which is off by at most 2^-9.
 TOLERANCE = 2**-9
-# Splits are worth a try if their estimate is at most this multiple of the best one's.
+# Splits are tried if their estimated cost is at most this multiple of the least.
 WORTH_A_TRY = 1.3
 
 
@@ -102,7 +103,7 @@ def matmuls(launch: Launch, m: int, layout: Layout) -> Case:
 
 
 def in_terms(launch: Launch, m: int, layout: Layout) -> Case:
-    """Return what a decode step launches: x in two float8 terms, sums over splits left apart."""
+    """Return a launch of a decode step: x in two float8 terms, partial sums over splits."""
     case = matmuls(launch, m, layout)
 
     def arguments(key: Array) -> tuple[Any, ...]:
@@ -131,9 +132,9 @@ def in_terms(launch: Launch, m: int, layout: Layout) -> Case:
 
 
 def _configs(m: int, ns: Sequence[int], k: int) -> list[WeightOnlyConfig]:
-    """Return what may be fastest.
+    """Return configurations that may be fastest.
 
-    Only the splits and `in_fp8` vary, since a tuned table has only these; the rest follows from m.
+    Only the splits and `in_fp8` vary, as in the tuned table; the rest follows from m.
     """
     default = configure(m, ns, k)
     rows = typical_rows(m)

@@ -1,10 +1,10 @@
-"""`fp8_matmul` in the forms that XLA runs fast: FP8 on tensor cores, or block by block of rows.
+"""Implements `fp8_matmul` in forms that XLA runs fast: as an FP8 dot, or by blocks of rows.
 
 - With FP8 activations, enough rows, and one scale per row, it is a float8 x float8 dot, which XLA's
   GPU backend hands to cuBLASLt's FP8 matmul.
 - Otherwise a loop upcasts some rows of the weight (`block_rows`) and multiplies, so that only one
-  block at a time exists in a wider type. On a GPU that is bfloat16 wherever activations fit it, for
-  the tensor cores: in float32 a GPU multiplies at a fifteenth of their rate.
+  block at a time exists in a wider dtype. On a GPU that is bfloat16 if activations fit it, because
+  the tensor cores multiply bfloat16 15 times as fast as a GPU multiplies float32.
 """
 
 import operator
@@ -24,13 +24,13 @@ from pallas_kernels.fp8_matmul.reference import (
     quantize_groups,
 )
 
-# How much is upcast at a time: in float32, what the L2 caches of a few cores hold; on a GPU, in
-# bfloat16, what its L2 cache holds (50 MB on an H200), which is enough for its SMs.
+# Elements that are upcast at a time: on a CPU, in float32, what fits in the L2 caches of a few
+# cores; on a GPU, in bfloat16, what fits in its L2 cache (50 MB on an H200).
 _BLOCK_ELEMENTS, _BLOCK_ELEMENTS_ON_GPU = 1 << 20, 1 << 24
-# From this many activation rows on, XLA multiplies faster in bf16 than in float32 on a CPU that has
-# bf16 dot products; with fewer, bringing the weight into their order takes longer than the product.
+# From this many activation rows on, XLA multiplies faster in bf16 than in float32 on a CPU with
+# bf16 dot products. With fewer, rearranging the weight for them takes longer than the product.
 MIN_ROWS_FOR_BF16 = 9
-# From this many rows on, XLA takes cuBLASLt's FP8 matmul; with fewer, it upcasts the weight.
+# From this many rows on, XLA uses cuBLASLt's FP8 matmul. With fewer, it upcasts the weight.
 MIN_ROWS_FOR_FP8_DOT = 16
 
 
@@ -60,7 +60,7 @@ def fp8_matmul(
 def ungrouped(x: Array, x_scale: Array, out_dtype: jnp.dtype) -> Array:
     """Multiply x by its scales per token and 128 columns.
 
-    Returns bfloat16, or float32 if the result is.
+    Returns bfloat16, or float32 if out_dtype is float32.
     """
     wide = jnp.float32 if out_dtype == jnp.float32 else jnp.bfloat16
     return dequantize_activations(x, x_scale).astype(wide)
@@ -75,7 +75,7 @@ def swiglu(
 
 
 def block_rows(columns: int) -> int:
-    """Return how many rows of a weight are upcast at a time, a multiple of 128."""
+    """Return the number of rows of a weight that are upcast at a time, a multiple of 128."""
     elements = _BLOCK_ELEMENTS_ON_GPU if device.platform() == "gpu" else _BLOCK_ELEMENTS
     return max(1, elements // columns // BLOCK) * BLOCK
 
@@ -83,8 +83,9 @@ def block_rows(columns: int) -> int:
 def by_row_blocks(x: Array, weight: Array, weight_scale: Array | None) -> Array:
     """Compute x @ weight.T, upcasting at most `block_rows` rows of the weight at a time.
 
-    On a GPU products are bfloat16 where x fits it, even if code * block scale has to be rounded. On
-    a CPU they are if both sides fit it and there are enough rows. Otherwise they are float32.
+    On a GPU products are bfloat16 if x fits it, even if code * block scale has to be rounded. On a
+    CPU they are bfloat16 if both sides fit it and there are enough rows. Otherwise they are
+    float32.
 
     x: [m, in].
     weight: [out, in], of any float dtype, or e4m3fn bits.
@@ -143,10 +144,8 @@ def by_row_blocks(x: Array, weight: Array, weight_scale: Array | None) -> Array:
 
 
 def dot(x: Array, weight: Array) -> Array:
-    """Compute x [m, in] @ weight [out, in].T in float32, in the order that a CPU is fastest at.
-
-    Both have the same dtype.
-    """
+    """Compute x [m, in] @ weight [out, in].T in float32, with the operands in the order that is
+    faster on a CPU. Both have the same dtype."""
     if not _is_weight_first(x):
         return _dot(x, weight)
     # XLA would turn a transposed product into one with the operands exchanged.
@@ -154,9 +153,9 @@ def dot(x: Array, weight: Array) -> Array:
 
 
 def _is_weight_first(x: Array) -> bool:
-    """Return whether weight x activations is faster than the reverse.
+    """Return whether weight times activations is faster than the reverse.
 
-    XLA copies the second operand into another order first, and its tiles have more rows than
+    XLA first copies the second operand into another layout, and its tiles have more rows than
     columns.
     """
     return x.shape[0] <= 128 and (x.dtype == jnp.float32 or x.shape[0] >= 24)

@@ -1,4 +1,4 @@
-"""Grouped-query attention of new tokens against a paged key/value cache."""
+"""Computes grouped-query attention of new tokens against a paged key/value cache."""
 
 from functools import partial
 from typing import Any
@@ -23,23 +23,33 @@ def paged_attention(
     is_batch_invariant: bool = False,
     implementation: str | None = None,
 ) -> Array:
-    """softmax(q k^T / sqrt(head_dim)) v, causal, in float32 sums.
+    """Compute causal attention, softmax(q k^T / sqrt(head_dim)) v, with float32 sums.
 
-    q: [batch, tokens, num_heads, head_dim], the new tokens of each sequence; token t of row b
-        stands at position cached_lens[b] + t.
+    The work grows with max(kv_lens), not with the size of the pool.
+
+    q: [batch, tokens, num_heads, head_dim], the new tokens of each sequence; token t of sequence b
+        has position cached_lens[b] + t.
     k_pages, v_pages: [num_pages, page_size, num_kv_heads, head_dim], already holding the new
         tokens; bfloat16, float32, float8_e4m3fn or its int8 bits.
-    page_table: int32 [batch, pages_per_row]; position p of row b lives in page
+    page_table: int32 [batch, pages_per_sequence]; position p of sequence b is in page
         page_table[b, p // page_size] at offset p % page_size.
     cached_lens, kv_lens: int32 [batch]; a query sees positions <= its own and < kv_lens[b].
-    k_scale, v_scale: float32 scalars that FP8 codes are multiplied by, positive.
-    is_batch_invariant: a row's result is bit-equal alone and in any batch, at some cost on a GPU.
-    implementation: None for the best that takes these arrays on the platform lowered for, or
-        "hopper", "xla" or "reference"; `choose` says which it is, and why others refuse.
-    Returns [batch, tokens, num_heads, head_dim] in q's dtype. The rows of a sequence of length 0,
-    and tokens past its end, hold finite numbers without meaning.
-    The work grows with max(kv_lens), not with the size of the pool.
+    k_scale, v_scale: positive float32 scalars, by which FP8 codes are multiplied.
+    is_batch_invariant: whether a sequence's result is bit-equal alone and in any batch, at some
+        cost on a GPU.
+    implementation: None for the best that takes these arrays on the target device, or "hopper",
+        "xla" or "reference"; `choose` returns which it is, and why others refuse.
+    Returns [batch, tokens, num_heads, head_dim] in q's dtype. Sequences of length 0 and tokens past
+    the end of a sequence get finite but meaningless numbers.
     Raises ValueError for shapes that do not fit, and for a named implementation that cannot run.
+
+    A sequence of one page that has 3 tokens, the last of which is new:
+
+    >>> import jax.numpy as jnp
+    >>> q, pages = jnp.ones((1, 1, 4, 8)), jnp.ones((2, 64, 2, 8))
+    >>> table, cached, kv = jnp.array([[0]]), jnp.array([2]), jnp.array([3])
+    >>> paged_attention(q, pages, pages, table, cached, kv).shape
+    (1, 1, 4, 8)
     """
     batch, _, num_heads, head_dim = q.shape
     num_kv_heads = k_pages.shape[2]
@@ -52,16 +62,15 @@ def paged_attention(
     run = partial(found.kernel.run, is_batch_invariant=is_batch_invariant)
     with found.scope():
         if found.kernel is HOPPER and implementation is None:
-            # Beside a GPU, a program may still be lowered for the CPU.
+            # On a machine with a GPU, a program may still be lowered for the CPU.
             return lax.platform_dependent(*arrays, cuda=run, default=xla.paged_attention)
         return run(*arrays)
 
 
 def choose(q: Array, k_pages: Array, implementation: str | None = None) -> Choice[Kernel]:
-    """Choose the kernel for these arrays, or for anything with their shapes and dtypes, on what is
-    lowered for.
+    """Choose the kernel for arrays of these shapes and dtypes on the target device.
 
-    Raises ValueError if what is named cannot run.
+    Raises ValueError if the named implementation cannot run.
     """
     return choice.choose("paged_attention", KERNELS, (q, k_pages), implementation)
 
@@ -69,7 +78,7 @@ def choose(q: Array, k_pages: Array, implementation: str | None = None) -> Choic
 def _hopper_refusal(q: Array, k_pages: Array) -> str | None:
     if reason := device.not_hopper():
         return reason
-    # Mosaic GPU takes a third of JAX's own time to import: only where it may run.
+    # Imported only where it may run: Mosaic GPU takes a third of JAX's own time to import.
     from pallas_kernels.paged_attention import hopper
 
     return hopper.refusal(q, k_pages)
@@ -82,7 +91,7 @@ def _on_hopper(*arrays: Any, is_batch_invariant: bool) -> Array:
 
 
 def _through_xla(*arrays: Any, is_batch_invariant: bool) -> Array:
-    """A row never depends on the others here."""
+    """Call XLA's form, in which a sequence never depends on the others."""
     return xla.paged_attention(*arrays)
 
 

@@ -1,4 +1,4 @@
-"""The problems that `pallas_kernels.dev` checks, times and tunes the attention kernels on."""
+"""Defines the problems on which `pallas_kernels.dev` checks, times and tunes attention kernels."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ K_SCALE, V_SCALE = 0.5, 2.0
 PREFILL_TOKENS = (4096, 8192, 16_384, 32_768)
 CHUNK, CACHED = 2048, 30_720
 CONTEXTS, BATCHES = (1024, 8192, 32_768), (1, 8, 32, 128)
-SEVERAL_TOKENS = 4  # of a step that checks draft tokens
+SEVERAL_TOKENS = 4  # in a step that checks draft tokens
 MAX_CACHE_BYTES = 16 * 2**30
 # The reference holds the scores of this many tokens at a time.
 REFERENCE_TOKENS = 256
@@ -32,12 +32,12 @@ REFERENCE_TOKENS = 256
 def cases(_rows: Sequence[int]) -> Iterator[Case]:
     """Yield prefill and decode with the heads of every model.
 
-    Prefill is of whole prompts, and of a chunk against a cache; decode of one token per sequence,
-    and of several. Caches are as large as fit on a GPU beside others.
+    Prefill is of whole prompts and of a chunk after a cached prefix, decode of one and of several
+    tokens per sequence. Caches are as large as fit on a GPU next to others.
     """
     for each, dtype in product(heads(), KV_DTYPES):
         yield prefill(each, dtype, CHUNK, start=CACHED)
-        for tokens in reversed(PREFILL_TOKENS):  # the last is what tiles are tuned for
+        for tokens in reversed(PREFILL_TOKENS):  # tiles are tuned for the last
             yield prefill(each, dtype, tokens)
         for batch, context in product(BATCHES, CONTEXTS):
             for tokens in (1, SEVERAL_TOKENS) if batch == 8 else (1,):
@@ -62,7 +62,7 @@ def prefill(shape: Heads, dtype: str, tokens: int, *, start: int = 0) -> Case:
     configs = [hopper_prefill.PrefillConfig(*each) for each in product((64, 128), stages, in_fp8)]
 
     def cudnn(q: Array, k: Array, v: Array, *_: Any) -> Array:
-        """Attend to the pages in the pool's order: to other numbers, but to as many."""
+        """Attend to the pages in the pool's order: other numbers, but as many."""
         k, v = (each.reshape(1, -1, *each.shape[2:]) for each in (k, v))
         return jax.nn.dot_product_attention(
             q, k[:, :tokens], v[:, :tokens], is_causal=True, implementation="cudnn"

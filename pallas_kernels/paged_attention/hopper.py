@@ -1,4 +1,4 @@
-"""`paged_attention` on Hopper: chooses one of its two kernels, and refuses what neither takes."""
+"""Chooses between the two kernels of `paged_attention` on Hopper, or refuses the operands."""
 
 import re
 import subprocess
@@ -34,11 +34,11 @@ def paged_attention(
     is_batch_invariant: bool = False,
     interpret: Any = None,
 ) -> Array:
-    """Compute `pallas_kernels.paged_attention.paged_attention`, for what `refusal` does not refuse.
+    """Compute `pallas_kernels.paged_attention.paged_attention` for operands that `refusal` accepts:
+    bfloat16 q of head_dim 64 or 128, and pages of 64 tokens in bfloat16 or float8_e4m3fn.
 
-    Arguments are as there, for bfloat16 q of head_dim 64 or 128 and pages of 64 tokens, bfloat16 or
-    float8_e4m3fn. Weights are rounded to bfloat16 or, next to FP8 pages, to float16; there,
-    elements of q beyond 2^20 count as 2^20.
+    Attention weights are rounded to bfloat16, or with FP8 pages to float16; then elements of q
+    beyond 2^20 count as 2^20.
 
     interpret: plgpu.InterpretGPUParams, to run in the simulator.
     """
@@ -51,7 +51,7 @@ def paged_attention(
 
 
 def refusal(q: Array, k_pages: Array) -> str | None:
-    """Say why neither kernel can take these arrays, or be compiled; None if one can."""
+    """Return why neither kernel can take these arrays, or be compiled; None if one can."""
     if q.dtype != jnp.bfloat16:
         return f"q must be bfloat16, got {q.dtype}"
     if k_pages.dtype not in (jnp.bfloat16, e4m3.DTYPE):
@@ -67,7 +67,7 @@ def refusal(q: Array, k_pages: Array) -> str | None:
 
 @cache
 def _ptxas_version() -> tuple[int, ...] | None:
-    """Return the version of the ptxas that Mosaic GPU runs; None if there is none to ask."""
+    """Return the version of the ptxas that Mosaic GPU runs; None if there is none."""
     ptxas = Path(mosaic_gpu.core.cuda_root) / "bin" / "ptxas"
     if not ptxas.exists():
         return None

@@ -1,4 +1,4 @@
-"""The second launch of decode attention on Hopper, which adds up the parts of split keys.
+"""Implements the second launch of decode attention on Hopper, which combines splits of the keys.
 
 out, peak, total in gmem      a part of the online softmax for each split
      │ loads                  one warpgroup for every 8 rows of queries
@@ -32,7 +32,7 @@ def combine(
     dtype: jnp.dtype,
     interpret: Any,
 ) -> Array:
-    """Add up the parts of a softmax over all keys, in their order, and multiply by v_scale.
+    """Combine the parts of a softmax over all keys, in order, and multiply by v_scale.
 
     out: float32 [parts, batch, kv_heads, tiles, head_dim, rows]; peak, total: the same without
         head_dim.
@@ -80,7 +80,7 @@ def combine(
 
 
 def filled(shape: tuple[int, ...], value: float, layout: Any) -> Array:
-    """Return float32 registers that all hold one value."""
+    """Return float32 registers filled with one value."""
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
@@ -90,7 +90,7 @@ def per_row(each: Array, like: Array) -> Array:
 
 
 def positive(total: Array) -> Array:
-    """Return sums of weights that can be divided by: a row that sees no key has 0."""
+    """Return sums of weights as divisors: a row that sees no key has 0, which becomes 1."""
     return lax.max(total, jnp.finfo(jnp.float32).tiny)
 
 

@@ -1,11 +1,12 @@
-"""Decode attention on Hopper: one to a few new tokens per sequence against the paged cache.
+"""Implements decode attention on Hopper: one to a few new tokens per sequence, the paged cache.
 
-Reading the cache is all the work. The heads that share keys, times the new tokens, are the rows of
-one tile; the keys are split over thread blocks until every SM has some. Operands are swapped: keys
-and values are wgmma's left sides, whose height is 64, and the few rows of queries its right sides,
-whose width can be 8. So the softmax computes no rows that do not exist.
+Its time is that of reading the cache. The query heads that share keys, times the new tokens, are
+the rows of one tile, and the keys are split over thread blocks until every SM has some. Operands
+are
+swapped: keys and values are wgmma's left operands, with a height of 64, and the few rows of queries
+its right operands, with a width from 8. So the softmax computes hardly any padding.
 
-A block is two warpgroups, and two blocks share an SM:
+A block has two warpgroups, and two blocks share an SM:
 
     k_pages_gmem, v_pages_gmem
          │ TMA                               the loader: `hopper_loop.stream`
@@ -18,8 +19,8 @@ A block is two warpgroups, and two blocks share an SM:
          │ a second launch adds the parts    hopper_combine.py
     result in gmem
 
-FP8 keys are multiplied as they are, with each row of queries as two float8 terms (`_in_two_terms`):
-twice as wide a right side costs nothing. Values have to be upcast.
+FP8 keys are multiplied without conversion, with each row of queries as two float8 terms
+(`_in_two_terms`): a right operand of twice the width costs nothing. Values have to be upcast.
 
 Algorithm: Flash-Decoding (Dao et al., 2023).
 """
@@ -66,28 +67,28 @@ from pallas_kernels.paged_attention.hopper_loop import (
 )
 
 NAME = "paged_attention_decode"
-MAX_ROWS = 48  # of queries in one thread block; with 64 registers spill
-FEW_ROWS = 8  # up to which blocks of two pages leave registers for two blocks an SM
+MAX_ROWS = 48  # of queries in one thread block; 64 would spill registers
+FEW_ROWS = 8  # up to this, blocks of two pages leave registers for two blocks per SM
 MAX_SPLITS = 32
-WORTHWHILE_FP8_SPLITS = 16  # more cost the second launch what they save the first
+WORTHWHILE_FP8_SPLITS = 16  # more cost the second launch as much as they save in the first
 INVARIANT_KEYS_PER_SPLIT = 1024
 BLOCKS_PER_SM = 2
 MAX_STAGES = 6
-SHARED_BYTES_EACH = 233_472 // BLOCKS_PER_SM - 1024  # 1 KiB is the system's
+SHARED_BYTES_EACH = 233_472 // BLOCKS_PER_SM - 1024  # 1 KiB is reserved by the system
 COMPUTE, LOADER = range(2)
-TERM_RATIO = 16  # of the second of two terms to its code
+TERM_RATIO = 16  # the second term is its code divided by this
 FLOAT32 = jnp.dtype(jnp.float32)
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How the work is cut up.
+    """The division of the work.
 
     splits: thread blocks that divide the keys of a sequence and head.
     keys_per_split: a multiple of `keys`; None to divide the keys of each sequence evenly.
     stages: blocks of keys in flight.
     keys: per block, 64 or 128.
-    in_fp8: multiply FP8 keys as they are, with queries as two float8 terms, instead of upcasting.
+    in_fp8: whether FP8 keys are multiplied by queries in two float8 terms, instead of upcast.
     """
 
     splits: int
@@ -113,15 +114,15 @@ class DecodeCarry(NamedTuple):
 class Operand(NamedTuple):
     """Keys or values, in shared memory.
 
-    ring: what they come by. upcast_smem: float16 [keys, head_dim], which a slot's FP8 codes are
-    upcast to; None if they are multiplied as they are.
+    ring: passes them from the loader.
+    upcast_smem: float16 [keys, head_dim], the upcast FP8 codes of a slot; None without upcasting.
     """
 
     ring: Ring
     upcast_smem: Ref
 
     def wait(self, slot: Array) -> None:
-        """Wait until a slot is filled, and upcast it; that frees the slot."""
+        """Wait until a slot is filled. Upcast it and free the slot, if necessary."""
         self.ring.wait(slot)
         if self.upcast_smem is not None:
             upcast(self.ring.slots.at[slot], self.upcast_smem)
@@ -132,7 +133,7 @@ class Operand(NamedTuple):
         return self.ring.slots.at[slot] if self.upcast_smem is None else self.upcast_smem
 
     def release(self, slot: Array) -> None:
-        """Free a slot that has been multiplied, unless that is done."""
+        """Free a slot after the product, unless upcasting has freed it."""
         if self.upcast_smem is None:
             self.ring.release(slot)
 
@@ -141,7 +142,7 @@ def configure(q: Array, k_pages: Array, capacity: int, is_batch_invariant: bool)
     """Return the tuned configuration of the GPU in use, or else the heuristic's.
 
     capacity: keys that a sequence has room for.
-    is_batch_invariant: take the heuristic's, since what was tuned may depend on the batch.
+    is_batch_invariant: take the heuristic's, because tuned ones may depend on the batch.
     """
     found = None if is_batch_invariant else tuned.find(NAME, tuned_as(q, k_pages, capacity))
     if found:
@@ -163,9 +164,10 @@ def tuned_as(q: Array, k_pages: Array, capacity: int) -> str:
 def heuristic(q: Array, k_pages: Array, capacity: int, is_batch_invariant: bool) -> DecodeConfig:
     """Return an untuned configuration; arguments as in `configure`.
 
-    It has as many stages as let two thread blocks share an SM, and the fewest splits within a tenth
-    of the shortest time, if a wave of thread blocks takes as long as one split has keys. If
-    batch-invariant, the size of its splits does not depend on the batch.
+    It has the most stages with which two thread blocks can share an SM, and the fewest splits whose
+    estimated time is within 10 % of the least; the estimate takes the time of a wave of thread
+    blocks as proportional to the keys of a split. If batch-invariant, the size of the splits does
+    not depend on the batch.
     """
     batch, tokens, num_heads, _ = q.shape
     rows = _tiling(tokens * num_heads // k_pages.shape[2])[1]
@@ -188,7 +190,7 @@ def heuristic(q: Array, k_pages: Array, capacity: int, is_batch_invariant: bool)
 
 
 def unfit(config: DecodeConfig, k_pages: Array, capacity: int) -> str | None:
-    """Say why no kernel can be made of a configuration; None if one can."""
+    """Return why a configuration cannot work; None if it can."""
     keys, share = config.keys, config.keys_per_split
     if keys not in (PAGE_SIZE, 2 * PAGE_SIZE):
         return f"keys must be {PAGE_SIZE} or {2 * PAGE_SIZE}, got {keys}"
@@ -227,7 +229,7 @@ def _fixed_bytes(config: DecodeConfig, k_pages: Array, rows: int) -> int:
 
 
 def _tiling(rows: int) -> tuple[int, int]:
-    """Return how many tiles rows of queries make, and how many rows each has."""
+    """Return the number of tiles for these rows of queries, and the rows of each."""
     tiles = pl.cdiv(rows, MAX_ROWS)
     return tiles, pl.cdiv(pl.cdiv(rows, tiles), BOX_ROWS) * BOX_ROWS
 
@@ -247,7 +249,7 @@ def paged_attention(
     is_batch_invariant: bool = False,
     interpret: Any = None,
 ) -> Array:
-    """Compute `pallas_kernels.paged_attention.paged_attention`, for what `hopper` says it takes.
+    """Compute `pallas_kernels.paged_attention.paged_attention`, for operands that `hopper` accepts.
 
     config: for tuning; None takes `configure`'s.
     interpret: plgpu.InterpretGPUParams, to run in the simulator.
@@ -297,9 +299,10 @@ def paged_attention(
 
 @dataclass(frozen=True)
 class _DecodeProblem:
-    """What is static.
+    """The static properties of a launch.
 
-    tokens: new ones per sequence. group: heads of queries that share a key/value head.
+    tokens: new tokens per sequence.
+    group: query heads per key/value head.
     """
 
     tokens: int
@@ -313,7 +316,7 @@ class _DecodeProblem:
 
     @property
     def rows(self) -> int:
-        """Rows of queries in a tile."""
+        """Return the rows of queries in a tile."""
         return _tiling(self.tokens * self.group)[1]
 
     @property
@@ -323,11 +326,11 @@ class _DecodeProblem:
 
 
 class _DecodeSmem(NamedTuple):
-    """Shared memory and a barrier; scratch types outside of the kernel, references within.
+    """Shared memory and a barrier: scratch types outside of the kernel, references within.
 
-    q: [rows, head_dim], and the result's place if keys are not split.
+    q: [rows, head_dim]; also holds the result if keys are not split.
     terms: float8_e4m3fn [2 rows, head_dim], the two terms of q; None unless `in_fp8`.
-    weights: [rows, keys], on their way from the softmax to the second product.
+    weights: [rows, keys], from the softmax to the second product.
     """
 
     keys: Operand
@@ -369,7 +372,7 @@ def _scratch_types(problem: _DecodeProblem, pages: jnp.dtype, q_dtype: jnp.dtype
 def _packed(problem: _DecodeProblem, q: Array, num_kv_heads: int) -> Array:
     """Bring q [batch, tokens, num_heads, head_dim] to [batch, num_kv_heads, rows, head_dim].
 
-    The rows are the heads that share keys, for each token in turn; what whole tiles lack is zeros.
+    The rows are the query heads that share keys, token by token, padded with zeros to full tiles.
     """
     batch, tokens, _, head_dim = q.shape
     rows = tokens * problem.group
@@ -389,10 +392,13 @@ def _unpacked(problem: _DecodeProblem, out: Array) -> Array:
 
 
 class _DecodeWork(NamedTuple):
-    """What a thread block is to do; all numbers are int32.
+    """The work of a thread block; all numbers are int32.
 
-    first_row: the first of the tile's rows of queries; position: of the sequence's first new token;
-    length: keys of the sequence; first, end: the split's keys; blocks: of keys, in the split.
+    first_row: the tile's first row of queries.
+    position: of the sequence's first new token.
+    length: keys of the sequence.
+    first, end: the keys of the split.
+    blocks: the number of blocks of keys in the split.
     """
 
     sequence: Array
@@ -418,7 +424,7 @@ def _work(problem: _DecodeProblem, gmem: Gmem) -> _DecodeWork:
 
 
 def _keys_per_split(end: Array, config: DecodeConfig) -> Array | int:
-    """Return the size of a split. end: int32, keys that a sequence's last token sees."""
+    """Return the keys of a split. end: int32, keys that a sequence's last token sees."""
     if config.keys_per_split is not None:
         return config.keys_per_split
     return pl.cdiv(pl.cdiv(end, config.keys), config.splits) * config.keys
@@ -503,11 +509,11 @@ def _attend(
     scale: Array,
     limit: Array,
 ) -> DecodeCarry:
-    """Take one slot of keys and values into the carry, and free it.
+    """Attend to one slot of keys and values, update the carry, and free the slot.
 
     q: [rows, head_dim], or its two terms [2 rows, head_dim], in shared memory.
-    weights: [rows, keys] in shared memory, to use.
-    scale: what scores are multiplied by, one number or [rows]; log2(e) included, positive.
+    weights: [rows, keys], scratch in shared memory.
+    scale: the positive factor of scores, including log2(e); a number or [rows].
     limit: int32 [rows], the last key of the slot that each row sees.
     """
     rows = weights.shape[0]

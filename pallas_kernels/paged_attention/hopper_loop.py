@@ -1,7 +1,7 @@
-"""What both Hopper attention kernels share: pages on their way through shared memory to wgmma.
+"""Moves pages of the cache through shared memory to wgmma, for both Hopper attention kernels.
 
 One warpgroup, the loader, copies blocks of keys and values from the cache's pages into two rings of
-slots; the others multiply. Barriers of each slot say "filled" and "free":
+slots; the others multiply. Each slot has barriers "filled" and "free":
 
     k_pages_gmem, v_pages_gmem           [num_pages, 64, head_dim], one head of the pool
          │ TMA, page by page             `stream`: the loader's work
@@ -10,11 +10,11 @@ slots; the others multiply. Barriers of each slot say "filled" and "free":
     slots_smem                           barriers: filled, free
          │ wgmma                         `product`
 
-wgmma takes two operands of one dtype. Next to bfloat16 pages all are bfloat16. FP8 keys can be
-multiplied as they are, with queries as two float8 terms (`two_terms`). FP8 values have to be
-upcast, since FP8 wgmma reads its operands along the dimension that it sums over, and only so: to
-float16, which holds them exactly and takes one instruction for two codes where bfloat16 takes four.
-Weights, and queries next to keys that are upcast, are then float16 too.
+wgmma takes two operands of one dtype. With bfloat16 pages all operands are bfloat16. FP8 keys can
+be multiplied without conversion, with queries as two float8 terms (`two_terms`). FP8 values have to
+be upcast, because FP8 wgmma can read its operands along the summed dimension only. They become
+float16, which is exact and takes one instruction for two codes, where bfloat16 takes four.
+Attention weights, and queries for upcast keys, are then float16 too.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,13 +31,13 @@ from pallas_kernels.hopper import tile
 Ref = Any  # the classes of references in a kernel are not public
 
 PAGE_SIZE = 64
-BARRIERS_BYTES = 3072  # at most, of what shared memory holds beside tiles
-# Less than any score, but finite: a row that has seen no key must not compute inf - inf.
+BARRIERS_BYTES = 3072  # the most shared memory that is needed besides tiles
+# Less than any score, but finite, so that a row that has seen no key does not compute inf - inf.
 FLOOR = -1e30
-# Weights are exp2(score - peak + HEADROOM): float16 ends at 2^16 and, subnormal, at 2^-24.
+# Weights are exp2(score - peak + HEADROOM); float16 reaches from 2^-24 (subnormal) to 2^16.
 HEADROOM = 14.0
-# Queries are divided by this for float16: below 2^20 they do not overflow, and the smallest lose
-# less than 2^-20.
+# Queries are divided by this for float16, so that they do not overflow below 2^20, and the smallest
+# lose less than 2^-20.
 QUERY_UNIT = 16.0
 # Slots that FP8 blocks are upcast into: one is filled while another is read.
 UPCAST_SLOTS = 2
@@ -47,9 +47,9 @@ _EXPONENT_ONE, _EXPONENT_BIAS = 1 << 23, 127
 
 
 class Gmem(NamedTuple):
-    """A kernel's arguments: arrays outside, references to global memory within.
+    """A kernel's arguments: arrays outside of it, references to global memory within.
 
-    q: queries as the kernel takes them; k_scale, v_scale: float32 [1]; the others as in
+    q: queries in the kernel's layout. k_scale, v_scale: float32 [1]. The others as in
     `pallas_kernels.paged_attention.paged_attention`.
     """
 
@@ -64,13 +64,13 @@ class Gmem(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """A ring in shared memory that carries blocks of keys, or of values, to the tensor cores.
+    """A ring in shared memory that passes blocks of keys, or of values, to the tensor cores.
 
     slots: [slots, keys, head_dim]; filled, free: barriers [slots].
-    codes: float8_e4m3fn [stages, keys, head_dim], where FP8 pages arrive that the loader upcasts;
-        landed: their barriers [stages]. Both are None if pages go straight to the slots.
+    codes: float8_e4m3fn [stages, keys, head_dim], FP8 pages that the loader upcasts.
+    landed: their barriers [stages]. Both are None if pages go directly to the slots.
 
-    Scratch types outside of a kernel, references within.
+    Fields are scratch types outside of a kernel, references within.
     """
 
     slots: Ref
@@ -98,7 +98,7 @@ def operand_dtype(pages: jnp.dtype) -> jnp.dtype:
 
 
 def operand_query(q: Array, pages: jnp.dtype) -> tuple[Array, float]:
-    """Return q as `operand_dtype`, and the factor that makes it q again."""
+    """Return q divided by a factor, as `operand_dtype`, and the factor."""
     if operand_dtype(pages) == q.dtype:
         return q, 1.0
     limit = jnp.finfo(jnp.float16).max
@@ -109,26 +109,26 @@ def operand_query(q: Array, pages: jnp.dtype) -> tuple[Array, float]:
 def two_terms(x: Array, axis: int) -> tuple[Array, Array, Array]:
     """Split x, float32 of bfloat16's precision, into unit * (a + b).
 
-    float8_e4m3fn holds every number of a. It holds b where x is at least 2^-9 of the largest number
-    along `axis`, and is off by at most 2^-17 of that elsewhere; if 16 * b is stored instead, these
-    are 2^-13 and 2^-18.
+    float8_e4m3fn represents a exactly. It represents b exactly where x is at least 2^-9 of the
+    largest number along `axis`, and is off by at most 2^-17 of that elsewhere; for 16 * b these are
+    2^-13 and 2^-18.
     Returns a and b, float32 of x's shape, and unit: powers of two, without `axis`.
     """
     largest = lax.bitcast_convert_type(jnp.abs(x).max(axis=axis), jnp.int32)
-    # The largest is brought to between 128 and 256; float8_e4m3fn ends at 448.
+    # The unit brings the largest number to [128, 256); float8_e4m3fn ends at 448.
     exponent = lax.max(largest & _EXPONENT, 8 * _EXPONENT_ONE) - 7 * _EXPONENT_ONE
     inverse = lax.bitcast_convert_type(2 * _EXPONENT_BIAS * _EXPONENT_ONE - exponent, jnp.float32)
     v = x * lax.broadcast_in_dim(inverse, x.shape, (1 - axis,))
     cut = lax.bitcast_convert_type(v, jnp.int32) & _FOUR_BITS
-    # Cut off, not rounded, so that b needs no more bits; below 2^-6 a would have fewer of them.
+    # Truncated, so that b needs no more bits. Below 2^-6 a would have fewer bits, hence 0.
     a = jnp.where(jnp.abs(v) < 2**-6, 0.0, lax.bitcast_convert_type(cut, jnp.float32))
     return a, v - a, lax.bitcast_convert_type(exponent, jnp.float32)
 
 
 def ring_types(dtype: jnp.dtype, stages: int, keys: int, head_dim: int, readers: int) -> Ring:
-    """Return the scratch types of a ring that pages of `dtype` pass as they are.
+    """Return the scratch types of a ring for pages of `dtype` that are not converted.
 
-    stages: blocks in flight; keys: of a block; readers: warpgroups that read each block.
+    stages: blocks in flight. keys: per block. readers: warpgroups that read each block.
     """
     pages = keys // PAGE_SIZE
     return Ring(
@@ -163,11 +163,12 @@ def stream(
     page_at: Callable[[Array], Array],
     blocks: Array,
 ) -> None:
-    """Put `blocks` blocks through both rings: the loader's work.
+    """Stream `blocks` blocks through both rings: the loader's work.
+
+    Values may be upcast without keys, but not keys without values.
 
     k_pages, v_pages: [num_pages, page_size, head_dim] in global memory, one head of the pool.
-    page_at: gives the pool's page for the stream's i-th; called beyond the last block too.
-    If keys are upcast, values are too; values may be while keys are not.
+    page_at: returns the pool's page for the stream's i-th; also called beyond the last block.
     """
     rings = ((keys, k_pages), (values, v_pages))
     slots = max(ring.slots.shape[0] for ring, _ in rings)
@@ -186,7 +187,7 @@ def stream(
     if values.codes is not None:
         pl.loop(0, lax.min(blocks, values.codes.shape[0]))(fetch_codes)
 
-    # After the last block, slots are only waited for: every phase of a barrier has to be seen.
+    # After the last block, slots are only waited for, as every phase of a barrier has to be seen.
     @pl.loop(0, blocks + slots)
     def fill_slots(block: Array) -> None:
         pages = pages_of(block)
@@ -216,7 +217,7 @@ def upcast(codes: Ref, target: Ref) -> None:
     """Convert FP8 codes [keys, head_dim] to float16, page by page to save registers."""
     for row in range(0, codes.shape[0], PAGE_SIZE):
         rows = pl.ds(row, PAGE_SIZE)
-        # In this layout a thread reads four codes at once; in wgmma's own it would be two.
+        # In this layout a thread reads four codes at once, in wgmma's own it would be two.
         page = plgpu.load(codes.at[rows], layout=plgpu.Layout.WGMMA_UPCAST_2X)
         target[rows] = page.astype(target.dtype)
     plgpu.commit_smem()
@@ -225,7 +226,7 @@ def upcast(codes: Ref, target: Ref) -> None:
 def product(a: Ref, b: Ref, meanwhile: Callable[[], None] = lambda: None) -> Array:
     """Return a @ b in float32, for a and b in shared memory.
 
-    meanwhile: called while the tensor cores are at the product.
+    meanwhile: called while the tensor cores compute the product.
     """
     return product_of_sum([a], b, meanwhile)
 

@@ -1,19 +1,19 @@
-"""Prefill attention on Hopper: many new tokens per sequence against the paged cache.
+"""Implements prefill attention on Hopper: many new tokens per sequence, the paged cache.
 
-A thread block takes 128 rows of queries: a span of tokens times as many heads of one key/value head
-as fit. Heads that share keys share their loads, and all rows of a tile end at nearly the same key.
-Blocks of keys above the diagonal or past the sequence's end are not loaded, and those that every
-row sees are not masked.
+A thread block takes 128 rows of queries: a span of tokens times as many query heads of one
+key/value head as fit. Heads that share keys share their loads, and all rows of a tile end at nearly
+the same key. Blocks of keys above the diagonal or past the sequence's end are not loaded, and
+blocks that every row sees are not masked.
 
-A block is three warpgroups: a loader, which fills the rings of keys and values (hopper_loop.py),
-and two that compute, with 64 rows of queries each. These take turns at the tensor cores: one
-multiplies while the other is in its softmax.
+A block has three warpgroups: a loader, which fills the rings of keys and values (hopper_loop.py),
+and two that compute, with 64 rows of queries each. They take turns with the tensor cores: one
+multiplies while the other computes its softmax.
 
     warpgroup 0    Q K   | softmax | P V, Q K | softmax  | P V, Q K | ...
     warpgroup 1          | Q K     | softmax  | P V, Q K | softmax  | ...
 
-FP8 keys are multiplied as they are (`PrefillConfig.in_fp8`), with queries as the sum of two float8
-terms: two FP8 products take the time of one of 16 bits, and the loader has only values to upcast.
+FP8 keys are multiplied without conversion (`PrefillConfig.in_fp8`), with queries as the sum of two
+float8 terms: two FP8 products take the time of one in 16 bits, and the loader upcasts only values.
 
 Algorithm: FlashAttention-3 (Shah et al., 2024); online softmax (Milakov and Gimelshein, 2018).
 """
@@ -52,7 +52,7 @@ from pallas_kernels.paged_attention.hopper_loop import (
 )
 
 NAME = "paged_attention_prefill"
-ROWS = 64  # of queries that one compute warpgroup holds: wgmma's M
+ROWS = 64  # of queries per compute warpgroup: wgmma's M
 COMPUTE_WARPGROUPS = 2
 LOADER = COMPUTE_WARPGROUPS  # the last warpgroup of a thread block
 MATRIX = plgpu.Layout.WGMMA
@@ -64,11 +64,11 @@ MAX_PACKED_HEADS = 16  # leaves a span of 8 tokens, the height of a tile of shar
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """How the work is cut up.
+    """The division of the work.
 
     keys: per block, 64 or 128.
     stages: blocks of keys in flight.
-    in_fp8: multiply FP8 keys as they are, with queries as two float8 terms, instead of upcasting.
+    in_fp8: whether FP8 keys are multiplied by queries in two float8 terms, instead of upcast.
     """
 
     keys: int
@@ -103,22 +103,22 @@ def configure(num_heads: int, k_pages: Array) -> PrefillConfig:
 
 
 def tuned_as(num_heads: int, k_pages: Array) -> str:
-    """Name the problems that share a tuned configuration, whatever their number of tokens."""
+    """Name the problems that share a tuned configuration; they have any number of tokens."""
     num_kv_heads, head_dim = k_pages.shape[2:]
     return f"head_dim={head_dim} packed={_packed(num_heads // num_kv_heads)} {k_pages.dtype}"
 
 
 def heuristic(k_pages: Array) -> PrefillConfig:
-    """Return an untuned configuration: FlashAttention-3's tile, and FP8 keys as they are.
+    """Return an untuned configuration: FlashAttention-3's tile, and FP8 keys without conversion.
 
-    Of those that `tune` tries the fastest on an H200, for bfloat16 and FP8 pages
+    On an H200 it was the fastest of those that `tune` tries, for bfloat16 and FP8 pages
     (benchmarks/results/h200.md).
     """
     return PrefillConfig(128, 2, in_fp8=k_pages.dtype == e4m3.DTYPE)
 
 
 def unfit(config: PrefillConfig, k_pages: Array) -> str | None:
-    """Say why no kernel can be made of a configuration; None if one can."""
+    """Return why a configuration cannot work; None if it can."""
     head_dim, is_fp8 = k_pages.shape[3], k_pages.dtype == e4m3.DTYPE
     upcast_rings = 2 - config.in_fp8 if is_fp8 else 0
     slots = 2 * config.stages * k_pages.dtype.itemsize + upcast_rings * UPCAST_SLOTS * 2
@@ -149,7 +149,7 @@ def paged_attention(
     config: PrefillConfig | None = None,
     interpret: Any = None,
 ) -> Array:
-    """Compute `pallas_kernels.paged_attention.paged_attention`, for what `hopper` says it takes.
+    """Compute `pallas_kernels.paged_attention.paged_attention`, for operands that `hopper` accepts.
 
     A sequence's result does not depend on the batch around it.
     config: for tuning; None takes `configure`'s.
@@ -198,9 +198,10 @@ def paged_attention(
 
 @dataclass(frozen=True)
 class _PrefillProblem:
-    """What is static.
+    """The static properties of a launch.
 
-    tokens: new ones of a sequence, at most. group: heads of queries that share a key/value head.
+    tokens: the most new tokens of a sequence.
+    group: query heads per key/value head.
     """
 
     tokens: int
@@ -211,22 +212,22 @@ class _PrefillProblem:
 
     @property
     def packed(self) -> int:
-        """Heads of a tile."""
+        """Return the heads of a tile."""
         return _packed(self.group)
 
     @property
     def span(self) -> int:
-        """Tokens of a tile."""
+        """Return the tokens of a tile."""
         return TILE_ROWS // self.packed
 
     @property
     def tiles(self) -> int:
-        """Tiles that a sequence's tokens make."""
+        """Return the tiles of a sequence."""
         return pl.cdiv(self.tokens, self.span)
 
     @property
     def box(self) -> int:
-        """Tokens of one head within one warpgroup's rows: what one copy takes."""
+        """Return the tokens of one head within one warpgroup's rows, which one copy takes."""
         return min(self.span, ROWS)
 
     @property
@@ -235,17 +236,17 @@ class _PrefillProblem:
 
     @property
     def registers(self) -> Registers:
-        """The split with which nothing spills: upcasting takes registers, copying next to none."""
+        """Return a split of registers without spills: upcasting needs many, copying very few."""
         return Registers(216, 72) if self.is_fp8 else Registers(232, 40)
 
 
 class _PrefillSmem(NamedTuple):
-    """Shared memory and barriers; scratch types outside of the kernel, references within.
+    """Shared memory and barriers: scratch types outside of the kernel, references within.
 
-    q: [2, 64, head_dim], each compute warpgroup's queries, and then its results.
+    q: [2, 64, head_dim], each compute warpgroup's queries, and later its results.
     terms: float8_e4m3fn [2, 2, 64, head_dim], the two terms of q; None unless `in_fp8`.
-    weights: [2, 64, keys] for the simulator alone, whose wgmma takes nothing from registers.
-    turns: the barrier at which the compute warpgroups change places.
+    weights: [2, 64, keys], only for the simulator, whose wgmma cannot take registers.
+    turns: the barrier at which the compute warpgroups take turns.
     """
 
     q: Any
@@ -281,11 +282,13 @@ def _scratch_types(
 
 
 class _PrefillWork(NamedTuple):
-    """What a thread block is to do; all numbers are int32.
+    """The work of a thread block; all numbers are int32.
 
-    head: the first of the tile's heads; first: the first of its tokens, at `position` of the
-    sequence; length: keys of the sequence; end: keys that the tile's last token sees;
-    blocks: of keys, up to `end`.
+    head: the first of the tile's heads.
+    first, position: the first of its tokens, and that token's position in the sequence.
+    length: keys of the sequence.
+    end: keys that the tile's last token sees.
+    blocks: the number of blocks of keys up to `end`.
     """
 
     sequence: Array

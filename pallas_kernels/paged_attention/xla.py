@@ -1,8 +1,8 @@
-"""`paged_attention` for XLA: a loop over blocks of keys with a running softmax.
+"""Implements `paged_attention` for XLA: a loop over blocks of keys with an online softmax.
 
-The loop's trip count follows the longest sequence at run time, so one compiled program serves every
-length, and neither time nor memory grows with the page pool. Blocks past a sequence's end add
-exactly nothing, so its result does not depend on how long the others are.
+The loop's trip count depends on the longest sequence at run time, so one compiled program serves
+every length, and neither time nor memory grows with the page pool. Blocks past a sequence's end
+contribute exactly zero, so its result does not depend on the length of others.
 
 Algorithm: FlashAttention (Dao et al., 2022), online softmax (Milakov and Gimelshein, 2018).
 """

@@ -1,5 +1,5 @@
-"""From the products of q_proj, k_proj and v_proj to attention: rotary embedding, and new keys and
-values into the paged cache."""
+"""Prepares q, k and v for attention: rotary embedding, and new keys and values into the paged
+cache."""
 
 from functools import partial
 from typing import Any
@@ -34,26 +34,26 @@ def rope_and_cache(
 
     parts: of q, k and v, [parts, rows, heads, head_dim], bfloat16 or float32; the products are
         their sums over the first axis. Row b * tokens + t is token t of sequence b; rows beyond
-        those count for nothing.
-    positions: int32 [batch, tokens], what q and k are rotated by, as pairs
-        (j, j + head_dim / 2), with float32 angles positions * frequencies.
+        those are ignored.
+    positions: int32 [batch, tokens]. Pairs (j, j + head_dim / 2) of q and k are rotated by float32
+        angles positions * frequencies.
     frequencies: float32 [head_dim / 2].
     k_pages, v_pages: [num_pages, page_size, num_kv_heads, head_dim]; bfloat16, float32,
         float8_e4m3fn or its int8 bits.
-    page_table: int32 [batch, pages_per_row]; position p of row b lives in page
+    page_table: int32 [batch, pages_per_sequence]; position p of sequence b is in page
         page_table[b, p // page_size] at offset p % page_size.
-    cached_lens, kv_lens: int32 [batch], tokens stored before and after; token t of row b is stored
-        at cached_lens[b] + t, or nowhere if that is kv_lens[b] or more, or if its page is num_pages
-        or more.
-    weight_scales: float32 [heads, head_dim] each, that the sums are multiplied by.
-    k_scale, v_scale: float32 [], or [num_kv_heads] for each head its own, that FP8 keys and values
-        are divided by before they are rounded; attention multiplies by them. Where each head has
-        its own k_scale, q is multiplied by it here.
-    dtype: bfloat16 or float32, of q, and what the products are rounded to before anything else;
-        "hopper" rounds only what it stores.
-    implementation: None for the best that takes these arrays on the platform lowered for, or
-        "hopper", "xla" or "reference"; `choose` says which it is, and why others refuse. "hopper"
-        is one launch that writes into the pages as they lie.
+    cached_lens, kv_lens: int32 [batch], tokens stored before and after. Token t of sequence b is
+        stored at cached_lens[b] + t, or not at all if that is kv_lens[b] or more, or if its page is
+        num_pages or more.
+    weight_scales: float32 [heads, head_dim] each, by which the sums are multiplied.
+    k_scale, v_scale: float32 [], or [num_kv_heads] for one per head. FP8 keys and values are
+        divided by them before rounding, and attention multiplies by them. If k_scale is per head, q
+        is multiplied by it here.
+    dtype: bfloat16 or float32, of q. The products are first rounded to it, except that "hopper"
+        rounds only what it stores.
+    implementation: None for the best that takes these arrays on the target device, or "hopper",
+        "xla" or "reference"; `choose` returns which it is, and why others refuse. "hopper" is one
+        launch that updates the pages in place.
     Returns q, [batch, tokens, num_heads, head_dim], and the pages.
     Raises ValueError for shapes that do not fit, and for a named implementation that cannot run.
     """
@@ -68,7 +68,7 @@ def rope_and_cache(
     run = partial(found.kernel.run, **settings)
     with found.scope():
         if found.kernel is HOPPER and implementation is None:
-            # Beside a GPU, a program may still be lowered for the CPU.
+            # On a machine with a GPU, a program may still be lowered for the CPU.
             run = partial(lax.platform_dependent, cuda=run, default=partial(XLA.run, **settings))
         rotated: tuple[Array, Array, Array] = run(*arrays)
     return rotated
@@ -77,10 +77,9 @@ def rope_and_cache(
 def choose(
     parts: Projections, k_pages: Array, dtype: jnp.dtype, implementation: str | None = None
 ) -> Choice[Kernel]:
-    """Choose the kernel for these arrays, or for anything with their shapes and dtypes, on what is
-    lowered for.
+    """Choose the kernel for arrays of these shapes and dtypes on the target device.
 
-    Raises ValueError if what is named cannot run.
+    Raises ValueError if the named implementation cannot run.
     """
     return choice.choose(
         "rope_and_cache", KERNELS, (parts, k_pages, jnp.dtype(dtype)), implementation
@@ -90,7 +89,7 @@ def choose(
 def _hopper_refusal(parts: Projections, k_pages: Array, dtype: jnp.dtype) -> str | None:
     if reason := device.not_hopper():
         return reason
-    # Mosaic GPU takes a third of JAX's own time to import: only where it may run.
+    # Imported only where it may run: Mosaic GPU takes a third of JAX's own time to import.
     from pallas_kernels.rope_and_cache import hopper
 
     return hopper.refusal(parts, k_pages, dtype)

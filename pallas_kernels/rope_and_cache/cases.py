@@ -1,4 +1,4 @@
-"""What `pallas_kernels.dev.bench` and `pallas_kernels.dev.tune` run of `rope_and_cache`."""
+"""Defines the problems on which `pallas_kernels.dev` checks, times and tunes `rope_and_cache`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
@@ -17,18 +17,18 @@ from pallas_kernels.rope_and_cache.projections import Projections
 
 BF16, FP32 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
 KV_DTYPES = {"bf16": BF16, "fp8": jnp.dtype(e4m3.DTYPE)}
-# Of bfloat16 results from exact ones, where XLA's are from rounded products.
+# Between bfloat16 results of exact and of rounded products, the latter being XLA's.
 TOLERANCE = 2**-6
 PAGE_SIZE = 64
 FREQUENCIES_BASE = 500_000.0
 K_SCALE, V_SCALE = 0.5, 0.25
-# Decode: sequences, and parts of K that the weight-only matmul leaves for 8B. Prefill: tokens.
+# Decode: sequences, and the weight-only matmul's splits of K for 8B. Prefill: tokens.
 SEQUENCES, PARTS, CHUNK = (1, 16, 64), 11, 2048
 CONTEXT = 1000
 
 
 def cases(_rows: Sequence[int]) -> Iterator[Case]:
-    """Heads of every model: a token of each sequence from parts of products, and a chunk."""
+    """Yield decode, with partial sums, and prefill for the heads of every model."""
     for each, dtype in product(heads(), KV_DTYPES):
         for sequences in SEQUENCES:
             yield decode(each, dtype, sequences, PARTS)
@@ -36,29 +36,29 @@ def cases(_rows: Sequence[int]) -> Iterator[Case]:
 
 
 def tiny_cases() -> Iterator[Case]:
-    """For the simulator."""
+    """Yield cases for the simulator."""
     yield decode(Heads("tiny", 1, 4, 2, 64), "fp8", 2, 3)
     yield prefill(Heads("tiny", 1, 4, 2, 128), "bf16", 5)
 
 
 def decode(shape: Heads, dtype: str, sequences: int, parts: int) -> Case:
-    """A token of each sequence."""
+    """Return a case with one token per sequence."""
     name = f"{shape} B={sequences} parts={parts} {dtype} rope and cache"
     return _case(shape, dtype, sequences, 1, parts, name)
 
 
 def prefill(shape: Heads, dtype: str, tokens: int) -> Case:
-    """The first tokens of a sequence."""
+    """Return a case with the first tokens of a sequence."""
     return _case(shape, dtype, 1, tokens, 1, f"{shape} T={tokens} {dtype} rope and cache")
 
 
 def _case(shape: Heads, dtype: str, batch: int, tokens: int, parts: int, name: str) -> Case:
-    """Pages are made where they are written, as they lie: to be given them, a program would have to
-    copy them first. What they hold besides, nobody looks at."""
+    """Return a case. The program makes the pages itself, uninitialised but for the new tokens: as
+    arguments they would have to be copied first."""
     head_dim, counts = shape.head_dim, (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
     start = CONTEXT if parts > 1 else 0
-    pages_per_row = -(-(start + tokens) // PAGE_SIZE)
-    pool = (batch * pages_per_row, PAGE_SIZE, shape.num_kv_heads, head_dim)
+    pages_per_sequence = -(-(start + tokens) // PAGE_SIZE)
+    pool = (batch * pages_per_sequence, PAGE_SIZE, shape.num_kv_heads, head_dim)
     sums_dtype = FP32 if parts > 1 else BF16
     frequencies = FREQUENCIES_BASE ** -(np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)
     rows = batch * tokens
@@ -105,7 +105,7 @@ def _case(shape: Heads, dtype: str, batch: int, tokens: int, parts: int, name: s
         return call
 
     def value(found: tuple[Array, ...]) -> Array:
-        """q, and of the pages what was written, not scaled back."""
+        """Return q, and the part of the pages that was written, unscaled."""
         q, *pools = found
         at = start + np.arange(tokens)
         stored = [each.astype(FP32)[table[:, at // PAGE_SIZE], at % PAGE_SIZE] for each in pools]

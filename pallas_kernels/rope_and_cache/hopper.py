@@ -1,9 +1,9 @@
-"""`rope_and_cache` on Hopper: one launch, which writes into the pages as they lie.
+"""Implements `rope_and_cache` on Hopper, in one launch that updates the pages in place.
 
-A tile is some heads of one token: a thread has the same few elements of both halves of a head, so
-that a rotation stays within it. With few tokens a thread block has one tile, so that all are read
-at once; with many it has all tiles of a token, whose angles and page it then reads once. The
-cosines and sines are the same in all layers, and XLA makes them once for all (`angles`).
+A tile is some heads of one token. A thread has the same few elements of both halves of a head, so a
+rotation needs no other thread. With few tokens a thread block has one tile, so that all tiles are
+read at once. With many it has all tiles of a token, and reads the token's angles and page once.
+Cosines and sines are the same in all layers, and XLA computes them once (`angles`).
 """
 
 import functools
@@ -26,19 +26,23 @@ NAME = "rope_and_cache"
 HEAD_DIMS = (64, 128)
 PAGE_DTYPES = (jnp.bfloat16, jnp.float32, e4m3.DTYPE)
 WARPS, LANES = 4, 32
-# Of a tile: fewer where a launch has so few tokens that multiprocessors would be idle.
+# Heads per tile; fewer if SMs would otherwise be idle.
 MOST_HEADS, FEWER_HEADS = 8, 4
-# Of a thread, side by side: 16 bytes of float32.
+# Consecutive elements per thread: 16 bytes of float32.
 MAX_ELEMENTS = 4
-# From so many tiles for each multiprocessor on, a thread block has all tiles of a token.
-TILES_PER_MULTIPROCESSOR = 8
-# That are read before any is rotated and stored.
+# From this many tiles per SM on, a thread block has all tiles of a token.
+TILES_PER_SM = 8
+# Tiles that are read before the first is rotated and stored.
 TILES_AT_ONCE = 6
 
 
 @dataclass(frozen=True)
 class Config:
-    """heads: of a tile. is_by_token: whether a thread block has all tiles of a token, or one."""
+    """The division of the work.
+
+    heads: per tile.
+    is_by_token: whether a thread block has all tiles of a token, or a single tile.
+    """
 
     heads: int
     is_by_token: bool
@@ -75,10 +79,11 @@ def rope_and_cache(
     config: Config | None = None,
     interpret: Any = None,
 ) -> tuple[Array, Array, Array]:
-    """As the package's, for what `refusal` does not refuse.
+    """Compute the package's `rope_and_cache` for operands that `refusal` accepts.
 
-    cos_and_sin: `angles`, if they have been made before. config: for tuning; None takes
-    `configure`'s. interpret: a plgpu.InterpretGPUParams to run in the simulator.
+    cos_and_sin: the result of `angles`, if it has been computed before.
+    config: for tuning; None takes `configure`'s.
+    interpret: plgpu.InterpretGPUParams, to run in the simulator.
     """
     config = config or configure(parts, positions.size)
     if reason := unfit(config, parts):
@@ -97,15 +102,17 @@ def rope_and_cache(
 
 
 def angles(positions: Array, frequencies: np.ndarray) -> tuple[Array, Array]:
-    """Cosines and sines, float32 [batch * tokens, head_dim / 2] each, as `xla.apply_rope` has
-    them."""
+    """Return cosines and sines, float32 [batch * tokens, head_dim / 2] each, as in
+    `xla.apply_rope`."""
     each = positions.reshape(-1, 1).astype(jnp.float32) * frequencies
     return jnp.cos(each), jnp.sin(each)
 
 
 class _Operands(NamedTuple):
-    """Arrays outside of the kernel, references within. cos, sin: [batch * tokens, head_dim / 2];
-    k_scale, v_scale: [1] or [num_kv_heads]."""
+    """The operands: arrays outside of the kernel, references to global memory within.
+
+    cos, sin: [batch * tokens, head_dim / 2]. k_scale, v_scale: [1] or [num_kv_heads].
+    """
 
     parts: Projections
     weight_scales: Projections | None
@@ -119,46 +126,46 @@ class _Operands(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """heads: of q, k or v ("kind"), the first of a tile; static or an index."""
+    """The heads of q, k or v ("kind") in a tile. first: the first of them, static or an index."""
 
     kind: str
     first: Any
 
 
 class _Halves(NamedTuple):
-    """Elements j and j + head_dim / 2, [heads, head_dim / 2]."""
+    """Elements j (a) and j + head_dim / 2 (b) of heads, each [heads, head_dim / 2]."""
 
     a: Array
     b: Array
 
 
 def configure(parts: Projections, rows: int) -> Config:
-    """The tuned configuration of the GPU in use, or else the heuristic's. rows: tokens in all."""
+    """Return the tuned configuration of the GPU in use, or else the heuristic's. rows: all
+    tokens."""
     found = tuned.find(NAME, tuned_as(parts, rows))
     return Config(**found) if found else heuristic(parts, rows)
 
 
 def tuned_as(parts: Projections, rows: int) -> str:
-    """Return what problems that share a tuned configuration are called: rows up to a power of
-    two."""
+    """Name the problems that share a tuned configuration: rows are rounded up to a power of two."""
     count, _, num_heads, head_dim = parts.q.shape
     heads = f"{num_heads}/{parts.k.shape[2]}x{head_dim}"
     return f"heads={heads} parts={count} {parts.q.dtype} rows<={pl.next_power_of_2(rows)}"
 
 
 def heuristic(parts: Projections, rows: int) -> Config:
-    """Untuned. Tiles of fewer heads where a launch has so few that multiprocessors would be idle;
-    by token where there are many, and no parts to add up."""
+    """Return an untuned configuration: smaller tiles if SMs would otherwise be idle, and by token
+    if there are many tiles and no partial sums to add."""
     num_kv_heads = parts.k.shape[2]
     tiles = rows * pl.cdiv(parts.q.shape[2] + 2 * num_kv_heads, MOST_HEADS)
     most = FEWER_HEADS if tiles < num_sms() else MOST_HEADS
     heads = max(each for each in (1, 2, 4, 8) if num_kv_heads % each == 0 and each <= most)
-    is_many = tiles >= TILES_PER_MULTIPROCESSOR * num_sms()
+    is_many = tiles >= TILES_PER_SM * num_sms()
     return Config(heads, is_many and parts.q.shape[0] == 1)
 
 
 def unfit(config: Config, parts: Projections) -> str | None:
-    """Return why no kernel can be made of a configuration; None if one can."""
+    """Return why a configuration cannot work; None if it can."""
     num_kv_heads = parts.k.shape[2]
     if config.heads not in (1, 2, 4, 8) or num_kv_heads % config.heads:
         return f"heads must be 1, 2, 4 or 8 and divide {num_kv_heads}, got {config.heads}"
@@ -166,8 +173,8 @@ def unfit(config: Config, parts: Projections) -> str | None:
 
 
 def tile_layout(heads: int, half: int) -> Any:
-    """Return how a warpgroup has [heads, half] elements: lanes along a head, warps along heads, and
-    where there are too few heads, several warps the same."""
+    """Return a warpgroup's layout of [heads, half] elements: lanes along a head, warps along heads.
+    If there are too few heads, several warps have the same elements."""
     elements = max(half // LANES, min(MAX_ELEMENTS, heads * half // (WARPS * LANES)))
     of_warp = LANES * elements // half
     warps = max(1, heads // of_warp)
@@ -198,7 +205,7 @@ def _launch(
     config: Config,
     interpret: Any,
 ) -> tuple[Array, Array, Array]:
-    """q [batch * tokens, num_heads, head_dim], and the pages."""
+    """Launch the kernel. Returns q [batch * tokens, num_heads, head_dim], and the pages."""
     rows, half = operands.cos.shape
     num_kv_heads, head_dim = k_pages.shape[2:]
     num_heads = operands.parts.q.shape[2]
@@ -241,10 +248,12 @@ def _launch(
 
 @dataclass(frozen=True)
 class _Kernel:
-    """What is static about a launch.
+    """The static properties of a launch.
 
-    tokens: new ones of each sequence; heads, half: of a tile [heads, half], which is half of each
-    head; group: heads of q for each of k; is_q_scaled: whether q takes the scales of k's heads.
+    tokens: new tokens per sequence.
+    heads, half: of a tile [heads, half], which has half of each head.
+    group: query heads per kv head.
+    is_q_scaled: whether q is multiplied by the scales of its kv heads.
     """
 
     tokens: int
@@ -263,7 +272,7 @@ class _Kernel:
 
     @property
     def halves(self) -> tuple[Any, Any]:
-        """Return where both halves of a head are."""
+        """Return the slices of both halves of a head."""
         return pl.ds(0, self.half), pl.ds(self.half, self.half)
 
     def load(self, ref: Any, *place: Any) -> _Halves:
@@ -276,7 +285,7 @@ class _Kernel:
         )
 
     def per_head(self, ref: Any, first: Any, heads_of_each: int) -> Array:
-        """Return what a tile's heads are scaled by: a number, or [heads, half]."""
+        """Return the scales of a tile's heads: a number, or [heads, half]."""
         if ref.shape[0] == 1:
             return ref[0]
         index = lax.div(first, heads_of_each)
@@ -289,7 +298,7 @@ class _Kernel:
 
 @dataclass(frozen=True)
 class _Row:
-    """One token's part of a thread block's work: what is read, and where results go."""
+    """One token of a thread block's work, with the references that it reads and writes."""
 
     kernel: _Kernel
     gmem: _Operands
@@ -299,7 +308,7 @@ class _Row:
     row: Array
 
     def total(self, tile: _Tile) -> _Halves:
-        """Add up a tile's parts, in their order, and scale them."""
+        """Add a tile's parts in order, and scale the sum."""
         heads = pl.ds(tile.first, self.kernel.heads)
         parts_gmem = getattr(self.gmem.parts, tile.kind)
         found = [
@@ -316,7 +325,7 @@ class _Row:
         return _Halves(a, b)
 
     def finish(self, tile: _Tile, x: _Halves) -> None:
-        """Rotate a tile of q or k, and store it, or one of v."""
+        """Rotate a tile unless it is of v, and store it."""
         if tile.kind == "v":
             self._cache(self.v_gmem, self.gmem.v_scale, tile.first, x)
         elif tile.kind == "k":

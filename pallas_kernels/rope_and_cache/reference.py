@@ -1,5 +1,5 @@
-"""The meaning of `rope_and_cache`: a pair is a complex number, and each token is stored after the
-other."""
+"""Defines `rope_and_cache` plainly: a pair is a complex number, and tokens are stored one by
+one."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,5 +1,5 @@
-"""`rope_and_cache` for XLA, which fuses the rotation with what is around it, and scatters keys and
-values into the pages in place."""
+"""Implements `rope_and_cache` for XLA, which fuses the rotation with its surroundings and scatters
+keys and values into the pages in place."""
 
 import functools
 import operator
@@ -58,11 +58,12 @@ def apply_rope(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
 def write_pages(
     pages: Array, new: Array, page_table: Array, cached_lens: Array, kv_lens: Array, scale: Array
 ) -> Array:
-    """Store the new tokens of each row: positions cached_lens[b] to kv_lens[b] - 1.
+    """Store the new tokens of each sequence at positions cached_lens[b] to kv_lens[b] - 1.
 
-    pages: [num_pages, page_size, num_kv_heads, head_dim]; new: [batch, tokens, num_kv_heads,
-    head_dim]; page_table: int32 [batch, pages_per_row]; scale: float32 [] or [num_kv_heads]. Tokens
-    at or past kv_lens[b] are dropped.
+    pages: [num_pages, page_size, num_kv_heads, head_dim].
+    new: [batch, tokens, num_kv_heads, head_dim]; tokens at or past kv_lens[b] are dropped.
+    page_table: int32 [batch, pages_per_sequence].
+    scale: float32 [] or [num_kv_heads].
     """
     num_pages, page_size = pages.shape[:2]
     positions = cached_lens[:, None] + jnp.arange(new.shape[1])
@@ -75,8 +76,11 @@ def write_pages(
 
 
 def per_head(x: Array, scale: Array) -> Array:
-    """x [b, t, heads, head_dim] times its kv heads' scales, [kv_heads]: of keys, queries may as
-    well be multiplied, and of values the result. A scalar is left to attention."""
+    """Multiply x [b, t, heads, head_dim] by scales per kv head, [kv_heads].
+
+    Scales of keys may be applied to queries, and scales of values to the result. A scalar is not
+    applied, because attention does that.
+    """
     if scale.ndim == 0:
         return x
     wide = jnp.repeat(scale, x.shape[2] // scale.shape[0])[:, None]

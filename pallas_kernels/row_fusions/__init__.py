@@ -1,7 +1,7 @@
-"""What stands between the products of a decode step, one launch each: residual and RMSNorm, SwiGLU.
+"""Computes what is between the products of a decode step: residual with RMSNorm, and SwiGLU.
 
-Both read products that are not summed up yet (`Parts`) and give activations in float8 terms
-(`Terms`), so that the products around them are a launch each and nothing else is.
+Each is one launch. They read products as partial sums (`Parts`) and return activations in float8
+terms (`Terms`), so that a decode step has no launches besides these and the products.
 """
 
 from typing import Any
@@ -19,12 +19,15 @@ from pallas_kernels.row_fusions import reference
 def add_rms_norm(
     product: Parts | None, residual: Array, weight: Array, eps: float
 ) -> tuple[Array, Terms]:
-    """The sum x = residual + product, rounded to bfloat16, and RMSNorm of it in terms.
+    """Compute x = residual + product, rounded to bfloat16, and RMSNorm of it in terms.
 
-    product: [m, d], or None for nothing to add; residual: bfloat16 [m, d]; weight: [d]. The terms
-    are x * weight, rounded once to bfloat16; their product is divided by rms(x), where Hugging
-    Face's Llama rounds x / rms(x) and that times the weight.
-    Needs a Hopper GPU; d as `refusal` says.
+    The terms are x * weight, rounded once to bfloat16, and the product that follows is divided by
+    rms(x). Hugging Face's Llama rounds twice: x / rms(x), and that times the weight. Needs a Hopper
+    GPU, and d as in `refusal`.
+
+    product: [m, d], or None to add nothing.
+    residual: bfloat16 [m, d].
+    weight: [d].
     """
     with Choice(ADD_RMS_NORM).scope():
         summed, terms = ADD_RMS_NORM.run(product, residual, weight, eps)
@@ -32,29 +35,29 @@ def add_rms_norm(
 
 
 def silu_and_mul(gate: Parts, up: Parts) -> Terms:
-    """silu(gate) * up in terms, rounded to bfloat16 once. Both are [m, n]. Needs a Hopper GPU."""
+    """Compute silu(gate) * up of products [m, n] in terms, rounded once to bfloat16. Needs a Hopper
+    GPU."""
     with Choice(SILU_AND_MUL).scope():
         terms: Terms = SILU_AND_MUL.run(gate, up)
     return terms
 
 
-def why_not(residual: Array | jax.ShapeDtypeStruct, inner: int) -> str | None:
-    """Return why the kernels cannot take these activations on what is lowered for; None if they
-    can.
+def why_not(residual: Array | jax.ShapeDtypeStruct, intermediate: int) -> str | None:
+    """Return why the kernels cannot take these activations on the target device; None if they can.
 
-    Operands as in `refusal`.
+    Operands are those of `refusal`.
     """
-    return device.not_hopper() or refusal(residual, inner) or device.not_local()
+    return device.not_hopper() or refusal(residual, intermediate) or device.not_local()
 
 
-def refusal(residual: Array | jax.ShapeDtypeStruct, inner: int) -> str | None:
+def refusal(residual: Array | jax.ShapeDtypeStruct, intermediate: int) -> str | None:
     """Return why the kernels cannot take these activations; None if they can.
 
-    residual: [m, d]; inner: columns of what `silu_and_mul` returns.
+    residual: [m, d]. intermediate: columns of the result of `silu_and_mul`.
     """
     if residual.dtype != jnp.bfloat16:
         return f"activations must be bfloat16, got {residual.dtype}"
-    for name, size in (("hidden", residual.shape[1]), ("intermediate", inner)):
+    for name, size in (("hidden", residual.shape[1]), ("intermediate", intermediate)):
         if size % MULTIPLE:
             return f"{name} size {size} must be a multiple of {MULTIPLE}"
     return None
@@ -72,9 +75,9 @@ def _silu_and_mul(*operands: Any) -> Terms:
     return hopper.silu_and_mul(*operands)
 
 
-# A warpgroup's threads.
+# The threads of a warpgroup.
 MULTIPLE = 128
-_COST = "adds parts up, two terms in FP8 for the next product"
+_COST = "adds partial sums, makes two FP8 terms for the next product"
 ADD_RMS_NORM = Kernel(
     name="hopper", run=_add_rms_norm, refusal=refusal, launches={"add_rms_norm": _COST}
 )

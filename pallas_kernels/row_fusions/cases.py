@@ -1,4 +1,4 @@
-"""What `pallas_kernels.dev.bench` runs of the row fusions."""
+"""Defines the problems on which `pallas_kernels.dev` checks and times the row fusions."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,21 +19,23 @@ TOLERANCE = 2**-8
 
 
 def cases(rows: Sequence[int]) -> Iterator[Case]:
-    """Of every model, not divided, for as many rows as decoding's products take."""
+    """Yield both fusions of every model, not sharded, for up to as many rows as decode has."""
     for name, model in MODELS.items():
         for m in (each for each in rows if each <= MAX_ROWS):
             yield norm(f"{name} TP1 hidden {model.hidden} m={m}", m, model.hidden)
-            yield swiglu(f"{name} TP1 inner {model.intermediate} m={m}", m, model.intermediate)
+            yield swiglu(
+                f"{name} TP1 intermediate {model.intermediate} m={m}", m, model.intermediate
+            )
 
 
 def tiny_cases() -> Iterator[Case]:
-    """For the simulator."""
+    """Yield cases for the simulator."""
     yield norm("tiny hidden 512 m=2", 2, 512)
-    yield swiglu("tiny inner 256 m=2", 2, 256)
+    yield swiglu("tiny intermediate 256 m=2", 2, 256)
 
 
 def norm(name: str, m: int, d: int) -> Case:
-    """Residual and RMSNorm."""
+    """Return a residual with RMSNorm of [m, d]."""
 
     def arguments(key: Array) -> tuple[Any, ...]:
         keys = jax.random.split(key, 3)
@@ -48,7 +50,7 @@ def norm(name: str, m: int, d: int) -> Case:
 
 
 def swiglu(name: str, m: int, n: int) -> Case:
-    """SwiGLU."""
+    """Return a SwiGLU of [m, n]."""
 
     def arguments(key: Array) -> tuple[Any, ...]:
         gate, up = jax.random.split(key)

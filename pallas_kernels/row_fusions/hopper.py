@@ -1,7 +1,7 @@
-"""The row fusions as Mosaic GPU kernels: a warpgroup holds a part of a row in registers.
+"""Implements the row fusions as Mosaic GPU kernels: a warpgroup has a part of a row in registers.
 
-For decoding, where a step has few rows: each is read once, from memory that the product before has
-just written, and what takes the time is the launch.
+They are for decode, where a step has few rows. Each row is read once, just after the product before
+has written it, and most of the time is that of the launch.
 """
 
 import functools
@@ -32,7 +32,7 @@ Ref = Any
 
 
 def group_size(columns: int) -> int:
-    """Columns of a row that a thread block has, and that share a unit: up to 4 for a thread."""
+    """Return the columns of a row per thread block, which share a unit: up to 4 per thread."""
     return next(each for each in GROUPS if columns % each == 0)
 
 
@@ -42,7 +42,7 @@ def add_rms_norm(
 ) -> tuple[Array, Terms]:
     """Compute `row_fusions.add_rms_norm`.
 
-    A thread block has some columns of a row, and so knows only a part of its mean square.
+    A thread block has some columns of a row, and so computes only a part of its mean square.
     """
     m, d = residual.shape
     rows, size = padded_rows(m), group_size(d)
@@ -126,7 +126,7 @@ def _total(gmem: Any, row: Array, columns: Any, size: int) -> Array:
 
 
 def _load(ref: Ref, size: int) -> Array:
-    """Load a vector over a warpgroup's threads, up to 4 numbers in a row each."""
+    """Load a vector over a warpgroup's threads, up to 4 consecutive numbers each."""
     layout = plgpu.Layout.WG_STRIDED((size,), vec_size=min(4, size // THREADS))
     return plgpu.load(ref, layout=layout, optimized=False)
 
@@ -140,7 +140,7 @@ def _store_terms(
     group: Array | int,
     columns: Any,
 ) -> None:
-    """Store one group of a row, float32 of bfloat16's precision, as `Terms`."""
+    """Store one group of a row, float32 with bfloat16's precision, as `Terms`."""
     exponent = unit_exponent(jnp.max(exponent_of(y)))
     a, b = split(y * power_of_two(jnp.full_like(y, inverse(exponent), jnp.int32)))
     codes_gmem.at[row, columns][...] = a.astype(e4m3.DTYPE)

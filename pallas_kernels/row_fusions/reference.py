@@ -1,4 +1,4 @@
-"""The meaning of the row fusions, in float32."""
+"""Defines the row fusions plainly, in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from pallas_kernels.fp8_matmul.terms import Parts
 def add_rms_norm(
     product: Parts | None, residual: Array, weight: Array, eps: float
 ) -> tuple[Array, Array]:
-    """As `row_fusions.add_rms_norm`, with the norm in bfloat16 instead of terms."""
+    """Compute `row_fusions.add_rms_norm` with the norm in bfloat16 instead of terms."""
     x = residual.astype(jnp.float32)
     if product is not None:
         x = x + product.total()
@@ -21,5 +21,5 @@ def add_rms_norm(
 
 
 def silu_and_mul(gate: Parts, up: Parts) -> Array:
-    """As `row_fusions.silu_and_mul`, in bfloat16 instead of terms."""
+    """Compute `row_fusions.silu_and_mul` in bfloat16 instead of terms."""
     return (jax.nn.silu(gate.total()) * up.total()).astype(jnp.bfloat16)

@@ -1,0 +1,72 @@
+"""Attention over the paged cache of one layer: rotate, store the new keys and values, attend."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from llama_jax.model.rope import rope_frequencies
+from llama_jax.model.sharding import divided_over
+from llama_jax.model.spec import ModelSpec
+from pallas_kernels.fp8_matmul.terms import Parts
+from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.rope_and_cache import rope_and_cache
+from pallas_kernels.rope_and_cache.projections import Projections
+from pallas_kernels.rope_and_cache.xla import per_head
+
+
+class LayerCache(NamedTuple):
+    """One layer of a `KVCache`, with the page table of the sequences in this call.
+
+    cached_lens, kv_lens: int32 [b], tokens stored before the call, and after it.
+    """
+
+    k: Array
+    v: Array
+    k_scale: Array
+    v_scale: Array
+    page_table: Array
+    cached_lens: Array
+    kv_lens: Array
+
+
+def cached_attention(
+    spec: ModelSpec, qkv: Sequence[Parts], positions: Array, cache: LayerCache
+) -> tuple[Array, LayerCache]:
+    """Store the keys and values of new tokens [b, t], and let their queries attend to the cache.
+
+    qkv: the products of q_proj, k_proj and v_proj, each [b * t, heads * head_dim].
+    positions: int [b, t], for rotary embedding.
+    Returns [b, t, heads, head_dim] and the cache.
+    """
+    kv_heads, head_dim = cache.k.shape[2:]
+    sums = (each.sums.reshape(*each.sums.shape[:2], -1, head_dim) for each in qkv)
+    scales = [each.scale.reshape(-1, head_dim) for each in qkv if each.scale is not None]
+    v_scale = _of_own_heads(cache.v_scale, kv_heads)
+    q, k, v = rope_and_cache(
+        Projections(*sums), positions, rope_frequencies(spec.config),
+        cache.k, cache.v, cache.page_table, cache.cached_lens, cache.kv_lens,
+        weight_scales=Projections(*scales) if scales else None,
+        k_scale=_of_own_heads(cache.k_scale, kv_heads),
+        v_scale=v_scale,
+        dtype=jnp.dtype(spec.dtype),
+        implementation=spec.of_attention,
+    )  # fmt: skip
+    # Scales per kv head are applied outside: to q by rope_and_cache, to y by per_head.
+    y = paged_attention(
+        q, k, v, cache.page_table, cache.cached_lens, cache.kv_lens,
+        k_scale=1.0 if cache.k_scale.ndim else cache.k_scale,
+        v_scale=1.0 if cache.v_scale.ndim else cache.v_scale,
+        is_batch_invariant=spec.is_batch_invariant,
+        implementation=spec.of_attention,
+    )  # fmt: skip
+    return per_head(y, v_scale), cache._replace(k=k, v=v)
+
+
+def _of_own_heads(scale: Array, kv_heads: int) -> Array:
+    """Slice scales per kv head down to those of this device's heads."""
+    axis = divided_over("kv_heads")
+    if scale.ndim == 0 or axis is None:
+        return scale
+    return lax.dynamic_slice_in_dim(scale, lax.axis_index(axis) * kv_heads, kv_heads)
