@@ -48,7 +48,7 @@ CALLS = [
     (["serve", "--port", "70000"], 2, "port must be in [0, 65535]"),
     (["serve", "a", "--hf-model-name", "b"], 2, "MODEL or --hf-model-name"),
     (["serve", "--host", "256.0.0.1", "--port", "0"], 1, "256.0.0.1:0"),
-    (["serve", "--port", "0", "--batch-dir", "FILE"], 2, "Not a directory: 'FILE/files'"),
+    (["serve", "--port", "0", "--batch-dir", "FILE"], 2, "FILE/files: Not a directory"),
     (["serve", "--api-key", "a b"], 2, "printable ASCII without spaces"),
     (["eval", "/nonexistent", "--tasks", "a"], 2, "/nonexistent is neither"),
     (["eval"], 2, "give --tasks"),

@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def output(self) -> str:
-        """The path of the output matrix, which is the embedding if embeddings are tied."""
+        """Return the path of the output matrix, which is the embedding if embeddings are tied."""
         return "lm_head" if "lm_head" in self.modules else "embed_tokens"
 
 

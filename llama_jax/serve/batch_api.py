@@ -137,7 +137,7 @@ def _add_files(app: FastAPI, runs: BatchRuns) -> None:
 
 @contextmanager
 def _storage() -> Iterator[None]:
-    """A context in which the disk's errors are told as such."""
+    """Turns errors of the disk into replies with status 507."""
     try:
         yield
     except OSError as error:

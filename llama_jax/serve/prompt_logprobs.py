@@ -1,7 +1,7 @@
-"""This module tells how likely a prompt's own tokens are, and which would have been likeliest.
+"""This module computes logprobs of a prompt's own tokens, and the likeliest tokens in their places.
 
-That is what `prompt_logprobs` and echo with logprobs ask. Each such prompt is scored by a request
-of its own, beside those that continue it, since these compute no logits of a prompt.
+`prompt_logprobs` and echo with logprobs need them. Each such prompt is scored by a separate
+request, because the requests that continue a prompt compute no logits of its tokens.
 """
 
 from collections.abc import Sequence
@@ -18,20 +18,21 @@ if TYPE_CHECKING:
 def scoring(
     prompts: Sequence[Sequence[int]], num_top: int | None, has_ranks: bool
 ) -> list[Request | None]:
-    """Returns the request that scores each prompt; None where nothing is asked.
+    """Returns the request that scores each prompt, or None for a prompt of a single token, which
+    has no context.
 
-    num_top: the likeliest tokens that are wanted in each token's place; None where no logprobs are.
-    has_ranks: whether ranks are wanted. Of a single token, which follows nothing, nothing is asked.
+    num_top: how many likeliest tokens to find in each token's place; None for no logprobs at all.
+    has_ranks: whether to find each token's rank too.
     """
     if num_top is None:
         return [None] * len(prompts)
-    # One is known of each token anyway.
+    # The likeliest token is always computed.
     asked = num_top if has_ranks or num_top > 1 else None
     return [score_request(ids, 1, asked) if len(ids) > 1 else None for ids in prompts]
 
 
 def likeliest(scored: Request, count: int) -> list[list[tuple[int, float]]]:
-    """Returns the `count` likeliest tokens in the place of each of a prompt's but the first."""
+    """Returns the `count` likeliest tokens in the place of each prompt token but the first."""
     if count > 1:
         return [top[:count] for top in scored.prompt_top]
     best = zip(scored.prompt_likeliest.tolist(), scored.prompt_most.tolist(), strict=True)

@@ -76,7 +76,7 @@ class ChatLogprobs(BaseModel):
 
 
 class PromptLogprob(BaseModel):
-    """vLLM's. rank: among all tokens that could stand there, from 1 on."""
+    """Has vLLM's fields. rank: of the token among all tokens in its place, from 1 on."""
 
     logprob: float
     rank: int

@@ -367,8 +367,8 @@ class CompletionRequest(Asked):
 
     @property
     def num_prompt_top(self) -> int | None:
-        """The likeliest tokens that are wanted in the place of each of a prompt's, if its logprobs
-        are."""
+        """Returns how many likeliest tokens to find in the place of each prompt token; None if the
+        prompt needs no logprobs."""
         echoed = self.logprobs if self.echo else None
         asked = [each for each in (echoed, self.prompt_logprobs) if each is not None]
         return max(asked, default=None)
