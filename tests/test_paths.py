@@ -104,7 +104,7 @@ def test_a_cpu_takes_its_kernel_for_every_matrix(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(library, "best", lambda: "avx512")
     # Here and below: of a configuration that no other test has traced.
     for found in traced(replace(FITTING, rope_theta=1236.0), "cpu").values():
-        assert {call.path for call in found if call.matrices} == {library.TARGET}
+        assert {call.path for call in found if call.matrices} == {library.MATMUL}
         q_k_v = tuple(f"layers_1/self_attn/{name}_proj" for name in "qkv")
         assert q_k_v in {call.matrices for call in found}
         attention = [call for call in found if not call.matrices and call.module]
@@ -119,7 +119,7 @@ def test_without_avx_512_a_cpu_leaves_many_rows_to_xla(monkeypatch: pytest.Monke
         phase: [call for call in each if call.matrices and call.module.startswith("layers")]
         for phase, each in found.items()
     }
-    assert {call.path for call in in_layers["decode"]} == {library.TARGET}
+    assert {call.path for call in in_layers["decode"]} == {library.MATMUL}
     assert {(call.path, call.why_not) for call in in_layers["prefill"]} == {
         (
             "xla",

@@ -76,9 +76,9 @@ def kept_jit(
                 return function(**jax.tree.unflatten(tree, leaves), **static)
 
             flat.__name__ = function.__name__
-            # The key includes whether the CPU's kernel runs, so its custom call is safe here.
-            allowed = export.DisabledSafetyCheck.custom_call(library.TARGET)
-            exported = export.export(jax.jit(flat), disabled_checks=[allowed])(*avals)
+            # The key includes whether the CPU's kernels run, so their custom calls are safe here.
+            allowed = [export.DisabledSafetyCheck.custom_call(each) for each in library.TARGETS]
+            exported = export.export(jax.jit(flat), disabled_checks=allowed)(*avals)
             _write(path, exported)
         return exported.call(*leaves)
 

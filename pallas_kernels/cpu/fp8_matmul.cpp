@@ -5,6 +5,7 @@
 // the instruction sets are, the division over threads, and what XLA calls.
 
 #include <atomic>
+#include <cmath>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
@@ -56,6 +57,8 @@ struct Rows {
 
 // Of all instruction sets, the most columns of a step, and the most rows of a weight in a tile.
 constexpr int64_t MAX_COLUMNS = 64, MIN_ROWS = 8;
+// Of all whose activations are float32, the most columns of a step: heads are multiples of it.
+constexpr int64_t HEAD_GRANULE = 16;
 // For more rows of x, weights are widened once for all of them.
 constexpr int64_t FEW_ROWS = 16;
 // Of widened weights, and of x beside them: both stay in a core's level-2 cache.
@@ -91,6 +94,41 @@ inline float from_bfloat16(uint16_t bits) {
   memcpy(&value, &wide, 4);
   return value;
 }
+
+inline uint16_t to_bfloat16(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  if (value != value) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Queries [batch, tokens, heads, head_dim] over pages [pages, page_size, kv_heads, head_dim] of keys
+// and values; see `paged_attention`.
+struct Attention {
+  int64_t batch, tokens, heads, head_dim, pages, page_size, kv_heads, pages_per_row;
+  const void *q, *k, *v;
+  Format q_format, kv_format;
+  const int32_t *page_table, *cached_lens, *kv_lens;
+  float k_scale, v_scale, softmax_scale;
+  void* y;
+
+  float query(int64_t i) const {
+    return q_format == Format::float32 ? static_cast<const float*>(q)[i]
+                                       : from_bfloat16(static_cast<const uint16_t*>(q)[i]);
+  }
+  void put(int64_t i, float value) const {
+    if (q_format == Format::float32)
+      static_cast<float*>(y)[i] = value;
+    else
+      static_cast<uint16_t*>(y)[i] = to_bfloat16(value);
+  }
+  // Where the key of a position lies. A page that does not exist reads as the last one.
+  int64_t key(int64_t sequence, int64_t kv_head, int64_t position) const {
+    const int64_t page = page_table[sequence * pages_per_row + position / page_size];
+    const int64_t there = at_least(0, at_most(page, pages - 1));
+    return ((there * page_size + position % page_size) * kv_heads + kv_head) * head_dim;
+  }
+};
 
 // The values of the codes 0 to 127, float8_e4m3fn; 127, NaN, which no weight has, reads as 480.
 struct Magnitudes {
@@ -153,6 +191,7 @@ ALWAYS_INLINE void totals(const Sum (&s)[TOTALS], float* to) {
   to[0] = (s[0][0] + s[0][2]) + (s[0][1] + s[0][3]);
 }
 #include "tiles.inc"
+#include "attention.inc"
 #undef TARGET
 }  // namespace portable
 
@@ -198,6 +237,7 @@ TARGET ALWAYS_INLINE void totals(const Sum (&s)[TOTALS], float* to) {
   to[0] = _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 #include "tiles.inc"
+#include "attention.inc"
 #undef TARGET
 }  // namespace avx2
 
@@ -247,6 +287,7 @@ TARGET ALWAYS_INLINE void totals(const Sum (&s)[TOTALS], float* to) {
       to, _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xdd)));
 }
 #include "tiles.inc"
+#include "attention.inc"
 #undef TARGET
 }  // namespace avx512
 
@@ -491,6 +532,73 @@ ffi::Error call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs opera
   }
 }
 
+// Which numbers a buffer holds, if the kernels know them.
+bool format_of(ffi::AnyBuffer buffer, Format& format) {
+  switch (buffer.element_type()) {
+    case ffi::DataType::F32: format = Format::float32; return true;
+    case ffi::DataType::BF16: format = Format::bfloat16; return true;
+    case ffi::DataType::S8:
+    case ffi::DataType::F8E4M3FN: format = Format::codes; return true;
+    default: return false;
+  }
+}
+
+ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                     ffi::Buffer<ffi::S32> page_table, ffi::Buffer<ffi::S32> cached_lens,
+                     ffi::Buffer<ffi::S32> kv_lens, ffi::Buffer<ffi::F32> scales,
+                     ffi::Result<ffi::AnyBuffer> y, int64_t instructions) {
+  Attention a{};
+  const auto of_q = q.dimensions(), of_k = k.dimensions(), of_table = page_table.dimensions();
+  bool is_valid = of_q.size() == 4 && of_k.size() == 4 && of_table.size() == 2 &&
+                  format_of(q, a.q_format) && format_of(k, a.kv_format) &&
+                  a.q_format != Format::codes && v.element_type() == k.element_type() &&
+                  v.element_count() == k.element_count() && y->element_type() == q.element_type() &&
+                  y->element_count() == q.element_count() && scales.element_count() == 2;
+  const Instructions best = best_instructions();
+  is_valid = is_valid && instructions >= BEST && instructions <= best;
+  if (is_valid) {
+    a.batch = of_q[0], a.tokens = of_q[1], a.heads = of_q[2], a.head_dim = of_q[3];
+    a.pages = of_k[0], a.page_size = of_k[1], a.kv_heads = of_k[2];
+    a.pages_per_row = of_table[1];
+    is_valid = q.element_count() > 0 && k.element_count() > 0 && a.heads % a.kv_heads == 0 &&
+               of_k[3] == a.head_dim && a.head_dim % HEAD_GRANULE == 0 && of_table[0] == a.batch &&
+               cached_lens.element_count() == size_t(a.batch) &&
+               kv_lens.element_count() == size_t(a.batch);
+  }
+  if (!is_valid)
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                      "paged_attention_cpu: operands or instructions are not what is understood here");
+  a.q = q.untyped_data(), a.k = k.untyped_data(), a.v = v.untyped_data(), a.y = y->untyped_data();
+  a.page_table = page_table.typed_data();
+  a.cached_lens = cached_lens.typed_data(), a.kv_lens = kv_lens.typed_data();
+  a.k_scale = scales.typed_data()[0], a.v_scale = scales.typed_data()[1];
+  a.softmax_scale = 1 / std::sqrt(float(a.head_dim));
+
+  using Loop = void (*)(const Attention&, int64_t, int64_t, int64_t);
+  const auto of = [&](Loop codes, Loop bfloat16, Loop float32) {
+    return a.kv_format == Format::codes      ? codes
+           : a.kv_format == Format::bfloat16 ? bfloat16
+                                             : float32;
+  };
+#define ATTEND(set) of(set::attend<uint8_t>, set::attend<uint16_t>, set::attend<float>)
+  Loop attend = ATTEND(portable);
+  int64_t queries = portable::QUERIES;
+#if defined(__x86_64__)
+  const int64_t which = instructions == BEST ? best : instructions;
+  if (which >= AVX512)
+    attend = ATTEND(avx512);
+  else if (which == AVX2)
+    attend = ATTEND(avx2);
+#endif
+  const int64_t blocks = (a.tokens * (a.heads / a.kv_heads) + queries - 1) / queries;
+  // The last blocks, which see most keys, come first.
+  in_parallel(pool, a.batch * a.kv_heads * blocks, [&](int64_t i) {
+    const int64_t block = blocks - 1 - i / (a.batch * a.kv_heads);
+    attend(a, i / a.kv_heads % a.batch, i % a.kv_heads, block * queries);
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_jax_fp8_matmul, call,
@@ -501,6 +609,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_jax_fp8_matmul, call,
                                   .RemainingRets()
                                   .Attr<int64_t>("scale_rows")
                                   .Attr<int64_t>("scale_columns")
+                                  .Attr<int64_t>("instructions"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_jax_paged_attention, attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("instructions"));
 
 // The number of the best instructions here, up to the limit that this sets.

@@ -36,17 +36,19 @@ _LIMITS: dict[str, Instructions] = {
     "SSE4_2": "portable", "AVX": "portable", "AVX2": "avx2", "AVX512": "avx512",
     "AVX512_VNNI": "avx512",
 }  # fmt: skip
-TARGET = "fp8_matmul_cpu"
-_SOURCES = ("fp8_matmul.cpp", "tiles.inc")
+# XLA's names for what the library has.
+MATMUL, ATTENTION = "fp8_matmul_cpu", "paged_attention_cpu"
+TARGETS = (MATMUL, ATTENTION)
+_SOURCES = ("fp8_matmul.cpp", "tiles.inc", "attention.inc")
 # No contraction, so that all tiles round alike. No ivopts, with which GCC keeps addresses in
 # registers that the loops need for weights. No warnings, which are for those who change the code.
-_FLAGS = ("-std=c++17", "-O2", "-fno-ivopts", "-ffp-contract=off", "-fPIC", "-shared", "-w")
+_FLAGS = ("-std=c++17", "-O3", "-fno-ivopts", "-ffp-contract=off", "-fPIC", "-shared", "-w")
 _COMPILERS = ("c++", "g++", "clang++")
 _COMPILE_SECONDS = 300
 
 
 def why_not() -> str | None:
-    """Return why there is no library here; None once it is loaded and XLA knows `TARGET`.
+    """Return why there is no library here; None once it is loaded and XLA knows `TARGETS`.
 
     The first call compiles if needed, which takes seconds.
     """
@@ -83,7 +85,7 @@ def build(directory: Path, extra_flags: Sequence[str] = ()) -> Path:
     digest = hashlib.sha256("\n".join(parts).encode())
     for source in sources:
         digest.update(source.read_bytes())
-    path = directory / f"{TARGET}-{digest.hexdigest()[:32]}.so"
+    path = directory / f"kernels-{digest.hexdigest()[:32]}.so"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _one_at_a_time(directory):
         if not _is_whole(path):
@@ -108,13 +110,17 @@ def _loaded() -> ctypes.CDLL | str:
         library = ctypes.CDLL(str(build(Path(home).expanduser().absolute() / "cpu")))
         library.llama_jax_instructions.argtypes = [ctypes.c_int64]
         library.llama_jax_instructions.restype = ctypes.c_int64
-        handler = jax.ffi.pycapsule(library.llama_jax_fp8_matmul)
+        handlers = {
+            MATMUL: jax.ffi.pycapsule(library.llama_jax_fp8_matmul),
+            ATTENTION: jax.ffi.pycapsule(library.llama_jax_paged_attention),
+        }
     except (OSError, RuntimeError, AttributeError) as error:
         _log.warning(
-            "FP8 weights go through XLA, at about half the speed: %s", reason := str(error)
+            "FP8 weights and attention go through XLA, at about half the speed: %s", reason := str(error)
         )
         return reason
-    jax.ffi.register_ffi_target(TARGET, handler, platform="cpu")
+    for target, handler in handlers.items():
+        jax.ffi.register_ffi_target(target, handler, platform="cpu")
     _within_limit(library)
     return library
 

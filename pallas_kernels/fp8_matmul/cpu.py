@@ -101,7 +101,7 @@ def _products(
     for weight, scale in zip(weights, scales, strict=True):
         operands += [weight, jnp.zeros(0) if scale is None else scale]
     call = jax.ffi.ffi_call(
-        library.TARGET,
+        library.MATMUL,
         [jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32) for weight in weights],
     )
     ys: Sequence[Array] = call(

@@ -254,7 +254,7 @@ CPU = Kernel(
     unasked=_cpu_unasked,
     not_here=cpu.not_here,
     takes_several=True,
-    launches={library.TARGET: "reads each code once, upcasts it in registers"},
+    launches={library.MATMUL: "reads each code once, upcasts it in registers"},
 )
 XLA = Kernel(name="xla", run=_each(xla.fp8_matmul), refusal=never, unasked=never)
 REFERENCE = Kernel(name="reference", run=_each(reference.fp8_matmul), refusal=never, unasked=never)

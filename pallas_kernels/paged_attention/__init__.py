@@ -7,7 +7,8 @@ from jax import Array, lax
 
 from pallas_kernels import choice, device
 from pallas_kernels.choice import Choice, Kernel, never
-from pallas_kernels.paged_attention import reference, xla
+from pallas_kernels.cpu import library
+from pallas_kernels.paged_attention import cpu, reference, xla
 
 
 def paged_attention(
@@ -84,6 +85,11 @@ def _hopper_refusal(q: Array, k_pages: Array) -> str | None:
     return hopper.refusal(q, k_pages)
 
 
+def _on_cpu(*arrays: Any, is_batch_invariant: bool) -> Array:
+    """A row never depends on the others here."""
+    return cpu.paged_attention(*arrays)
+
+
 def _on_hopper(*arrays: Any, is_batch_invariant: bool) -> Array:
     from pallas_kernels.paged_attention import hopper
 
@@ -109,6 +115,14 @@ HOPPER = Kernel(
         "paged_attention_combine": "adds parts up",
     },
 )
+CPU = Kernel(
+    name="cpu",
+    run=_on_cpu,
+    refusal=cpu.refusal,
+    unasked=lambda *_: device.not_local() or cpu.slower_than_xla(),
+    not_here=cpu.not_here,
+    launches={library.ATTENTION: "reads each key and value once for the heads that share it"},
+)
 XLA = Kernel(name="xla", run=_through_xla, refusal=never, unasked=never)
 REFERENCE = Kernel(name="reference", run=_by_reference, refusal=never, unasked=never)
-KERNELS: tuple[Kernel, ...] = (HOPPER, XLA, REFERENCE)
+KERNELS: tuple[Kernel, ...] = (HOPPER, CPU, XLA, REFERENCE)
