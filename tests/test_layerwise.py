@@ -98,7 +98,7 @@ def whole_model(params: Any, ids: Any, spec: ModelSpec) -> tuple[Any, dict[str, 
 
 
 def by_layers(params: Any, ids: np.ndarray, spec: ModelSpec) -> tuple[np.ndarray, dict[str, Any]]:
-    """As `whole_model`, layer by layer: without the last token's logits, and lm_head's inputs."""
+    """As `whole_model`, layer by layer: without the last token's logits."""
     plan = plan_of(params, spec)
     hidden, observed = final_hidden(plan, spec, ids, observe=inputs_alone)
     parts = np.concatenate(list(logits(plan, spec, hidden)))
@@ -107,6 +107,7 @@ def by_layers(params: Any, ids: np.ndarray, spec: ModelSpec) -> tuple[np.ndarray
         for layer, batches in enumerate(observed)
         for name in batches[0]
     }
+    inputs[plan.output] = np.concatenate(hidden)
     return parts.reshape(len(ids), ids.shape[1] - 1, -1), inputs
 
 

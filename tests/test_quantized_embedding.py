@@ -26,6 +26,7 @@ from converters.safetensors_writer import write_checkpoint
 from llama_jax import LLM, SamplingParams
 from llama_jax.abacus import evaluate
 from llama_jax.checkpoint.store import load_params, read_manifest, verify
+from llama_jax.cli import inspect
 from llama_jax.model import fp8
 from llama_jax.model.forward import decode, prefill
 from llama_jax.model.fp8 import WeightFormat
@@ -148,6 +149,8 @@ def test_codes_and_scales_are_those_of_the_embedding(source: Path, converted: Pa
     np.testing.assert_array_equal(found["weight_scale"], expected[1])
     plain = convert(source, converted.with_name("plain"), quantize="row", progress=False)
     assert plain.formats["embed_tokens"] == WeightFormat("bfloat16")
+    quantized = inspect._quantized(open_checkpoint(converted).plan)
+    assert quantized["matrices"][0] == "embed_tokens" and not quantized["not_quantized"]
     words, width = stored.shape
     assert plain.total_bytes - manifest.total_bytes == words * width - 4 * words
 
@@ -169,6 +172,7 @@ def test_the_report_has_the_embedding_last(converted: Path) -> None:
     assert all(table.row_count for table in tables(report))
 
 
+@pytest.mark.slow
 def test_predictions_stay_close(source: Path, converted: Path) -> None:
     """Every matrix has three bits of mantissa; other tokens become likeliest at few places."""
     ids = tokens(4, 32, vocab_size=768)
