@@ -26,7 +26,7 @@ from converters.safetensors_writer import write_checkpoint
 from llama_jax import LLM, SamplingParams
 from llama_jax.abacus import evaluate
 from llama_jax.checkpoint.store import load_params, read_manifest, verify
-from llama_jax.cli import inspect
+from llama_jax.cli import main
 from llama_jax.model import fp8
 from llama_jax.model.forward import decode, prefill
 from llama_jax.model.fp8 import WeightFormat
@@ -149,8 +149,6 @@ def test_codes_and_scales_are_those_of_the_embedding(source: Path, converted: Pa
     np.testing.assert_array_equal(found["weight_scale"], expected[1])
     plain = convert(source, converted.with_name("plain"), quantize="row", progress=False)
     assert plain.formats["embed_tokens"] == WeightFormat("bfloat16")
-    quantized = inspect._quantized(open_checkpoint(converted).plan)
-    assert quantized["matrices"][0] == "embed_tokens" and not quantized["not_quantized"]
     words, width = stored.shape
     assert plain.total_bytes - manifest.total_bytes == words * width - 4 * words
 
@@ -170,6 +168,13 @@ def test_the_report_has_the_embedding_last(converted: Path) -> None:
     assert (last.path, last.kind, last.layer) == ("embed_tokens", "embed_tokens", None)
     assert 0.01 < last.relative_error < 0.04 and last.clipped == 0
     assert all(table.row_count for table in tables(report))
+
+
+def test_inspect_lists_it(converted: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["inspect", str(converted), "--json"])
+    quantized = json.loads(capsys.readouterr().out)["quantized"]
+    assert "embed_tokens" in quantized["matrices"] and not quantized["not_quantized"]
 
 
 @pytest.mark.slow
