@@ -104,7 +104,7 @@ def export(
 
 
 def _with_plain_embedding(plan: Plan) -> Plan:
-    """Replace a quantised embedding by code * scale in bfloat16, and say so."""
+    """Replace a quantised embedding by code * scale in bfloat16, with a warning."""
     embedding = plan.modules["embed_tokens"]
     if embedding.format.scale is None:
         return plan

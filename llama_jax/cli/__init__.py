@@ -119,7 +119,7 @@ def _report(error: Exception) -> None:
 
 
 def _words(error: Exception) -> str:
-    """Return the message; of the system's errors without the number, and with the file first."""
+    """Return the message of an error. System errors lose their number, and begin with the file."""
     if isinstance(error, OSError) and error.filename and error.strerror and not error.filename2:
         return f"{error.filename}: {error.strerror}"
     return str(error)

@@ -232,7 +232,7 @@ def _render(name: str, spec: "ModelSpec", kv_dtype: str, report: "Report") -> No
 
 
 def _has_fp8_lm_head(spec: "ModelSpec") -> bool:
-    """Return whether the output matrix is in FP8, be it lm_head or the embedding."""
+    """Return whether the output matrix (lm_head or a tied embedding) is in FP8."""
     return any(
         stored.scale and not path.startswith("layers_") for path, stored in spec.formats.items()
     )

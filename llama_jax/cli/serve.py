@@ -66,7 +66,7 @@ def serve(
     batch_dir: Annotated[
         Path | None,
         typer.Option(
-            help="Where files and batches are kept; with it, /v1/files and /v1/batches are served.",
+            help="Serve /v1/files and /v1/batches, with their files in this directory.",
             rich_help_panel=_SERVER,
         ),
     ] = None,

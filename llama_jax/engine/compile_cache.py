@@ -161,7 +161,7 @@ def _on_span(event: str, start_time: float, end_time: float, **details: str | in
     if event not in _TIMED:
         return
     if event == _BACKEND and end_time - start_time > _LONG_SECONDS:
-        allocator.give_back()  # the compiler has freed much, in pieces between what stays
+        allocator.give_back()  # the compiler leaves much free memory in small pieces
     with _lock:
         if event == _BACKEND:
             _counts[_BACKEND] += 1

@@ -1,4 +1,4 @@
-"""This module says which path does what: it makes the FastAPI application.
+"""This module makes the FastAPI application, which maps paths to endpoints.
 
 Its OpenAPI document is at /openapi.json.
 """
@@ -51,7 +51,7 @@ from llama_jax.serve.schemas import (
 )
 from llama_jax.serve.service import Service
 
-# What FastAPI raises for a body that it cannot read.
+# The error that FastAPI raises for a body that it cannot read.
 _FASTAPIS_400 = "There was an error parsing the body"
 _JSON = re.compile(r"application/([\w.-]+\+)?json\b", re.IGNORECASE)
 _STATUSES = {
@@ -73,9 +73,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(service: Service, runs: BatchRuns | None = None) -> FastAPI:
-    """Returns the application that serves a model; `service.thread` has to be started.
+    """Returns the application that serves a model. `service.thread` must have been started.
 
-    runs: of batches; None for a server without.
+    runs: runs batches; None for a server without them.
     """
     app = FastAPI(
         title="llama-jax",
@@ -115,7 +115,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
 
 
 async def _answer(service: Service, request: Request, body: Any, endpoint: Any) -> Response:
-    """Answers a request, whole or as a stream.
+    """Answers a request, in one piece or as a stream.
 
     endpoint: a module with `prepare`, `whole` and `pieces`, as `chat` has them.
     """
@@ -142,24 +142,24 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
 
     @app.get("/tokenizer_info", response_model=TokenizerInfo, tags=["Tokens"])
     async def tokenizer_info() -> Response:
-        """Tells the names of tokens with a role, and the chat template."""
+        """Returns the names of tokens with a role, and the chat template."""
         return _reply(tokens.tokenizer_info(service))
 
     @app.post("/tokenize", response_model=Tokens, tags=["Tokens"])
     async def tokenize(body: TokenizeRequest) -> Response:
-        """Turns a prompt or a conversation into token ids."""
+        """Tokenises a prompt or a conversation."""
         check_unknown(body)
         return _reply(await tokens.tokenize(service, body))
 
     @app.post("/detokenize", response_model=Text, tags=["Tokens"])
     async def detokenize(body: DetokenizeRequest) -> Response:
-        """Turns token ids into text."""
+        """Decodes token ids to text."""
         check_unknown(body)
         return _reply(await tokens.detokenize(service, body))
 
     @app.post("/v1/score", response_model=ScoreReply, tags=["Tokens"])
     async def score(body: ScoreRequest, request: Request) -> Response:
-        """Tells how likely each of several completions is after a prompt."""
+        """Computes the probability of each of several completions after a prompt."""
         check_unknown(body)
         asked = tokens.score(service, body, request.scope[BEGAN])
         return _reply(await while_connected(request, asked))
@@ -184,7 +184,7 @@ def _add_monitoring(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", tags=["Monitoring"])
     async def metrics() -> Response:
-        """Tells counters to Prometheus."""
+        """Returns metrics for Prometheus."""
         return Response(service.metrics.exposition(), media_type="text/plain; version=0.0.4")
 
 
@@ -229,7 +229,7 @@ def _correct_document(app: FastAPI) -> None:
 
 
 async def while_connected[T](request: Request, work: Awaitable[T]) -> T:
-    """Returns what `work` gives. Cancels it, and raises `ClientGone`, when the client leaves."""
+    """Returns the result of `work`. Cancels it and raises `ClientGone` if the client leaves."""
 
     async def until_gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":

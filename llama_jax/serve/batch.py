@@ -58,8 +58,8 @@ async def answers(
 ) -> AsyncIterator[dict[str, Any]]:
     """Yields the answers of `answer_lines` from a service that is ready.
 
-    most: how many lines may be under way, if so many are. Raises RuntimeError where the engine
-    fails, or the server goes down.
+    most: returns how many lines may run, given how many do.
+    Raises RuntimeError if the engine fails or the server shuts down.
     """
     under_way: deque[asyncio.Task[dict[str, Any]]] = deque()
     source = iter(lines)
@@ -98,7 +98,7 @@ async def _answer(service: Service, line: dict[str, Any] | ValueError) -> dict[s
     try:
         status, body = 200, (await _patient_reply(service, line)).model_dump(mode="json")
     except ApiError as error:
-        if service.is_draining:  # it is asked again when the server is back
+        if service.is_draining:  # the batch continues when the server is back
             raise RuntimeError("the server is going down") from error
         status, body = error.status, error.as_dict()
     except Exception as error:
@@ -108,7 +108,7 @@ async def _answer(service: Service, line: dict[str, Any] | ValueError) -> dict[s
 
 
 async def _patient_reply(service: Service, line: Mapping[str, Any]) -> BaseModel:
-    """Returns a reply. Waits where the queue, or what compiles grammars, has no room for it now."""
+    """Returns a reply. Waits while the queue, or the compiler of grammars, has no room for it."""
     while True:
         try:
             return await _reply(service, line)

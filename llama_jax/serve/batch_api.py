@@ -1,4 +1,4 @@
-"""This module answers /v1/files and /v1/batches, as OpenAI's client asks."""
+"""This module answers /v1/files and /v1/batches of OpenAI's API."""
 
 import asyncio
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ def add_batches(app: FastAPI, runs: BatchRuns) -> None:
 
     @app.post("/v1/batches", response_model=BatchObject, tags=["Batches"])
     async def create_batch(body: BatchRequest) -> Response:
-        """Begins to answer the lines of a file that was uploaded."""
+        """Starts a batch: the lines of an uploaded file are answered."""
         check_unknown(body)
         with _storage():
             return _reply(await runs.create(body.input_file_id, body.endpoint, body.metadata))
@@ -72,12 +72,12 @@ def add_batches(app: FastAPI, runs: BatchRuns) -> None:
 
     @app.get("/v1/batches/{batch_id}", response_model=BatchObject, tags=["Batches"])
     async def batch(batch_id: str) -> Response:
-        """Tells how far a batch has come."""
+        """Returns the state of a batch."""
         return _reply(store.batch(batch_id))
 
     @app.post("/v1/batches/{batch_id}/cancel", response_model=BatchObject, tags=["Batches"])
     async def cancel_batch(batch_id: str) -> Response:
-        """Ends a batch early; what is answered already is kept."""
+        """Cancels a batch. Finished answers are kept."""
         with _storage():
             return _reply(await runs.cancel(batch_id))
 
@@ -90,7 +90,7 @@ def _add_files(app: FastAPI, runs: BatchRuns) -> None:
         openapi_extra={"requestBody": _UPLOAD},
     )  # fmt: skip
     async def upload(request: Request) -> Response:
-        """Keeps a file of requests, for a batch."""
+        """Stores a file of requests for a batch."""
         kind = request.headers.get("content-type", "")
         if not kind.lower().startswith("multipart/form-data"):
             raise ApiError(415, "the header Content-Type has to be multipart/form-data")
@@ -114,7 +114,7 @@ def _add_files(app: FastAPI, runs: BatchRuns) -> None:
 
     @app.get("/v1/files", response_model=FileList, tags=["Batches"])
     async def list_files(purpose: str | None = None) -> Response:
-        """Lists files, the newest first; all of them, or those of a purpose."""
+        """Lists files, the newest first: all of them, or those with a purpose."""
         files = list(store.files.values())[::-1]
         return _reply(FileList(data=[each for each in files if purpose in (None, each.purpose)]))
 
@@ -124,7 +124,7 @@ def _add_files(app: FastAPI, runs: BatchRuns) -> None:
 
     @app.get("/v1/files/{file_id}/content", response_class=FileResponse, tags=["Batches"])
     async def content(file_id: str) -> Response:
-        """Returns what is in a file: lines that were uploaded, or answers."""
+        """Returns the content of a file: uploaded lines, or answers."""
         return FileResponse(store.content(file_id), media_type="application/octet-stream")
 
     @app.delete("/v1/files/{file_id}", response_model=DeletedFile, tags=["Batches"])

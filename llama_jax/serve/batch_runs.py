@@ -1,8 +1,8 @@
-"""This module has OpenAI's batches in a server: it answers the lines of a file beside its clients.
+"""This module runs OpenAI's batches in a server, beside the requests of its clients.
 
-One batch runs at a time, the oldest first. While clients ask, it has half of the engine's rows, and
-otherwise all of them. Its answers go through a `resumable_file`, so that a server that was stopped
-goes on where it was.
+One batch runs at a time, the oldest first. It uses half of the engine's slots while clients have
+requests, and otherwise all of them. Its answers go through a `resumable_file`, so that a restarted
+server continues it.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ _MOST_ERRORS = 20  # of a file's lines that are told
 
 
 class BatchRuns:
-    """Runs the batches of a store; the event loop's own."""
+    """Runs the batches of a store. For use in the event loop only."""
 
     def __init__(self, service: Service, store: BatchStore) -> None:
         self._service, self.store = service, store
@@ -76,13 +76,13 @@ class BatchRuns:
         return batch
 
     def check_unused(self, file_id: str) -> None:
-        """Raises `ApiError` where a batch that has not ended reads a file."""
+        """Raises `ApiError` if an unfinished batch reads the file."""
         for batch in self.store.batches.values():
             if batch.is_open and batch.input_file_id == file_id:
                 raise bad_request(f"{batch.id} still reads the file", "id")
 
     async def run(self) -> None:
-        """Runs batches until it is cancelled, or the server goes down."""
+        """Runs batches until it is cancelled or the server shuts down."""
         if not await self._service.ready():
             return
         while not (self._service.thread.failure or self._service.is_draining):
@@ -125,7 +125,7 @@ class BatchRuns:
         await asyncio.to_thread(self._finalize, batch)
 
     async def _answer(self, batch: BatchObject, path: str, file: ResumableFile) -> None:
-        """Answers the lines whose answers a file lacks, until somebody cancels the batch."""
+        """Answers the lines that have no answer yet, until a client cancels the batch."""
         if batch.is_cancelling:
             return
         work = asyncio.ensure_future(self._answer_lines(batch, path, file))
@@ -158,13 +158,13 @@ class BatchRuns:
                 counts.failed += 1
 
     def _most(self, under_way: int) -> int:
-        """Says how many lines may be under way, where so many are."""
-        rows = self._service.llm.engine.options.max_batch_size
+        """Returns the most lines that may run at the same time."""
+        slots = self._service.llm.engine.options.max_batch_size
         is_alone = self._service.thread.num_open <= under_way
-        return rows if is_alone else max(1, rows // 2)
+        return slots if is_alone else max(1, slots // 2)
 
     def _finalize(self, batch: BatchObject) -> None:
-        """Makes the two files of a batch's answers; its status tells which end it comes to."""
+        """Writes the two files of a batch's answers, and sets its final status."""
         answers_at = self.store.answers(batch)
         with answers_at.open("rb") as file, _temporary() as right, _temporary() as wrong:
             counts = batch.request_counts
@@ -211,7 +211,7 @@ def _is_right(line: str | bytes) -> bool:
 
 
 def _server_error(error: Exception) -> BatchError:
-    """Tells an error of the server's own, and no text of anybody's."""
+    """Returns an error of the server itself, without any user's text."""
     if isinstance(error, FileExistsError):
         text = "the server was started again with another model or context than it began with"
         return BatchError(code="model_changed", line=None, message=text)
@@ -220,7 +220,7 @@ def _server_error(error: Exception) -> BatchError:
 
 
 def _check(path: str, endpoint: str) -> tuple[int, list[BatchError]]:
-    """Returns how many lines a batch's file has, and the first mistakes in them."""
+    """Returns the number of lines in a batch's file, and the first mistakes in them."""
     seen: set[str] = set()
     mistakes: list[BatchError] = []
     number = 0
@@ -239,7 +239,7 @@ def _check(path: str, endpoint: str) -> tuple[int, list[BatchError]]:
 def _mistakes(
     number: int, line: dict[str, object] | ValueError, endpoint: str, seen: set[str]
 ) -> Iterator[BatchError]:
-    """Yields what is wrong with a line. seen: custom ids, to which its own is added."""
+    """Yields the mistakes in a line. seen: custom ids, to which its own is added."""
     if isinstance(line, ValueError):
         yield _mistake(number, str(line), "invalid_json_line")
         return

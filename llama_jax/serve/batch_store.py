@@ -1,7 +1,7 @@
 """This module keeps OpenAI's files and batches in a directory, where they survive a restart.
 
-`files/ID` is a file's content and `files/ID.json` what is known of it; `batches/ID.json` is a
-batch. All of what is known is in memory too, and what is written appears at once or not at all.
+`files/ID` is a file's content and `files/ID.json` its description; `batches/ID.json` is a batch.
+All descriptions are in memory too. Files are written atomically.
 """
 
 import fcntl
@@ -65,7 +65,7 @@ class RequestCounts(BaseModel):
 
 
 class BatchObject(BaseModel):
-    """A batch. Times are in seconds since 1970; None for what has not happened."""
+    """A batch. Times are in seconds since 1970, or None for events that have not happened."""
 
     id: str
     object: Literal["batch"] = "batch"
@@ -95,7 +95,7 @@ class BatchObject(BaseModel):
 
     @property
     def is_cancelling(self) -> bool:
-        """Return whether somebody wants it to end early."""
+        """Returns whether a client wants it to end early."""
         return self.status == "cancelling"
 
 
@@ -108,7 +108,7 @@ class BatchList(BaseModel):
 
 
 class BatchStore:
-    """Files and batches in a directory that this process alone uses.
+    """Files and batches in a directory that no other process uses.
 
     Raises OSError where that cannot be, ValueError for a damaged record.
     """
@@ -138,11 +138,11 @@ class BatchStore:
         return _found(self.batches, batch_id, "batch")
 
     def content(self, file_id: str) -> Path:
-        """Returns where a file's content is."""
+        """Returns the path of a file's content."""
         return self._files_at / self.file(file_id).id
 
     def answers(self, batch: BatchObject) -> Path:
-        """Returns where a batch's answers are until all are there."""
+        """Returns the path of a batch's answers until it is complete."""
         return self._batches_at / f"{batch.id}.jsonl"
 
     def forget_answers(self, batch: BatchObject) -> None:
@@ -157,7 +157,7 @@ class BatchStore:
     def add(
         self, source: BinaryIO, filename: str, purpose: Literal["batch", "batch_output"]
     ) -> FileObject:
-        """Keeps a copy of a file, read from its beginning."""
+        """Stores a copy of a file, read from its start."""
         file = FileObject(
             id=new_id("file"), bytes=0, created_at=int(time.time()), filename=filename,
             purpose=purpose,
@@ -184,7 +184,7 @@ class BatchStore:
         path.unlink(missing_ok=True)
 
     def save(self, batch: BatchObject) -> None:
-        """Keeps a batch as it is now, and forgets the oldest where there are too many."""
+        """Stores the state of a batch, and deletes the oldest batches if there are too many."""
         self.batches[batch.id] = batch
         _write(self._batches_at / f"{batch.id}.json", batch)
         ended = [each.id for each in self.batches.values() if not each.is_open]
@@ -194,7 +194,7 @@ class BatchStore:
 
 
 def _read[T: (FileObject, BatchObject)](directory: Path, kind: type[T]) -> dict[str, T]:
-    """Returns what was kept in a directory, by id, the oldest first."""
+    """Returns the objects stored in a directory, by id, the oldest first."""
     found = []
     for path in directory.glob("*.json"):
         try:

@@ -1,9 +1,9 @@
-"""This module has the one thread that steps the engine, and what the event loop sees of it.
+"""This module has the only thread that steps the engine, and its interface to the event loop.
 
-The event loop never calls the engine: its lock is held for as long as a step takes. Submissions and
-cancellations go into an inbox that the thread empties between two steps; what a step changed goes
-back in one `call_soon_threadsafe`. So a client that leaves is cancelled within one step, and a
-thousand streams wake the event loop once a step.
+The event loop never calls the engine, whose lock is held during a step. Submissions and
+cancellations go into an inbox that the thread empties between two steps; the changes of a step come
+back in one `call_soon_threadsafe`. So the requests of a client that leaves are cancelled within
+one step, and a thousand streams wake the event loop once per step.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ _STALLED_AFTER = 60.0
 
 @dataclass(frozen=True)
 class Update:
-    """An update is what is new in one of a submission's requests: a copy, made between two steps.
+    """An update has the news of one request of a submission: a copy, made between two steps.
 
     text: what may be shown now. token_ids, logprobs, top: of the tokens drawn since the last one.
     """
@@ -69,9 +69,9 @@ class Submission:
     open_tokens: int = 0
 
     async def next(self) -> Update:
-        """Waits for the next update; for ever where all requests have ended.
+        """Waits for the next update; for ever if all requests have ended.
 
-        Raises `ApiError` where the engine failed, or was told to stop, or after `fail`.
+        Raises `ApiError` if the engine failed or stops, or after `fail`.
         """
         news = await self._news.get()
         if isinstance(news, ApiError):
@@ -79,15 +79,15 @@ class Submission:
         return news
 
     def fail(self, error: ApiError) -> None:
-        """Has `next` raise an error after the updates that are there; called in the event loop."""
+        """Makes `next` raise an error after the present updates; called in the event loop."""
         self._news.put_nowait(error)
 
     def close(self) -> None:
-        """Cancels what has not ended."""
+        """Cancels the requests that have not ended."""
         self._owner.close(self)
 
     def _take(self, index: int, request: Request) -> Update | None:
-        """Returns what is new; called by the engine's thread alone."""
+        """Returns the news of a request; called only by the engine's thread."""
         is_last = request.finish_reason is not None
         self._remaining -= is_last
         if not (is_last or self.is_streamed):
@@ -162,7 +162,7 @@ class EngineThread:
         self._thread.start()
 
     def ask(self, requests: Sequence[Request], is_streamed: bool) -> Submission:
-        """Hands requests to the engine. The caller has to close the submission."""
+        """Submits requests to the engine. The caller must close the submission."""
         submission = Submission(requests, is_streamed, self)
         for index, request in enumerate(requests):
             request.on_change = partial(self._note, submission, index)
@@ -181,7 +181,7 @@ class EngineThread:
             self._tell(partial(self._cancel, submission))
 
     def fail_all(self, error: ApiError) -> None:
-        """Ends every submission with an error, and takes no more."""
+        """Ends every submission with an error, and refuses new ones."""
         self._tell(partial(self._end_all, error))
 
     def stop(self, timeout: float) -> bool:
@@ -194,7 +194,7 @@ class EngineThread:
 
     @property
     def is_stepping(self) -> bool:
-        """Return whether it is alive, and no step has taken suspiciously long."""
+        """Returns whether the thread is alive, and no step takes suspiciously long."""
         began = self._step_began
         is_stalled = began and time.perf_counter() - began > _STALLED_AFTER
         return self._thread.is_alive() and not self.failure and not is_stalled
@@ -233,7 +233,7 @@ class EngineThread:
             self._fail(error)
 
     def _turn(self) -> bool:
-        """Takes in what was told, and steps; returns False when it is told to stop."""
+        """Handles messages, and steps; returns False if it has to stop."""
         with self._wake:
             while not (self._inbox or self._engine.has_work or self._is_told_to_stop):
                 self._wake.wait()
@@ -287,7 +287,7 @@ class EngineThread:
                 self._engine.cancel(request.id)
 
     def _end(self, submission: Submission, error: ApiError) -> None:
-        """Cancels a submission and tells `error` instead of what that leaves."""
+        """Cancels a submission, and ends it with `error`."""
         self._submissions.discard(submission)
         self._cancel(submission)
         self._news = [(other, each) for other, each in self._news if other is not submission]
@@ -303,7 +303,7 @@ class EngineThread:
             self._post(self._deliver, news)
 
     def _fail(self, error: BaseException) -> None:
-        """Tells everybody who waits that a step has raised; their pages are free again."""
+        """Ends every submission because a step has raised, and releases the pages."""
         _log.error(
             "the engine failed: %s\n%s",
             type(error).__name__,

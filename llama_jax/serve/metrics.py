@@ -1,7 +1,7 @@
-"""This module has what /metrics tells.
+"""This module makes the metrics of /metrics.
 
-Names and buckets are vLLM's for what they name, so that its dashboards work, older ones too; a few
-are our own.
+Names and buckets are those of vLLM's old and new versions, so that its dashboards work; a few are
+our own.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -36,7 +36,7 @@ _ENGINE = "0"  # vLLM's label, for servers with several
 
 
 class Metrics:
-    """Counts what requests do; what the engine does is read from its thread on demand."""
+    """Counts requests. Figures of the engine are read from its thread on demand."""
 
     def __init__(self, name: str, max_seq_len: int, thread: EngineThread) -> None:
         self.registry = CollectorRegistry()
@@ -95,12 +95,12 @@ class Metrics:
         self._max_tokens.observe(requests[0].params.max_new_tokens if requests else 0)
 
     def piece(self, seconds: float, tokens: int) -> None:
-        """Counts how long a stream waited for so many tokens."""
+        """Counts the time that a stream waited for some tokens."""
         for _ in range(tokens):
             self._between.observe(seconds / tokens)
 
     def request(self, request: Request, began: float) -> None:
-        """Counts a sequence that has ended. began: when its HTTP request came."""
+        """Counts a finished sequence. began: the time at which its HTTP request arrived."""
         reason = {"cancelled": "abort"}.get(str(request.finish_reason), str(request.finish_reason))
         self._success.labels(*self._labels, reason).inc()
         if not request.admitted_at:
@@ -122,12 +122,12 @@ class Metrics:
             self._per_token.observe((request.finished_at - first) / (count - 1))
 
     def ended(self, requests: Sequence[Request]) -> None:
-        """Counts the continuations that one HTTP request asked for, when the last has ended."""
+        """Counts the continuations of one HTTP request once the last has ended."""
         if longest := max((len(request.token_ids) for request in requests), default=0):
             self._longest.observe(longest)
 
     def exposition(self) -> bytes:
-        """Returns all of it in Prometheus' text format, some under two names."""
+        """Returns all metrics in Prometheus' text format, some under two names."""
         text = generate_latest(self.registry)
         older = [
             line.replace(name, before)
@@ -139,7 +139,7 @@ class Metrics:
 
 
 class _EngineCollector(Collector):
-    """Tells what the engine's counters say, between two of its steps."""
+    """Exports the engine's counters, as they are between two steps."""
 
     def __init__(self, name: str, thread: EngineThread) -> None:
         self._labels = [name, _ENGINE]

@@ -1,7 +1,7 @@
-"""This module does what holds for every request, before anything looks at its content.
+"""This module checks every request before its content is read.
 
-It is plain ASGI: Starlette's own base class would put a task and a queue between each stream and
-its socket.
+It is plain ASGI, because Starlette's base class would put a task and a queue between each stream
+and its socket.
 """
 
 import asyncio
@@ -33,15 +33,15 @@ _log = logging.getLogger(__name__)
 OPEN_PATHS = ("/health", "/ready", "/metrics")
 UPLOADS = "/v1/files"  # whose bodies are larger, and go to a file as they come
 BEGAN = "llama_jax.began"  # in a scope: when the request came, of `time.perf_counter`
-# What a response may take beyond the request's deadline before its connection is cut.
+# Seconds beyond the deadline after which a response's connection is cut.
 _GRACE = 10.0
 
 
 class Gate:
-    """Checks key and size, keeps to the deadline, and turns what was raised into an answer.
+    """Checks key and size, enforces the deadline, and turns exceptions into replies.
 
-    Log lines have method, path, status and duration; with `options.log_texts` bodies as well. What
-    monitors ask every second is not worth one.
+    Log lines have method, path, status and duration; with `options.log_texts` bodies as well.
+    Endpoints that monitors poll every second are not logged.
     """
 
     def __init__(self, app: ASGIApp, options: ServeOptions) -> None:
@@ -103,7 +103,7 @@ class Gate:
 
 
 class _BrokenStreamError(Exception):
-    """Ends a connection whose answer cannot be completed."""
+    """Raised to end a connection whose reply cannot be completed."""
 
     def __str__(self) -> str:
         return "a response was cut off"
@@ -126,7 +126,7 @@ def check_key(authorization: str, keys: Sequence[str]) -> None:
 
 
 async def _read_body(headers: Headers, receive: Receive) -> bytes:
-    """Returns the whole body. Raises `ApiError` where it is too large, or too slow."""
+    """Returns the whole body. Raises `ApiError` if it is too large or too slow."""
     _check_declared(headers, MAX_BODY_BYTES)
     parts, size = [], 0
     try:
@@ -149,7 +149,7 @@ async def _read_body(headers: Headers, receive: Receive) -> bytes:
 
 
 def check_structure(body: bytes) -> None:
-    """Raises `ApiError` where a body has so many values that it would keep the event loop long."""
+    """Raises `ApiError` if a body has so many values that parsing would block the event loop."""
     if len(body) < UNCOUNTED_BODY_BYTES:
         return
     if sum(units * body.count(sign) for sign, units in UNITS.items()) > MAX_BODY_UNITS:
@@ -157,7 +157,7 @@ def check_structure(body: bytes) -> None:
 
 
 def _bounded(headers: Headers, receive: Receive) -> Receive:
-    """Returns a `receive` that raises `ApiError` where an upload is too large."""
+    """Returns a `receive` that raises `ApiError` if an upload is too large."""
     _check_declared(headers, MAX_FILE_BYTES)
     size = 0
 
@@ -183,7 +183,7 @@ def _too_large(most: int) -> ApiError:
 
 
 def _after(body: bytes, receive: Receive) -> Receive:
-    """Returns a `receive` that gives a body that was read, and then what comes after it."""
+    """Returns a `receive` that replays a body that was read, and then continues with the rest."""
     is_given = False
 
     async def given() -> Message:
@@ -201,6 +201,6 @@ def _printable(text: str) -> str:
 
 
 def _log_failure(error: BaseException) -> None:
-    """Logs where an error was raised, and its type; its message may have a user's text."""
+    """Logs an error's type and place, but not its message, which may contain a user's text."""
     trace = "".join(format_tb(error.__traceback__))
     _log.error("%s while a request was answered\n%s", type(error).__name__, trace)

@@ -129,10 +129,11 @@ class Service:
             )
 
     def sampling(self, body: Asked, limit: int | None, logprobs: int | None) -> SamplingParams:
-        """Returns how a request wants its tokens drawn; what it leaves open the checkpoint decides.
+        """Returns the sampling settings of a request, with the checkpoint's defaults.
+
         Called in a worker thread.
 
-        limit: of new tokens; None for what the context has room for, or the checkpoint asks for.
+        limit: of new tokens; None for the checkpoint's limit, or as many as the context allows.
         """
         default = self.llm.default_sampling
         if limit is None:
@@ -151,10 +152,10 @@ class Service:
         return replace(default, **given, max_new_tokens=limit, logprobs=logprobs)
 
     async def in_thread[T](self, make: Callable[[], T], body: Asked | None = None) -> T:
-        """Returns what `make` gives, in a worker thread. Its ValueError is the client's mistake.
+        """Returns the result of `make`, run in a worker thread. Its ValueError becomes `ApiError`.
 
-        body: which `make` is for. Grammars are compiled in threads of their own, so that hostile
-        ones keep nobody waiting but each other.
+        body: the request. Grammars are compiled in separate threads, so that hostile ones delay
+        only each other.
         """
         form = field_of_form(body) if body else None
         pool = self._grammar_threads if form else None
@@ -165,7 +166,7 @@ class Service:
             raise _mistake(error, form, prompt) from error
 
     def check_room(self, request: Request, limit: int | None, field: str = "max_tokens") -> None:
-        """Raises `ApiError` where more tokens are asked for than the context has room for.
+        """Raises `ApiError` if a request needs more tokens than the context has.
 
         field: by which `limit` was given.
         """
@@ -181,7 +182,7 @@ class Service:
     # How it is answered.
 
     def admit(self, requests: Sequence[Request], *, is_streamed: bool = False) -> Submission:
-        """Hands requests to the engine, if they have room to wait. The submission has to be closed.
+        """Submits requests to the engine, if the queue has room. The caller must close the result.
 
         The engine admits no sequence before there are pages for it, and takes up those again that
         had to give theirs back, so what is accepted here does not die of memory.
@@ -197,7 +198,7 @@ class Service:
         return self.thread.ask(requests, is_streamed)
 
     def check_queue(self, sequences: int, tokens: int = 0) -> None:
-        """Raises `ApiError` where so many more, with so many tokens of prompts, may not wait."""
+        """Raises `ApiError` if the queue has no room for so many requests and prompt tokens."""
         capacity = self.llm.engine.options.max_batch_size + self.options.max_waiting
         if sequences > capacity:
             raise bad_request(
@@ -216,14 +217,14 @@ class Service:
             )
 
     def _retry_after(self) -> int:
-        """Returns in how many seconds a place should be free, by the pace of the last minutes."""
+        """Estimates the seconds until the queue has room, by the pace of the last minutes."""
         if len(self._ended) < 2:
             return 1
         pace = (time.perf_counter() - self._ended[0]) / len(self._ended)
         return min(_LONGEST_RETRY, max(1, math.ceil(pace)))
 
     async def updates(self, submission: Submission, began: float) -> AsyncIterator[Update]:
-        """Yields what comes of a submission until all its requests have ended, and counts it.
+        """Yields the updates of a submission until all its requests have ended, and counts them.
 
         began: when it was asked for, of `time.perf_counter`. Raises `ApiError` at its deadline.
 
@@ -309,9 +310,9 @@ def _token_id(text: str) -> int:
 
 
 def _mistake(error: Exception, form: str | None, prompt: str) -> ApiError:
-    """Tells a mistake that `LLM` or `SamplingParams` found, with the field as the client knows it.
+    """Returns the reply to a mistake that `LLM` or `SamplingParams` found, with the client's field.
 
-    form, prompt: what the client calls `SamplingParams.structured` and the prompt.
+    form, prompt: the client's names of `SamplingParams.structured` and the prompt.
     """
     message = str(error)
     if isinstance(error, GrammarsBusyError):  # no mistake of this client's
