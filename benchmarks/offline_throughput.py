@@ -193,7 +193,7 @@ def make_engine(config: LlamaConfig, max_batch_size: int, max_seq_len: int) -> E
             num_pages=num_pages,
         )  # fmt: skip
 
-    num_pages = fitting_pages(plan, options.pages_per_row, options.pool_size)
+    num_pages = fitting_pages(plan, options.pages_per_slot, options.pool_size)
     plan(num_pages).check()
     options = replace(options, num_pages=num_pages)
     return Engine(random_params(spec), spec, options, cache_dtype)
