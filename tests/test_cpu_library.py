@@ -74,7 +74,9 @@ def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(tmp_path, monkeypa
     reason = library._loaded.__wrapped__()
     assert isinstance(reason, str) and "failed: fp8: error: no such thing" in reason
     (record,) = caplog.records
-    assert record.getMessage() == "FP8 weights and attention go through XLA, at about half the speed: " + reason
+    assert record.getMessage() == (
+        f"FP8 weights and attention go through XLA, at about half the speed: {reason}"
+    )
     assert [path.name for path in (tmp_path / "cache" / "cpu").iterdir()] == ["lock"]
 
 
@@ -125,6 +127,13 @@ for instructions in ALL[: 1 + ALL.index(library.best())]:
             for m in (1, 3, 5, 8, 17):
                 y = multiply(x[:m], bits, scale, instructions)
                 np.testing.assert_allclose(y, exact(x[:m], bits, scale), atol=1e-4)
+from tests import test_cpu_attention as attention
+for instructions in attention.HERE:
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.int8):
+        for tokens, lengths in ((1, [1, 97]), (9, [49, 9])):
+            arrays = attention.case(2, tokens, 6, 2, lengths, 7, dtype, 80)
+            y = attention.attend(arrays, instructions)
+            np.testing.assert_allclose(y, attention.exact(*arrays), atol=2e-6)
 weight = jnp.ones((75, 130), jnp.bfloat16)
 assert np.array_equal(cpu.dense(jnp.ones((20, 130)), weight), np.full((20, 75), 130.0))
 print("clean")

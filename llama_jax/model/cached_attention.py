@@ -10,7 +10,9 @@ from llama_jax.model.rope import rope_frequencies
 from llama_jax.model.sharding import divided_over
 from llama_jax.model.spec import ModelSpec
 from pallas_kernels.fp8_matmul.terms import Parts
+from pallas_kernels.paged_attention import KERNELS as ATTENTION_KERNELS
 from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.rope_and_cache import KERNELS as ROPE_KERNELS
 from pallas_kernels.rope_and_cache import rope_and_cache
 from pallas_kernels.rope_and_cache.projections import Projections
 from pallas_kernels.rope_and_cache.xla import per_head
@@ -51,7 +53,7 @@ def cached_attention(
         k_scale=_of_own_heads(cache.k_scale, kv_heads),
         v_scale=v_scale,
         dtype=jnp.dtype(spec.dtype),
-        implementation=spec.of_attention,
+        implementation=spec.implementation_of(ROPE_KERNELS),
     )  # fmt: skip
     # Scales per kv head are applied outside: to q by rope_and_cache, to y by per_head.
     y = paged_attention(
@@ -59,7 +61,7 @@ def cached_attention(
         k_scale=1.0 if cache.k_scale.ndim else cache.k_scale,
         v_scale=1.0 if cache.v_scale.ndim else cache.v_scale,
         is_batch_invariant=spec.is_batch_invariant,
-        implementation=spec.of_attention,
+        implementation=spec.implementation_of(ATTENTION_KERNELS),
     )  # fmt: skip
     return per_head(y, v_scale), cache._replace(k=k, v=v)
 

@@ -1,6 +1,6 @@
 """Defines `ModelSpec`: everything that shapes a compiled program besides its arguments."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -9,8 +9,7 @@ from jax.sharding import Mesh
 
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.fp8 import WeightFormat
-from pallas_kernels import paged_attention
-from pallas_kernels.choice import not_here
+from pallas_kernels.choice import Kernel, not_here
 from pallas_kernels.fp8_matmul import kernels as fp8_kernels
 
 Activations = Literal["auto", "bf16", "dynamic", "static"]
@@ -76,11 +75,10 @@ class ModelSpec:
                 "one that can."
             )
 
-    @property
-    def of_attention(self) -> str | None:
-        """Return the implementation of attention and `rope_and_cache`: None, for the best, if they
-        have none by the name in `implementation`."""
-        known = any(each.is_meant_by(self.implementation) for each in paged_attention.KERNELS)
+    def implementation_of(self, kernels: Sequence[Kernel]) -> str | None:
+        """Return the implementation to ask for among an operation's kernels: None, for the best, if
+        none of them has the name in `implementation`."""
+        known = any(each.is_meant_by(self.implementation) for each in kernels)
         return self.implementation if known else None
 
     def format_of(self, path: tuple[str, ...]) -> WeightFormat:

@@ -116,7 +116,8 @@ def _loaded() -> ctypes.CDLL | str:
         }
     except (OSError, RuntimeError, AttributeError) as error:
         _log.warning(
-            "FP8 weights and attention go through XLA, at about half the speed: %s", reason := str(error)
+            "FP8 weights and attention go through XLA, at about half the speed: %s",
+            reason := str(error),
         )
         return reason
     for target, handler in handlers.items():

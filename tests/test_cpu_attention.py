@@ -1,0 +1,136 @@
+"""The C++ attention against float64, with every instruction set that this machine has."""
+
+from functools import partial
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.cpu import library
+from pallas_kernels.paged_attention import choose, cpu, paged_attention
+from tests.cpu_kernel import needs_cpu_kernel
+from tests.pairs import every_pair
+from tests.test_paged_attention import case, exact
+
+pytestmark = needs_cpu_kernel
+ALL = tuple(each for each in get_args(library.Instructions) if each != "avx512_bf16")
+HERE = ALL if library.why_not() else ALL[: 1 + ALL.index(library.best().removesuffix("_bf16"))]
+each_instructions = pytest.mark.parametrize("instructions", HERE)
+
+
+def attend(arrays, instructions=None, k_scale=1.0, v_scale=1.0):
+    return np.asarray(
+        cpu.paged_attention(*arrays, k_scale, v_scale, instructions=instructions), np.float32
+    )
+
+
+# Blocks of 48 keys and 64 queries: fewer, whole ones, and one more. Sequences of different lengths,
+# one of them shorter than the call's tokens.
+@pytest.mark.parametrize(
+    ("instructions", "heads", "head_dim", "dtype", "rows"),
+    every_pair(
+        HERE, ((4, 4), (6, 2), (32, 8), (8, 1)), (16, 64, 80, 128),
+        (jnp.float32, jnp.bfloat16, jnp.int8),
+        ((1, [1, 48, 49, 600], 40), (5, [5, 3, 300], 20), (17, [40, 17, 97], 8)),
+    ),
+)  # fmt: skip
+def test_against_float64(instructions, heads, head_dim, dtype, rows):
+    tokens, lengths, pages = rows
+    arrays = case(len(lengths), tokens, *heads, lengths, pages, dtype, head_dim)
+    expected, y = exact(*arrays), attend(arrays, instructions)
+    for row, length in enumerate(lengths):
+        real = min(tokens, length)  # the others have no meaning
+        np.testing.assert_allclose(y[row, :real], expected[row, :real], atol=2e-6)
+    assert np.isfinite(y).all()
+
+
+@each_instructions
+def test_queries_in_bfloat16_are_rounded_once(instructions):
+    """Half a unit of bfloat16 in numbers up to 4, and the error of float32."""
+    q, *others = case(2, 3, 8, 2, [70, 3], 6, jnp.bfloat16, 64)
+    q = q.astype(jnp.bfloat16)
+    y, expected = attend((q, *others), instructions), exact(q, *others)
+    assert cpu.paged_attention(q, *others, 1.0, 1.0).dtype == jnp.bfloat16
+    np.testing.assert_allclose(y, expected, rtol=2**-8, atol=2e-6)
+
+
+@each_instructions
+def test_a_token_has_the_same_bits_alone_and_in_a_prompt(instructions):
+    """Whatever the number of tokens in the call, and whoever else is in the batch."""
+    q, k, v, table, starts, lengths = case(2, 70, 8, 2, [70, 1200], 80, jnp.bfloat16, 64)
+    together = attend((q, k, v, table, starts, lengths), instructions)
+    for row, token in ((0, 0), (0, 47), (0, 48), (0, 69), (1, 0), (1, 31), (1, 69)):
+        position = starts[row : row + 1] + token
+        alone = attend(
+            (
+                q[row : row + 1, token : token + 1],
+                k,
+                v,
+                table[row : row + 1],
+                position,
+                position + 1,
+            ),
+            instructions,
+        )
+        np.testing.assert_array_equal(alone[0, 0], together[row, token])
+
+
+@each_instructions
+def test_scales_and_extreme_scores(instructions):
+    arrays = case(2, 3, 4, 2, [30, 3], 4, jnp.int8, 32)
+    y = attend(arrays, instructions, 0.25, 3.0)
+    np.testing.assert_allclose(y, exact(*arrays, 0.25, 3.0), atol=1e-5)
+    q, *others = case(2, 2, 4, 2, [140, 7], 10, head_dim=16)
+    for factor in (1e4, 1e-30, 0.0):
+        scaled = (q * factor, *others)
+        np.testing.assert_allclose(attend(scaled, instructions), exact(*scaled), atol=1e-4)
+
+
+@each_instructions
+def test_equal_scores_share_the_weight(instructions):
+    """With keys of zeros the result is the mean of the values seen."""
+    q, k, v, table, starts, lengths = case(1, 5, 4, 2, [101], 8, head_dim=16)
+    y = attend((q, k * 0, v, table, starts, lengths), instructions)
+    values = np.concatenate([np.asarray(v[p], np.float64) for p in table[0]])
+    for token in range(5):
+        mean = values[: 97 + token].mean(0).repeat(2, 0)
+        np.testing.assert_allclose(y[0, token], mean, atol=1e-6)
+
+
+def test_empty_sequences_and_pages_that_do_not_exist_stay_finite():
+    q, k, v, table, starts, _ = case(2, 3, 4, 2, [3, 3], 2, head_dim=16)
+    where = jnp.full_like(table, 1000), starts * 0, jnp.array([0, 3])
+    assert np.isfinite(attend((q, k, v, *where))).all()
+
+
+def test_not_a_number_stays_one():
+    q, *others = case(2, 1, 4, 2, [30, 5], 4, head_dim=16)
+    y = attend((q.at[0].set(jnp.nan), *others))
+    assert np.isnan(y[0]).all() and np.isfinite(y[1]).all()
+
+
+def test_it_is_chosen_and_refuses_by_name():
+    q, k, v, *where = case(1, 1, 4, 2, [3], 2, head_dim=16)
+    assert choose(q, k).kernel.name == "cpu"
+    odd = case(1, 1, 4, 2, [3], 2, head_dim=8)
+    assert choose(*odd[:2]).kernel.name == "xla"
+    with pytest.raises(
+        ValueError, match=r"head_dim must be a multiple of 16, got q \(1, 1, 4, 8\)"
+    ):
+        paged_attention(*odd, implementation="cpu")
+    with pytest.raises(ValueError, match="q must be bfloat16 or float32, got float16"):
+        paged_attention(q.astype(jnp.float16), k, v, *where, implementation="cpu")
+    with pytest.raises(ValueError, match="pages must be float8_e4m3fn, bfloat16 or float32"):
+        paged_attention(
+            q, k.astype(jnp.float16), v.astype(jnp.float16), *where, implementation="cpu"
+        )
+
+
+def test_two_programs_at_a_time():
+    arrays = case(3, 9, 8, 2, [500, 9, 77], 40, jnp.bfloat16, 64)
+    call = jax.jit(partial(cpu.paged_attention, k_scale=1.0, v_scale=1.0))
+    expected = np.asarray(call(*arrays))
+    for y in [call(*arrays) for _ in range(20)]:
+        np.testing.assert_array_equal(y, expected)
