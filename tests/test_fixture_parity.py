@@ -3,10 +3,12 @@
 Logits come from transformers in float32 (1e-4, as in test_parity.py). Where activations are rounded
 to e4m3, a value that lies in the middle between two codes falls to either side with the order of a
 float32 sum. That changes its token, whose later layers then round elsewhere, and through its keys
-the tokens after it. Static scales meet no such value here. With dynamic ones, per token or per 128
-features, two of 48 tokens do, and 16 stand after the first: so half of the tokens have to agree,
-and none may stray further than rounding does; by half of that in XLA's order of sums. With the
-scales rounded to bfloat16, say, not one token agrees.
+the tokens after it. Static scales meet no such value in XLA's order of sums, and one of 48 tokens
+does in that of the CPU's kernels, whose attention is as far from float64 as XLA's (3e-8 to 6e-8 rms
+on random inputs): it may stray by a hundredth of what rounding does. With dynamic ones, per token
+or per 128 features, two of 48 tokens do, and 16 stand after the first: so half of the tokens have to
+agree, and none may stray further than rounding does; by half of that in XLA's order of sums. With
+the scales rounded to bfloat16, say, not one token agrees.
 """
 
 from dataclasses import replace
@@ -66,8 +68,10 @@ def test_weights(shared_data: Path, converted: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "activations", "key", "agreeing", "implementation"),
     [
-        *((name, "static", "logits_w8a8", 1.0, None) for name in STATIC),
-        ("modelopt_fp8_kv", "static", "logits_w8a8_kv8", 1.0, None),
+        *((name, "static", "logits_w8a8", 1.0, "xla") for name in STATIC),
+        ("modelopt_fp8_kv", "static", "logits_w8a8_kv8", 1.0, "xla"),
+        *((name, "static", "logits_w8a8", 47 / 48, None) for name in STATIC),
+        ("modelopt_fp8_kv", "static", "logits_w8a8_kv8", 47 / 48, None),
         *((name, "dynamic", "logits_w8a8", 0.5, None) for name in DYNAMIC + BLOCKS),
         *((name, "dynamic", "logits_w8a8", 0.5, "xla") for name in DYNAMIC + BLOCKS),
     ],
@@ -87,5 +91,5 @@ def test_rounded_activations_and_cache(
     off = np.abs(ours - reference[key]).max(axis=-1)
     assert (off < 5e-4).mean() >= agreeing
     rounding = np.abs(reference[key] - reference["logits"]).max()
-    half = activations == "static" or implementation == "xla"
-    assert off.max() < (rounding / 2 if half else rounding)
+    share = 0.01 if activations == "static" else 0.5 if implementation == "xla" else 1.0
+    assert off.max() < rounding * share
