@@ -16,7 +16,8 @@ import numpy as np
 from llama_jax.model.config import PAGE_SIZE, PRESETS, LlamaConfig
 from llama_jax.model.rope import rope_frequencies
 
-CONFIG: LlamaConfig = PRESETS["llama-3.2-1b"]
+SMALL: LlamaConfig = PRESETS["llama-3.2-1b"]
+CONFIG = SMALL  # unless `use` says otherwise
 THREADS = 2
 BLOCK = 32  # of Q8_0
 _BLOCKS, _SPREAD = 131_071, 0.02
@@ -24,6 +25,17 @@ OPENVINO_FILE = "openvino.xml"
 CONTEXT = 64  # tokens before the decoded ones
 PROMPT = 512  # tokens to prefill or score
 BATCHES = (1, 8)
+
+
+def use(preset: str) -> None:
+    """Give all engines the shape of another preset."""
+    global CONFIG
+    CONFIG = PRESETS[preset]
+
+
+def preset() -> str:
+    """Return the name of the shape."""
+    return next(name for name, config in PRESETS.items() if config is CONFIG)
 
 
 class Engine(Protocol):
@@ -54,9 +66,15 @@ def ring() -> np.ndarray:
     return (numbers.view(np.uint32) & 0xFFFF0000).view(np.float32)
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
+def num_weights(config: LlamaConfig | None = None) -> int:
+    """Return how many weights all matrices have together."""
+    return sum(shape[0] * shape[-1] for shape in shapes(config).values() if len(shape) == 2)
+
+
+def shapes(config: LlamaConfig | None = None) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter by Hugging Face's name; vectors are all ones."""
-    c, found = CONFIG, {"model.embed_tokens.weight": (CONFIG.vocab_size, CONFIG.hidden_size)}
+    c = config or CONFIG
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, c.hidden_size)}
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     matrices = {
         "self_attn.q_proj": (q, c.hidden_size), "self_attn.k_proj": (kv, c.hidden_size),
@@ -69,6 +87,8 @@ def shapes() -> dict[str, tuple[int, ...]]:
     for layer in range(c.num_layers):
         for name, shape in (matrices | norms).items():
             found[f"model.layers.{layer}.{name}.weight"] = shape
+    if not c.tie_word_embeddings:
+        found["lm_head.weight"] = (c.vocab_size, c.hidden_size)
     return found | {"model.norm.weight": (c.hidden_size,)}
 
 
@@ -131,9 +151,8 @@ class LlamaJax:
             keys = [key.key.replace("layers_", "layers.") for key in path]
             if keys[-1] == "weight" and len(leaf.shape) == 2:
                 of_ring = codes if leaf.dtype.itemsize == 1 else half
-                found = fill(
-                    room.empty(leaf.shape, of_ring.dtype), of_ring, ".".join(["model", *keys])
-                )
+                name = ".".join(keys if keys[0] == "lm_head" else ["model", *keys])
+                found = fill(room.empty(leaf.shape, of_ring.dtype), of_ring, name)
                 return jax.device_put(found, may_alias=True)
             return jnp.full(leaf.shape, scale if keys[-1] == "weight_scale" else 1, leaf.dtype)
 
@@ -378,7 +397,7 @@ def _logprobs(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 # --- llama.cpp's file. OpenVINO's is made in `cpu_openvino.py`.
 
 _GGUF_NAMES = {
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm",
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",

@@ -1,4 +1,4 @@
 """C++ kernels for CPUs, called through XLA's foreign function interface and compiled at first use.
 
-`library` compiles, keeps and loads them. XLA calls fp8_matmul.cpp, whose loops are in tiles.inc.
+`library` compiles, keeps and loads them. XLA calls what kernels.cpp names.
 """

@@ -29,7 +29,7 @@ import jax
 _log = logging.getLogger(__name__)
 _loading = threading.Lock()
 
-# From worst to best, numbered from 1 as in fp8_matmul.cpp.
+# From worst to best, numbered from 1 as in instructions.h.
 Instructions = Literal["portable", "avx2", "avx512", "avx512_bf16"]
 # XLA's names in `--xla_cpu_max_isa` for all but the best.
 _LIMITS: dict[str, Instructions] = {
@@ -39,7 +39,10 @@ _LIMITS: dict[str, Instructions] = {
 # XLA's names for what the library has.
 MATMUL, ATTENTION = "fp8_matmul_cpu", "paged_attention_cpu"
 TARGETS = (MATMUL, ATTENTION)
-_SOURCES = ("fp8_matmul.cpp", "tiles.inc", "attention.inc")
+_SOURCES = (
+    "kernels.cpp", "common.h", "instructions.h", "tiles.inc", "attention.inc", "fp8_matmul.h",
+    "paged_attention.h",
+)  # fmt: skip
 # No contraction, so that all tiles round alike. No ivopts, with which GCC keeps addresses in
 # registers that the loops need for weights. No warnings, which are for those who change the code.
 _FLAGS = ("-std=c++17", "-O3", "-fno-ivopts", "-ffp-contract=off", "-fPIC", "-shared", "-w")

@@ -1,0 +1,184 @@
+// What all kernels share: operands, numbers, memory, and work on XLA's own threads.
+
+#pragma once
+
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#define NEVER_INLINE __attribute__((noinline))
+#if defined(__clang__)
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+enum class Format { codes, bfloat16, float32 };
+
+// y [m, n] = x [m, k] @ weight [n, k].T. A scale belongs to 2^`row_shift` rows of the weight and
+// `run_columns` of its columns, the last ones perhaps fewer; `runs` scales lie beside each other.
+// Without scales `scale` is null and there is one run.
+struct Product {
+  int64_t m, n, k;
+  const void* w;
+  Format weight;
+  const float* scale;
+  int64_t row_shift, run_columns, runs;
+  float* y;
+
+  float scale_of(int64_t row, int64_t run) const { return scale[(row >> row_shift) * runs + run]; }
+};
+
+// Rows of x; behind each, up to a multiple of MAX_COLUMNS, lie zeros.
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t stride;
+};
+
+// Of all instruction sets, the most columns of a step, and the most rows of a weight in a tile.
+constexpr int64_t MAX_COLUMNS = 64, MIN_ROWS = 8;
+// Of all whose activations are float32, the most columns of a step: heads are multiples of it.
+constexpr int64_t HEAD_GRANULE = 16;
+// For more rows of x, weights are upcast once for all of them.
+constexpr int64_t FEW_ROWS = 16;
+// Of upcast weights, and of x beside them: both stay in a core's level-2 cache.
+constexpr int64_t PANEL_BYTES = 256 << 10;
+// Of the weight, that a thread takes at a time: its rows a multiple of those of most tiles.
+constexpr int64_t CHUNK_BYTES = 128 << 10, CHUNK_ROWS = 24;
+// Where `__builtin_prefetch` puts what it fetches. From memory into level 1 a core reads half as
+// fast.
+constexpr int LEVEL_1 = 3, LEVEL_2 = 2, LINE = 64;
+// Of x, that a thread copies at a time.
+constexpr int64_t COPIED_ROWS = 32;
+
+constexpr int64_t at_least(int64_t least, int64_t value) { return value < least ? least : value; }
+constexpr int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+inline void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+// Memory of this thread, for as long as it lives: fresh memory would have to be paged in.
+void* panel_buffer(size_t bytes) {
+  thread_local std::vector<char> buffer;
+  if (buffer.size() < bytes + 64) buffer.resize(bytes + 64);
+  return reinterpret_cast<void*>(round_up(reinterpret_cast<intptr_t>(buffer.data()), 64));
+}
+
+inline float from_bfloat16(uint16_t bits) {
+  uint32_t wide = uint32_t(bits) << 16;
+  float value;
+  memcpy(&value, &wide, 4);
+  return value;
+}
+
+inline uint16_t to_bfloat16(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  if (value != value) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Queries [batch, tokens, heads, head_dim] over pages of keys and values, each [pages, page_size,
+// kv_heads, head_dim]; see `paged_attention`.
+struct Attention {
+  int64_t batch, tokens, heads, head_dim, pages, page_size, kv_heads, pages_per_row;
+  const void *q, *k, *v;
+  Format q_format, kv_format;
+  const int32_t *page_table, *cached_lens, *kv_lens;
+  float k_scale, v_scale, softmax_scale;
+  void* y;
+
+  float query(int64_t i) const {
+    return q_format == Format::float32 ? static_cast<const float*>(q)[i]
+                                       : from_bfloat16(static_cast<const uint16_t*>(q)[i]);
+  }
+  void put(int64_t i, float value) const {
+    if (q_format == Format::float32)
+      static_cast<float*>(y)[i] = value;
+    else
+      static_cast<uint16_t*>(y)[i] = to_bfloat16(value);
+  }
+  // Where the key of a position lies. A page that does not exist reads as the last one.
+  int64_t key(int64_t sequence, int64_t kv_head, int64_t position) const {
+    const int64_t page = page_table[sequence * pages_per_row + position / page_size];
+    const int64_t there = at_least(0, at_most(page, pages - 1));
+    return ((there * page_size + position % page_size) * kv_heads + kv_head) * head_dim;
+  }
+};
+
+// The values of the codes 0 to 127, float8_e4m3fn; 127, NaN, which no weight has, reads as 480.
+struct Magnitudes {
+  float values[128];
+  constexpr Magnitudes() : values() {
+    for (int code = 0; code < 128; code++) {
+      const int exponent = code >> 3, mantissa = code & 7;
+      float value = exponent ? 8 + mantissa : mantissa;
+      for (int e = exponent ? exponent : 1; e < 10; e++) value /= 2;
+      for (int e = 10; e < exponent; e++) value *= 2;
+      values[code] = value;
+    }
+  }
+};
+constexpr Magnitudes MAGNITUDES;
+
+// Denormal numbers count while it lives, and are rounded to nearest: XLA's threads flush them.
+struct ExactDenormals {
+#if defined(__x86_64__)
+  const unsigned before = _mm_getcsr();
+  ExactDenormals() { _mm_setcsr(0x1f80); }
+  ~ExactDenormals() { _mm_setcsr(before); }
+#endif
+};
+
+// work(0) to work(count - 1), on this thread and on those of the pool that have time. A thread
+// that comes when nothing is left sees `State` alone, which lives until the last one has come.
+template <class Work>
+void in_parallel(ffi::ThreadPool& pool, int64_t count, const Work& work) {
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable finished;
+  };
+  auto state = std::make_shared<State>();
+  auto run = [state, count, work = &work] {
+    const ExactDenormals scope;
+    for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
+      (*work)(i);
+      if (state->done.fetch_add(1) + 1 == count) {
+        const std::lock_guard<std::mutex> lock(state->mutex);
+        state->finished.notify_all();
+      }
+    }
+  };
+  const int64_t threads = at_most(pool.num_threads(), count);
+  for (int64_t i = 1; i < threads; i++) pool.Schedule(decltype(run)(run));
+  run();
+  // What others have begun takes no longer than it takes to fall asleep.
+  for (int i = 0; i < 20000 && state->done.load() < count; i++) pause();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->finished.wait(lock, [&] { return state->done.load() == count; });
+}
+
+}  // namespace

@@ -1,0 +1,131 @@
+// x @ weight.T for weights of float8_e4m3fn codes, or bfloat16, as a custom call of XLA.
+//
+// Codes are upcast in registers, so that a weight costs one byte of memory traffic. The work is
+// divided by rows of the weight over XLA's own threads.
+
+#pragma once
+
+#include "instructions.h"
+
+namespace {
+
+// x as the loops read it: in place if its type is theirs and nothing is needed behind its rows.
+template <class Activation>
+struct Copy {
+  std::unique_ptr<void, void (*)(void*)> memory{nullptr, free};
+  Rows<Activation> rows{nullptr, 0};
+
+  // False if there is no memory.
+  bool make(ffi::ThreadPool& pool, const void* x, Format format, int64_t m, int64_t k,
+            int64_t padding) {
+    const bool is_same = (format == Format::bfloat16) == (sizeof(Activation) == 2);
+    rows = {static_cast<const Activation*>(x), k};
+    if (is_same && k % MAX_COLUMNS == 0 && (padding == 0 || m <= FEW_ROWS)) return true;
+    rows.stride = round_up(k, MAX_COLUMNS) + padding;
+    memory.reset(aligned_alloc(64, m * rows.stride * sizeof(Activation)));
+    Activation* to = static_cast<Activation*>(memory.get());
+    if (!to) return false;
+    in_parallel(pool, (m + COPIED_ROWS - 1) / COPIED_ROWS, [&](int64_t part) {
+      for (int64_t i = part * COPIED_ROWS; i < at_most(m, (part + 1) * COPIED_ROWS); i++) {
+        Activation* row = to + i * rows.stride;
+        if (is_same)
+          memcpy(row, static_cast<const Activation*>(x) + i * k, k * sizeof(Activation));
+        else
+          for (int64_t j = 0; j < k; j++)
+            row[j] = Activation(from_bfloat16(static_cast<const uint16_t*>(x)[i * k + j]));
+        memset(row + k, 0, (rows.stride - k) * sizeof(Activation));
+      }
+    });
+    rows.data = to;
+    return true;
+  }
+};
+
+// Some rows of a product's weight, with all rows of x.
+template <class Activation>
+using Loops = void (*)(const Product&, const Rows<Activation>&, int64_t begin, int64_t end);
+
+template <class Activation>
+ffi::Error multiply(ffi::ThreadPool& pool, const std::vector<Product>& products, const void* x,
+                    Format format, int64_t padding, Loops<Activation> of_codes,
+                    Loops<Activation> of_bfloat16) {
+  Copy<Activation> copy;
+  if (!copy.make(pool, x, format, products[0].m, products[0].k, padding))
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a copy of x");
+  struct Chunk {
+    const Product& product;
+    int64_t begin, end;
+  };
+  std::vector<Chunk> chunks;
+  for (const Product& p : products) {
+    const int64_t row_bytes = p.k * (p.weight == Format::codes ? 1 : 2);
+    const int64_t rows = at_least(CHUNK_ROWS, CHUNK_BYTES / row_bytes / CHUNK_ROWS * CHUNK_ROWS);
+    for (int64_t begin = 0, end; begin < p.n; begin = end) {
+      end = p.n - begin < rows + MIN_ROWS ? p.n : begin + rows;
+      chunks.push_back({p, begin, end});
+    }
+  }
+  in_parallel(pool, int64_t(chunks.size()), [&](int64_t i) {
+    const Chunk& c = chunks[i];
+    const auto loops = c.product.weight == Format::codes ? of_codes : of_bfloat16;
+    loops(c.product, copy.rows, c.begin, c.end);
+  });
+  return ffi::Error::Success();
+}
+
+#define WITH(set)                                                                    \
+  multiply<set::Activation>(pool, products, x.untyped_data(), format, set::PADDING,  \
+                            set::rows_of_weight<uint8_t>, set::rows_of_weight<uint16_t>)
+
+// operands: a weight and its scales for each result. scale_rows, scale_columns: how much of a
+// weight one scale is for.
+ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs operands,
+                ffi::RemainingRets results, int64_t scale_rows, int64_t scale_columns,
+                int64_t instructions) {
+  std::vector<Product> products;
+  const bool in_bf16 = x.element_type() == ffi::DataType::BF16;
+  const Format format = in_bf16 ? Format::bfloat16 : Format::float32;
+  bool is_valid = x.dimensions().size() == 2 && operands.size() == 2 * results.size() &&
+                  results.size() && scale_rows > 0 && (scale_rows & (scale_rows - 1)) == 0 &&
+                  scale_columns > 0 &&
+                  (in_bf16 || x.element_type() == ffi::DataType::F32);
+  for (size_t i = 0; is_valid && i < results.size(); i++) {
+    const auto w = operands.get<ffi::AnyBuffer>(2 * i), s = operands.get<ffi::AnyBuffer>(2 * i + 1);
+    const auto y = results.get<ffi::AnyBuffer>(i);
+    Product p{};
+    p.m = x.dimensions()[0], p.k = x.dimensions()[1];
+    p.n = w->dimensions().size() == 2 ? w->dimensions()[0] : 0;
+    p.w = w->untyped_data();
+    p.weight = w->element_type() == ffi::DataType::BF16 ? Format::bfloat16 : Format::codes;
+    p.y = static_cast<float*>((*y)->untyped_data());
+    p.runs = 1, p.run_columns = p.k;
+    int64_t scales = 0;
+    if (s->element_count()) {
+      p.scale = static_cast<const float*>(s->untyped_data());
+      p.row_shift = __builtin_ctzll(scale_rows), p.run_columns = scale_columns;
+      p.runs = (p.k + scale_columns - 1) / scale_columns;
+      scales = (p.n + scale_rows - 1) / scale_rows * p.runs;
+    }
+    is_valid = p.n >= MIN_ROWS && p.m > 0 && p.k > 0 && w->element_count() == size_t(p.n * p.k) &&
+               s->element_count() == size_t(scales) && s->element_type() == ffi::DataType::F32 &&
+               (*y)->element_count() == size_t(p.m * p.n) &&
+               (*y)->element_type() == ffi::DataType::F32 &&
+               (p.weight == Format::bfloat16 || w->size_bytes() == w->element_count()) &&
+               (p.runs == 1 || p.run_columns % MAX_COLUMNS == 0);
+    products.push_back(p);
+  }
+  const Instructions best = best_instructions();
+  if (!is_valid || instructions < BEST || instructions > best)
+    return ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                      "fp8_matmul_cpu: operands or instructions are not what is understood here");
+  switch (instructions == BEST ? best : instructions) {
+#if defined(__x86_64__)
+    case AVX512_BF16: return in_bf16 ? WITH(avx512_bf16) : WITH(avx512);
+    case AVX512: return WITH(avx512);
+    case AVX2: return WITH(avx2);
+#endif
+    default: return WITH(portable);
+  }
+}
+
+}  // namespace
