@@ -18,8 +18,10 @@ from llama_jax import cli
 from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.cli import output
 from llama_jax.model.kv_cache import PAGE_SIZE
+from pallas_kernels.cpu import library
 from tests import tiny_checkpoints as tiny
 from tests import tiny_meta
+from tests.cpu_kernel import needs_cpu_kernel
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -202,18 +204,28 @@ def test_inspect_shows_paths_of_another_device(run: Run, friendli: Path) -> None
               "refusals"}  # fmt: skip
     assert set(decode["calls"][0]) == fields
     attention = [call for call in decode["calls"] if not call["matrices"]]
-    assert {call["why_not"] for call in attention} == {"head_dim must be 64 or 128, got 16"}
+    refusals = {
+        "hopper": "head_dim must be 64 or 128, got 16",
+        "cpu": "JAX runs on gpu, not on a CPU",
+    }
+    assert {call["why_not"] for call in attention} == {"; ".join(refusals.values())}
     assert {call["kernel"] for call in attention} == {"xla"}
-    refusal = {"hopper": "head_dim must be 64 or 128, got 16"}
-    assert [call["refusals"] for call in attention] == [refusal] * len(attention)
+    assert [call["refusals"] for call in attention] == [refusals] * len(attention)
+
+
+@needs_cpu_kernel
+def test_inspect_shows_the_paths_of_this_cpu(run: Run, friendli: Path) -> None:
+    sizes = ("--max-batch-size", "3", "--max-seq-len", "256", "--prefill-chunk", "32")
     _, out, _ = run("inspect", friendli, "--paths", *sizes)
     assert ["device", "cpu"] in [line.split() for line in out.splitlines()]
     for program in out.split("decode of 3 rows"):
         # Matrices may have notes of their own before it, by what this CPU has.
-        note = re.compile(r"^ *(\(\d\)) JAX runs on cpu, not on a GPU *$", re.MULTILINE)
-        (mark,) = note.findall(program)
-        lines = [line.split()[:4] for line in program.splitlines()]
-        assert lines.count(["self_attn", "0-1", "xla", mark]) == 1
+        note = r"^ *(\(\d\)) not hopper: JAX runs on cpu, not on a GPU *$"
+        (mark,) = re.findall(note, program, re.MULTILINE)
+        lines = [line.split() for line in program.splitlines()]
+        (row,) = (i for i, line in enumerate(lines) if line[:2] == ["self_attn", "0-1"])
+        assert library.ATTENTION.startswith(lines[row][2])  # the name may go on in the next line
+        assert mark in lines[row] + lines[row + 1]
 
 
 def test_inspect_says_what_fits_and_is_right(run: Run, friendli: Path) -> None:
