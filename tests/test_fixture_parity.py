@@ -7,8 +7,8 @@ the tokens after it. Static scales meet no such value in XLA's order of sums, an
 does in that of the CPU's kernels, whose attention is as far from float64 as XLA's (3e-8 to 6e-8 rms
 on random inputs): it may stray by a hundredth of what rounding does. With dynamic ones, per token
 or per 128 features, two of 48 tokens do, and 16 stand after the first: so half of the tokens have
-to agree, and none may stray further than rounding does; by half of that in XLA's order of sums. With
-the scales rounded to bfloat16, say, not one token agrees.
+to agree, and none may stray further than rounding does; by half of that in XLA's order of sums.
+With the scales rounded to bfloat16, say, not one token agrees.
 """
 
 from dataclasses import replace
