@@ -23,6 +23,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(llama_jax_paged_attention, attention,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<int64_t>("instructions"));
 

@@ -21,7 +21,8 @@ bool format_of(ffi::AnyBuffer buffer, Format& format) {
 
 ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                      ffi::Buffer<ffi::S32> page_table, ffi::Buffer<ffi::S32> cached_lens,
-                     ffi::Buffer<ffi::S32> kv_lens, ffi::Buffer<ffi::F32> scales,
+                     ffi::Buffer<ffi::S32> kv_lens, ffi::Buffer<ffi::F32> k_scale,
+                     ffi::Buffer<ffi::F32> v_scale,
                      ffi::Result<ffi::AnyBuffer> y, int64_t instructions) {
   Attention a{};
   const auto of_q = q.dimensions(), of_k = k.dimensions(), of_table = page_table.dimensions();
@@ -29,7 +30,8 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
                   format_of(q, a.q_format) && format_of(k, a.kv_format) &&
                   a.q_format != Format::codes && v.element_type() == k.element_type() &&
                   v.element_count() == k.element_count() && y->element_type() == q.element_type() &&
-                  y->element_count() == q.element_count() && scales.element_count() == 2;
+                  y->element_count() == q.element_count() && k_scale.element_count() == 1 &&
+                  v_scale.element_count() == 1;
   const Instructions best = best_instructions();
   is_valid = is_valid && instructions >= BEST && instructions <= best;
   if (is_valid) {
@@ -47,7 +49,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
   a.q = q.untyped_data(), a.k = k.untyped_data(), a.v = v.untyped_data(), a.y = y->untyped_data();
   a.page_table = page_table.typed_data();
   a.cached_lens = cached_lens.typed_data(), a.kv_lens = kv_lens.typed_data();
-  a.k_scale = scales.typed_data()[0], a.v_scale = scales.typed_data()[1];
+  a.k_scale = *k_scale.typed_data(), a.v_scale = *v_scale.typed_data();
   a.softmax_scale = 1 / std::sqrt(float(a.head_dim));
 
   using Loop = void (*)(const Attention&, int64_t, int64_t, int64_t);

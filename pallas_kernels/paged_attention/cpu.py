@@ -34,8 +34,8 @@ def paged_attention(
     """
     call = jax.ffi.ffi_call(library.ATTENTION, jax.ShapeDtypeStruct(q.shape, q.dtype))
     where = (each.astype(jnp.int32) for each in (page_table, cached_lens, kv_lens))
-    scales = jnp.stack([jnp.asarray(each, jnp.float32) for each in (k_scale, v_scale)])
-    y: Array = call(q, k_pages, v_pages, *where, scales, instructions=library.number(instructions))
+    scales = (jnp.asarray(each, jnp.float32) for each in (k_scale, v_scale))
+    y: Array = call(q, k_pages, v_pages, *where, *scales, instructions=library.number(instructions))
     return y
 
 
