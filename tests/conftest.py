@@ -18,13 +18,15 @@ os.environ.setdefault("NPROC", "8")
 
 # XLA compiles without LLVM's optimisation, each program in one piece, and fusions by its older
 # emitters rather than through MLIR: in little more than half the time, and these models run for
-# milliseconds. Set XLA_FLAGS, to nothing even, for programs as users get them: .ci/run does, see
-# tests/README.md.
-os.environ.setdefault(
-    "XLA_FLAGS",
+# milliseconds. With LLAMA_JAX_TESTS_OPTIMISED=1 programs are those that users get, as .ci/run needs
+# them, see tests/README.md.
+_QUICKLY = (
     "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
-    " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+    " --xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
 )
+_flags = os.environ.setdefault("XLA_FLAGS", "")
+if os.environ.get("LLAMA_JAX_TESTS_OPTIMISED") != "1" and _QUICKLY not in _flags:
+    os.environ["XLA_FLAGS"] = f"{_QUICKLY} {_flags}"  # what the user has set counts more
 
 # Workers and the commands that tests start share one cache of compiled programs. The first process
 # sets it before JAX is imported; the others inherit it.
