@@ -26,6 +26,8 @@ from typing import Literal, get_args
 
 import jax
 
+from pallas_kernels import device
+
 _log = logging.getLogger(__name__)
 _loading = threading.Lock()
 
@@ -57,6 +59,18 @@ def why_not() -> str | None:
     """
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
+
+
+def not_here() -> str | None:
+    """Return why the kernels cannot run on the target device; None if they can."""
+    if device.platform() != "cpu":
+        return f"JAX runs on {device.platform()}, not on a CPU"
+    return why_not()
+
+
+def slower_than_xla() -> str | None:
+    """Return why XLA's code is faster with the instructions here; None if it is not."""
+    return "without AVX2 XLA's code is faster" if best() == "portable" else None
 
 
 def number(instructions: Instructions | None) -> int:

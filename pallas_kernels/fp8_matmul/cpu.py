@@ -55,7 +55,7 @@ def refusal(
 ) -> str | None:
     """Return why the kernel cannot take these operands; None if it can."""
     if device.platform() != "cpu":
-        return not_here()
+        return library.not_here()
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"x must be bfloat16 or float32, got {x.dtype}"
     if weight.dtype not in (e4m3.DTYPE, jnp.int8, jnp.bfloat16):
@@ -65,20 +65,13 @@ def refusal(
     columns = _extent(weight, weight_scale)[1]
     if columns < weight.shape[1] and columns % GRANULE:
         return f"columns with scales of their own must be a multiple of {GRANULE}, got {columns}"
-    return not_here()
-
-
-def not_here() -> str | None:
-    """Return why the kernel cannot run on the target device with any operands; None if it can."""
-    if device.platform() != "cpu":
-        return f"JAX runs on {device.platform()}, not on a CPU"
-    return library.why_not()
+    return library.not_here()
 
 
 def slower_than_xla(rows: int) -> str | None:
     """Return why XLA is faster for x of this many rows; None if it is not."""
-    if library.best() == "portable":
-        return "without AVX2 XLA's code is faster"
+    if reason := library.slower_than_xla():
+        return reason
     if library.best() == "avx2" and rows > MAX_ROWS_WITH_AVX2:
         return f"for more than {MAX_ROWS_WITH_AVX2} rows XLA's code is faster without AVX-512"
     return None
@@ -86,7 +79,7 @@ def slower_than_xla(rows: int) -> str | None:
 
 def instructions_here() -> library.Instructions | None:
     """Return the instruction set of the kernel, or None if it cannot run on the target device."""
-    return None if not_here() else library.best()
+    return None if library.not_here() else library.best()
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))

@@ -252,7 +252,7 @@ CPU = Kernel(
     run=_on_cpu,
     refusal=_cpu_refusal,
     unasked=_cpu_unasked,
-    not_here=cpu.not_here,
+    not_here=library.not_here,
     takes_several=True,
     launches={library.MATMUL: "reads each code once, upcasts it in registers"},
 )

@@ -119,8 +119,8 @@ CPU = Kernel(
     name="cpu",
     run=_on_cpu,
     refusal=cpu.refusal,
-    unasked=lambda *_: device.not_local() or cpu.slower_than_xla(),
-    not_here=cpu.not_here,
+    unasked=lambda *_: device.not_local() or library.slower_than_xla(),
+    not_here=library.not_here,
     launches={library.ATTENTION: "reads each key and value once for the heads that share it"},
 )
 XLA = Kernel(name="xla", run=_through_xla, refusal=never, unasked=never)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import device, e4m3
+from pallas_kernels import e4m3
 from pallas_kernels.cpu import library
 
 # The head dimension is a multiple of this.
@@ -47,16 +47,4 @@ def refusal(q: Array, k_pages: Array) -> str | None:
         return f"pages must be float8_e4m3fn, bfloat16 or float32, got {k_pages.dtype}"
     if not q.size or q.shape[-1] % GRANULE:
         return f"head_dim must be a multiple of {GRANULE}, got q {q.shape}"
-    return not_here()
-
-
-def not_here() -> str | None:
-    """Return why the kernel cannot run on the target device; None if it can."""
-    if device.platform() != "cpu":
-        return f"JAX runs on {device.platform()}, not on a CPU"
-    return library.why_not()
-
-
-def slower_than_xla() -> str | None:
-    """Return why attention is better left to XLA; None if it is not."""
-    return "without AVX2 XLA's code is faster" if library.best() == "portable" else None
+    return library.not_here()
