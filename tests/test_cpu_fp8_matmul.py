@@ -11,7 +11,7 @@ import pytest
 from llama_jax.model.fp8 import quantize
 from pallas_kernels import e4m3
 from pallas_kernels.cpu import library
-from pallas_kernels.fp8_matmul import choose, cpu, fp8_matmul, fp8_matmuls, swiglu
+from pallas_kernels.fp8_matmul import choose, cpu, fp8_matmul, fp8_matmuls, silu, swiglu
 from tests.cpu_kernel import needs_cpu_kernel
 
 pytestmark = needs_cpu_kernel
@@ -100,6 +100,50 @@ def test_a_row_does_not_depend_on_its_company(layout, dtype, instructions):
     of_all = multiply(x, bits, scale, instructions)
     for m in (1, 3, 4, 5, 8, 9, 17):
         np.testing.assert_array_equal(multiply(x[-m:], bits, scale, instructions), of_all[-m:])
+
+
+@each_instructions
+@each_kind
+def test_swiglu(layout, dtype, instructions):
+    """At numbers of rows that go different ways; large gates leave exp's range."""
+    x, gate, gate_scale = operands(40, 300, 200, layout)
+    up, up_scale = operands(1, 300, 200, layout, seed=1)[1:]
+    x = x.at[3].mul(100).astype(dtype)
+    weights, scales = (gate, up), (gate_scale, up_scale)
+    g, u = (exact(x, *each) for each in zip(weights, scales, strict=True))
+    silu_of_g = g / (1 + np.exp(np.clip(-g, None, 700)))
+    # As in test_against_float64, sums stray by 1e-4, and those of the large row by 1e-2.
+    strays = np.where(np.arange(40) == 3, 1e-2, 1e-4)[:, None]
+    bound = strays * (1.1 * np.abs(u) + np.abs(silu_of_g)) + 1e-6 * np.abs(silu_of_g * u) + 1e-6
+    for m in (1, 4, 9, 40):
+        y = cpu.swiglu(
+            x[:m], gate, gate_scale, up, up_scale, jnp.float32, instructions=instructions
+        )
+        assert (np.abs(np.asarray(y) - silu_of_g[:m] * u[:m]) < bound[:m]).all()
+        rounded = cpu.swiglu(
+            x[:m], gate, gate_scale, up, up_scale, jnp.bfloat16, instructions=instructions
+        )
+        parts = cpu.fp8_matmuls(
+            x[:m], weights, scales, out_dtype=jnp.bfloat16, instructions=instructions
+        )
+        by_parts = np.asarray(silu(parts[0]) * parts[1], np.float64)
+        rounded = np.asarray(rounded, np.float64)
+        # The same roundings, but where the two exp differ at a tie.
+        np.testing.assert_allclose(rounded, by_parts, rtol=2**-7, atol=1e-30)
+        assert (rounded == by_parts).mean() > 0.99
+
+
+@each_instructions
+@pytest.mark.parametrize("m", [1, 20])
+def test_results_in_bfloat16_are_rounded_sums(m, instructions):
+    """Also where results end within a vector, and not a number stays one."""
+    x, bits, scale = operands(m, 75, 130)
+    x = x.astype(jnp.bfloat16).at[0].set(jnp.nan)
+    (y,) = cpu.fp8_matmuls(x, (bits,), (scale,), out_dtype=jnp.bfloat16, instructions=instructions)
+    expected = jnp.asarray(multiply(x, bits, scale, instructions)).astype(jnp.bfloat16)
+    y, expected = np.asarray(y, np.float32), np.asarray(expected, np.float32)
+    assert np.isnan(y[0]).all()
+    np.testing.assert_array_equal(y, expected)
 
 
 @each_instructions

@@ -26,6 +26,8 @@ from pallas_kernels.fp8_matmul import (
     fp8_matmul_parts,
     fp8_matmuls,
     is_one_launch,
+    silu,
+    unquantized_swiglu,
 )
 from pallas_kernels.fp8_matmul.dense import dense
 from pallas_kernels.fp8_matmul.terms import Parts, Terms
@@ -216,6 +218,20 @@ class Products:
                 is_batch_invariant=self.spec.is_batch_invariant, implementation=self.choice,
             )  # fmt: skip
         return [y.reshape(*x.shape[:-1], -1) for y in ys]
+
+    def swiglu(self, x: Array) -> Array:
+        """Compute silu(gate(x)) * up(x) of x [..., in], in one launch if a kernel can do that."""
+        is_plain = self.spec.activations == "bf16"
+        if not (is_plain and self._is_one_launch() and self.choice.kernel.unquantized_swiglu):
+            gate, up = self(x)
+            return silu(gate) * up
+        of_gate, of_up = (linear.operands(x) for linear in self.linears)
+        with jax.named_scope(self.name):
+            y = unquantized_swiglu(
+                of_gate.x, *of_gate.matrix.quantized, *of_up.matrix.quantized, out_dtype=x.dtype,
+                implementation=self.choice,
+            )  # fmt: skip
+        return y.reshape(*x.shape[:-1], -1)
 
     def parts(self, x: Array | Terms, rows: int) -> list[Parts]:
         """Multiply x [rows, in] by all matrices in one launch that leaves its sums over splits of K

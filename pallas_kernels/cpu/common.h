@@ -32,18 +32,26 @@ namespace ffi = xla::ffi;
 
 enum class Format { codes, bfloat16, float32 };
 
-// y [m, n] = x [m, k] @ weight [n, k].T. A scale belongs to 2^`row_shift` rows of the weight and
-// `run_columns` of its columns, the last ones perhaps fewer; `runs` scales lie beside each other.
-// Without scales `scale` is null and there is one run.
+struct Weight {
+  const void* data;
+  const float* scale;  // null where there is none
+};
+
+// y [m, n] = x [m, k] @ weight [n, k].T; of two weights, gate and up, silu(x @ gate.T) times
+// x @ up.T. A scale belongs to 2^`row_shift` rows of the weight and `run_columns` of its columns, the
+// last ones perhaps fewer; `runs` scales lie beside each other. Without scales there is one run.
 struct Product {
   int64_t m, n, k;
-  const void* w;
-  Format weight;
-  const float* scale;
+  Weight weights[2];
+  int count;  // of weights
+  Format weight_format;
   int64_t row_shift, run_columns, runs;
-  float* y;
+  void* y;
+  Format y_format;  // float32 or bfloat16
 
-  float scale_of(int64_t row, int64_t run) const { return scale[(row >> row_shift) * runs + run]; }
+  float scale_of(int which, int64_t row, int64_t run) const {
+    return weights[which].scale[(row >> row_shift) * runs + run];
+  }
 };
 
 // Rows of x; behind each, up to a multiple of MAX_COLUMNS, lie zeros.
@@ -59,10 +67,11 @@ constexpr int64_t MAX_COLUMNS = 64, MIN_ROWS = 8;
 constexpr int64_t HEAD_GRANULE = 16;
 // For more rows of x, weights are upcast once for all of them.
 constexpr int64_t FEW_ROWS = 16;
-// Of upcast weights, and of x beside them: both stay in a core's level-2 cache.
-constexpr int64_t PANEL_BYTES = 256 << 10;
+// Of upcast weights, and of x beside them: both stay in a core's level-2 cache. The more weights,
+// the fewer times all of x passes by.
+constexpr int64_t PANEL_BYTES = 416 << 10, X_BYTES = 96 << 10;
 // Of the weight, that a thread takes at a time: its rows a multiple of those of most tiles.
-constexpr int64_t CHUNK_BYTES = 128 << 10, CHUNK_ROWS = 24;
+constexpr int64_t CHUNK_BYTES = 128 << 10, CHUNK_ROWS = 24, MAX_CHUNK_ROWS = 960;
 // Where `__builtin_prefetch` puts what it fetches. From memory into level 1 a core reads half as
 // fast.
 constexpr int LEVEL_1 = 3, LEVEL_2 = 2, LINE = 64;
@@ -93,12 +102,11 @@ inline float from_bfloat16(uint16_t bits) {
   return value;
 }
 
-inline uint16_t to_bfloat16(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
-  if (value != value) return uint16_t(bits >> 16 | 0x40);
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
+// Vectors of FLOATS numbers, which compilers divide into the registers that there are.
+constexpr int FLOATS = 16;
+typedef float Floats __attribute__((vector_size(FLOATS * 4)));
+typedef int32_t Words __attribute__((vector_size(FLOATS * 4)));
+typedef uint16_t Halves __attribute__((vector_size(FLOATS * 2)));
 
 // Queries [batch, tokens, heads, head_dim] over pages of keys and values, each [pages, page_size,
 // kv_heads, head_dim]; see `paged_attention`.
@@ -113,12 +121,6 @@ struct Attention {
   float query(int64_t i) const {
     return q_format == Format::float32 ? static_cast<const float*>(q)[i]
                                        : from_bfloat16(static_cast<const uint16_t*>(q)[i]);
-  }
-  void put(int64_t i, float value) const {
-    if (q_format == Format::float32)
-      static_cast<float*>(y)[i] = value;
-    else
-      static_cast<uint16_t*>(y)[i] = to_bfloat16(value);
   }
   // Where the key of a position lies. A page that does not exist reads as the last one.
   int64_t key(int64_t sequence, int64_t kv_head, int64_t position) const {

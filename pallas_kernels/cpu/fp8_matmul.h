@@ -16,12 +16,11 @@ struct Copy {
   Rows<Activation> rows{nullptr, 0};
 
   // False if there is no memory.
-  bool make(ffi::ThreadPool& pool, const void* x, Format format, int64_t m, int64_t k,
-            int64_t padding) {
+  bool make(ffi::ThreadPool& pool, const void* x, Format format, int64_t m, int64_t k) {
     const bool is_same = (format == Format::bfloat16) == (sizeof(Activation) == 2);
     rows = {static_cast<const Activation*>(x), k};
-    if (is_same && k % MAX_COLUMNS == 0 && (padding == 0 || m <= FEW_ROWS)) return true;
-    rows.stride = round_up(k, MAX_COLUMNS) + padding;
+    if (is_same && k % MAX_COLUMNS == 0) return true;
+    rows.stride = round_up(k, MAX_COLUMNS);
     memory.reset(aligned_alloc(64, m * rows.stride * sizeof(Activation)));
     Activation* to = static_cast<Activation*>(memory.get());
     if (!to) return false;
@@ -41,16 +40,15 @@ struct Copy {
   }
 };
 
-// Some rows of a product's weight, with all rows of x.
+// Some rows of a product's weights, with all rows of x.
 template <class Activation>
 using Loops = void (*)(const Product&, const Rows<Activation>&, int64_t begin, int64_t end);
 
 template <class Activation>
 ffi::Error multiply(ffi::ThreadPool& pool, const std::vector<Product>& products, const void* x,
-                    Format format, int64_t padding, Loops<Activation> of_codes,
-                    Loops<Activation> of_bfloat16) {
+                    Format format, Loops<Activation> of_codes, Loops<Activation> of_bfloat16) {
   Copy<Activation> copy;
-  if (!copy.make(pool, x, format, products[0].m, products[0].k, padding))
+  if (!copy.make(pool, x, format, products[0].m, products[0].k))
     return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a copy of x");
   struct Chunk {
     const Product& product;
@@ -58,8 +56,9 @@ ffi::Error multiply(ffi::ThreadPool& pool, const std::vector<Product>& products,
   };
   std::vector<Chunk> chunks;
   for (const Product& p : products) {
-    const int64_t row_bytes = p.k * (p.weight == Format::codes ? 1 : 2);
-    const int64_t rows = at_least(CHUNK_ROWS, CHUNK_BYTES / row_bytes / CHUNK_ROWS * CHUNK_ROWS);
+    const int64_t row_bytes = p.count * p.k * (p.weight_format == Format::codes ? 1 : 2);
+    const int64_t fitting = CHUNK_BYTES / row_bytes / CHUNK_ROWS * CHUNK_ROWS;
+    const int64_t rows = at_most(MAX_CHUNK_ROWS, at_least(CHUNK_ROWS, fitting));
     for (int64_t begin = 0, end; begin < p.n; begin = end) {
       end = p.n - begin < rows + MIN_ROWS ? p.n : begin + rows;
       chunks.push_back({p, begin, end});
@@ -67,50 +66,60 @@ ffi::Error multiply(ffi::ThreadPool& pool, const std::vector<Product>& products,
   }
   in_parallel(pool, int64_t(chunks.size()), [&](int64_t i) {
     const Chunk& c = chunks[i];
-    const auto loops = c.product.weight == Format::codes ? of_codes : of_bfloat16;
+    const auto loops = c.product.weight_format == Format::codes ? of_codes : of_bfloat16;
     loops(c.product, copy.rows, c.begin, c.end);
   });
   return ffi::Error::Success();
 }
 
 #define WITH(set)                                                                    \
-  multiply<set::Activation>(pool, products, x.untyped_data(), format, set::PADDING,  \
+  multiply<set::Activation>(pool, products, x.untyped_data(), format,                \
                             set::rows_of_weight<uint8_t>, set::rows_of_weight<uint16_t>)
 
-// operands: a weight and its scales for each result. scale_rows, scale_columns: how much of a
-// weight one scale is for.
+// operands: a weight and its scales for each result, or two of both for the only one, gate and up.
+// scale_rows, scale_columns: how much of a weight one scale is for.
 ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs operands,
                 ffi::RemainingRets results, int64_t scale_rows, int64_t scale_columns,
                 int64_t instructions) {
   std::vector<Product> products;
   const bool in_bf16 = x.element_type() == ffi::DataType::BF16;
   const Format format = in_bf16 ? Format::bfloat16 : Format::float32;
-  bool is_valid = x.dimensions().size() == 2 && operands.size() == 2 * results.size() &&
-                  results.size() && scale_rows > 0 && (scale_rows & (scale_rows - 1)) == 0 &&
-                  scale_columns > 0 &&
+  const int64_t weights = operands.size() / 2;
+  const bool is_gated = weights == 2 && results.size() == 1;
+  bool is_valid = x.dimensions().size() == 2 && operands.size() % 2 == 0 && results.size() &&
+                  (is_gated || results.size() == size_t(weights)) && scale_rows > 0 &&
+                  (scale_rows & (scale_rows - 1)) == 0 && scale_columns > 0 &&
                   (in_bf16 || x.element_type() == ffi::DataType::F32);
   for (size_t i = 0; is_valid && i < results.size(); i++) {
-    const auto w = operands.get<ffi::AnyBuffer>(2 * i), s = operands.get<ffi::AnyBuffer>(2 * i + 1);
     const auto y = results.get<ffi::AnyBuffer>(i);
     Product p{};
     p.m = x.dimensions()[0], p.k = x.dimensions()[1];
-    p.n = w->dimensions().size() == 2 ? w->dimensions()[0] : 0;
-    p.w = w->untyped_data();
-    p.weight = w->element_type() == ffi::DataType::BF16 ? Format::bfloat16 : Format::codes;
-    p.y = static_cast<float*>((*y)->untyped_data());
-    p.runs = 1, p.run_columns = p.k;
-    int64_t scales = 0;
-    if (s->element_count()) {
-      p.scale = static_cast<const float*>(s->untyped_data());
-      p.row_shift = __builtin_ctzll(scale_rows), p.run_columns = scale_columns;
-      p.runs = (p.k + scale_columns - 1) / scale_columns;
-      scales = (p.n + scale_rows - 1) / scale_rows * p.runs;
+    p.count = is_gated ? 2 : 1;
+    p.row_shift = __builtin_ctzll(scale_rows), p.runs = 1, p.run_columns = p.k;
+    p.y = (*y)->untyped_data();
+    p.y_format = (*y)->element_type() == ffi::DataType::BF16 ? Format::bfloat16 : Format::float32;
+    for (int which = 0; is_valid && which < p.count; which++) {
+      const auto w = operands.get<ffi::AnyBuffer>(2 * (i + which));
+      const auto s = operands.get<ffi::AnyBuffer>(2 * (i + which) + 1);
+      const int64_t n = w->dimensions().size() == 2 ? w->dimensions()[0] : 0;
+      const Format w_format =
+          w->element_type() == ffi::DataType::BF16 ? Format::bfloat16 : Format::codes;
+      is_valid = which == 0 || (n == p.n && w_format == p.weight_format &&
+                                (s->element_count() > 0) == (p.weights[0].scale != nullptr));
+      p.n = n, p.weight_format = w_format, p.weights[which].data = w->untyped_data();
+      int64_t scales = 0;
+      if (s->element_count()) {
+        p.weights[which].scale = static_cast<const float*>(s->untyped_data());
+        p.run_columns = scale_columns, p.runs = (p.k + scale_columns - 1) / scale_columns;
+        scales = (p.n + scale_rows - 1) / scale_rows * p.runs;
+      }
+      is_valid = is_valid && w->element_count() == size_t(n * p.k) &&
+                 s->element_count() == size_t(scales) && s->element_type() == ffi::DataType::F32 &&
+                 (w_format == Format::bfloat16 || w->size_bytes() == w->element_count());
     }
-    is_valid = p.n >= MIN_ROWS && p.m > 0 && p.k > 0 && w->element_count() == size_t(p.n * p.k) &&
-               s->element_count() == size_t(scales) && s->element_type() == ffi::DataType::F32 &&
+    is_valid = is_valid && p.n >= MIN_ROWS && p.m > 0 && p.k > 0 &&
                (*y)->element_count() == size_t(p.m * p.n) &&
-               (*y)->element_type() == ffi::DataType::F32 &&
-               (p.weight == Format::bfloat16 || w->size_bytes() == w->element_count()) &&
+               (p.y_format == Format::bfloat16 || (*y)->element_type() == ffi::DataType::F32) &&
                (p.runs == 1 || p.run_columns % MAX_COLUMNS == 0);
     products.push_back(p);
   }

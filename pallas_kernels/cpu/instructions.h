@@ -48,9 +48,9 @@ ALWAYS_INLINE void store(const Part (&from)[PARTS], float* to) { memcpy(to, from
 ALWAYS_INLINE Sum zero() { return Sum{}; }
 ALWAYS_INLINE Sum multiply_add(Part a, Part b, Sum c) { return a * b + c; }
 ALWAYS_INLINE Sum add_scaled(Sum sum, float scale, Sum to) { return sum * scale + to; }
-constexpr int TOTALS = 1;
-ALWAYS_INLINE void totals(const Sum (&s)[TOTALS], float* to) {
-  to[0] = (s[0][0] + s[0][2]) + (s[0][1] + s[0][3]);
+template <int COUNT>
+ALWAYS_INLINE void totals(const Sum (&s)[COUNT], float (&to)[COUNT]) {
+  UNROLL for (int i = 0; i < COUNT; i++) to[i] = (s[i][0] + s[i][2]) + (s[i][1] + s[i][3]);
 }
 #include "tiles.inc"
 #include "attention.inc"
@@ -92,11 +92,13 @@ TARGET ALWAYS_INLINE Sum multiply_add(Part a, Part b, Sum c) { return _mm256_fma
 TARGET ALWAYS_INLINE Sum add_scaled(Sum sum, float scale, Sum to) {
   return _mm256_fmadd_ps(sum, _mm256_set1_ps(scale), to);
 }
-constexpr int TOTALS = 1;
-TARGET ALWAYS_INLINE void totals(const Sum (&s)[TOTALS], float* to) {
-  __m128 four = _mm_add_ps(_mm256_castps256_ps128(s[0]), _mm256_extractf128_ps(s[0], 1));
-  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  to[0] = _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+template <int COUNT>
+TARGET ALWAYS_INLINE void totals(const Sum (&s)[COUNT], float (&to)[COUNT]) {
+  UNROLL for (int i = 0; i < COUNT; i++) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(s[i]), _mm256_extractf128_ps(s[i], 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    to[i] = _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  }
 }
 #include "tiles.inc"
 #include "attention.inc"
@@ -129,24 +131,46 @@ TARGET ALWAYS_INLINE Sum multiply_add(Part a, Part b, Sum c) { return _mm512_fma
 TARGET ALWAYS_INLINE Sum add_scaled(Sum sum, float scale, Sum to) {
   return _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), to);
 }
-// [a, b, c, d]: a quarter of the result each, the sums of four lanes each.
+// Where two registers are to become one, what stays where it is gets blended, so that only one of
+// two operands has to be moved: moves share their unit with products.
+// Quarters [a0, a1, a2, a3] and b: [a0 + a2, a1 + a3, b0 + b2, b1 + b3].
+TARGET ALWAYS_INLINE Sum quarters_by_two(Sum a, Sum b) {
+  return _mm512_add_ps(_mm512_mask_mov_ps(a, 0xff00, b), _mm512_shuffle_f32x4(a, b, 0x4e));
+}
+// Of four registers a quarter each, in which four lanes are left to be added.
 TARGET ALWAYS_INLINE Sum quarters(Sum a, Sum b, Sum c, Sum d) {
-  const Sum ab =
-      _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-  const Sum cd =
-      _mm512_add_ps(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
-  return _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  const Sum ac = quarters_by_two(a, c), bd = quarters_by_two(b, d);
+  const Sum moved = _mm512_mask_mov_ps(bd, 0xf0f0, ac);
+  return _mm512_add_ps(_mm512_mask_mov_ps(ac, 0xf0f0, bd),
+                       _mm512_shuffle_f32x4(moved, moved, 0xb1));
 }
-TARGET ALWAYS_INLINE Sum halves(Sum a, Sum b) {
-  return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+// The same for the lanes of each quarter.
+TARGET ALWAYS_INLINE Sum lanes_by_two(Sum a, Sum b) {
+  return _mm512_add_ps(_mm512_mask_mov_ps(a, 0xcccc, b), _mm512_shuffle_ps(a, b, 0x4e));
 }
-// The lanes of 16 registers are added together, by halves: 45 instructions for 16 results.
-constexpr int TOTALS = 16;
-TARGET ALWAYS_INLINE void totals(const Sum (&s)[TOTALS], float* to) {
-  const Sum ab = halves(quarters(s[0], s[4], s[8], s[12]), quarters(s[1], s[5], s[9], s[13]));
-  const Sum cd = halves(quarters(s[2], s[6], s[10], s[14]), quarters(s[3], s[7], s[11], s[15]));
-  _mm512_storeu_ps(
-      to, _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xdd)));
+TARGET ALWAYS_INLINE Sum lanes(Sum a, Sum b, Sum c, Sum d) {
+  const Sum ac = lanes_by_two(a, c), bd = lanes_by_two(b, d);
+  const Sum moved = _mm512_mask_mov_ps(bd, 0xaaaa, ac);
+  return _mm512_add_ps(_mm512_mask_mov_ps(ac, 0xaaaa, bd), _mm512_permute_ps(moved, 0xb1));
+}
+template <int COUNT>
+TARGET ALWAYS_INLINE void totals(const Sum (&s)[COUNT], float (&to)[COUNT]) {
+  static_assert(COUNT % 8 == 0);
+  constexpr int BY_16 = COUNT / 16 * 16;
+  UNROLL for (int i = 0; i < BY_16; i += 16) {
+    Sum four[4];
+    UNROLL for (int j = 0; j < 4; j++)
+      four[j] = quarters(s[i + j], s[i + j + 4], s[i + j + 8], s[i + j + 12]);
+    _mm512_storeu_ps(to + i, lanes(four[0], four[1], four[2], four[3]));
+  }
+  if constexpr (BY_16 < COUNT) {
+    Sum two[2];
+    UNROLL for (int j = 0; j < 2; j++)
+      two[j] = quarters(s[BY_16 + j], s[BY_16 + j + 2], s[BY_16 + j + 4], s[BY_16 + j + 6]);
+    const Sum pairs = lanes_by_two(two[0], two[1]);
+    const Sum twice = _mm512_add_ps(pairs, _mm512_permute_ps(pairs, 0xb1));
+    _mm256_storeu_ps(to + BY_16, _mm512_castps512_ps256(_mm512_maskz_compress_ps(0x5555, twice)));
+  }
 }
 #include "tiles.inc"
 #include "attention.inc"
@@ -208,7 +232,6 @@ TARGET ALWAYS_INLINE Sum add_scaled(Sum sum, float scale, Sum to) {
   return _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), to);
 }
 using avx512::totals;
-using avx512::TOTALS;
 #include "tiles.inc"
 #undef TARGET
 }  // namespace avx512_bf16

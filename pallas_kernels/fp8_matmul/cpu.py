@@ -7,6 +7,7 @@ columns. Everything else is done in float32.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -32,22 +33,43 @@ def fp8_matmuls(
     weights: Sequence[Array],
     weight_scales: Sequence[Array],
     *,
+    out_dtype: jnp.dtype = jnp.float32,
     instructions: library.Instructions | None = None,
 ) -> tuple[Array, ...]:
-    """Compute x @ dequantised(weight).T in float32 for each weight.
+    """Compute x @ dequantised(weight).T for each weight.
 
     x: [m, k], bfloat16 or float32.
     weights: each [n_i, k], float8_e4m3fn, its int8 bits, or bfloat16.
     weight_scales: as in `fp8_matmul`, of one kind.
+    out_dtype: float32 or bfloat16, to which sums in float32 are rounded.
     instructions: for tests; None for the best.
     `refusal` must accept the operands.
     """
-    return _products(x, tuple(weights), tuple(weight_scales), instructions)
+    how = _How(jnp.dtype(out_dtype), False, instructions)
+    return _products(x, tuple(weights), tuple(weight_scales), how)
+
+
+def swiglu(
+    x: Array,
+    gate: Array,
+    gate_scale: Array,
+    up: Array,
+    up_scale: Array,
+    out_dtype: jnp.dtype,
+    *,
+    instructions: library.Instructions | None = None,
+) -> Array:
+    """Compute silu(x @ gate.T) * (x @ up.T), rounded to out_dtype after each operation.
+
+    Operands as in `fp8_matmuls`; gate and up have the same shape, and scales of one kind.
+    """
+    how = _How(jnp.dtype(out_dtype), True, instructions)
+    return _products(x, (gate, up), (gate_scale, up_scale), how)[0]
 
 
 def dense(x: Array, weight: Array) -> Array:
     """Compute the same for one bfloat16 weight without scales."""
-    return _products(x, (weight,), (None,), None)[0]
+    return _products(x, (weight,), (None,), _How(jnp.dtype(jnp.float32)))[0]
 
 
 def refusal(
@@ -82,40 +104,49 @@ def instructions_here() -> library.Instructions | None:
     return None if library.not_here() else library.best()
 
 
+@dataclass(frozen=True)
+class _How:
+    """What a call of the kernel does besides multiplying. is_gated: whether it is SwiGLU."""
+
+    out_dtype: jnp.dtype
+    is_gated: bool = False
+    instructions: library.Instructions | None = None
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _products(
-    x: Array,
-    weights: tuple[Array, ...],
-    scales: tuple[Array | None, ...],
-    instructions: library.Instructions | None,
+    x: Array, weights: tuple[Array, ...], scales: tuple[Array | None, ...], how: _How
 ) -> tuple[Array, ...]:
     scale_rows, scale_columns = _extent(weights[0], scales[0])
     operands = []
     for weight, scale in zip(weights, scales, strict=True):
         operands += [weight, jnp.zeros(0) if scale is None else scale]
+    results = weights[:1] if how.is_gated else weights
     call = jax.ffi.ffi_call(
         library.MATMUL,
-        [jax.ShapeDtypeStruct((x.shape[0], weight.shape[0]), jnp.float32) for weight in weights],
+        [jax.ShapeDtypeStruct((x.shape[0], each.shape[0]), how.out_dtype) for each in results],
     )
     ys: Sequence[Array] = call(
         x, *operands, scale_rows=scale_rows, scale_columns=min(scale_columns, x.shape[1]),
-        instructions=library.number(instructions),
+        instructions=library.number(how.instructions),
     )  # fmt: skip
     return tuple(ys)
 
 
 @_products.defjvp
 def _products_jvp(
-    _: library.Instructions | None, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    how: _How, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """Differentiate XLA's form, because the kernel has no derivative."""
 
     def by_xla(
         x: Array, weights: tuple[Array, ...], scales: tuple[Array | None, ...]
     ) -> tuple[Array, ...]:
-        return tuple(xla.by_row_blocks(x, *each) for each in zip(weights, scales, strict=True))
+        pairs = zip(weights, scales, strict=True)
+        ys = tuple(xla.by_row_blocks(x, *each).astype(how.out_dtype) for each in pairs)
+        return (jax.nn.silu(ys[0]) * ys[1],) if how.is_gated else ys
 
-    return _products(*primals, None), jax.jvp(by_xla, primals, tangents)[1]
+    return _products(*primals, how), jax.jvp(by_xla, primals, tangents)[1]
 
 
 def _extent(weight: Array, scale: Array | None) -> tuple[int, int]:

@@ -35,12 +35,15 @@ class Kernel(choice.Kernel):
         partial sums over splits of K (`fp8_matmul_parts`).
     swiglu: `swiglu(x, gate, gate_scale, up, up_scale, x_scale)` is one launch that quantises its
         result (`fp8_matmul.swiglu`). Without it, products are combined.
+    unquantized_swiglu: `unquantized_swiglu(x, gate, gate_scale, up, up_scale, out_dtype)` is the
+        same without quantising (`fp8_matmul.unquantized_swiglu`).
     """
 
     takes_several: bool = False
     adds_residual: bool = False
     parts: Callable[..., list[Parts]] | None = None
     swiglu: Callable[..., tuple[Array, Array]] | None = None
+    unquantized_swiglu: Callable[..., Array] | None = None
 
     @property
     def fuses(self) -> tuple[str, ...]:
@@ -48,7 +51,7 @@ class Kernel(choice.Kernel):
             "several weights": self.takes_several,
             "a residual": self.adds_residual,
             "its sums with the next launch": self.parts,
-            "SwiGLU": self.swiglu,
+            "SwiGLU": self.swiglu or self.unquantized_swiglu,
         }
         return tuple(name for name, is_fused in found.items() if is_fused)
 
@@ -183,6 +186,8 @@ def _on_cpu(
 ) -> tuple[Array, ...]:
     if x_scale is not None and reference.is_grouped(x_scale, x.shape[1]):
         x, x_scale = xla.ungrouped(x, x_scale, out_dtype), None
+    if x_scale is None and residual is None and out_dtype == jnp.bfloat16:
+        return cpu.fp8_matmuls(_upcast(x), weights, weight_scales, out_dtype=out_dtype)
     ys = cpu.fp8_matmuls(_upcast(x), weights, weight_scales)
     return tuple(_finished(y, x_scale, residual, out_dtype) for y in ys)
 
@@ -254,6 +259,7 @@ CPU = Kernel(
     unasked=_cpu_unasked,
     not_here=library.not_here,
     takes_several=True,
+    unquantized_swiglu=cpu.swiglu,
     launches={library.MATMUL: "reads each code once, upcasts it in registers"},
 )
 XLA = Kernel(name="xla", run=_each(xla.fp8_matmul), refusal=never, unasked=never)
