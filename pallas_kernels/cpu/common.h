@@ -72,9 +72,11 @@ constexpr int64_t FEW_ROWS = 16;
 constexpr int64_t PANEL_BYTES = 416 << 10, X_BYTES = 96 << 10;
 // Of the weight, that a thread takes at a time: its rows a multiple of those of most tiles.
 constexpr int64_t CHUNK_BYTES = 128 << 10, CHUNK_ROWS = 24, MAX_CHUNK_ROWS = 960;
+// The last chunks, in place of so many, are half as large, so that no thread waits long for another.
+constexpr int64_t NEAR_END = 4;
 // Where `__builtin_prefetch` puts what it fetches. From memory into level 1 a core reads half as
 // fast.
-constexpr int LEVEL_1 = 3, LEVEL_2 = 2, LINE = 64;
+constexpr int LEVEL_1 = 3, LEVEL_2 = 2, LINE = 64, PAGE = 4096;
 // Of x, that a thread copies at a time.
 constexpr int64_t COPIED_ROWS = 32;
 
@@ -107,6 +109,25 @@ constexpr int FLOATS = 16;
 typedef float Floats __attribute__((vector_size(FLOATS * 4)));
 typedef int32_t Words __attribute__((vector_size(FLOATS * 4)));
 typedef uint16_t Halves __attribute__((vector_size(FLOATS * 2)));
+
+// Four rows of four numbers become columns.
+ALWAYS_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  typedef float Four __attribute__((vector_size(16)));
+#if defined(__clang__)
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+  typedef int32_t Lanes __attribute__((vector_size(16)));
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (Lanes){__VA_ARGS__})
+#endif
+  Four rows[4];
+  for (int i = 0; i < 4; i++) memcpy(&rows[i], from + i * from_stride, sizeof(Four));
+  const Four low = PICK(rows[0], rows[1], 0, 4, 1, 5), high = PICK(rows[0], rows[1], 2, 6, 3, 7);
+  const Four low2 = PICK(rows[2], rows[3], 0, 4, 1, 5), high2 = PICK(rows[2], rows[3], 2, 6, 3, 7);
+  const Four columns[4] = {PICK(low, low2, 0, 1, 4, 5), PICK(low, low2, 2, 3, 6, 7),
+                           PICK(high, high2, 0, 1, 4, 5), PICK(high, high2, 2, 3, 6, 7)};
+#undef PICK
+  for (int i = 0; i < 4; i++) memcpy(to + i * to_stride, &columns[i], sizeof(Four));
+}
 
 // Queries [batch, tokens, heads, head_dim] over pages of keys and values, each [pages, page_size,
 // kv_heads, head_dim]; see `paged_attention`.

@@ -60,7 +60,9 @@ ffi::Error multiply(ffi::ThreadPool& pool, const std::vector<Product>& products,
     const int64_t fitting = CHUNK_BYTES / row_bytes / CHUNK_ROWS * CHUNK_ROWS;
     const int64_t rows = at_most(MAX_CHUNK_ROWS, at_least(CHUNK_ROWS, fitting));
     for (int64_t begin = 0, end; begin < p.n; begin = end) {
-      end = p.n - begin < rows + MIN_ROWS ? p.n : begin + rows;
+      const bool is_near_end = &p == &products.back() && p.n - begin <= NEAR_END * rows;
+      const int64_t some = is_near_end ? at_least(CHUNK_ROWS / 2, rows / 2) : rows;
+      end = p.n - begin < some + MIN_ROWS ? p.n : begin + some;
       chunks.push_back({p, begin, end});
     }
   }

@@ -106,7 +106,10 @@ def instructions_here() -> library.Instructions | None:
 
 @dataclass(frozen=True)
 class _How:
-    """What a call of the kernel does besides multiplying. is_gated: whether it is SwiGLU."""
+    """Tells a call of the kernel what to do besides multiplying.
+
+    is_gated: whether it is SwiGLU of two weights.
+    """
 
     out_dtype: jnp.dtype
     is_gated: bool = False
