@@ -124,9 +124,9 @@ class LlamaJax:
         import jax
 
         from llama_jax.engine import compile_cache
-        from llama_jax.engine.allocator import share_one_arena
+        from llama_jax.engine.allocator import keep_little
 
-        share_one_arena()  # as the commands do
+        keep_little()  # as the commands do
         compile_cache.enable()
         self.spec = our_spec()
         self.params = self._params()

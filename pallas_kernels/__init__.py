@@ -10,5 +10,6 @@ import os
 # With the extra `aot`, JAX finds NVIDIA's plugin, which prints a traceback about missing drivers
 # and libraries on a machine without a GPU. It can compile for a GPU without that check. JAX itself
 # decides by these devices whether to start the plugin.
-if not any(os.path.exists(f"/dev/{name}") for name in ("nvidia0", "nvidiactl", "dxg")):
+HAS_NVIDIA_DRIVER = any(os.path.exists(f"/dev/{n}") for n in ("nvidia0", "nvidiactl", "dxg"))
+if not HAS_NVIDIA_DRIVER:
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")

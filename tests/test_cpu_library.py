@@ -5,13 +5,18 @@ import sys
 import threading
 from pathlib import Path
 
+import jax
 import pytest
 
-from pallas_kernels.cpu import library
+from pallas_kernels.cpu import compiler, library
 from tests.cpu_kernel import needs_cpu_kernel
 
 COMPILER = """#!/bin/sh
-if [ "$1" = --version ]; then echo version 1; exit; fi
+if [ "$1" = -march=native ]; then
+  echo '#define __VERSION__ "number 1"'
+  for name in AVX2 FMA F16C; do echo "#define __${{name}}__ 1"; done
+  exit
+fi
 echo compiled >> {log}
 while [ "$1" != -o ]; do shift; done
 echo library > "$2"
@@ -21,10 +26,11 @@ echo library > "$2"
 @pytest.fixture
 def compiled(tmp_path, monkeypatch):
     """The log of a compiler that works."""
-    compiler, log = tmp_path / "c++", tmp_path / "log"
-    compiler.write_text(COMPILER.format(log=log))
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+    script, log = tmp_path / "c++", tmp_path / "log"
+    script.write_text(COMPILER.format(log=log))
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    compiler._predefined.cache_clear()
     return log
 
 
@@ -35,7 +41,9 @@ def times(log: Path) -> int:
 def test_it_is_compiled_once_by_threads_that_begin_together(compiled, tmp_path):
     found = []
     threads = [
-        threading.Thread(target=lambda: found.append(library.build(tmp_path / "cache")))
+        threading.Thread(
+            target=lambda: found.append(compiler.build(tmp_path / "cache", "fp8_matmul", "avx2"))
+        )
         for _ in range(4)
     ]
     for thread in threads:
@@ -43,41 +51,49 @@ def test_it_is_compiled_once_by_threads_that_begin_together(compiled, tmp_path):
     for thread in threads:
         thread.join()
     assert times(compiled) == 1 and len(set(found)) == 1 and found[0].read_text() == "library\n"
-    assert {path.suffix for path in found[0].parent.iterdir()} == {".so", ".sha256", ""}
+    assert {path.suffix for path in found[0].parent.iterdir()} == {".so", ".sha256", ".lock"}
 
 
-def test_another_compiler_or_other_flags_make_another_library(compiled, tmp_path, monkeypatch):
-    first = library.build(tmp_path)
-    second = library.build(tmp_path, ["-g"])
-    Path(compiled.parent / "c++").write_text(COMPILER.format(log=compiled).replace("n 1", "n 2"))
-    assert len({first, second, library.build(tmp_path)}) == 3
+def test_another_compiler_set_or_flag_makes_another_library(compiled, tmp_path):
+    found = {
+        compiler.build(tmp_path, "fp8_matmul", "avx2"),
+        compiler.build(tmp_path, "fp8_matmul", "portable"),
+        compiler.build(tmp_path, "paged_attention", "avx2"),
+        compiler.build(tmp_path, "fp8_matmul", "avx2", ["-g"]),
+    }  # fmt: skip
+    Path(compiled.parent / "c++").write_text(COMPILER.format(log=compiled).replace("r 1", "r 2"))
+    compiler._predefined.cache_clear()
+    assert len(found | {compiler.build(tmp_path, "fp8_matmul", "avx2")}) == 5
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.write_text("x"), Path.unlink])
 @pytest.mark.parametrize("suffix", [".so", ".sha256"])
 def test_what_is_damaged_or_lost_is_compiled_again(compiled, tmp_path, damage, suffix):
-    path = library.build(tmp_path)
+    path = compiler.build(tmp_path, "fp8_matmul", "avx2")
     damage(path.with_suffix(suffix))
-    assert library.build(tmp_path) == path and path.read_text() == "library\n"
+    assert (
+        compiler.build(tmp_path, "fp8_matmul", "avx2") == path and path.read_text() == "library\n"
+    )
     assert times(compiled) == 2
 
 
 def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(tmp_path, monkeypatch, caplog):
-    compiler = tmp_path / "c++"
-    compiler.write_text(
-        "#!/bin/sh\n[ $1 = --version ] && exit\necho 'fp8: error: no such thing' >&2\nexit 1\n"
+    script = tmp_path / "c++"
+    script.write_text(
+        "#!/bin/sh\n[ $1 = -march=native ] && exit\necho 'fp8: error: no such thing' >&2\nexit 1\n"
     )
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(compiler.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(library, "_register", library._register.__wrapped__)
     reason = library._loaded.__wrapped__()
     assert isinstance(reason, str) and "failed: fp8: error: no such thing" in reason
     (record,) = caplog.records
     assert record.getMessage() == (
         f"FP8 weights and attention go through XLA, at about half the speed: {reason}"
     )
-    assert [path.name for path in (tmp_path / "cache" / "cpu").iterdir()] == ["lock"]
+    assert {path.suffix for path in (tmp_path / "cache" / "cpu").iterdir()} == {".lock"}
 
 
 @pytest.mark.parametrize(
@@ -91,7 +107,8 @@ def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(tmp_path, monkeypa
 def test_what_stands_in_the_way_is_a_reason(name, value, reason, monkeypatch, tmp_path):
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
     monkeypatch.setenv(name, value)
-    monkeypatch.setattr(library.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(compiler.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(library, "_register", library._register.__wrapped__)
     with pytest.raises(AssertionError, match=reason):
         raise AssertionError(library._loaded.__wrapped__())
 
@@ -102,21 +119,52 @@ def test_what_stands_in_the_way_is_a_reason(name, value, reason, monkeypatch, tm
     [("", None), ("--xla_cpu_max_isa=AVX2", "avx2"), ("--xla_cpu_max_isa=SSE4_2", "portable")],
 )
 def test_it_keeps_within_the_instructions_that_xla_may_use(flags, most, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "")
-    all_of_them = library.best()
     monkeypatch.setenv("XLA_FLAGS", flags)
-    try:
-        assert library.best() == (most or all_of_them)
-    finally:
-        monkeypatch.undo()
-        library.best()
+    assert library.best() == (most or compiler.best_of_machine())
+
+
+@pytest.mark.parametrize(
+    ("without", "best"),
+    [
+        ("AVX512BF16", "avx512"), ("AVX512VBMI", "avx512"), ("AVX512VL", "avx2"),
+        ("F16C", "portable"), ("SSE", "avx512_bf16"),
+    ],
+)  # fmt: skip
+def test_the_best_set_needs_all_instructions_of_those_below(without, best, monkeypatch):
+    macros = {name for names in compiler._MACROS.values() for name in names} - {without}
+    defined = {f"__{name}__": "1" for name in macros}
+    monkeypatch.setattr(compiler, "_predefined", lambda _: defined)
+    assert compiler.best_of_machine() == best
+
+
+def test_a_thread_begins_to_compile_what_is_needed_later(compiled, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(compiler.platform, "machine", lambda: "x86_64")
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    compiler.begin()
+    for thread in threading.enumerate():
+        if thread.name == "build":
+            thread.join()
+    assert times(compiled) == 2
+    for kernel in compiler.KERNELS:
+        compiler.build(compiler.directory(), kernel, library.best())
+    assert times(compiled) == 2
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "other"))
+    compiler.begin()
+    assert "build" not in {each.name for each in threading.enumerate()}
+
+
+def test_the_headers_are_found_without_jax():
+    assert compiler.include_directory() == jax.ffi.include_dir()
 
 
 SANITIZED = """
 import jax, jax.numpy as jnp, numpy as np
-from pallas_kernels.cpu import library
+from pallas_kernels.cpu import compiler, library
 sanitized = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover"
-library._FLAGS = (*library._FLAGS, *sanitized.split())
+compiler._FLAGS = (*compiler._FLAGS, *sanitized.split())
 from tests.test_cpu_fp8_matmul import ALL, exact, multiply, operands
 from pallas_kernels.fp8_matmul import cpu
 for instructions in ALL[: 1 + ALL.index(library.best())]:
@@ -144,13 +192,13 @@ print("clean")
 @pytest.mark.slow
 def test_nothing_is_read_or_written_out_of_place(tmp_path, monkeypatch):
     """The kernel under AddressSanitizer and UndefinedBehaviorSanitizer, as XLA calls it."""
-    compiler = library._compiler()
+    command = compiler._compiler()
     runtimes = [
-        subprocess.check_output([compiler, f"-print-file-name=lib{name}.so"], text=True).strip()
+        subprocess.check_output([command, f"-print-file-name=lib{name}.so"], text=True).strip()
         for name in ("asan", "ubsan")
     ]
     if not all(Path(runtime).is_absolute() for runtime in runtimes):
-        pytest.skip(f"{compiler} has no sanitizers")
+        pytest.skip(f"{command} has no sanitizers")
     monkeypatch.setenv("LD_PRELOAD", " ".join(runtimes))
     # Python and XLA keep what they have until the end, and XLA's own code is not instrumented.
     monkeypatch.setenv("ASAN_OPTIONS", "detect_leaks=0:detect_odr_violation=0")

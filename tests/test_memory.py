@@ -277,10 +277,15 @@ def test_the_workspace_holds_what_the_steps_and_the_sampler_need(
         draw_step.lower(params, state, hidden, rows, rows, spec=spec),
         decode_steps.lower(params, state, table, flags, steps, spec=spec, max_steps=8),
         score_step.lower(
-            params, state, table, tokens, rows, rows, tokens, ints((), jnp.bool_), spec=spec
+            params,
+            ints((batch, chunk, spec.config.hidden_size), BF16),
+            tokens,
+            ints((), jnp.bool_),
+            spec=spec,
         ),
     )
     needed = max(step.compile().memory_analysis().temp_size_in_bytes for step in lowered)
+    needed += batch * chunk * spec.config.hidden_size * 2  # what `prefill_step` returns
     needed += sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.sampling))
     assert plan_memory(spec, batch, length, BF16, chunk).workspace >= needed
 
@@ -291,12 +296,12 @@ def ints(shape: tuple[int, ...], dtype: jnp.dtype = jnp.int32) -> jax.ShapeDtype
 
 THREADS = """
 import ctypes, sys, threading
-from llama_jax.engine.allocator import share_one_arena
+from llama_jax.engine.allocator import keep_little
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.fdopen.restype = ctypes.c_void_p
 if sys.argv[1] == "shared":
-    share_one_arena()
+    keep_little()
 together = threading.Barrier(8)
 def allocate():
     together.wait()
@@ -311,13 +316,49 @@ libc.fflush(out)
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="glibc's allocator")
-def test_threads_share_one_arena() -> None:
+def test_threads_keep_little() -> None:
     def arenas(how: str) -> int:
         command = [sys.executable, "-c", THREADS, how]
         run = subprocess.run(command, capture_output=True, text=True, check=True)
         return run.stdout.count("<heap nr=")
 
     assert 1 <= arenas("shared") < arenas("apart")
+
+
+LARGE = """
+import ctypes
+from pathlib import Path
+from llama_jax.engine.allocator import LARGE_BLOCK, keep_little
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+
+def resident():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+def resident_of_freed():
+    # A freed block makes glibc take the next ones from its heap, where others end up behind them.
+    libc.free(ctypes.c_void_p(libc.malloc(LARGE_BLOCK + 1)))
+    before = resident()
+    block = libc.malloc(LARGE_BLOCK + 1)
+    ctypes.memset(block, 1, LARGE_BLOCK + 1)
+    behind = libc.malloc(1000)
+    libc.free(ctypes.c_void_p(block))
+    return resident() - before
+
+keep_little()
+print(resident_of_freed() / LARGE_BLOCK)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="glibc's allocator")
+def test_large_blocks_go_back_when_they_are_freed() -> None:
+    def kept(source: str) -> float:
+        command = [sys.executable, "-c", source]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert kept(LARGE) < 0.1 < 0.9 < kept(LARGE.replace("\nkeep_little()", ""))
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="glibc's allocator")

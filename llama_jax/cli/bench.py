@@ -71,12 +71,15 @@ def bench(
         raise typer.BadParameter("--quantize-lm-head goes with --preset; a MODEL is as converted")
     batches, prompt_lens = _numbers("--batch", batch), _numbers("--prompt-len", prompt_len)
     path = None if preset else locate(SHIPPED_MODEL if model is None else model)
+    from pallas_kernels.cpu import compiler
+
+    compiler.begin()
     with stderr.status("starting JAX"):
         from llama_jax import bench as benchmark
         from llama_jax.engine import allocator, compile_cache
         from llama_jax.model.kv_cache import storage_dtype
     compile_cache.enable()
-    allocator.share_one_arena()
+    allocator.keep_little()
     workloads = [benchmark.Workload(*sizes, new_tokens) for sizes in product(batches, prompt_lens)]
     directory, spec = _spec(path, preset, quantize_lm_head, workloads, dtype, activations)
     spec = replace(spec, implementation=implementation)

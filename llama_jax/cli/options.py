@@ -195,11 +195,14 @@ def load(model: str | None, *, show_plan: bool, **settings: Any) -> "LLM":
     if settings.get("draft") is not None:
         locate(settings["draft"])  # before the model is converted
     path = locate(SHIPPED_MODEL if model is None else model)
+    from pallas_kernels.cpu import compiler
+
+    compiler.begin()
     directory(str(path))
-    from llama_jax.engine.allocator import share_one_arena
+    from llama_jax.engine.allocator import keep_little
     from llama_jax.llm import LLM
 
-    share_one_arena()
+    keep_little()
     settings = {name: value for name, value in settings.items() if value is not None}
     if "draft" in settings:
         settings["draft"] = directory(settings["draft"])

@@ -8,15 +8,23 @@ import functools
 import sys
 from typing import Any
 
+# Larger blocks, such as the temporaries of a long prompt, come from the system and go back to it.
+# Smaller ones, such as a copy of its activations, are reused: paging them in would take longer.
+LARGE_BLOCK = 16 << 20
 
-def share_one_arena() -> None:
-    """Make glibc use one malloc arena, because XLA's many threads otherwise keep freed memory.
 
-    Affects the whole process from now on, as MALLOC_ARENA_MAX=1 does from the start (mallopt(3)).
+def keep_little() -> None:
+    """Make glibc keep little freed memory: in one arena, because each of XLA's many threads would
+    keep its own, and no large blocks, which glibc otherwise begins to keep once one was freed.
+
+    Affects the whole process from now on, as MALLOC_ARENA_MAX=1 and MALLOC_MMAP_THRESHOLD_ do from
+    the start (mallopt(3)).
     """
-    m_arena_max = -8
+    m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
     if libc := _glibc():
         libc.mallopt(m_arena_max, 1)
+        libc.mallopt(m_mmap_threshold, LARGE_BLOCK)
+        libc.mallopt(m_trim_threshold, LARGE_BLOCK)
 
 
 def give_back() -> None:

@@ -15,11 +15,11 @@ from jax import Array
 
 from llama_jax.engine.draw_kinds import KINDS, Kind
 from llama_jax.engine.plan import Admission, PrefillCall
-from llama_jax.engine.request import Request
+from llama_jax.engine.request import OutputKind, Request
 from llama_jax.engine.sampling import SamplingState, host_rows, is_plain
 from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.engine.slots import RunningSequence
-from llama_jax.engine.speculation import Speculation
+from llama_jax.engine.speculation import NO_SPECULATION, Speculation
 from llama_jax.engine.steps import (
     admit,
     decode_steps,
@@ -42,7 +42,8 @@ _ADMITTED_PER_CALL = 32
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A compiled program of `steps` and its arguments after the parameters and the state."""
+    """A compiled program of `steps` and its arguments after the parameters and the state, if it
+    takes one."""
 
     program: Any
     args: tuple[Any, ...]
@@ -121,25 +122,38 @@ class BatchBuilder:
     # Prefill.
 
     def prefill(self, call: PrefillCall, page_table: np.ndarray) -> Call:
-        """Build a call of the prefill program for the call's kind of output."""
+        """Build a call of the prefill program."""
         size, width = call.shape
-        tokens, targets = np.zeros((2, size, width), np.int32)
+        tokens = np.zeros((size, width), np.int32)
         num_new_tokens = np.zeros(size, np.int32)
         slots = np.full(size, self.options.max_batch_size, np.int32)
         for i, chunk in enumerate(call.chunks):
             sequence, count = chunk.sequence, chunk.stop - chunk.start
-            after = sequence.request.prompt[chunk.start + 1 : chunk.stop + 1]
             tokens[i, :count] = sequence.tokens[chunk.start : chunk.stop]
-            targets[i, : len(after)] = after
             num_new_tokens[i], slots[i] = count, sequence.slot
         args = (page_table, tokens, num_new_tokens, slots)
-        static: dict[str, Any] = {"spec": self.spec}
-        if call.output_kind == "tokens":
-            static["speculation"] = self.speculation
-            return Call(prefill_step, (*args, self.draft_params), static)
-        if call.output_kind == "logprobs":
-            return Call(score_step, (*args, targets, np.bool_(call.wants_logprobs)), static)
-        return Call(logits_step, args, static)
+        drafts = self.takes_drafts(call.output_kind)
+        static = {
+            "spec": self.spec,
+            "speculation": self.speculation if drafts else NO_SPECULATION,
+        }
+        return Call(prefill_step, (*args, self.draft_params if drafts else None), static)
+
+    def takes_drafts(self, output_kind: OutputKind) -> bool:
+        """Return whether prompts for this kind of output go through the draft model, too."""
+        return self.draft_params is not None and output_kind == "tokens"
+
+    def after_prefill(self, call: PrefillCall, hidden: Array) -> Call:
+        """Build the call, without a state, that computes the logprobs or the logits after tokens
+        with these hidden states [prompts, tokens, d]."""
+        static = {"spec": self.spec}
+        if call.output_kind == "logits":
+            return Call(logits_step, (hidden,), static)
+        targets = np.zeros(call.shape, np.int32)
+        for i, chunk in enumerate(call.chunks):
+            after = chunk.sequence.request.prompt[chunk.start + 1 : chunk.stop + 1]
+            targets[i, : len(after)] = after
+        return Call(score_step, (hidden, targets, np.bool_(call.wants_logprobs)), static)
 
     def first_draws(
         self,

@@ -218,6 +218,10 @@ class Engine:
                 partial(call.program.lower, self.params, state, *call.args, **call.static)
                 for call in self._needed_calls(output_kinds, structured)
             ]
+            jobs += [
+                partial(call.program.lower, self.params, *call.args, **call.static)
+                for call in self._calls_after_prefill(output_kinds)
+            ]
             for plain in (True, False):
                 call = self._batches.admission([], plain)
                 jobs.append(partial(call.program.lower, state, *call.args))
@@ -227,15 +231,17 @@ class Engine:
         return replace(compile_cache.report().since(before), seconds=seconds)
 
     def _needed_calls(self, output_kinds: Sequence[OutputKind], structured: bool) -> list[Call]:
-        """Return a call of each program for these kinds of output, except admission."""
+        """Return a call of each program with a state for these kinds of output, except
+        admission."""
         scheduler, batches = self._scheduler, self._batches
         table = scheduler.slots.page_table
         nobody = np.zeros(self.options.max_batch_size, bool)
-        calls = [
-            batches.prefill(PrefillCall(each, shape), table)
+        prefills = {
+            (shape, batches.takes_drafts(each)): PrefillCall(each, shape)
             for each in output_kinds
             for shape in scheduler.call_shapes(each)
-        ]
+        }
+        calls = [batches.prefill(each, table) for each in prefills.values()]
         hidden = {size: batches.blank_hidden(size) for size, _ in self.options.call_shapes}
         if "tokens" in output_kinds:
             for kind in scheduler.draw_kinds:
@@ -251,6 +257,17 @@ class Engine:
             for width in self._masks.widths:
                 calls += self._structured_calls(width)
         return calls
+
+    def _calls_after_prefill(self, output_kinds: Sequence[OutputKind]) -> list[Call]:
+        """Return a call of each program without a state for these kinds of output."""
+        return [
+            self._batches.after_prefill(
+                PrefillCall(each, shape), self._batches.blank_hidden(*shape)
+            )
+            for each in output_kinds
+            if each != "tokens"
+            for shape in self._scheduler.call_shapes(each)
+        ]
 
     def _structured_calls(self, width: int) -> list[Call]:
         """Return the calls of `_launch_structured` with so many draft tokens."""
@@ -348,15 +365,18 @@ class Engine:
         self.counts.rounds += 1
 
     def _launch_prefill(self, call: PrefillCall, page_table: np.ndarray) -> None:
-        outputs = self._run(self._batches.prefill(call, page_table))
+        last, hidden = self._run(self._batches.prefill(call, page_table))
         if call.output_kind == "tokens":
-            self._launch_first_draws(call, outputs)
-        elif call.output_kind == "logprobs":
-            scores, top = outputs
-            outputs = scores, top if call.wants_logprobs else None
-            self._send(outputs, partial(self._outputs.take_logprobs, call.chunks))
+            self._launch_first_draws(call, last)
         else:
-            self._send(outputs, partial(self._outputs.take_logits, call.chunks))
+            after = self._batches.after_prefill(call, hidden)
+            outputs = after.program(self.params, *after.args, **after.static)
+            if call.output_kind == "logprobs":
+                scores, top = outputs
+                outputs = scores, top if call.wants_logprobs else None
+                self._send(outputs, partial(self._outputs.take_logprobs, call.chunks))
+            else:
+                self._send(outputs, partial(self._outputs.take_logits, call.chunks))
         prompts, width = call.shape
         self.counts.prefilled += call.num_new_tokens
         self.counts.padding += prompts * width - call.num_new_tokens

@@ -104,7 +104,7 @@ def programs(
 
     def prefill(params: Params, state: DecodeState, table: Any, *appended: Any) -> Any:
         *chunk, remaining = appended
-        state, hidden = append(params, state, table, *chunk, spec=spec)
+        state, (hidden, _) = append(params, state, table, *chunk, spec=spec)
         return draw(params, state, hidden, chunk[-1], remaining, spec=spec, kind=kind)
 
     decode = partial(

@@ -1,7 +1,9 @@
 """Defines the compiled programs that the engine launches.
 
-Each program takes the parameters and the device state, which it donates, and returns the new state
-and its results for the host.
+Most take the parameters and the device state, which they donate, and return the new state and
+results. `score_step` and `logits_step`, which go on from the hidden states of `prefill_step`, need
+no state. So there is one program with all layers for each shape of a prefill call, whatever the
+prompts are for.
 """
 
 from collections.abc import Callable
@@ -34,8 +36,8 @@ from llama_jax.sampling_params import MAX_TOP_LOGPROBS
 from pallas_kernels import device
 
 # Tokens whose logits exist at one time while scoring: with a vocabulary of 128,256 and in float32,
-# 64 take 33 MB.
-TOKENS_PER_LOGITS_BLOCK = 64
+# 32 take 16 MB.
+TOKENS_PER_LOGITS_BLOCK = 32
 
 
 class DecodeState(struct.PyTreeNode):
@@ -142,13 +144,14 @@ def prefill_step(
     *,
     spec: ModelSpec,
     speculation: Speculation = NO_SPECULATION,
-) -> tuple[DecodeState, Array]:
+) -> tuple[DecodeState, tuple[Array, Array]]:
     """Append a chunk of each prompt to the cache.
 
     page_table: int32 [batch, pages_per_slot].
     tokens, num_new_tokens, slots: as in `forward.prefill`.
     draft_params: of `speculation.draft`, which gets the same chunks.
-    Returns the hidden states [b, d] of the last tokens, for `draw_step` if a prompt ends here.
+    Returns the hidden states [b, d] of the last tokens, for `draw_step` if a prompt ends here, and
+    those [b, t, d] of all tokens, for `score_step` and `logits_step`.
     """
     cache, draft = state.cache.replace(page_table=page_table), state.draft
     if speculation.draft:
@@ -166,10 +169,10 @@ def prefill_step(
     hidden, cache = forward.extend(
         params, cache, tokens, num_new_tokens, slots, spec=spec, phase="prefill"
     )
-    hidden = forward.last_hidden(hidden, num_new_tokens)
+    found = forward.last_hidden(hidden, num_new_tokens), hidden
     if spec.mesh:
-        hidden = lax.with_sharding_constraint(hidden, replicated_on(spec.mesh))
-    return state.replace(cache=cache, draft=draft), hidden
+        found = lax.with_sharding_constraint(found, replicated_on(spec.mesh))
+    return state.replace(cache=cache, draft=draft), found
 
 
 @partial(kept_jit, static_argnames=("spec", "kind"), donate_argnames="state")
@@ -514,36 +517,23 @@ def _follow(draft: KVCache, cache: KVCache) -> KVCache:
     return draft.replace(page_table=cache.page_table, cached_lens=cache.cached_lens)
 
 
-@partial(kept_jit, static_argnames="spec", donate_argnames="state")
+@partial(kept_jit, static_argnames="spec")
 def score_step(
-    params: Params,
-    state: DecodeState,
-    page_table: Array,
-    tokens: Array,
-    num_new_tokens: Array,
-    slots: Array,
-    targets: Array,
-    wants_top: Array,
-    *,
-    spec: ModelSpec,
-) -> tuple[DecodeState, tuple[tuple[Array, ...], tuple[Array, ...]]]:
-    """Append a chunk of each text and compute the logprob of each target.
+    params: Params, hidden: Array, targets: Array, wants_top: Array, *, spec: ModelSpec
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """Compute the logprob of each target after `prefill_step`.
 
     The logits of only `TOKENS_PER_LOGITS_BLOCK` tokens exist at a time.
 
-    tokens, targets: int32 [b, t]; targets[b, t] is the token after tokens[b, t]. The other
-        arguments are those of `prefill_step`.
+    hidden: [b, t, d], of the tokens before the targets.
+    targets: int32 [b, t].
     wants_top: bool [], whether to compute the second tuple, which is zeros otherwise.
     Returns two tuples: float32 logprobs [b, t], and the likeliest token in each target's place,
     int32 [b, t], with its logprob; and the `MAX_TOP_LOGPROBS` likeliest tokens in each target's
     place, int32 [b, t, k], with their logprobs, and the target's rank among all tokens from 1 on,
     int32 [b, t].
     """
-    cache = state.cache.replace(page_table=page_table)
-    hidden, cache = forward.extend(
-        params, cache, tokens, num_new_tokens, slots, spec=spec, phase="prefill"
-    )
-    count = tokens.size
+    count = targets.size
     block = min(TOKENS_PER_LOGITS_BLOCK, count)
     padding = -count % block
     flat = jnp.pad(hidden.reshape(count, -1), ((0, padding), (0, 0)))
@@ -575,29 +565,15 @@ def score_step(
         lambda: lax.map(partial(score_block, has_top=True), blocks),
         lambda: lax.map(partial(score_block, has_top=False), blocks),
     )
-    found = jax.tree.map(
+    return jax.tree.map(
         lambda each: each.reshape(-1, *each.shape[2:])[:count].reshape(
-            *tokens.shape, *each.shape[2:]
+            *targets.shape, *each.shape[2:]
         ),
         found,
     )
-    return state.replace(cache=cache), found
 
 
-@partial(kept_jit, static_argnames="spec", donate_argnames="state")
-def logits_step(
-    params: Params,
-    state: DecodeState,
-    page_table: Array,
-    tokens: Array,
-    num_new_tokens: Array,
-    slots: Array,
-    *,
-    spec: ModelSpec,
-) -> tuple[DecodeState, Array]:
-    """Append a chunk of each text and compute float32 logits [b, t, vocab] of every token."""
-    cache = state.cache.replace(page_table=page_table)
-    hidden, cache = forward.extend(
-        params, cache, tokens, num_new_tokens, slots, spec=spec, phase="prefill"
-    )
-    return state.replace(cache=cache), forward.unembed(params, hidden, spec=spec)
+@partial(kept_jit, static_argnames="spec")
+def logits_step(params: Params, hidden: Array, *, spec: ModelSpec) -> Array:
+    """Compute float32 logits [b, t, vocab] of the hidden states [b, t, d] of `prefill_step`."""
+    return forward.unembed(params, hidden, spec=spec)

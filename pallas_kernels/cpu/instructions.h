@@ -1,12 +1,20 @@
 // The instruction sets, least to best: each a namespace that says what its registers are and what
-// they can do, and then includes the loops.
+// they can do, and then includes the loops. INSTRUCTIONS is the number of the one to compile, whose
+// loops are named by the activations that they take: `for_bfloat16` and `for_float32`.
 
 #pragma once
 
 #include "common.h"
 
+// As `pallas_kernels.cpu.compiler` numbers them.
+#define PORTABLE 1
+#define AVX2 2
+#define AVX512 3
+#define AVX512_BF16 4
+
 namespace {
 
+#if INSTRUCTIONS == PORTABLE
 namespace portable {
 #define TARGET
 using Activation = float;
@@ -56,9 +64,11 @@ ALWAYS_INLINE void totals(const Sum (&s)[COUNT], float (&to)[COUNT]) {
 #include "attention.inc"
 #undef TARGET
 }  // namespace portable
+namespace for_bfloat16 = portable;
+namespace for_float32 = portable;
+#endif
 
-#if defined(__x86_64__)
-
+#if INSTRUCTIONS == AVX2
 namespace avx2 {
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 using Activation = float;
@@ -104,7 +114,11 @@ TARGET ALWAYS_INLINE void totals(const Sum (&s)[COUNT], float (&to)[COUNT]) {
 #include "attention.inc"
 #undef TARGET
 }  // namespace avx2
+namespace for_bfloat16 = avx2;
+namespace for_float32 = avx2;
+#endif
 
+#if INSTRUCTIONS == AVX512 || INSTRUCTIONS == AVX512_BF16
 namespace avx512 {
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 using Activation = float;
@@ -176,7 +190,14 @@ TARGET ALWAYS_INLINE void totals(const Sum (&s)[COUNT], float (&to)[COUNT]) {
 #include "attention.inc"
 #undef TARGET
 }  // namespace avx512
+#endif
 
+#if INSTRUCTIONS == AVX512
+namespace for_bfloat16 = avx512;
+namespace for_float32 = avx512;
+#endif
+
+#if INSTRUCTIONS == AVX512_BF16
 namespace avx512_bf16 {
 #define TARGET                                                                     \
   __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16," \
@@ -235,29 +256,8 @@ using avx512::totals;
 #include "tiles.inc"
 #undef TARGET
 }  // namespace avx512_bf16
-
-#endif  // __x86_64__
-
-// From the least to the best, as `pallas_kernels.cpu.library` numbers them.
-enum Instructions : int64_t { BEST, PORTABLE, AVX2, AVX512, AVX512_BF16 };
-
-std::atomic<int64_t> limit{AVX512_BF16};
-
-Instructions best_instructions() {
-  Instructions best = PORTABLE;
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
-    best = AVX2;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-      best = AVX512;
-      if (__builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16"))
-        best = AVX512_BF16;
-    }
-  }
+namespace for_bfloat16 = avx512_bf16;
+namespace for_float32 = avx512;
 #endif
-  return best <= limit.load() ? best : Instructions(limit.load());
-}
 
 }  // namespace

@@ -126,13 +126,12 @@ def _products(
         operands += [weight, jnp.zeros(0) if scale is None else scale]
     results = weights[:1] if how.is_gated else weights
     call = jax.ffi.ffi_call(
-        library.MATMUL,
+        library.target(library.MATMUL, how.instructions),
         [jax.ShapeDtypeStruct((x.shape[0], each.shape[0]), how.out_dtype) for each in results],
     )
     ys: Sequence[Array] = call(
-        x, *operands, scale_rows=scale_rows, scale_columns=min(scale_columns, x.shape[1]),
-        instructions=library.number(how.instructions),
-    )  # fmt: skip
+        x, *operands, scale_rows=scale_rows, scale_columns=min(scale_columns, x.shape[1])
+    )
     return tuple(ys)
 
 

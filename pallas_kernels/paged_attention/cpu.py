@@ -32,10 +32,11 @@ def paged_attention(
 
     instructions: for tests; None takes the best.
     """
-    call = jax.ffi.ffi_call(library.ATTENTION, jax.ShapeDtypeStruct(q.shape, q.dtype))
+    name = library.target(library.ATTENTION, instructions)
+    call = jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(q.shape, q.dtype))
     where = (each.astype(jnp.int32) for each in (page_table, cached_lens, kv_lens))
     scales = (jnp.asarray(each, jnp.float32) for each in (k_scale, v_scale))
-    y: Array = call(q, k_pages, v_pages, *where, *scales, instructions=library.number(instructions))
+    y: Array = call(q, k_pages, v_pages, *where, *scales)
     return y
 
 

@@ -2,8 +2,6 @@
 //
 // The work is divided by sequences, kv heads and blocks of queries over XLA's own threads.
 
-#pragma once
-
 #include "instructions.h"
 
 namespace {
@@ -23,7 +21,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
                      ffi::Buffer<ffi::S32> page_table, ffi::Buffer<ffi::S32> cached_lens,
                      ffi::Buffer<ffi::S32> kv_lens, ffi::Buffer<ffi::F32> k_scale,
                      ffi::Buffer<ffi::F32> v_scale,
-                     ffi::Result<ffi::AnyBuffer> y, int64_t instructions) {
+                     ffi::Result<ffi::AnyBuffer> y) {
   Attention a{};
   const auto of_q = q.dimensions(), of_k = k.dimensions(), of_table = page_table.dimensions();
   bool is_valid = of_q.size() == 4 && of_k.size() == 4 && of_table.size() == 2 &&
@@ -32,8 +30,6 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
                   v.element_count() == k.element_count() && y->element_type() == q.element_type() &&
                   y->element_count() == q.element_count() && k_scale.element_count() == 1 &&
                   v_scale.element_count() == 1;
-  const Instructions best = best_instructions();
-  is_valid = is_valid && instructions >= BEST && instructions <= best;
   if (is_valid) {
     a.batch = of_q[0], a.tokens = of_q[1], a.heads = of_q[2], a.head_dim = of_q[3];
     a.pages = of_k[0], a.page_size = of_k[1], a.kv_heads = of_k[2];
@@ -45,7 +41,7 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
   }
   if (!is_valid)
     return ffi::Error(ffi::ErrorCode::kInvalidArgument,
-                      "paged_attention_cpu: operands or instructions are not understood here");
+                      "paged_attention_cpu: operands are not understood here");
   a.q = q.untyped_data(), a.k = k.untyped_data(), a.v = v.untyped_data(), a.y = y->untyped_data();
   a.page_table = page_table.typed_data();
   a.cached_lens = cached_lens.typed_data(), a.kv_lens = kv_lens.typed_data();
@@ -53,21 +49,10 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
   a.softmax_scale = 1 / std::sqrt(float(a.head_dim));
 
   using Loop = void (*)(const Attention&, int64_t, int64_t, int64_t);
-  const auto of = [&](Loop codes, Loop bfloat16, Loop float32) {
-    return a.kv_format == Format::codes      ? codes
-           : a.kv_format == Format::bfloat16 ? bfloat16
-                                             : float32;
-  };
-#define ATTEND(set) of(set::attend<uint8_t>, set::attend<uint16_t>, set::attend<float>)
-  Loop attend = ATTEND(portable);
-  int64_t queries = portable::QUERIES;
-#if defined(__x86_64__)
-  const int64_t which = instructions == BEST ? best : instructions;
-  if (which >= AVX512)
-    attend = ATTEND(avx512);
-  else if (which == AVX2)
-    attend = ATTEND(avx2);
-#endif
+  const Loop attend = a.kv_format == Format::codes      ? for_float32::attend<uint8_t>
+                      : a.kv_format == Format::bfloat16 ? for_float32::attend<uint16_t>
+                                                        : for_float32::attend<float>;
+  constexpr int64_t queries = for_float32::QUERIES;
   const int64_t blocks = (a.tokens * (a.heads / a.kv_heads) + queries - 1) / queries;
   // The last blocks, which see most keys, come first.
   in_parallel(pool, a.batch * a.kv_heads * blocks, [&](int64_t i) {
@@ -78,3 +63,16 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, f
 }
 
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(paged_attention_cpu, attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::AnyBuffer>());

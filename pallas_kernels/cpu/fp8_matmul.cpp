@@ -3,8 +3,6 @@
 // Codes are upcast in registers, so that a weight costs one byte of memory traffic. The work is
 // divided by rows of the weight over XLA's own threads.
 
-#pragma once
-
 #include "instructions.h"
 
 namespace {
@@ -81,8 +79,7 @@ ffi::Error multiply(ffi::ThreadPool& pool, const std::vector<Product>& products,
 // operands: a weight and its scales for each result, or two of both for the only one, gate and up.
 // scale_rows, scale_columns: how much of a weight one scale is for.
 ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs operands,
-                ffi::RemainingRets results, int64_t scale_rows, int64_t scale_columns,
-                int64_t instructions) {
+                  ffi::RemainingRets results, int64_t scale_rows, int64_t scale_columns) {
   std::vector<Product> products;
   const bool in_bf16 = x.element_type() == ffi::DataType::BF16;
   const Format format = in_bf16 ? Format::bfloat16 : Format::float32;
@@ -122,21 +119,22 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs ope
     is_valid = is_valid && p.n >= MIN_ROWS && p.m > 0 && p.k > 0 &&
                (*y)->element_count() == size_t(p.m * p.n) &&
                (p.y_format == Format::bfloat16 || (*y)->element_type() == ffi::DataType::F32) &&
-               (p.runs == 1 || p.run_columns % MAX_COLUMNS == 0);
+               (p.runs == 1 || (p.weight_format == Format::codes && p.run_columns % MAX_COLUMNS == 0));
     products.push_back(p);
   }
-  const Instructions best = best_instructions();
-  if (!is_valid || instructions < BEST || instructions > best)
+  if (!is_valid)
     return ffi::Error(ffi::ErrorCode::kInvalidArgument,
-                      "fp8_matmul_cpu: operands or instructions are not what is understood here");
-  switch (instructions == BEST ? best : instructions) {
-#if defined(__x86_64__)
-    case AVX512_BF16: return in_bf16 ? WITH(avx512_bf16) : WITH(avx512);
-    case AVX512: return WITH(avx512);
-    case AVX2: return WITH(avx2);
-#endif
-    default: return WITH(portable);
-  }
+                      "fp8_matmul_cpu: operands are not what is understood here");
+  return in_bf16 ? WITH(for_bfloat16) : WITH(for_float32);
 }
 
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(fp8_matmul_cpu, matmul,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attr<int64_t>("scale_rows")
+                                  .Attr<int64_t>("scale_columns"));

@@ -1,0 +1,208 @@
+"""Compiles this package's C++ with the machine's own compiler, and keeps the result. Needs no JAX.
+
+There is a library for each kernel and instruction set, and only those in use are compiled: by
+default both kernels for the best set that the processor and the compiler have, at the same time.
+`build` keeps a library under a hash of the sources, the instruction set, the compiler and jaxlib's
+version, whose headers it includes; so machines may share the directory. `begin` builds in threads
+while Python imports JAX.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, get_args
+
+from pallas_kernels import HAS_NVIDIA_DRIVER
+
+# From worst to best, numbered from 1 as in instructions.h.
+Instructions = Literal["portable", "avx2", "avx512", "avx512_bf16"]
+# The macros that a compiler defines for a processor that has the instructions. Each set needs those
+# of the sets before it, too.
+_MACROS: dict[Instructions, tuple[str, ...]] = {
+    "portable": (),
+    "avx2": ("AVX2", "FMA", "F16C"),
+    "avx512": ("AVX512F", "AVX512BW", "AVX512DQ", "AVX512VL"),
+    "avx512_bf16": ("AVX512VBMI", "AVX512BF16"),
+}
+# XLA's names in `--xla_cpu_max_isa` for all but the best.
+_LIMITS: dict[str, Instructions] = {
+    "SSE4_2": "portable", "AVX": "portable", "AVX2": "avx2", "AVX512": "avx512",
+    "AVX512_VNNI": "avx512",
+}  # fmt: skip
+# Each is a file with this ending, and has an XLA handler of the same name with "_cpu".
+KERNELS = ("fp8_matmul", "paged_attention")
+_ENDING = ".cpp"
+_HEADERS = ("common.h", "instructions.h", "tiles.inc", "attention.inc")
+# No contraction, so that all tiles round alike. No ivopts, with which GCC keeps addresses in
+# registers that the loops need for weights. No warnings, which are for those who change the code.
+_FLAGS = ("-std=c++17", "-O3", "-fno-ivopts", "-ffp-contract=off", "-fPIC", "-shared", "-w")
+_COMPILERS = ("c++", "g++", "clang++")
+_COMPILE_SECONDS = 300
+
+
+def directory() -> Path:
+    """Return where libraries are kept: `$LLAMA_JAX_CACHE/cpu`, by default
+    `~/.cache/llama_jax/cpu`. Raises RuntimeError if there is no such place."""
+    home = os.environ.get("LLAMA_JAX_CACHE", "~/.cache/llama_jax")
+    if not home:
+        raise RuntimeError("LLAMA_JAX_CACHE is empty, so there is no directory for the library")
+    return Path(home).expanduser().absolute() / "cpu"
+
+
+def check_platform() -> None:
+    """Raise RuntimeError if there is no code for this kind of processor."""
+    if sys.platform == "win32" or platform.machine().lower() not in ("x86_64", "amd64"):
+        raise RuntimeError(f"there is no code for {platform.machine()} that is faster than XLA's")
+
+
+def best_of_machine() -> Instructions:
+    """Return the best instruction set that the processor has and the compiler knows.
+
+    Raises RuntimeError without a compiler.
+    """
+    found = _predefined(_compiler())
+    most: Instructions = "portable"
+    for each in get_args(Instructions):
+        if not all(f"__{macro}__" in found for macro in _MACROS[each]):
+            break
+        most = each
+    return most
+
+
+def best() -> Instructions:
+    """Return the same within `--xla_cpu_max_isa` of XLA_FLAGS."""
+    found = re.findall(r"--xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
+    here = best_of_machine()
+    limit = _LIMITS.get(found[-1].upper(), here) if found else here
+    return min(here, limit, key=get_args(Instructions).index)
+
+
+def build(
+    directory: Path, kernel: str, instructions: Instructions, extra_flags: Sequence[str] = ()
+) -> Path:
+    """Return the path of a kernel's library, and compile it unless it is there and intact.
+
+    directory: where it is kept.
+    kernel: one of `KERNELS`.
+
+    Raises RuntimeError without a compiler or if it fails, and OSError if the directory cannot be
+    written to.
+    """
+    compiler = _compiler()
+    number = 1 + get_args(Instructions).index(instructions)
+    flags = [*_FLAGS, f"-DINSTRUCTIONS={number}", *extra_flags]
+    sources = [Path(__file__).with_name(name) for name in (kernel + _ENDING, *_HEADERS)]
+    about = _predefined(compiler).get("__VERSION__", "")
+    parts = [compiler, about, version("jaxlib"), platform.machine(), *flags]
+    digest = hashlib.sha256("\n".join(parts).encode())
+    for source in sources:
+        digest.update(source.read_bytes())
+    path = directory / f"{kernel}-{digest.hexdigest()[:32]}.so"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _one_at_a_time(directory, kernel):
+        if not _is_whole(path):
+            _compile([compiler, *flags, "-I", include_directory(), str(sources[0])], path)
+    return path
+
+
+def begin() -> None:
+    """Build the best libraries in threads, unless JAX is going to run on a GPU. Whoever builds them
+    later waits for them, and learns of errors."""
+
+    def build_best(kernel: str) -> None:
+        with contextlib.suppress(RuntimeError, OSError):
+            check_platform()
+            build(directory(), kernel, best())
+
+    if os.environ.get("JAX_PLATFORMS", "" if HAS_NVIDIA_DRIVER else "cpu").startswith("cpu"):
+        for kernel in KERNELS:
+            threading.Thread(target=build_best, args=(kernel,), name="build").start()
+
+
+def include_directory() -> str:
+    """Return where jaxlib's headers are, as `jax.ffi.include_dir` does, which imports JAX."""
+    found = importlib.util.find_spec("jaxlib")
+    if found is None or not found.submodule_search_locations:
+        raise RuntimeError("jaxlib is not installed, whose headers the library includes")
+    return str(Path(found.submodule_search_locations[0]) / "include")
+
+
+def _compiler() -> str:
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else _COMPILERS
+    for name in names:
+        if found := shutil.which(name):
+            return found
+    raise RuntimeError(f"there is no C++ compiler ({', '.join(names)})")
+
+
+@functools.cache
+def _predefined(compiler: str) -> dict[str, str]:
+    """Return the macros that a compiler predefines for this processor."""
+    listed = _run([compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
+    defined = (line.split(maxsplit=2)[1:] for line in listed.splitlines())
+    return {name: "".join(value) for name, *value in defined}
+
+
+def _compile(command: Sequence[str], path: Path) -> None:
+    """Compile to `path` atomically, with a checksum beside it."""
+    with tempfile.TemporaryDirectory(prefix=_unfinished(path.name), dir=path.parent) as scratch:
+        made = Path(scratch) / path.name
+        _run([*command, "-o", str(made)])
+        checksum = made.with_suffix(".sha256")
+        checksum.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+        os.replace(checksum, path.with_suffix(".sha256"))
+        os.replace(made, path)
+
+
+def _run(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_COMPILE_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise RuntimeError(f"the C++ compiler could not run: {error}") from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or [
+            f"exit status {done.returncode}"
+        ]
+        raise RuntimeError(f"the C++ compiler {command[0]} failed: {lines[0]}")
+    return done.stdout
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        expected = path.with_suffix(".sha256").read_text()
+        return hashlib.sha256(path.read_bytes()).hexdigest() == expected
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def _one_at_a_time(directory: Path, kernel: str) -> Iterator[None]:
+    """Lock a kernel, so that one of several processes or threads compiles it, and the others wait.
+    Removes what one that was killed has left."""
+    import fcntl  # not on Windows
+
+    with open(directory / f"{kernel}.lock", "w") as lock:
+        with contextlib.suppress(OSError):  # without file locks, each process compiles for itself
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for left in directory.glob(f"{_unfinished(kernel)}*"):
+                shutil.rmtree(left, ignore_errors=True)
+        yield
+
+
+def _unfinished(library: str) -> str:
+    """Return how the names of scratch directories for a kernel's libraries begin."""
+    return f"unfinished-{library.partition('-')[0]}-"
