@@ -222,12 +222,18 @@ def stored(spec: ModelSpec) -> Params:
 
 @pytest.mark.parametrize("is_fp8", [True, False])
 def test_the_workspace_holds_what_compiled_prefill_needs(is_fp8: bool) -> None:
+    """With XLA's products, which need more than the CPU's kernel."""
     spec, batch, chunk, length = small_8b(is_fp8), 4, 256, 1024
     cache = jax.eval_shape(lambda: init_cache(spec.config, batch, length))
-    step = prefill.lower(stored(spec), cache, ints((batch, chunk)), ints((batch,)), spec=spec)
-    needed = step.compile().memory_analysis().temp_size_in_bytes
+
+    def needed(spec: ModelSpec) -> int:
+        step = prefill.lower(stored(spec), cache, ints((batch, chunk)), ints((batch,)), spec=spec)
+        size: int = step.compile().memory_analysis().temp_size_in_bytes
+        return size
+
     estimate = plan_memory(spec, batch, length, BF16, chunk).workspace
-    assert needed <= estimate <= 5 * needed
+    by_xla = needed(replace(spec, implementation="xla"))
+    assert needed(spec) <= by_xla <= estimate <= 5 * by_xla
 
 
 @pytest.mark.slow
