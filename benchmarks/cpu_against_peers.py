@@ -12,6 +12,8 @@ transformers in float32 shows that the models are the same.
 
 An engine that is not installed, fails, or has too little memory is listed with the reason, and the
 others go on. llama-cpp-python compiles llama.cpp if there is no wheel for the machine.
+`--instructions avx2` keeps all engines from AVX-512, as on a machine without it; llama.cpp has to
+be compiled so (CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON").
 
     pip install -e ".[peers]"
     python benchmarks/cpu_against_peers.py --save benchmarks/results/cpu_against_peers
@@ -113,6 +115,11 @@ TARGETS_OF_LARGER: Sequence[tuple[str, Sequence[str], float]] = (
     ("decode, batch 1", LLAMA_CPP[:1], 0.9),
 )
 MOST_GIGABYTES = 1.8
+# What keeps XLA, torch, MKL, and oneDNN in torch and OpenVINO from AVX-512.
+AVX2_ALONE = {
+    "XLA_FLAGS": "--xla_cpu_max_isa=AVX2", "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", "DNNL_MAX_CPU_ISA": "AVX2",
+}  # fmt: skip
 SECONDS_TO_ANSWER = 300.0
 
 
@@ -378,8 +385,11 @@ def to_markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def environment() -> dict[str, Any]:
-    """Describe the machine. To be called after measuring, because it loads JAX."""
+def environment(best: str | None) -> dict[str, Any]:
+    """Describe the machine. To be called after measuring, because it loads JAX.
+
+    best: the best instructions that engines might use; None if it was theirs to choose.
+    """
     from start import INSTRUCTIONS
 
     from llama_jax import bench
@@ -394,7 +404,7 @@ def environment() -> dict[str, Any]:
             continue
     return {
         "device": bench.environment().device,
-        "instructions": [each for each in INSTRUCTIONS if each in flags],
+        "instructions": [best] if best else [each for each in INSTRUCTIONS if each in flags],
         "kernel": library.why_not() or library.best(),
         "weight_bytes": bench.decode_weight_bytes(cpu_peers.our_spec(), 1),
         "versions": {"python": sys.version.split()[0]} | versions,
@@ -407,12 +417,15 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="llama-3.2-1b", help="shape")
     parser.add_argument("--engines", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--instructions", choices=["avx2"], help="the best to use, on all machines")
     parser.add_argument("--save", type=Path, help="writes PATH.json and PATH.md")
     parser.add_argument("--directory", type=Path, help="for 5 GB of files; by default a new one")
     parser.add_argument("--worker", choices=PEERS, help=argparse.SUPPRESS)
     parser.add_argument("--write", choices=PEERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     cpu_peers.use(options.preset)
+    if options.instructions:
+        os.environ.update(AVX2_ALONE)
     if options.worker:
         work(options.worker, options.directory)
         return
@@ -429,7 +442,7 @@ def main() -> None:
         shutil.rmtree(directory)
     result = {
         "command": f"python {' '.join(sys.argv)}",
-        "environment": environment() | {"preset": options.preset},
+        "environment": environment(options.instructions) | {"preset": options.preset},
         "found": vars(found),
     }
     print(to_markdown(result))
