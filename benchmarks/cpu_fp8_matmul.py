@@ -52,6 +52,12 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
+def cores() -> int:
+    """Return how many this process may use; on macOS all."""
+    may_use = getattr(os, "sched_getaffinity", None)
+    return len(may_use(0)) if may_use else os.cpu_count() or 1
+
+
 def read(memory: np.ndarray, threads: int) -> Callable[[], Any]:
     """Return a function that reads all of the memory once."""
     parts = np.array_split(memory.reshape(-1).view(np.int64), 8 * threads)
@@ -66,7 +72,7 @@ def measure(rows: int, repeats: int, instructions: library.Instructions | None) 
     scale = jnp.asarray(rng.uniform(0.5, 2, OUT).astype(np.float32))
     x = rng.standard_normal((rows, IN), np.float32)
     dequantized = memory[0].view(e4m3.DTYPE).astype(np.float64) * np.asarray(scale)[:, None]
-    runs: dict[str, Callable[[], Any]] = {"read": read(memory, len(os.sched_getaffinity(0)))}
+    runs: dict[str, Callable[[], Any]] = {"read": read(memory, cores())}
     for dtype in ("bfloat16", "float32"):
         a = jnp.asarray(x, dtype)
         expected = np.asarray(a, np.float64) @ dequantized.T

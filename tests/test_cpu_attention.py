@@ -1,22 +1,20 @@
 """The C++ attention against float64, with every instruction set that this machine has."""
 
 from functools import partial
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.cpu import library
 from pallas_kernels.paged_attention import choose, cpu, paged_attention
+from tests import cpu_kernel
 from tests.cpu_kernel import needs_cpu_kernel
 from tests.pairs import every_pair
 from tests.test_paged_attention import case, exact
 
 pytestmark = needs_cpu_kernel
-ALL = tuple(each for each in get_args(library.Instructions) if each != "avx512_bf16")
-HERE = ALL if library.why_not() else ALL[: 1 + ALL.index(library.best().removesuffix("_bf16"))]
+HERE = tuple(each for each in cpu_kernel.HERE if each != "avx512_bf16")
 each_instructions = pytest.mark.parametrize("instructions", HERE)
 
 

@@ -1,7 +1,6 @@
 """The C++ kernel against float64, with every instruction set that this machine has."""
 
 import threading
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +11,9 @@ from llama_jax.model.fp8 import quantize
 from pallas_kernels import e4m3
 from pallas_kernels.cpu import library
 from pallas_kernels.fp8_matmul import choose, cpu, fp8_matmul, fp8_matmuls, silu, swiglu
-from tests.cpu_kernel import needs_cpu_kernel
+from tests.cpu_kernel import HERE, needs_cpu_kernel
 
 pytestmark = needs_cpu_kernel
-ALL = get_args(library.Instructions)
-HERE = ALL if library.why_not() else ALL[: 1 + ALL.index(library.best())]
 each_instructions = pytest.mark.parametrize("instructions", HERE)
 
 
@@ -219,6 +216,21 @@ def test_what_it_cannot_take_is_refused_by_name():
             fp8_matmul(*arguments, implementation="cpu")
     with pytest.raises(ValueError, match="'hopper' cannot run: JAX runs on cpu"):
         fp8_matmul(x, bits, scale, implementation="hopper")
+
+
+@pytest.mark.parametrize(
+    ("best", "reason"),
+    [
+        ("portable", "without AVX2 or NEON XLA's code is faster"),
+        ("avx2", "for more than 16 rows XLA's code is faster without AVX-512"),
+        ("neon", "more than 16 rows are XLA's until NEON has been timed"),
+        ("avx512", None),
+    ],
+)
+def test_which_rows_are_left_to_xla(best, reason, monkeypatch):
+    monkeypatch.setattr(library, "best", lambda: best)
+    assert cpu.slower_than_xla(17) == reason
+    assert cpu.slower_than_xla(16) == (reason if best == "portable" else None)
 
 
 def test_without_a_compiler_xla_multiplies(monkeypatch):

@@ -16,6 +16,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -87,6 +89,8 @@ constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit -
 inline void pause() {
 #if defined(__x86_64__)
   _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb");  // ARM's `yield` takes no time
 #endif
 }
 
@@ -172,6 +176,16 @@ struct ExactDenormals {
   const unsigned before = _mm_getcsr();
   ExactDenormals() { _mm_setcsr(0x1f80); }
   ~ExactDenormals() { _mm_setcsr(before); }
+#elif defined(__aarch64__)
+  const uint64_t before = get();
+  ExactDenormals() { set(0); }
+  ~ExactDenormals() { set(before); }
+  static uint64_t get() {
+    uint64_t modes;
+    asm volatile("mrs %0, fpcr" : "=r"(modes));
+    return modes;
+  }
+  static void set(uint64_t modes) { asm volatile("msr fpcr, %0" : : "r"(modes)); }
 #endif
 };
 

@@ -9,7 +9,6 @@ import functools
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import get_args
 
 import jax
 
@@ -44,7 +43,7 @@ def not_here() -> str | None:
 
 def slower_than_xla() -> str | None:
     """Return why XLA's code is faster with the instructions here; None if it is not."""
-    return "without AVX2 XLA's code is faster" if best() == "portable" else None
+    return "without AVX2 or NEON XLA's code is faster" if best() == "portable" else None
 
 
 def target(name: str, instructions: Instructions | None = None) -> str:
@@ -79,9 +78,9 @@ def _loaded() -> str | None:
 def _register(instructions: Instructions, suffix: str = "") -> None:
     """Build and load the libraries of an instruction set, and give them to XLA as `TARGETS` with a
     suffix."""
-    here = compiler.best_of_machine()
-    if get_args(Instructions).index(instructions) > get_args(Instructions).index(here):
-        raise RuntimeError(f"this machine has no {instructions}, but {here}")
+    here = compiler.here()
+    if instructions not in here:
+        raise RuntimeError(f"this machine has no {instructions}, but {here[-1]}")
     directory = compiler.directory()
     with ThreadPoolExecutor() as pool:
         paths = pool.map(

@@ -43,8 +43,8 @@ def fp8_matmul(
             per row or per block, and `in` a multiple of 128. The former also needs at most 64 rows
             of bfloat16 or float8 x, and `out` a multiple of 32; the latter float8 x, `out` a
             multiple of 16 (8 for float32 results), and a residual of `out_dtype`.
-        "cpu": needs AVX2 and a C++ compiler (`pallas_kernels.cpu.library`), `out` of at least 8,
-            and groups of columns that are multiples of 64.
+        "cpu": needs AVX2 or NEON, a C++ compiler (`pallas_kernels.cpu.library`), `out` of at least
+            8, and groups of columns that are multiples of 64.
 
     Returns [m, out] of `out_dtype`.
 

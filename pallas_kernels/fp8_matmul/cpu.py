@@ -22,8 +22,9 @@ from pallas_kernels.fp8_matmul.reference import BLOCK, is_per_block
 
 MIN_OUT = 8
 # By `benchmarks/cpu_fp8_matmul.py --instructions avx2`: with this many rows as fast as XLA's code
-# for AVX-512, with 64 half as fast. XLA was not measured with many rows on a CPU with AVX2 alone.
-MAX_ROWS_WITH_AVX2 = 16
+# for AVX-512, with 64 half as fast. XLA was not measured with many rows on a CPU with AVX2 alone,
+# and nothing on an ARM machine.
+MAX_ROWS_WITHOUT_AVX512 = 16
 # The number of columns that share a scale must be a multiple of this.
 GRANULE = 64
 
@@ -94,9 +95,11 @@ def slower_than_xla(rows: int) -> str | None:
     """Return why XLA is faster for x of this many rows; None if it is not."""
     if reason := library.slower_than_xla():
         return reason
-    if library.best() == "avx2" and rows > MAX_ROWS_WITH_AVX2:
-        return f"for more than {MAX_ROWS_WITH_AVX2} rows XLA's code is faster without AVX-512"
-    return None
+    if library.best() not in ("avx2", "neon") or rows <= MAX_ROWS_WITHOUT_AVX512:
+        return None
+    if library.best() == "neon":
+        return f"more than {MAX_ROWS_WITHOUT_AVX512} rows are XLA's until NEON has been timed"
+    return f"for more than {MAX_ROWS_WITHOUT_AVX512} rows XLA's code is faster without AVX-512"
 
 
 def instructions_here() -> library.Instructions | None:
