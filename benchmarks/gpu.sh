@@ -6,11 +6,14 @@
 #     benchmarks/gpu.sh first                   kernels, then model: 280 s at most
 #     benchmarks/gpu.sh second                  throughput, elementwise: 290 s at most
 #     benchmarks/gpu.sh tune                    60 s at most
+#     benchmarks/gpu.sh launches                290 s at most
 #     benchmarks/gpu.sh model tune              some stages, in this order
 #     benchmarks/gpu.sh --simulate first        without a GPU: the same stages at tiny sizes
 #
 # kernels: every kernel's result beside a reference, then its time. model: 8B with random weights,
 # steps of decode and prefill, and what the device does in a step. tune: configurations of the kernels.
+# launches: steps of decode with ten launches a layer and with fewer; the table of tuned configurations
+# that it leaves in $OUT takes the fastest.
 # throughput: of the engine and of scoring. elementwise: XLA's passes between the kernels.
 #
 # A stage that fails, or whose time is over, does not stop the others; the exit status is that of all.
@@ -23,7 +26,7 @@ python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
 first=(kernels model)
 second=(throughput elementwise)
-declare -A limits=([kernels]=140 [model]=150 [tune]=60 [throughput]=255 [elementwise]=30)
+declare -A limits=([kernels]=140 [model]=150 [tune]=60 [launches]=290 [throughput]=255 [elementwise]=30)
 
 simulate=
 if [ "${1:-}" = --simulate ]; then
@@ -62,6 +65,7 @@ kernels() {
         cases+='|^8B TP1 (qkv|down)_proj .* m=1 block weight-only$'
         cases+='|^8B TP1 heads.* (T=8192 bf16|T=8192 fp8|T=2048 after 30720 bf16) prefill'
         cases+='|^8B TP1 heads.* fp8 rope and cache'
+        cases+='|^8B TP1 heads.* B=(1|64) S=1088 fp8 rope, cache and attention'
         cases+='|^8B TP1 heads.* (B=1 S=8192|B=32 S=1024|B=32 S=8192|B=128 S=8192) tokens=1 '
         # XLA's path beside one matmul of each kind, and cuDNN beside one prompt.
         run -m pallas_kernels.dev.bench --rows 1 16 64 65 128 2048 8192 --only "$cases" \
@@ -99,6 +103,10 @@ tune() {
             --only '^8B TP1 .* row weight-only$|^8B TP1 (gate|down)_proj .* m=2048 row|^8B TP1 heads'
         cp -r pallas_kernels/tuned "$out/" 2>/dev/null || true
     fi
+}
+launches() {
+    run benchmarks/launches.py ${simulate:+--tiny} --json "$out/${name}_launches.json" || return 1
+    cp -r pallas_kernels/tuned "$out/" 2>/dev/null || true
 }
 throughput() {
     # The cache takes what this leaves it; XLA's default is three quarters.

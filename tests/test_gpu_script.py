@@ -51,7 +51,7 @@ def test_the_stage_of_kernels_names_cases_of_every_kernel():
     found = list(bench.cases(rows, "|".join(parts)))
     assert {case.kernel for case in found} == {
         "fp8_matmul", "fp8_swiglu", "fp8_matmul_weight_only",
-        "paged_attention_prefill", "paged_attention_decode", "rope_and_cache",
+        "paged_attention_prefill", "paged_attention_decode", "rope_and_cache", "rope_and_attention",
         "add_rms_norm", "silu_and_mul",
     }  # fmt: skip
     assert 40 <= len(found) <= 70  # 60 took 115 s
@@ -59,7 +59,7 @@ def test_the_stage_of_kernels_names_cases_of_every_kernel():
 
 @pytest.mark.slow
 def test_every_stage_at_tiny_sizes(tmp_path):
-    for call in ("first", "second", "tune"):
+    for call in ("first", "second", "tune", "launches"):
         env = {"SECONDS_PER_STAGE": "540"}  # a CPU's time
         done = run(tmp_path, "--simulate", call, **env)
         assert done.returncode == 0, done.stderr
@@ -67,5 +67,5 @@ def test_every_stage_at_tiny_sizes(tmp_path):
     names = [" ".join(line.rsplit(maxsplit=1)[0].split()) for line in checked]
     assert names == [f"{case.kernel} {case.name}" for case in bench.tiny_cases()]
     assert "configurations are right" in (tmp_path / "simulated_tune.txt").read_text()
-    for stage in ("elementwise", "model", "throughput"):
+    for stage in ("elementwise", "model", "throughput", "launches"):
         assert json.loads((tmp_path / f"simulated_{stage}.json").read_text())

@@ -12,6 +12,7 @@ from pallas_kernels.paged_attention import (
     choose,
     hopper,
     hopper_decode,
+    hopper_decode_config,
     hopper_prefill,
     paged_attention,
 )
@@ -77,9 +78,14 @@ def prefill(arrays, k_scale=1.0, v_scale=1.0, config=SMALL_PREFILL, in_fp8=None)
     return simulate(hopper_prefill.paged_attention, *arrays, k_scale, v_scale, config=config)
 
 
-def decode(arrays, k_scale=1.0, v_scale=1.0, splits=2, keys_per_split=None, keys=64, in_fp8=None):
+def decode(
+    arrays, k_scale=1.0, v_scale=1.0, splits=2, keys_per_split=None, keys=64, in_fp8=None,
+    in_cluster=False,
+):  # fmt: skip
     in_fp8 = arrays[1].dtype == FP8 if in_fp8 is None else in_fp8
-    config = hopper_decode.DecodeConfig(splits, keys_per_split, 2, keys, in_fp8)
+    config = hopper_decode_config.DecodeConfig(
+        splits, keys_per_split, 2, keys, in_fp8, in_cluster
+    )  # fmt: skip
     return simulate(hopper_decode.paged_attention, *arrays, k_scale, v_scale, config=config)
 
 
@@ -160,6 +166,24 @@ def test_decode_in_one_launch(dtype, tokens):
     check(decode(arrays, 0.5, 2.0, splits=1), arrays, 0.5, 2.0)
 
 
+@pytest.mark.parametrize(
+    ("heads", "tokens", "dtype", "splits"),
+    [
+        (4, 1, FP8, 3),
+        pytest.param(4, 1, BF16, 8, marks=pytest.mark.slow),
+        pytest.param(16, 5, BF16, 2, marks=pytest.mark.slow),
+        pytest.param(8, 2, FP8, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_cluster_adds_its_parts_as_a_second_launch_does(heads, tokens, dtype, splits):
+    """With as few keys as leave some blocks of the cluster without any."""
+    lengths = [200, tokens, 0]
+    arrays = case(heads, 1, tokens, [max(n - tokens, 0) for n in lengths], lengths, dtype=dtype)
+    y = decode(arrays, 0.5, 2.0, splits, in_cluster=True)
+    check(y, arrays, 0.5, 2.0)
+    np.testing.assert_array_equal(y[:2], decode(arrays, 0.5, 2.0, splits)[:2])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("splits", [1, 2])
 def test_decode_with_keys_upcast(splits):
@@ -216,24 +240,24 @@ def test_heuristic_keeps_every_sm_busy():
     """Thread blocks in whole waves of two for each of 132 SMs, or nearly."""
     for batch in range(1, 65):
         q = jax.ShapeDtypeStruct((batch, 1, 32, 128), BF16)
-        config = hopper_decode.heuristic(q, pool(BF16), 32_768, False)
+        config = hopper_decode_config.heuristic(q, pool(BF16), 32_768, False)
         blocks = batch * 8 * config.splits
         assert blocks / (264 * -(-blocks // 264)) > 0.8, batch
-        assert config.splits <= hopper_decode.MAX_SPLITS
+        assert config.splits <= hopper_decode_config.MAX_SPLITS
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP8], ids=["bf16", "fp8"])
 def test_invariant_splits_depend_on_the_capacity_alone(dtype):
     for capacity in (64, 1024, 1088, 131_072):
         configs = {
-            hopper_decode.heuristic(
+            hopper_decode_config.heuristic(
                 jax.ShapeDtypeStruct((batch, 1, 32, 128), BF16), pool(dtype), capacity, True
             )
             for batch in range(1, 65)
         }
         (config,) = configs
         assert config.splits * config.keys_per_split >= capacity
-        assert config.splits <= hopper_decode.MAX_SPLITS
+        assert config.splits <= hopper_decode_config.MAX_SPLITS
 
 
 def test_what_has_no_kernel_is_named():

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import jax
@@ -23,7 +23,7 @@ from llama_jax.model.kv_cache import init_cache
 from llama_jax.model.linear import Products, Stored
 from llama_jax.model.params import init_params
 from llama_jax.model.spec import ModelSpec
-from pallas_kernels import device, e4m3, row_fusions
+from pallas_kernels import device, e4m3, row_fusions, tuned
 from pallas_kernels.dev import sm90
 from pallas_kernels.fp8_matmul import choose, hopper, hopper_weight_only
 from pallas_kernels.paged_attention import hopper as hopper_attention
@@ -148,6 +148,26 @@ def test_launches_on_an_h200(activations, decode):
     """Where activations are not in FP8, decode has nothing but kernels between its products."""
     found = launches(spec_of(activations=activations))
     assert found == {"prefill": PREFILL, "decode": decode}
+
+
+@pytest.mark.parametrize(("in_cluster", "count"), [(False, 9), (True, 8)])
+def test_fewer_launches_where_tuning_found_them_faster(in_cluster, count, tmp_path, monkeypatch):
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    monkeypatch.setattr(tuned, "read", cache(tuned.read.__wrapped__))
+    problem = "heads=4/1x128 bfloat16 tokens=1 batch<=2 capacity<=256"
+    config = {"splits": 4, "keys_per_split": None, "stages": 2, "in_cluster": in_cluster}
+    for kernel, entry in (
+        ("rope_and_attention", {"in_one": True}),
+        ("paged_attention_decode", config),
+    ):
+        tuned.write("NVIDIA H200", kernel, problem, {"config": entry})
+    spec = spec_of(replace(CONFIG, num_kv_heads=1, head_dim=128), activations="auto")
+    expected = DECODE + Counter([("", "rope_and_attention")])
+    expected -= Counter([("", "rope_and_cache"), ("", "paged_attention_decode")])
+    expected -= Counter([("", "paged_attention_combine")]) if in_cluster else Counter()
+    assert launches(spec)["decode"] == expected and expected.total() == count
+    invariant = launches(replace(spec, is_batch_invariant=True))["decode"]
+    assert ("", "rope_and_cache") in invariant
 
 
 def test_scales_of_two_kinds_are_a_launch_each():

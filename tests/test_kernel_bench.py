@@ -24,7 +24,8 @@ from pallas_kernels.fp8_matmul import (
 )
 from pallas_kernels.fp8_matmul.hopper_config import Config
 from pallas_kernels.paged_attention import cases as attention_cases
-from pallas_kernels.paged_attention import hopper_decode, hopper_prefill
+from pallas_kernels.paged_attention import hopper_decode_config, hopper_prefill
+from pallas_kernels.paged_attention.hopper_decode_config import DecodeConfig
 
 HEADS = Heads("8B", 1, 32, 8, 128)
 TINY = Linear("tiny", 1, "linear", 256, 384)
@@ -227,7 +228,7 @@ def test_what_is_tried_of_attention_fits_with_the_heuristic_among_it(head_dim, d
     assert hopper_prefill.heuristic(pool) in prefill.configs
     decode = attention_cases.decode(shape, dtype, [8192] * 8, 1)
     q, pool, *_ = jax.eval_shape(decode.arguments, jax.random.key(0))
-    assert hopper_decode.heuristic(q, pool, 8192, False) in decode.configs
+    assert hopper_decode_config.heuristic(q, pool, 8192, False) in decode.configs
 
 
 @pytest.mark.parametrize("m", [1, 64, 65, 2048])
@@ -250,7 +251,7 @@ def test_cases_are_chosen_by_name():
     kernels = {case.kernel for case in chosen}
     assert kernels == {
         "fp8_matmul", "fp8_swiglu", "fp8_matmul_weight_only",
-        "paged_attention_prefill", "paged_attention_decode", "rope_and_cache",
+        "paged_attention_prefill", "paged_attention_decode", "rope_and_cache", "rope_and_attention",
         "add_rms_norm", "silu_and_mul",
     }  # fmt: skip
     assert all(case.name.startswith("8B TP1 ") for case in chosen)
@@ -360,10 +361,10 @@ def test_attention_takes_its_tuned_configurations(table):
     with jax.sharding.use_abstract_mesh(sm90.H200):
         assert hopper_prefill.configure(32, pool) == hopper_prefill.PrefillConfig(64, 3)
         assert hopper_prefill.configure(8, pool) == hopper_prefill.heuristic(pool)
-        decode = hopper_decode.configure(q, pool, 1088, False)
-        assert decode == hopper_decode.DecodeConfig(7, None, 4)
-        invariant = hopper_decode.configure(q, pool, 1088, True)
-        assert invariant == hopper_decode.heuristic(q, pool, 1088, True)
+        decode = hopper_decode_config.configure(q, pool, 1088, False)
+        assert decode == DecodeConfig(7, None, 4)
+        invariant = hopper_decode_config.configure(q, pool, 1088, True)
+        assert invariant == hopper_decode_config.heuristic(q, pool, 1088, True)
 
 
 @pytest.mark.parametrize(
@@ -372,11 +373,14 @@ def test_attention_takes_its_tuned_configurations(table):
         (hopper_prefill.PrefillConfig(192, 2), "keys must be 64 or 128, got 192"),
         (hopper_prefill.PrefillConfig(128, 1), "at least 2 stages are needed, got 1"),
         (hopper_prefill.PrefillConfig(128, 4), "bytes of shared memory, of 232448"),
-        (hopper_decode.DecodeConfig(0, None, 2), "splits must be 1 to 32, got 0"),
-        (hopper_decode.DecodeConfig(2, 100, 2), "keys_per_split must be a multiple of 64, got 100"),
-        (hopper_decode.DecodeConfig(2, 64, 2), "2 splits of 64 keys do not hold 192"),
-        (hopper_decode.DecodeConfig(2, None, 1), "at least 2 stages are needed, got 1"),
-        (hopper_decode.DecodeConfig(2, None, 8), "bytes of shared memory, of 232448"),
+        (DecodeConfig(0, None, 2), "splits must be 1 to 32, got 0"),
+        (
+            DecodeConfig(2, 100, 2),
+            "keys_per_split must be a multiple of 64, got 100",
+        ),
+        (DecodeConfig(2, 64, 2), "2 splits of 64 keys do not hold 192"),
+        (DecodeConfig(2, None, 1), "at least 2 stages are needed, got 1"),
+        (DecodeConfig(2, None, 8), "bytes of shared memory, of 232448"),
     ],
     ids=str,
 )

@@ -1,6 +1,7 @@
 """Attention over the paged cache of one layer: rotate, store the new keys and values, attend."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -11,11 +12,9 @@ from llama_jax.model.sharding import divided_over
 from llama_jax.model.spec import ModelSpec
 from pallas_kernels.fp8_matmul.terms import Parts
 from pallas_kernels.paged_attention import KERNELS as ATTENTION_KERNELS
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.rope_and_attention import HOPPER, in_two, rope_and_attention, why_not
 from pallas_kernels.rope_and_cache import KERNELS as ROPE_KERNELS
-from pallas_kernels.rope_and_cache import rope_and_cache
 from pallas_kernels.rope_and_cache.projections import Projections
-from pallas_kernels.rope_and_cache.xla import per_head
 
 
 class LayerCache(NamedTuple):
@@ -43,27 +42,26 @@ def cached_attention(
     Returns [b, t, heads, head_dim] and the cache.
     """
     kv_heads, head_dim = cache.k.shape[2:]
-    sums = (each.sums.reshape(*each.sums.shape[:2], -1, head_dim) for each in qkv)
+    parts = Projections(*(each.sums.reshape(*each.sums.shape[:2], -1, head_dim) for each in qkv))
     scales = [each.scale.reshape(-1, head_dim) for each in qkv if each.scale is not None]
-    v_scale = _of_own_heads(cache.v_scale, kv_heads)
-    q, k, v = rope_and_cache(
-        Projections(*sums), positions, rope_frequencies(spec.config),
-        cache.k, cache.v, cache.page_table, cache.cached_lens, cache.kv_lens,
-        weight_scales=Projections(*scales) if scales else None,
-        k_scale=_of_own_heads(cache.k_scale, kv_heads),
-        v_scale=v_scale,
-        dtype=jnp.dtype(spec.dtype),
-        implementation=spec.implementation_of(ROPE_KERNELS),
+    dtype = jnp.dtype(spec.dtype)
+    in_one = HOPPER.is_meant_by(spec.implementation) and not spec.is_batch_invariant
+    if in_one and not why_not(parts, cache.k, cache.page_table, positions.shape[1], dtype):
+        run = rope_and_attention
+    else:
+        run = partial(
+            in_two,
+            is_batch_invariant=spec.is_batch_invariant,
+            rope=spec.implementation_of(ROPE_KERNELS),
+            attention=spec.implementation_of(ATTENTION_KERNELS),
+        )
+    y, k, v = run(
+        parts, positions, cache.k, cache.v, cache.page_table, cache.cached_lens, cache.kv_lens,
+        Projections(*scales) if scales else None,
+        _of_own_heads(cache.k_scale, kv_heads), _of_own_heads(cache.v_scale, kv_heads),
+        frequencies=rope_frequencies(spec.config), dtype=dtype,
     )  # fmt: skip
-    # Scales per kv head are applied outside: to q by rope_and_cache, to y by per_head.
-    y = paged_attention(
-        q, k, v, cache.page_table, cache.cached_lens, cache.kv_lens,
-        k_scale=1.0 if cache.k_scale.ndim else cache.k_scale,
-        v_scale=1.0 if cache.v_scale.ndim else cache.v_scale,
-        is_batch_invariant=spec.is_batch_invariant,
-        implementation=spec.implementation_of(ATTENTION_KERNELS),
-    )  # fmt: skip
-    return per_head(y, v_scale), cache._replace(k=k, v=v)
+    return y, cache._replace(k=k, v=v)
 
 
 def _of_own_heads(scale: Array, kv_heads: int) -> Array:

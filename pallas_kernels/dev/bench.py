@@ -46,6 +46,7 @@ FAMILIES = (
     "pallas_kernels.fp8_matmul.weight_only_cases",
     "pallas_kernels.paged_attention.cases",
     "pallas_kernels.rope_and_cache.cases",
+    "pallas_kernels.rope_and_attention.cases",
     "pallas_kernels.row_fusions.cases",
 )
 BASELINES = ("xla", "cudnn")
@@ -256,7 +257,8 @@ def on_simulator(case: Case) -> Case:
     """Return the case with its kernel in JAX's GPU simulator."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    return replace(case, run=partial(case.run, interpret=plgpu.InterpretGPUParams()))
+    interpret = plgpu.InterpretGPUParams(inline_mgpu="ignore")  # a fence
+    return replace(case, run=partial(case.run, interpret=interpret))
 
 
 def check(case: Case) -> str:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -12,7 +13,13 @@ from jax import Array, lax
 from pallas_kernels import e4m3
 from pallas_kernels.dev.case import BF16_OPERATIONS_PER_SECOND, Case
 from pallas_kernels.dev.shapes import Heads, heads
-from pallas_kernels.paged_attention import hopper_decode, hopper_prefill, reference, xla
+from pallas_kernels.paged_attention import (
+    hopper_decode,
+    hopper_decode_config,
+    hopper_prefill,
+    reference,
+    xla,
+)
 from pallas_kernels.paged_attention.hopper_loop import PAGE_SIZE
 
 BF16 = jnp.dtype(jnp.bfloat16)
@@ -84,21 +91,26 @@ def decode(shape: Heads, dtype: str, kv_lens: Sequence[int], tokens: int) -> Cas
     """Return decode of the last `tokens` tokens of sequences of `kv_lens` tokens."""
     q, pool, table = _structs(shape, dtype, len(kv_lens), max(kv_lens), tokens)
     capacity = table.shape[1] * PAGE_SIZE
-    heuristic = hopper_decode.heuristic(q, pool, capacity, False)
+    heuristic = hopper_decode_config.heuristic(q, pool, capacity, False)
     configs = {heuristic} | {
-        hopper_decode.DecodeConfig(splits, None, stages)
+        hopper_decode_config.DecodeConfig(splits, None, stages)
         for splits in (1, 2, 3, 4, 6, 8, 11, 16, 22, 32)
         if splits * PAGE_SIZE <= capacity
         for stages in {heuristic.stages, 4, 6}
     }
+    configs |= {
+        replace(heuristic, splits=splits, in_cluster=True)
+        for splits in (2, 4, hopper_decode_config.MAX_CLUSTER)
+        if splits * heuristic.keys <= capacity
+    }
     return _case(
         shape, dtype, (q, pool, table), kv_lens,
-        kernel=hopper_decode.NAME,
-        problem=hopper_decode.tuned_as(q, pool, capacity),
+        kernel=hopper_decode_config.NAME,
+        problem=hopper_decode_config.tuned_as(q, pool, capacity),
         name=f"{shape} B={len(kv_lens)} S={max(kv_lens)} tokens={tokens} {dtype} decode attention",
         run=hopper_decode.paged_attention,
         baselines={},
-        configs=[each for each in configs if not hopper_decode.unfit(each, pool, capacity)],
+        configs=[each for each in configs if not hopper_decode_config.unfit(each, pool, capacity)],
     )  # fmt: skip
 
 

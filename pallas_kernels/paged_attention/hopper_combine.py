@@ -8,6 +8,7 @@ result in gmem
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -40,7 +41,7 @@ def combine(
     packed: the queries, [batch, kv_heads, rows of all tiles, head_dim].
     Returns the result in the shape of `packed`.
     """
-    parts, batch, num_kv_heads, tiles, head_dim, rows = out.shape
+    _, batch, num_kv_heads, tiles, head_dim, rows = out.shape
     groups = rows // BOX_ROWS
 
     def kernel(
@@ -49,21 +50,11 @@ def combine(
         sequence, kv_head = lax.axis_index("sequence"), lax.axis_index("kv_head")
         group = lax.axis_index("group")
         within = pl.ds(lax.rem(group, groups) * BOX_ROWS, BOX_ROWS)
-
-        def load(gmem: Ref, part: int, layout: Any, *columns: Any) -> Array:
-            place = gmem.at[part, sequence, kv_head, lax.div(group, groups), *columns, within]
-            return plgpu.load(place, layout=layout, optimized=False)
-
-        peaks = [load(peak_gmem, part, PER_ROW) for part in range(parts)]
-        highest = functools.reduce(lax.max, peaks)
-        y = filled((head_dim, BOX_ROWS), 0.0, MATRIX)
-        weights = filled((BOX_ROWS,), 0.0, PER_ROW)
-        for part, each in enumerate(peaks):
-            weight = jnp.exp2(each - highest)
-            part_out = load(out_gmem, part, MATRIX, pl.ds(0, head_dim))
-            y += part_out * per_row(weight, y)
-            weights += load(total_gmem, part, PER_ROW) * weight
-        y = y * per_row(v_scale_gmem[0] / positive(weights), y)
+        parts_gmem = [
+            each.at[:, sequence, kv_head, lax.div(group, groups)]
+            for each in (out_gmem, peak_gmem, total_gmem)
+        ]
+        y = combined(parts_gmem, within, v_scale_gmem[0])
         rows_of_group = pl.ds(group * BOX_ROWS, BOX_ROWS)
         store(y, y_smem, y_gmem.at[sequence, kv_head, rows_of_group], dtype)
 
@@ -77,6 +68,28 @@ def combine(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
     )(out, peak, total, v_scale)
+
+
+def combined(parts_gmem: Sequence[Ref], rows: Any, v_scale: Array) -> Array:
+    """Return the softmax of all parts times v_scale, float32 [head_dim, 8], for 8 of the rows.
+
+    parts_gmem: out [parts, head_dim, all rows], peak and total [parts, all rows].
+    """
+    out_gmem, peak_gmem, total_gmem = parts_gmem
+    parts, head_dim, _ = out_gmem.shape
+
+    def load(place: Ref, layout: Any) -> Array:
+        return plgpu.load(place, layout=layout, optimized=False)
+
+    peaks = [load(peak_gmem.at[part, rows], PER_ROW) for part in range(parts)]
+    highest = functools.reduce(lax.max, peaks)
+    y = filled((head_dim, BOX_ROWS), 0.0, MATRIX)
+    weights = filled((BOX_ROWS,), 0.0, PER_ROW)
+    for part, each in enumerate(peaks):
+        weight = jnp.exp2(each - highest)
+        y += load(out_gmem.at[part, :, rows], MATRIX) * per_row(weight, y)
+        weights += load(total_gmem.at[part, rows], PER_ROW) * weight
+    return y * per_row(v_scale / positive(weights), y)
 
 
 def filled(shape: tuple[int, ...], value: float, layout: Any) -> Array:

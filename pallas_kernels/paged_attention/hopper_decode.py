@@ -16,7 +16,7 @@ A block has two warpgroups, and two blocks share an SM:
          │ softmax, weights_smem
          │ out += V^T weights^T
     a part of the softmax in gmem            or the result, if keys are not split
-         │ a second launch adds the parts    hopper_combine.py
+         │ a second launch adds the parts    hopper_combine.py, or the first block of a cluster
     result in gmem
 
 FP8 keys are multiplied without conversion, with each row of queries as two float8 terms
@@ -27,30 +27,37 @@ Algorithm: Flash-Decoding (Dao et al., 2023).
 
 import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mosaic_gpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import e4m3, tuned
-from pallas_kernels.device import num_sms
-from pallas_kernels.hopper import BOX_ROWS, SHARED_MEMORY_BYTES, tile
+from pallas_kernels import e4m3
+from pallas_kernels.hopper import BOX_ROWS, tile
 from pallas_kernels.paged_attention.hopper_combine import (
     MATRIX,
     PER_ROW,
     combine,
+    combined,
     filled,
     per_row,
     positive,
     store,
 )
+from pallas_kernels.paged_attention.hopper_decode_config import (
+    NAME,
+    DecodeConfig,
+    configure,
+    tiling,
+    unfit,
+)
 from pallas_kernels.paged_attention.hopper_loop import (
-    BARRIERS_BYTES,
     FLOOR,
     HEADROOM,
     PAGE_SIZE,
@@ -66,36 +73,9 @@ from pallas_kernels.paged_attention.hopper_loop import (
     upcast,
 )
 
-NAME = "paged_attention_decode"
-MAX_ROWS = 48  # of queries in one thread block; 64 would spill registers
-FEW_ROWS = 8  # up to this, blocks of two pages leave registers for two blocks per SM
-MAX_SPLITS = 32
-WORTHWHILE_FP8_SPLITS = 16  # more cost the second launch as much as they save in the first
-INVARIANT_KEYS_PER_SPLIT = 1024
-BLOCKS_PER_SM = 2
-MAX_STAGES = 6
-SHARED_BYTES_EACH = 233_472 // BLOCKS_PER_SM - 1024  # 1 KiB is reserved by the system
 COMPUTE, LOADER = range(2)
 TERM_RATIO = 16  # the second term is its code divided by this
 FLOAT32 = jnp.dtype(jnp.float32)
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """The division of the work.
-
-    splits: thread blocks that divide the keys of a sequence and head.
-    keys_per_split: a multiple of `keys`; None to divide the keys of each sequence evenly.
-    stages: blocks of keys in flight.
-    keys: per block, 64 or 128.
-    in_fp8: whether FP8 keys are multiplied by queries in two float8 terms, instead of upcast.
-    """
-
-    splits: int
-    keys_per_split: int | None
-    stages: int
-    keys: int = PAGE_SIZE
-    in_fp8: bool = False
 
 
 class DecodeCarry(NamedTuple):
@@ -138,102 +118,6 @@ class Operand(NamedTuple):
             self.ring.release(slot)
 
 
-def configure(q: Array, k_pages: Array, capacity: int, is_batch_invariant: bool) -> DecodeConfig:
-    """Return the tuned configuration of the GPU in use, or else the heuristic's.
-
-    capacity: keys that a sequence has room for.
-    is_batch_invariant: take the heuristic's, because tuned ones may depend on the batch.
-    """
-    found = None if is_batch_invariant else tuned.find(NAME, tuned_as(q, k_pages, capacity))
-    if found:
-        return DecodeConfig(**found)
-    return heuristic(q, k_pages, capacity, is_batch_invariant)
-
-
-def tuned_as(q: Array, k_pages: Array, capacity: int) -> str:
-    """Name the problems that share a tuned configuration.
-
-    Batch and capacity are rounded up to powers of two.
-    """
-    batch, tokens, num_heads, head_dim = q.shape
-    rows, capacity = (1 << (each - 1).bit_length() for each in (batch, capacity))
-    heads = f"{num_heads}/{k_pages.shape[2]}x{head_dim}"
-    return f"heads={heads} {k_pages.dtype} tokens={tokens} batch<={rows} capacity<={capacity}"
-
-
-def heuristic(q: Array, k_pages: Array, capacity: int, is_batch_invariant: bool) -> DecodeConfig:
-    """Return an untuned configuration; arguments as in `configure`.
-
-    It has the most stages with which two thread blocks can share an SM, and the fewest splits whose
-    estimated time is within 10 % of the least; the estimate takes the time of a wave of thread
-    blocks as proportional to the keys of a split. If batch-invariant, the size of the splits does
-    not depend on the batch.
-    """
-    batch, tokens, num_heads, _ = q.shape
-    rows = _tiling(tokens * num_heads // k_pages.shape[2])[1]
-    is_fp8 = k_pages.dtype == e4m3.DTYPE
-    keys = 2 * PAGE_SIZE if is_fp8 and rows <= FEW_ROWS else PAGE_SIZE
-    shape = DecodeConfig(1, None, 0, keys, is_fp8)
-    free = SHARED_BYTES_EACH - _fixed_bytes(shape, k_pages, rows)
-    stages = min(MAX_STAGES, free // _stage_bytes(shape, k_pages))
-    if is_batch_invariant:
-        share = max(INVARIANT_KEYS_PER_SPLIT, pl.cdiv(pl.cdiv(capacity, MAX_SPLITS), keys) * keys)
-        return replace(
-            shape, splits=pl.cdiv(capacity, share), keys_per_split=share, stages=stages
-        )  # fmt: skip
-    most = min(WORTHWHILE_FP8_SPLITS if is_fp8 else MAX_SPLITS, pl.cdiv(capacity, keys))
-    at_once = BLOCKS_PER_SM * num_sms()
-    streams = batch * k_pages.shape[2]
-    times = [pl.cdiv(streams * n, at_once) / n for n in range(1, most + 1)]
-    splits = next(n for n, time in enumerate(times, 1) if time <= 1.1 * min(times))
-    return replace(shape, splits=splits, stages=stages)
-
-
-def unfit(config: DecodeConfig, k_pages: Array, capacity: int) -> str | None:
-    """Return why a configuration cannot work; None if it can."""
-    keys, share = config.keys, config.keys_per_split
-    if keys not in (PAGE_SIZE, 2 * PAGE_SIZE):
-        return f"keys must be {PAGE_SIZE} or {2 * PAGE_SIZE}, got {keys}"
-    if config.in_fp8 and k_pages.dtype != e4m3.DTYPE:
-        return f"keys in {k_pages.dtype} cannot be multiplied in FP8"
-    if not 1 <= config.splits <= MAX_SPLITS:
-        return f"splits must be 1 to {MAX_SPLITS}, got {config.splits}"
-    if share is not None and (share < 1 or share % keys):
-        return f"keys_per_split must be a multiple of {keys}, got {share}"
-    if share is not None and config.splits * share < capacity:
-        return f"{config.splits} splits of {share} keys do not hold {capacity}"
-    if config.stages < 2:
-        return f"at least 2 stages are needed, got {config.stages}"
-    fixed = _fixed_bytes(config, k_pages, MAX_ROWS)
-    if (needed := config.stages * _stage_bytes(config, k_pages) + fixed) > SHARED_MEMORY_BYTES:
-        return f"{needed} bytes of shared memory, of {SHARED_MEMORY_BYTES}"
-    return None
-
-
-def _stage_bytes(config: DecodeConfig, k_pages: Array) -> int:
-    """Return the shared memory of a stage's keys and values."""
-    return 2 * config.keys * k_pages.shape[3] * k_pages.dtype.itemsize
-
-
-def _fixed_bytes(config: DecodeConfig, k_pages: Array, rows: int) -> int:
-    """Return the shared memory that does not grow with the stages.
-
-    It holds upcast blocks, `rows` of queries, weights and results, and barriers.
-    """
-    head_dim, upcast_blocks = k_pages.shape[3], 0
-    if k_pages.dtype == e4m3.DTYPE:
-        upcast_blocks = 1 if config.in_fp8 else 2
-    queries = rows * head_dim * (2 + 2 * config.in_fp8)
-    blocks = upcast_blocks * config.keys * head_dim * 2
-    return blocks + queries + rows * config.keys * 2 + BARRIERS_BYTES
-
-
-def _tiling(rows: int) -> tuple[int, int]:
-    """Return the number of tiles for these rows of queries, and the rows of each."""
-    tiles = pl.cdiv(rows, MAX_ROWS)
-    return tiles, pl.cdiv(pl.cdiv(rows, tiles), BOX_ROWS) * BOX_ROWS
-
-
 @functools.partial(jax.jit, static_argnames=("config", "is_batch_invariant", "interpret"))
 def paged_attention(
     q: Array,
@@ -254,51 +138,23 @@ def paged_attention(
     config: for tuning; None takes `configure`'s.
     interpret: plgpu.InterpretGPUParams, to run in the simulator.
     """
-    batch, tokens, num_heads, head_dim = q.shape
+    _, tokens, num_heads, head_dim = q.shape
     num_kv_heads = k_pages.shape[2]
     capacity = page_table.shape[1] * PAGE_SIZE
     config = config or configure(q, k_pages, capacity, is_batch_invariant)
     if reason := unfit(config, k_pages, capacity):
         raise ValueError(f"{config} cannot work: {reason}")
-    problem = _DecodeProblem(tokens, num_heads // num_kv_heads, head_dim, config)
+    problem = DecodeProblem(tokens, num_heads // num_kv_heads, head_dim, config)
     packed, q_unit = (q, 1.0) if config.in_fp8 else operand_query(q, k_pages.dtype)
     packed = _packed(problem, packed, num_kv_heads)
     k_scale, v_scale = (jnp.asarray(each, FLOAT32).reshape(1) for each in (k_scale, v_scale))
-
-    def kernel(gmem: Gmem, *outputs_gmem: Ref, smem: _DecodeSmem) -> None:
-        warpgroup = lax.axis_index("warpgroup")
-        work = _work(problem, gmem)
-
-        @pl.when(warpgroup == COMPUTE)
-        def compute() -> None:
-            _compute(problem, work, gmem, smem, outputs_gmem, q_unit, q.dtype)
-
-        @pl.when((warpgroup == LOADER) & (work.blocks > 0))
-        def load() -> None:
-            _load(work, gmem, smem)
-
-    found = plgpu.kernel(
-        kernel,
-        out_type=_out_type(problem, packed),
-        grid=(config.splits, problem.tiles, num_kv_heads, batch),
-        grid_names=("split", "tile", "kv_head", "sequence"),
-        num_threads=2,
-        thread_name="warpgroup",
-        kernel_name=NAME,
-        scratch_types={"smem": _scratch_types(problem, k_pages.dtype, packed.dtype)},
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=interpret,
-    )(Gmem(packed, k_pages, v_pages, page_table, cached_lens, kv_lens, k_scale, v_scale))
-    if problem.is_whole:
-        out = lax.bitcast_convert_type(found[0], q.dtype)
-    else:
-        out, peak, total = found
-        out = combine(out, peak, total, v_scale, packed, q.dtype, interpret)
-    return _unpacked(problem, out)
+    gmem = Gmem(packed, k_pages, v_pages, page_table, cached_lens, kv_lens, k_scale, v_scale)
+    out = launch(problem, gmem, packed, q_unit, q.dtype, interpret)
+    return unpacked(problem, out)
 
 
 @dataclass(frozen=True)
-class _DecodeProblem:
+class DecodeProblem:
     """The static properties of a launch.
 
     tokens: new tokens per sequence.
@@ -312,25 +168,26 @@ class _DecodeProblem:
 
     @property
     def tiles(self) -> int:
-        return _tiling(self.tokens * self.group)[0]
+        return tiling(self.tokens * self.group)[0]
 
     @property
     def rows(self) -> int:
         """Return the rows of queries in a tile."""
-        return _tiling(self.tokens * self.group)[1]
+        return tiling(self.tokens * self.group)[1]
 
     @property
     def is_whole(self) -> bool:
-        """Return whether keys are not split, so that one launch makes the result."""
+        """Return whether keys are not split, so that there are no parts to add."""
         return self.config.splits == 1
 
 
 class _DecodeSmem(NamedTuple):
     """Shared memory and a barrier: scratch types outside of the kernel, references within.
 
-    q: [rows, head_dim]; also holds the result if keys are not split.
+    q: [rows, head_dim]; also holds the result that TMA stores.
     terms: float8_e4m3fn [2 rows, head_dim], the two terms of q; None unless `in_fp8`.
     weights: [rows, keys], from the softmax to the second product.
+    written: the cluster's parts are in global memory; None unless `in_cluster`.
     """
 
     keys: Operand
@@ -339,22 +196,26 @@ class _DecodeSmem(NamedTuple):
     terms: Any
     values: Operand
     weights: Any
+    written: Any
 
 
-def _out_type(problem: _DecodeProblem, packed: Array) -> list[jax.ShapeDtypeStruct]:
-    """Return the results' types: the packed result, or the fields of each split's `DecodeCarry`."""
-    if problem.is_whole:
-        return [jax.ShapeDtypeStruct(packed.shape, packed.dtype)]
+def _out_type(problem: DecodeProblem, packed: Any) -> list[jax.ShapeDtypeStruct]:
+    """Return the results' types: the packed result unless a second launch makes it, and the fields
+    of each split's `DecodeCarry` unless keys are not split."""
     batch, num_kv_heads = packed.shape[:2]
+    result = [jax.ShapeDtypeStruct(packed.shape, packed.dtype)]
     parts = problem.config.splits, batch, num_kv_heads, problem.tiles
-    return [
+    carries = [
         jax.ShapeDtypeStruct((*parts, problem.head_dim, problem.rows), FLOAT32),
         jax.ShapeDtypeStruct((*parts, problem.rows), FLOAT32),
         jax.ShapeDtypeStruct((*parts, problem.rows), FLOAT32),
     ]
+    if problem.is_whole:
+        return result
+    return result + carries if problem.config.in_cluster else carries
 
 
-def _scratch_types(problem: _DecodeProblem, pages: jnp.dtype, q_dtype: jnp.dtype) -> _DecodeSmem:
+def _scratch_types(problem: DecodeProblem, pages: jnp.dtype, q_dtype: jnp.dtype) -> _DecodeSmem:
     config, rows, head_dim = problem.config, problem.rows, problem.head_dim
     ring = ring_types(pages, config.stages, config.keys, head_dim, readers=1)
     operand = operand_dtype(pages)
@@ -366,24 +227,32 @@ def _scratch_types(problem: _DecodeProblem, pages: jnp.dtype, q_dtype: jnp.dtype
         terms=tile((2 * rows, head_dim), e4m3.DTYPE) if config.in_fp8 else None,
         values=Operand(ring, upcast_smem),
         weights=tile((rows, config.keys), operand),
+        written=plgpu.ClusterBarrier(collective_axes=("split",)) if config.in_cluster else None,
     )
 
 
-def _packed(problem: _DecodeProblem, q: Array, num_kv_heads: int) -> Array:
-    """Bring q [batch, tokens, num_heads, head_dim] to [batch, num_kv_heads, rows, head_dim].
+def packed_shape(problem: DecodeProblem, batch: int, num_kv_heads: int) -> tuple[int, ...]:
+    """Return the shape in which a launch has queries: [batch, num_kv_heads, rows, head_dim].
 
-    The rows are the query heads that share keys, token by token, padded with zeros to full tiles.
+    The rows are the query heads that share keys, token by token; more than a box of TMA's are
+    padded to full tiles.
     """
+    rows = problem.tokens * problem.group
+    rows = problem.tiles * problem.rows if rows > BOX_ROWS else rows
+    return batch, num_kv_heads, rows, problem.head_dim
+
+
+def _packed(problem: DecodeProblem, q: Array, num_kv_heads: int) -> Array:
+    """Bring q [batch, tokens, num_heads, head_dim] to `packed_shape`, padded with zeros."""
     batch, tokens, _, head_dim = q.shape
     rows = tokens * problem.group
     q = q.reshape(batch, tokens, num_kv_heads, problem.group, head_dim).transpose(0, 2, 1, 3, 4)
     q = q.reshape(batch, num_kv_heads, rows, head_dim)
-    if rows > BOX_ROWS:
-        q = jnp.pad(q, ((0, 0), (0, 0), (0, problem.tiles * problem.rows - rows), (0, 0)))
-    return q
+    missing = packed_shape(problem, batch, num_kv_heads)[2] - rows
+    return jnp.pad(q, ((0, 0), (0, 0), (0, missing), (0, 0))) if missing else q
 
 
-def _unpacked(problem: _DecodeProblem, out: Array) -> Array:
+def unpacked(problem: DecodeProblem, out: Array) -> Array:
     """Undo `_packed`."""
     batch, num_kv_heads, _, head_dim = out.shape
     tokens, group = problem.tokens, problem.group
@@ -391,7 +260,7 @@ def _unpacked(problem: _DecodeProblem, out: Array) -> Array:
     return out.transpose(0, 2, 1, 3, 4).reshape(batch, tokens, num_kv_heads * group, head_dim)
 
 
-class _DecodeWork(NamedTuple):
+class DecodeWork(NamedTuple):
     """The work of a thread block; all numbers are int32.
 
     first_row: the tile's first row of queries.
@@ -411,7 +280,7 @@ class _DecodeWork(NamedTuple):
     blocks: Array
 
 
-def _work(problem: _DecodeProblem, gmem: Gmem) -> _DecodeWork:
+def _work(problem: DecodeProblem, gmem: Gmem) -> DecodeWork:
     sequence, kv_head = lax.axis_index("sequence"), lax.axis_index("kv_head")
     first_row = lax.axis_index("tile") * problem.rows
     position, length = gmem.cached_lens[sequence], gmem.kv_lens[sequence]
@@ -420,7 +289,7 @@ def _work(problem: _DecodeProblem, gmem: Gmem) -> _DecodeWork:
     first = lax.axis_index("split") * share
     end = lax.min(first + share, end)
     blocks = pl.cdiv(lax.max(end - first, 0), problem.config.keys)
-    return _DecodeWork(sequence, kv_head, first_row, position, length, first, end, blocks)
+    return DecodeWork(sequence, kv_head, first_row, position, length, first, end, blocks)
 
 
 def _keys_per_split(end: Array, config: DecodeConfig) -> Array | int:
@@ -430,20 +299,118 @@ def _keys_per_split(end: Array, config: DecodeConfig) -> Array | int:
     return pl.cdiv(pl.cdiv(end, config.keys), config.splits) * config.keys
 
 
+class NewToken(Protocol):
+    """Makes a thread block's queries, and the key and the value of its sequence's new token, within
+    the launch (see `rope_and_attention`)."""
+
+    def prepare(self, q: Ref, has_newest: Array) -> None:
+        """Write the queries into shared memory, and keep the key and the value where the split
+        has them."""
+
+    def insert(self, kind: str, block: Ref, key: Array) -> None:
+        """Write the key or the value ("k", "v") into its place in a block of pages."""
+
+    def store(self) -> None:
+        """Store the key and the value in the cache."""
+
+
+class NewTokens(NamedTuple):
+    """What a launch needs to make its `NewToken`s.
+
+    operands: arrays. scratch: types of shared memory.
+    of: makes a thread block's, from the launch's arguments, the references of both, and its work.
+    """
+
+    operands: Any
+    scratch: Any
+    of: Callable[[Gmem, Any, Any, DecodeWork], NewToken]
+
+
+def launch(
+    problem: DecodeProblem,
+    gmem: Gmem,
+    packed: Any,
+    q_unit: float,
+    dtype: jnp.dtype,
+    interpret: Any,
+    *,
+    name: str = NAME,
+    new: NewTokens | None = None,
+) -> Array:
+    """Attend, and add the parts of split keys. Returns the result in the shape of `packed`.
+
+    gmem: the arguments; without q if there is `new`, and then the pages may be `jax.Ref`s.
+    packed: the queries, as `_packed` arranges them, or their type.
+    q_unit: of the queries, from `operand_query`.
+    dtype: of the result.
+    """
+    config = problem.config
+    batch, num_kv_heads = packed.shape[:2]
+    pages = gmem.k_pages.dtype
+
+    def kernel(gmem: Gmem, operands_gmem: Any, *outputs_gmem: Ref) -> None:
+        def body(smem: _DecodeSmem, scratch_smem: Any) -> None:
+            warpgroup = lax.axis_index("warpgroup")
+            work = _work(problem, gmem)
+            new_token = new and new.of(gmem, operands_gmem, scratch_smem, work)
+
+            @pl.when(warpgroup == COMPUTE)
+            def compute() -> None:
+                _compute(problem, work, gmem, smem, outputs_gmem, q_unit, dtype, new_token)
+
+            @pl.when((warpgroup == LOADER) & (work.blocks > 0))
+            def load() -> None:
+                _load(work, gmem, smem)
+
+        pl.run_scoped(
+            body, _scratch_types(problem, pages, packed.dtype), new and new.scratch,
+            collective_axes="warpgroup",
+        )  # fmt: skip
+
+    splits, split = (config.splits,), ("split",)
+    grid, names = (problem.tiles, num_kv_heads, batch), ("tile", "kv_head", "sequence")
+    found = pl.kernel(
+        kernel,
+        out_type=_out_type(problem, packed),
+        mesh=plgpu.Mesh(
+            grid=grid if config.in_cluster else splits + grid,
+            grid_names=names if config.in_cluster else split + names,
+            cluster=splits if config.in_cluster else (),
+            cluster_names=split if config.in_cluster else (),
+            num_threads=2,
+            thread_name="warpgroup",
+        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret or False,
+        name=name,
+    )(gmem, new and new.operands)
+    if problem.is_whole or config.in_cluster:
+        return lax.bitcast_convert_type(found[0], dtype)
+    out, peak, total = found
+    return combine(out, peak, total, gmem.v_scale, packed, dtype, interpret)
+
+
 def _compute(
-    problem: _DecodeProblem,
-    work: _DecodeWork,
+    problem: DecodeProblem,
+    work: DecodeWork,
     gmem: Gmem,
     smem: _DecodeSmem,
     outputs_gmem: Sequence[Ref],
     q_unit: float,
     out_dtype: jnp.dtype,
+    new_token: NewToken | None,
 ) -> None:
     """Attend from a tile's rows of queries to a split's keys: the compute warpgroup's work."""
     config, rows = problem.config, problem.rows
     place = (work.sequence, work.kv_head, pl.ds(work.first_row, rows))
-    plgpu.copy_gmem_to_smem(gmem.q.at[place], smem.q, smem.q_filled)
-    plgpu.barrier_wait(smem.q_filled)
+    # Of the first new token, if the split has it; else it is not in a block of the split.
+    newest = work.position - work.first
+    has_newest = (work.first <= work.position) & (work.position < work.end)
+    if new_token:
+        new_token.prepare(smem.q, has_newest)
+    else:
+        plgpu.copy_gmem_to_smem(gmem.q.at[place], smem.q, smem.q_filled)
+        plgpu.barrier_wait(smem.q_filled)
     unit = _in_two_terms(smem.q, smem.terms) if config.in_fp8 else q_unit
     scale = gmem.k_scale[0] * (math.log2(math.e) / math.sqrt(problem.head_dim)) * unit
     row = work.first_row + plgpu.broadcasted_iota(jnp.int32, (rows,), 0, layout=PER_ROW)
@@ -454,7 +421,16 @@ def _compute(
     def attend(block: Array, carry: DecodeCarry) -> DecodeCarry:
         slot = lax.rem(block, config.stages)
         seen = limit - block * config.keys
-        return _attend(carry, queries, smem.keys, smem.values, smem.weights, slot, scale, seen)
+
+        def insert(kind: str, block_smem: Ref) -> None:
+            if new_token:
+                key = newest - block * config.keys
+                is_here = has_newest & (block == work.blocks - 1)
+                pl.when(is_here)(lambda: new_token.insert(kind, block_smem, key))
+
+        return _attend(
+            carry, queries, smem.keys, smem.values, smem.weights, slot, scale, seen, insert
+        )
 
     carry = DecodeCarry(
         out=filled((problem.head_dim, rows), 0.0, MATRIX),
@@ -462,6 +438,9 @@ def _compute(
         total=filled((config.keys, rows), 0.0, MATRIX),
     )
     carry = lax.fori_loop(0, work.blocks, attend, carry)
+    if new_token:
+        # Only now, as TMA has read the page.
+        pl.when(has_newest)(new_token.store)
 
     total = carry.total.sum(axis=0)
     if problem.is_whole:
@@ -469,11 +448,52 @@ def _compute(
         store(result, smem.q, outputs_gmem[0].at[place], out_dtype)
         return
     part = lax.axis_index("split"), work.sequence, work.kv_head, lax.axis_index("tile")
-    for out_gmem, each in zip(outputs_gmem, (carry.out, carry.peak, total), strict=True):
+    parts_gmem = outputs_gmem[-3:]
+    for out_gmem, each in zip(parts_gmem, (carry.out, carry.peak, total), strict=True):
         out_gmem[part] = each
+    if config.in_cluster:
+        _combine_in_cluster(
+            problem, work, gmem.v_scale, smem, outputs_gmem[0], parts_gmem, out_dtype
+        )
 
 
-def _load(work: _DecodeWork, gmem: Gmem, smem: _DecodeSmem) -> None:
+def _combine_in_cluster(
+    problem: DecodeProblem,
+    work: DecodeWork,
+    v_scale_gmem: Ref,
+    smem: _DecodeSmem,
+    y_gmem: Ref,
+    parts_gmem: Sequence[Ref],
+    dtype: jnp.dtype,
+) -> None:
+    """Combine the parts that the blocks of a cluster have written, in the first of them."""
+    _fence()
+    plgpu.commit_smem()  # all threads of the warpgroup are here
+    plgpu.barrier_arrive(smem.written)
+    plgpu.barrier_wait(smem.written)  # each block, so that none ends before others arrive there
+
+    @pl.when(lax.axis_index("split") == 0)
+    def add_up() -> None:
+        _fence()
+        place = work.sequence, work.kv_head
+        own = [each.at[:, *place, lax.axis_index("tile")] for each in parts_gmem]
+        for first in range(0, problem.rows, BOX_ROWS):
+            rows = pl.ds(first, BOX_ROWS)
+            y = combined(own, rows, v_scale_gmem[0])
+            target = y_gmem.at[*place, pl.ds(work.first_row + first, BOX_ROWS)]
+            store(y, smem.q.at[rows], target, dtype)
+
+
+@plgpu.inline_mgpu()
+def _fence(_: Any) -> None:
+    """Order this thread's reads and writes of global memory before and after for the whole GPU.
+
+    A cluster's barrier orders those of shared memory only.
+    """
+    mosaic_gpu.utils.inline_ptx("fence.acq_rel.gpu;", has_side_effects=True)
+
+
+def _load(work: DecodeWork, gmem: Gmem, smem: _DecodeSmem) -> None:
     """Fill the rings of keys and values: the loader's work."""
     first_page, last_page = lax.div(work.first, PAGE_SIZE), lax.div(work.end - 1, PAGE_SIZE)
     stream(
@@ -508,6 +528,7 @@ def _attend(
     slot: Array,
     scale: Array,
     limit: Array,
+    insert: Callable[[str, Ref], None],
 ) -> DecodeCarry:
     """Attend to one slot of keys and values, update the carry, and free the slot.
 
@@ -515,12 +536,15 @@ def _attend(
     weights: [rows, keys], scratch in shared memory.
     scale: the positive factor of scores, including log2(e); a number or [rows].
     limit: int32 [rows], the last key of the slot that each row sees.
+    insert: adds what the pages lack to a block of keys ("k") or values ("v").
     """
     rows = weights.shape[0]
 
     keys.wait(slot)
+    insert("k", keys.block(slot))
     scores = product(keys.block(slot), q.transpose((1, 0)), lambda: values.wait(slot))
     keys.release(slot)
+    insert("v", values.block(slot))  # not above: a branch beside the product takes registers
     if q.shape[0] > rows:
         scores = scores[:, :rows] + scores[:, rows:] * (1 / TERM_RATIO)
     key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=MATRIX)

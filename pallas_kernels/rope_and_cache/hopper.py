@@ -89,7 +89,7 @@ def rope_and_cache(
     if reason := unfit(config, parts):
         raise ValueError(f"{config} cannot work: {reason}")
     cos, sin = cos_and_sin or angles(positions, frequencies)
-    operands = _Operands(
+    operands = Operands(
         parts, weight_scales, cos, sin, page_table, cached_lens, kv_lens,
         k_scale.astype(jnp.float32).reshape(-1), v_scale.astype(jnp.float32).reshape(-1),
     )  # fmt: skip
@@ -108,7 +108,7 @@ def angles(positions: Array, frequencies: np.ndarray) -> tuple[Array, Array]:
     return jnp.cos(each), jnp.sin(each)
 
 
-class _Operands(NamedTuple):
+class Operands(NamedTuple):
     """The operands: arrays outside of the kernel, references to global memory within.
 
     cos, sin: [batch * tokens, head_dim / 2]. k_scale, v_scale: [1] or [num_kv_heads].
@@ -125,14 +125,14 @@ class _Operands(NamedTuple):
     v_scale: Any
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """The heads of q, k or v ("kind") in a tile. first: the first of them, static or an index."""
 
     kind: str
     first: Any
 
 
-class _Halves(NamedTuple):
+class Halves(NamedTuple):
     """Elements j (a) and j + head_dim / 2 (b) of heads, each [heads, head_dim / 2]."""
 
     a: Array
@@ -195,7 +195,7 @@ def tile_layout(heads: int, half: int) -> Any:
     jax.jit, static_argnames=("tokens", "is_q_scaled", "dtype", "config", "interpret")
 )
 def _launch(
-    operands: _Operands,
+    operands: Operands,
     k_pages: Array,
     v_pages: Array,
     *,
@@ -209,15 +209,15 @@ def _launch(
     rows, half = operands.cos.shape
     num_kv_heads, head_dim = k_pages.shape[2:]
     num_heads = operands.parts.q.shape[2]
-    kernel = _Kernel(tokens, config.heads, half, num_heads // num_kv_heads, is_q_scaled)
+    problem = Problem(tokens, config.heads, half, num_heads // num_kv_heads, is_q_scaled)
     tiles = [
-        _Tile(kind, first)
+        Tile(kind, first)
         for kind, count in (("q", num_heads), ("k", num_kv_heads), ("v", num_kv_heads))
         for first in range(0, count, config.heads)
     ]
 
-    def body(gmem: _Operands, k_gmem: Any, v_gmem: Any, q_gmem: Any) -> None:
-        row = _Row(kernel, gmem, q_gmem, k_gmem, v_gmem, lax.axis_index("row"))
+    def body(gmem: Operands, k_gmem: Any, v_gmem: Any, q_gmem: Any) -> None:
+        row = Row(problem, gmem, q_gmem, k_gmem, v_gmem, lax.axis_index("row"))
         if config.is_by_token:
             for some in itertools.batched(tiles, TILES_AT_ONCE):
                 for tile, x in [(tile, row.total(tile)) for tile in some]:
@@ -229,7 +229,7 @@ def _launch(
 
             @pl.when((here[0] <= index) & (index <= here[-1]))
             def of_kind(kind: str = kind, first: int = here[0]) -> None:
-                tile = _Tile(kind, (index - first) * config.heads)
+                tile = Tile(kind, (index - first) * config.heads)
                 row.finish(tile, row.total(tile))
 
     k_ref, v_ref = jax.new_ref(k_pages), jax.new_ref(v_pages)
@@ -247,7 +247,7 @@ def _launch(
 
 
 @dataclass(frozen=True)
-class _Kernel:
+class Problem:
     """The static properties of a launch.
 
     tokens: new tokens per sequence.
@@ -275,9 +275,9 @@ class _Kernel:
         """Return the slices of both halves of a head."""
         return pl.ds(0, self.half), pl.ds(self.half, self.half)
 
-    def load(self, ref: Any, *place: Any) -> _Halves:
+    def load(self, ref: Any, *place: Any) -> Halves:
         """Load a tile of both halves."""
-        return _Halves(
+        return Halves(
             *(
                 plgpu.load(ref.at[*place, each], layout=self.layout, optimized=False)
                 for each in self.halves
@@ -297,22 +297,22 @@ class _Kernel:
 
 
 @dataclass(frozen=True)
-class _Row:
+class Row:
     """One token of a thread block's work, with the references that it reads and writes."""
 
-    kernel: _Kernel
-    gmem: _Operands
+    problem: Problem
+    gmem: Operands
     q_gmem: Any
     k_gmem: Any
     v_gmem: Any
     row: Array
 
-    def total(self, tile: _Tile) -> _Halves:
+    def total(self, tile: Tile) -> Halves:
         """Add a tile's parts in order, and scale the sum."""
-        heads = pl.ds(tile.first, self.kernel.heads)
+        heads = pl.ds(tile.first, self.problem.heads)
         parts_gmem = getattr(self.gmem.parts, tile.kind)
         found = [
-            self.kernel.load(parts_gmem, part, self.row, heads)
+            self.problem.load(parts_gmem, part, self.row, heads)
             for part in range(parts_gmem.shape[0])
         ]
         a, b = (
@@ -320,54 +320,60 @@ class _Row:
             for side in zip(*found, strict=True)
         )
         if self.gmem.weight_scales is not None:
-            scale = self.kernel.load(getattr(self.gmem.weight_scales, tile.kind), heads)
+            scale = self.problem.load(getattr(self.gmem.weight_scales, tile.kind), heads)
             a, b = a * scale.a, b * scale.b
-        return _Halves(a, b)
+        return Halves(a, b)
 
-    def finish(self, tile: _Tile, x: _Halves) -> None:
-        """Rotate a tile unless it is of v, and store it."""
-        if tile.kind == "v":
-            self._cache(self.v_gmem, self.gmem.v_scale, tile.first, x)
-        elif tile.kind == "k":
-            self._cache(self.k_gmem, self.gmem.k_scale, tile.first, self._rotated(x))
+    def finish(self, tile: Tile, x: Halves) -> None:
+        """Store a tile of q, or of keys or values in the token's page."""
+        x = self.finished(tile, x)
+        if tile.kind == "q":
+            self._store(self.q_gmem, (self.row, pl.ds(tile.first, self.problem.heads)), x)
         else:
-            x = self._rotated(x)
-            if self.kernel.is_q_scaled:
-                scale = self.kernel.per_head(self.gmem.k_scale, tile.first, self.kernel.group)
-                x = _Halves(x.a * scale, x.b * scale)
-            self._store(self.q_gmem, (self.row, pl.ds(tile.first, self.kernel.heads)), x)
+            self.cache(tile, x)
 
-    def _rotated(self, x: _Halves) -> _Halves:
+    def finished(self, tile: Tile, x: Halves) -> Halves:
+        """Rotate a tile unless it is of v, and scale it: float32, to be rounded when stored."""
+        if tile.kind != "v":
+            x = self._rotated(x)
+        if tile.kind == "q":
+            if not self.problem.is_q_scaled:
+                return x
+            scale = self.problem.per_head(self.gmem.k_scale, tile.first, self.problem.group)
+            return Halves(x.a * scale, x.b * scale)
+        if self.k_gmem.dtype != e4m3.DTYPE:
+            return x
+        scale_gmem = self.gmem.k_scale if tile.kind == "k" else self.gmem.v_scale
+        scale = self.problem.per_head(scale_gmem, tile.first, 1)
+        return Halves(*(_saturated(each / scale) for each in x))
+
+    def _rotated(self, x: Halves) -> Halves:
         cos, sin = (
             lax.broadcast_in_dim(
-                plgpu.load(ref.at[self.row], layout=self.kernel.layout.reduce(0), optimized=False),
-                self.kernel.shape,
+                plgpu.load(ref.at[self.row], layout=self.problem.layout.reduce(0), optimized=False),
+                self.problem.shape,
                 (1,),
             )
             for ref in (self.gmem.cos, self.gmem.sin)
         )
-        return _Halves(x.a * cos - x.b * sin, x.b * cos + x.a * sin)
+        return Halves(x.a * cos - x.b * sin, x.b * cos + x.a * sin)
 
-    def _cache(self, pages_gmem: Any, scale_gmem: Any, first: Any, x: _Halves) -> None:
-        """Store a tile of keys or values in the token's page, if it has one."""
+    def cache(self, tile: Tile, x: Halves) -> None:
+        """Store a tile of finished keys or values in the token's page, if it has one."""
+        pages_gmem = self.k_gmem if tile.kind == "k" else self.v_gmem
         num_pages, page_size = pages_gmem.shape[:2]
-        sequence = lax.div(self.row, self.kernel.tokens)
-        position = self.gmem.cached_lens[sequence] + lax.rem(self.row, self.kernel.tokens)
+        sequence = lax.div(self.row, self.problem.tokens)
+        position = self.gmem.cached_lens[sequence] + lax.rem(self.row, self.problem.tokens)
         table = self.gmem.page_table
         page = table[sequence, lax.min(lax.div(position, page_size), table.shape[1] - 1)]
 
         @pl.when((position < self.gmem.kv_lens[sequence]) & (page < num_pages))
         def store() -> None:
-            place = page, lax.rem(position, page_size), pl.ds(first, self.kernel.heads)
-            if pages_gmem.dtype != e4m3.DTYPE:
-                self._store(pages_gmem, place, x)
-                return
-            scale = self.kernel.per_head(scale_gmem, first, 1)
-            codes = _Halves(*(_saturated(each / scale) for each in x))
-            self._store(pages_gmem, place, codes)
+            heads = pl.ds(tile.first, self.problem.heads)
+            self._store(pages_gmem, (page, lax.rem(position, page_size), heads), x)
 
-    def _store(self, ref: Any, place: tuple[Any, ...], x: _Halves) -> None:
-        for each, half_of_head in zip(x, self.kernel.halves, strict=True):
+    def _store(self, ref: Any, place: tuple[Any, ...], x: Halves) -> None:
+        for each, half_of_head in zip(x, self.problem.halves, strict=True):
             ref[*place, half_of_head] = each.astype(ref.dtype)
 
 
