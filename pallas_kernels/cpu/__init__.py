@@ -1,4 +1,4 @@
 """C++ kernels for CPUs, called through XLA's foreign function interface and compiled at first use.
 
-`library` compiles, keeps and loads them. XLA calls what kernels.cpp names.
+`compiler` compiles and keeps them, `library` loads them and gives them to XLA.
 """
