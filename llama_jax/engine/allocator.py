@@ -8,8 +8,8 @@ import functools
 import sys
 from typing import Any
 
-# Larger blocks, such as a program's temporaries, come from the system and go back to it. Paging them
-# in again takes less than a hundredth of a program's time.
+# Larger blocks, such as a program's temporaries, come from the system and go back to it. Paging
+# them in again takes less than a hundredth of a program's time.
 LARGE_BLOCK = 1 << 20
 
 
