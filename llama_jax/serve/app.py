@@ -117,7 +117,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
 async def _answer(service: Service, request: Request, body: Any, endpoint: Any) -> Response:
     """Answers a request, in one piece or as a stream.
 
-    endpoint: a module with `prepare`, `whole` and `pieces`, as `chat` has them.
+    endpoint: a module with `prepare`, `whole` and `Pieces`, as `chat` has them.
     """
     check_unknown(body)
     began = request.scope[BEGAN]
@@ -125,7 +125,8 @@ async def _answer(service: Service, request: Request, body: Any, endpoint: Any) 
         return _reply(await while_connected(request, endpoint.whole(service, body, began)))
     job = await while_connected(request, endpoint.prepare(service, body))
     submission = service.admit(job.requests, is_streamed=True)
-    return EventStream(submission, endpoint.pieces(service, body, submission, began))
+    updates = service.updates(submission, began)
+    return EventStream(submission, updates, endpoint.Pieces(service, body, submission))
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:

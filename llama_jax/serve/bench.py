@@ -91,11 +91,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Report:
-    """A report holds the figures of a load. Times are milliseconds, by percentile."""
+    """A report holds the figures of a load. Times are milliseconds, by percentile.
+
+    seconds: from the first request to the end of the last. client_seconds: processor time that the
+    client itself took meanwhile.
+    """
 
     requests: int
     failed: int
     seconds: float
+    client_seconds: float
     prompt_tokens: int
     reply_tokens: int
     requests_per_second: float
@@ -109,8 +114,8 @@ class Report:
         return asdict(self)
 
 
-def report(timings: Sequence[Timing], seconds: float) -> Report:
-    """Sums timings up. seconds: from the first request to the end of the last."""
+def report(timings: Sequence[Timing], seconds: float, client_seconds: float) -> Report:
+    """Sums timings up. seconds, client_seconds: as in `Report`."""
     done = [each for each in timings if each.error is None]
 
     def percentiles(values: Sequence[float]) -> dict[int, float]:
@@ -121,6 +126,7 @@ def report(timings: Sequence[Timing], seconds: float) -> Report:
         requests=len(timings),
         failed=len(timings) - len(done),
         seconds=seconds,
+        client_seconds=client_seconds,
         prompt_tokens=sum(each.prompt_tokens for each in done),
         reply_tokens=tokens,
         requests_per_second=len(done) / seconds,
@@ -160,14 +166,15 @@ async def measure(
         finally:
             places.release()
 
-    began = time.perf_counter()
+    began, client_began = time.perf_counter(), time.process_time()
     async with asyncio.TaskGroup() as group:
         for prompt, reply_tokens in load.sequences(context):
             if load.rate is not None:
                 await asyncio.sleep(draw.expovariate(load.rate))
             await places.acquire()
             group.create_task(ask_and_leave(prompt, reply_tokens))
-    return report(timings, time.perf_counter() - began), timings
+    seconds = time.perf_counter() - began
+    return report(timings, seconds, time.process_time() - client_began), timings
 
 
 async def _timed(url: str, body: dict[str, Any], key: str | None) -> Timing:
@@ -208,7 +215,7 @@ class _Stream(asyncio.Protocol):
 
     def __init__(self, request: bytes) -> None:
         self._request = request
-        self.beginning = self._end = b""
+        self.beginning, self._end = b"", bytearray()
         self.first = self.last = 0.0
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -220,10 +227,12 @@ class _Stream(asyncio.Protocol):
         now = time.perf_counter()
         if len(self.beginning) < _KEPT:
             self.beginning += data
-        # The mark may lie across two parts, but is in no end that is shorter than it.
-        if _TOKEN in self._end[1 - len(_TOKEN) :] + data:
+        unsearched = max(0, len(self._end) - len(_TOKEN) + 1)  # a mark may lie across two parts
+        self._end += data
+        if self._end.find(_TOKEN, unsearched) >= 0:
             self.first, self.last = self.first or now, now
-        self._end = (self._end + data)[-_KEPT:]
+        if len(self._end) > 2 * _KEPT:
+            del self._end[:-_KEPT]
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.ended.done():

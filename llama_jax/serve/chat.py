@@ -1,7 +1,7 @@
 """This module answers /v1/chat/completions, whole or in pieces."""
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.engine.request import Request
@@ -168,45 +168,52 @@ def _token(tokenizer: "Tokenizer", token_id: int, logprob: float) -> dict[str, A
 # In pieces.
 
 
-async def pieces(
-    service: Service, body: ChatRequest, submission: Submission, began: float
-) -> AsyncIterator[dict[str, Any]]:
-    """Yields the chunks of a reply, of all its choices as they come."""
-    llm = service.llm
-    head = {
-        "id": new_id("chatcmpl"),
-        "object": "chat.completion.chunk",
-        "created": int(time.time()),
-        "model": service.name,
-    }
-    streams = [_tool_stream(llm, body) if body.may_call else None for _ in submission.requests]
-    has_begun = [False] * len(submission.requests)
+class Pieces:
+    """Writes the chunks of a reply, of all its choices as they come (`events.Pieces`)."""
 
-    def chunk(index: int, delta: Delta, **fields: Any) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        made = {**head, "choices": [choice | fields]}
-        if body.usage_always_asked:
-            made["usage"] = service.usage(submission.requests).model_dump()
-        elif body.usage_asked:
-            made["usage"] = None
-        return made
+    def __init__(self, service: Service, body: ChatRequest, submission: Submission) -> None:
+        self._service, self._body, self._requests = service, body, submission.requests
+        self._head = {
+            "id": new_id("chatcmpl"),
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": service.name,
+        }
+        self._streams = [
+            _tool_stream(service.llm, body) if body.may_call else None for _ in self._requests
+        ]
+        self._has_begun = [False] * len(self._requests)
 
-    async for update in service.updates(submission, began):
-        index = update.index
-        if not has_begun[index]:
-            has_begun[index] = True
-            yield chunk(index, {"role": "assistant", "content": ""})
-        deltas, last = _news(llm, body, streams[index], update)
+    def of(self, update: Update) -> Iterator[dict[str, Any]]:
+        llm, body, index = self._service.llm, self._body, update.index
+        if not self._has_begun[index]:
+            self._has_begun[index] = True
+            yield self._chunk(index, {"role": "assistant", "content": ""})
+        deltas, last = _news(llm, body, self._streams[index], update)
         logprobs = _new_logprobs(llm.tokenizer, update) if body.logprobs else None
         if logprobs and not deltas:
             deltas = [{"content": ""}]
         for delta in deltas:
-            yield chunk(index, delta, logprobs=logprobs)
+            yield self._chunk(index, delta, logprobs=logprobs)
             logprobs = None
         if last:
-            yield chunk(index, {}, **last)
-    if body.usage_asked:
-        yield {**head, "choices": [], "usage": service.usage(submission.requests).model_dump()}
+            yield self._chunk(index, {}, **last)
+
+    def end(self) -> Iterator[dict[str, Any]]:
+        if self._body.usage_asked:
+            yield {**self._head, "choices": [], "usage": self._usage()}
+
+    def _chunk(self, index: int, delta: Delta, **fields: Any) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **fields}
+        made = {**self._head, "choices": [choice]}
+        if self._body.usage_always_asked:
+            made["usage"] = self._usage()
+        elif self._body.usage_asked:
+            made["usage"] = None
+        return made
+
+    def _usage(self) -> dict[str, Any]:
+        return self._service.usage(self._requests).model_dump()
 
 
 def _news(

@@ -1,7 +1,7 @@
 """This module answers /v1/completions: it continues prompts, texts or token ids, as they are."""
 
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from llama_jax.engine.request import Request
@@ -115,78 +115,93 @@ def _choice(
     )
 
 
-async def pieces(
-    service: Service, body: CompletionRequest, submission: Submission, began: float
-) -> AsyncIterator[dict[str, Any]]:
-    """Yields the chunks of all continuations, as they come."""
-    tokenizer = service.llm.tokenizer
-    head = {
-        "id": new_id("cmpl"),
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": service.name,
-    }
-    offsets: dict[int, int] = {}
-    num_prompts, drawn = len(body.prompts), _drawn(submission.requests)
-    scored = _by_prompt(submission.requests)
-    async for update in _scored_first(service.updates(submission, began), submission.requests):
-        index, text = update.index, update.text
-        made: CompletionLogprobs | None = None
-        if index not in offsets:
-            text = _echoed(service, body, index) + text
-            prompt = update.request.prompt
-            made = _echoed_logprobs(tokenizer, body, prompt, scored.get(tuple(prompt)))
-            offsets[index] = sum(map(len, made.tokens)) if made else 0
-        if body.logprobs is not None and update.token_ids:
-            tokens = zip(update.token_ids, update.logprobs, update.top, strict=True)
-            new = completion_logprobs(tokenizer, tokens, offsets[index])
-            offsets[index] += sum(map(len, new.tokens))
-            made = _joined(made, new)
-        logprobs = made and made.model_dump()
+class Pieces:
+    """Writes the chunks of all continuations, as they come (`events.Pieces`)."""
+
+    def __init__(self, service: Service, body: CompletionRequest, submission: Submission) -> None:
+        self._service, self._body = service, body
+        self._drawn = _drawn(submission.requests)
+        self._head = {
+            "id": new_id("cmpl"),
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.name,
+        }
+        self._offsets: dict[int, int] = {}  # by continuation: where its next token begins
+        # Requests that score prompts; what is held until all of them have ended.
+        self._scored = {
+            tuple(each.prompt): each
+            for each in submission.requests
+            if each.output_kind == "logprobs"
+        }
+        self._num_unscored = len(submission.requests) - len(self._drawn)
+        self._held: list[Update] = []
+
+    def of(self, update: Update) -> Iterator[dict[str, Any]]:
+        for each in self._once_scored(update):
+            if chunk := self._chunk(each):
+                yield chunk
+
+    def end(self) -> Iterator[dict[str, Any]]:
+        if self._body.usage_asked:
+            yield {**self._head, "choices": [], "usage": self._usage()}
+
+    def _once_scored(self, update: Update) -> list[Update]:
+        """Takes an update, and returns those of continuations once all prompts are scored that are
+        to be."""
+        if update.request.output_kind == "tokens":
+            if not self._num_unscored:
+                return [update]
+            self._held.append(update)
+        elif update.is_last:
+            self._num_unscored -= 1
+            if update.request.error:
+                raise request_failed(update.request.error)
+        if self._num_unscored:
+            return []
+        held, self._held = self._held, []
+        return held
+
+    def _chunk(self, update: Update) -> dict[str, Any] | None:
+        """Returns the chunk that an update of a continuation brings, if there is something new."""
+        body, text = self._body, update.text
+        if update.index not in self._offsets:
+            text = _echoed(self._service, body, update.index) + text
+        logprobs = self._new_logprobs(update)
         finish: dict[str, Any] = {"finish_reason": None, "stop_reason": None}
         if update.is_last:
-            sample = service.llm.result(update.request)
+            sample = self._service.llm.result(update.request)
             if sample.error:
                 raise request_failed(sample.error)
             finish = {"finish_reason": _finish(sample), "stop_reason": sample.stop_reason}
         if not (text or logprobs or update.is_last):
-            continue
-        chunk = {
-            **head,
-            "choices": [{"index": index, "text": text, "logprobs": logprobs, **finish}],
-        }
+            return None
+        choice = {"index": update.index, "text": text, "logprobs": logprobs, **finish}
+        chunk = {**self._head, "choices": [choice]}
         if body.usage_always_asked:
-            chunk["usage"] = service.usage(drawn, num_prompts).model_dump()
+            chunk["usage"] = self._usage()
         elif body.usage_asked:
             chunk["usage"] = None
-        yield chunk
-    if body.usage_asked:
-        usage = service.usage(drawn, num_prompts).model_dump()
-        yield {**head, "choices": [], "usage": usage}
+        return chunk
 
+    def _new_logprobs(self, update: Update) -> dict[str, Any] | None:
+        """Returns logprobs of new tokens, and before the first those of an echoed prompt."""
+        tokenizer, index = self._service.llm.tokenizer, update.index
+        made: CompletionLogprobs | None = None
+        if index not in self._offsets:
+            prompt = update.request.prompt
+            scored = self._scored.get(tuple(prompt))
+            made = _echoed_logprobs(tokenizer, self._body, prompt, scored)
+            self._offsets[index] = sum(map(len, made.tokens)) if made else 0
+        if self._body.logprobs is not None and update.token_ids:
+            tokens = zip(update.token_ids, update.logprobs, update.top, strict=True)
+            new = completion_logprobs(tokenizer, tokens, self._offsets[index])
+            self._offsets[index] += sum(map(len, new.tokens))
+            made = _joined(made, new)
+        return made.model_dump() if made else None
 
-def _by_prompt(requests: Sequence[Request]) -> dict[tuple[int, ...], Request]:
-    """Returns the requests that score prompts."""
-    return {tuple(each.prompt): each for each in requests if each.output_kind == "logprobs"}
-
-
-async def _scored_first(
-    updates: AsyncIterator[Update], requests: Sequence[Request]
-) -> AsyncIterator[Update]:
-    """Yields updates of continuations, once all the prompts that are to be scored are."""
-    num_unscored = len(requests) - len(_drawn(requests))
-    held: list[Update] = []
-    async for update in updates:
-        if update.request.output_kind == "tokens":
-            held.append(update)
-        elif update.is_last:
-            num_unscored -= 1
-            if update.request.error:
-                raise request_failed(update.request.error)
-        if not num_unscored:
-            for each in held:
-                yield each
-            held.clear()
+    def _usage(self) -> dict[str, Any]:
+        return self._service.usage(self._drawn, len(self._body.prompts)).model_dump()
 
 
 def _finish(sample: Generation) -> Literal["stop", "length"]:

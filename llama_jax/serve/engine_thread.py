@@ -17,6 +17,8 @@ from functools import partial
 from traceback import format_tb
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from llama_jax.engine import compile_cache
 from llama_jax.engine.compile_cache import CompileReport
 from llama_jax.engine.request import Request
@@ -32,19 +34,20 @@ _log = logging.getLogger(__name__)
 _STALLED_AFTER = 60.0
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(msgspec.Struct, frozen=True):
     """An update has the news of one request of a submission: a copy, made between two steps.
 
-    text: what may be shown now. token_ids, logprobs, top: of the tokens drawn since the last one.
+    text: what may be shown now. token_ids: drawn since the last one; logprobs, top: of these, where
+    the request asks for them. One is made for each token of each stream, which takes a dataclass
+    four times as long.
     """
 
     index: int
     request: Request
     text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    top: tuple[list[tuple[int, float]], ...]
+    token_ids: list[int]
+    logprobs: list[float]
+    top: list[list[tuple[int, float]]]
     is_last: bool
     at: float
 
@@ -60,7 +63,10 @@ class Submission:
     requests: Sequence[Request]
     is_streamed: bool
     _owner: "EngineThread"
-    _news: "asyncio.Queue[Update | ApiError]" = field(default_factory=asyncio.Queue)
+    # The event loop's own: what `next` has not returned yet, and then raises.
+    _updates: list[Update] = field(default_factory=list)
+    _error: ApiError | None = None
+    _waiter: "asyncio.Future[None] | None" = None
     # The thread's own: characters and tokens that were told, by request; requests not ended.
     _told: dict[int, tuple[int, int]] = field(default_factory=dict)
     _remaining: int = 0
@@ -68,23 +74,32 @@ class Submission:
     num_open: int = 0
     open_tokens: int = 0
 
-    async def next(self) -> Update:
-        """Waits for the next update; for ever if all requests have ended.
+    async def next(self) -> list[Update]:
+        """Waits for updates and returns all that have come; for ever if all requests have ended.
 
         Raises `ApiError` if the engine failed or stops, or after `fail`.
         """
-        news = await self._news.get()
-        if isinstance(news, ApiError):
-            raise news
-        return news
+        if not (self._updates or self._error):
+            self._waiter = self._owner.loop.create_future()
+            await self._waiter
+        if not self._updates and self._error:
+            raise self._error
+        updates, self._updates = self._updates, []
+        return updates
 
     def fail(self, error: ApiError) -> None:
         """Makes `next` raise an error after the present updates; called in the event loop."""
-        self._news.put_nowait(error)
+        self._error = self._error or error
+        self._wake()
 
     def close(self) -> None:
         """Cancels the requests that have not ended."""
         self._owner.close(self)
+
+    def _wake(self) -> None:
+        """Lets `next` return."""
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def _take(self, index: int, request: Request) -> Update | None:
         """Returns the news of a request; called only by the engine's thread."""
@@ -99,9 +114,9 @@ class Submission:
             index,
             request,
             request.text[shown:released],
-            tuple(request.token_ids[count:]),
-            tuple(request.logprobs[count:]),
-            tuple(request.top[count:]),
+            request.token_ids[count:],
+            request.logprobs[count:],
+            request.top[count:],
             is_last,
             time.perf_counter(),
         )
@@ -208,9 +223,12 @@ class EngineThread:
         for submission, each in news:
             if isinstance(each, ApiError):
                 self._count(submission, -submission.num_open, -submission.open_tokens)
-            elif each.is_last:
+                submission.fail(each)
+                continue
+            if each.is_last:
                 self._count(submission, -1, -len(each.request.prompt))
-            submission._news.put_nowait(each)
+            submission._updates.append(each)
+            submission._wake()
 
     def _count(self, submission: Submission, requests: int, tokens: int) -> None:
         submission.num_open += requests

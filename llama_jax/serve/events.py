@@ -3,44 +3,71 @@
 Each is `data: {...}`, and the last one `data: [DONE]`.
 """
 
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, Protocol
 
 import msgspec
 from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from llama_jax.serve.engine_thread import Submission
+from llama_jax.serve.engine_thread import Submission, Update
 from llama_jax.serve.errors import ApiError
+from llama_jax.serve.middleware import SEND
 
 DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.Encoder().encode
 
 
+class Pieces(Protocol):
+    """Writes the chunks of a reply. Both methods may raise `ApiError`, which ends the stream."""
+
+    def of(self, update: Update) -> Iterable[dict[str, Any]]:
+        """Returns the chunks that an update brings."""
+
+    def end(self) -> Iterable[dict[str, Any]]:
+        """Returns the chunks that follow those of all updates."""
+
+
 def event(value: dict[str, Any]) -> bytes:
-    return b"data: " + _encode(value) + b"\n\n"
+    return b"data: %b\n\n" % _encode(value)
 
 
 class EventStream(StreamingResponse):
-    """Sends events of a submission, and closes it after the last one or when the client leaves."""
+    """Sends events of a submission, and closes it after the last one or when the client leaves.
 
-    def __init__(self, submission: Submission, events: AsyncIterator[dict[str, Any]]) -> None:
-        super().__init__(_told(events), media_type="text/event-stream")
+    What has come at the same time is written together. What is raised between events is the last
+    one.
+    """
+
+    def __init__(
+        self, submission: Submission, updates: AsyncIterator[list[Update]], pieces: Pieces
+    ) -> None:
+        super().__init__((), media_type="text/event-stream")
         self.headers["Cache-Control"] = "no-cache"
-        self._submission = submission
+        self._submission, self._updates, self._pieces = submission, updates, pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._send_body = scope.get(SEND, send)
         try:
             await super().__call__(scope, receive, send)
         finally:
             self._submission.close()
 
+    async def stream_response(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        send, events = self._send_body, list[bytes]()
+        try:
+            async for updates in self._updates:
+                for update in updates:
+                    events.extend(map(event, self._pieces.of(update)))
+                if events:
+                    await send(_body(events, more_body=True))
+                    events = []
+            events.extend(map(event, self._pieces.end()))
+        except ApiError as error:
+            events.append(event(error.as_dict()))
+        await send(_body([*events, DONE], more_body=False))
 
-async def _told(events: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    """Yields the events as bytes. What is raised between them is the last one."""
-    try:
-        async for each in events:
-            yield event(each)
-    except ApiError as error:
-        yield event(error.as_dict())
-    yield DONE
+
+def _body(events: list[bytes], more_body: bool) -> Message:
+    return {"type": "http.response.body", "body": b"".join(events), "more_body": more_body}

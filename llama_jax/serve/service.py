@@ -223,10 +223,11 @@ class Service:
         pace = (time.perf_counter() - self._ended[0]) / len(self._ended)
         return min(_LONGEST_RETRY, max(1, math.ceil(pace)))
 
-    async def updates(self, submission: Submission, began: float) -> AsyncIterator[Update]:
+    async def updates(self, submission: Submission, began: float) -> AsyncIterator[list[Update]]:
         """Yields the updates of a submission until all its requests have ended, and counts them.
 
-        began: when it was asked for, of `time.perf_counter`. Raises `ApiError` at its deadline.
+        Those that have come meanwhile are yielded together. began: when it was asked for, of
+        `time.perf_counter`. Raises `ApiError` at its deadline.
 
         One timer serves the whole submission: a timeout around each update would take as long as
         everything else that is done here for a token.
@@ -239,16 +240,17 @@ class Service:
         last_at: dict[int, float] = {}
         try:
             while remaining:
-                update = await submission.next()
-                if submission.is_streamed and update.token_ids:
-                    if update.index in last_at:
-                        self.metrics.piece(update.at - last_at[update.index], len(update.token_ids))
-                    last_at[update.index] = update.at
-                if update.is_last:
-                    remaining -= 1
-                    self._ended.append(update.at)
-                    self.metrics.request(update.request, began)
-                yield update
+                updates = await submission.next()
+                for update in updates:
+                    if submission.is_streamed and update.token_ids:
+                        if before := last_at.get(update.index):
+                            self.metrics.piece(update.at - before, len(update.token_ids))
+                        last_at[update.index] = update.at
+                    if update.is_last:
+                        remaining -= 1
+                        self._ended.append(update.at)
+                        self.metrics.request(update.request, began)
+                yield updates
             self.metrics.ended(submission.requests)
         finally:
             deadline.cancel()

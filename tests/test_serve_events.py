@@ -1,0 +1,106 @@
+"""How the news of a step becomes server-sent events, without a server or a model."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry, Histogram
+
+from llama_jax.engine.request import Request
+from llama_jax.serve.engine_thread import Submission, Update
+from llama_jax.serve.errors import ApiError
+from llama_jax.serve.events import EventStream
+from llama_jax.serve.metrics import PER_TOKEN, TokenIntervals
+
+
+def update(text: str, is_last: bool = False) -> Update:
+    return Update(0, Request([1]), text, [2], [], [], is_last, 0.0)
+
+
+class Texts:
+    """Pieces with each update's text, and with its length unless that is 0."""
+
+    def of(self, update: Update) -> Iterator[dict]:
+        yield {"text": update.text}
+        if not update.text:
+            raise ApiError(400, "no text")
+        yield {"length": len(update.text)}
+
+    def end(self) -> Iterator[dict]:
+        yield {"usage": 1}
+
+
+def bodies(*steps: list[Update]) -> list[bytes]:
+    """What is written to the socket, write by write."""
+
+    async def updates() -> AsyncIterator[list[Update]]:
+        for each in steps:
+            yield each
+
+    async def sent() -> list[bytes]:
+        stream = EventStream(Submission([], True, owner := Owner()), updates(), Texts())
+        messages: list[dict] = []
+
+        async def send(message: dict) -> None:
+            messages.append(message)
+
+        async def receive() -> dict:
+            await asyncio.Event().wait()
+            raise AssertionError("nobody sets it")
+
+        await stream({"type": "http"}, receive, send)
+        assert owner.num_closed == 1
+        assert messages[0]["status"] == 200 and not messages[-1]["more_body"]
+        return [each["body"] for each in messages[1:]]
+
+    return asyncio.run(sent())
+
+
+class Owner:
+    """Counts how often a submission was closed."""
+
+    num_closed = 0
+
+    def close(self, submission: Submission) -> None:
+        self.num_closed += 1
+
+
+def test_what_comes_together_is_written_together_and_stays_separate_events():
+    written = bodies([update("a"), update("bc")], [update("d", is_last=True)])
+    assert written[:2] == [
+        b'data: {"text":"a"}\n\ndata: {"length":1}\n\n'
+        b'data: {"text":"bc"}\n\ndata: {"length":2}\n\n',
+        b'data: {"text":"d"}\n\ndata: {"length":1}\n\n',
+    ]
+    assert b"".join(written[2:]) == b'data: {"usage":1}\n\ndata: [DONE]\n\n'
+
+
+def test_a_mistake_ends_a_stream_after_what_came_before_it():
+    written = b"".join(bodies([update("a"), update(""), update("b")], [update("c")]))
+    events = written.decode().split("\n\n")
+    assert events[:3] == ['data: {"text":"a"}', 'data: {"length":1}', 'data: {"text":""}']
+    assert '"message":"no text"' in events[3]
+    assert events[4:] == ["data: [DONE]", ""]
+
+
+def test_intervals_are_counted_as_prometheus_client_counts_them():
+    draw = np.random.default_rng(0)
+    waits = [*draw.lognormal(-3, 3, 300).tolist(), *PER_TOKEN]  # a bound belongs to its bucket
+    counts = [*draw.integers(1, 5, 300).tolist(), *[1] * len(PER_TOKEN)]
+    labels = ["model_name", "engine"]
+    ours, theirs = TokenIntervals(("abacus", "0")), CollectorRegistry()
+    histogram = Histogram(
+        "vllm:inter_token_latency_seconds", "", labels, buckets=PER_TOKEN, registry=theirs
+    ).labels("abacus", "0")
+    for seconds, tokens in zip(waits, counts, strict=True):
+        ours.observe(seconds, tokens)
+        for _ in range(tokens):
+            histogram.observe(seconds / tokens)
+    (found,), (expected,) = ours.collect(), theirs.collect()
+
+    def values(metric) -> dict:
+        samples = [each for each in metric.samples if not each.name.endswith("_created")]
+        return {(each.name, tuple(sorted(each.labels.items()))): each.value for each in samples}
+
+    assert values(found) == pytest.approx(values(expected))
