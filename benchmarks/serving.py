@@ -128,9 +128,9 @@ def measured(service: Service, url: str, requests: int, seed: int) -> Round:
     )  # fmt: skip
 
 
-def cost(round: Round) -> float:
+def cost(of: Round) -> float:
     """Return the share of the bare engine's throughput that is lost."""
-    bare, served = round.tokens_per_second
+    bare, served = of.tokens_per_second
     return 1 - served / bare
 
 
@@ -176,11 +176,13 @@ def to_markdown(command: str, found: Mapping[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--requests", type=int, default=160)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--save", type=Path, help="write PATH.md and PATH.json")
     options = parser.parse_args()
-    llm = LLM.load(max_batch_size=ROWS, max_seq_len=CONTEXT, verbose=False)
+    llm = LLM.load(
+        max_batch_size=ROWS, max_seq_len=CONTEXT, share_prefixes=False, verbose=False
+    )  # otherwise whoever comes second finds the prompts of the first in the cache
     ready = threading.Event()
     found: list[tuple[Service, str]] = []
 

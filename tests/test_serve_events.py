@@ -2,13 +2,15 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry, Histogram
 
 from llama_jax.engine.request import Request
-from llama_jax.serve.engine_thread import Submission, Update
+from llama_jax.serve import engine_thread
+from llama_jax.serve.engine_thread import EngineThread, Submission, Update
 from llama_jax.serve.errors import ApiError
 from llama_jax.serve.events import EventStream
 from llama_jax.serve.metrics import PER_TOKEN, TokenIntervals
@@ -104,3 +106,46 @@ def test_intervals_are_counted_as_prometheus_client_counts_them():
         return {(each.name, tuple(sorted(each.labels.items()))): each.value for each in samples}
 
     assert values(found) == pytest.approx(values(expected))
+
+
+def test_tokens_between_wait_while_there_are_many_streams(monkeypatch):
+    """20 streams get 1,000 writes a second together, so each waits for 20 ms; first and last tokens
+    do not, and nothing is lost or out of order."""
+    clock = SimpleNamespace(now=100.0, perf_counter=lambda: clock.now, sleep=lambda seconds: None)
+    monkeypatch.setattr(engine_thread, "time", clock)
+    engine = SimpleNamespace(
+        pages=SimpleNamespace(num_pages=1, num_available=1),
+        stats=lambda: None,
+        num_running=0,
+        num_waiting=0,
+    )
+    thread = EngineThread(engine, *[lambda *arguments: None] * 4)
+    thread.loop = SimpleNamespace(call_soon_threadsafe=lambda call, *arguments: call(*arguments))
+    streams = [Submission([Request([1])], True, thread, _remaining=1) for _ in range(20)]
+    told = [""] * 20
+
+    def step(seconds: float, token: str, ends: int | None = None) -> list[int]:
+        """Draw a token for each stream; return how many updates each is told."""
+        clock.now += seconds
+        for i, stream in enumerate(streams):
+            (request,) = stream.requests
+            if request.finish_reason:
+                continue
+            request.token_ids.append(2)
+            request.text += token
+            request.released = len(request.text)
+            request.finish_reason = "length" if i == ends else None
+            thread._note(stream, 0, request)
+        thread._flush()
+        counts = [len(stream._updates) for stream in streams]
+        for i, stream in enumerate(streams):
+            told[i] += "".join(each.text for each in stream._updates)
+            stream._updates.clear()
+        return counts
+
+    assert step(0.0, "a") == [1] * 20
+    assert step(0.006, "b") == [0] * 20
+    assert step(0.006, "c", ends=7) == [0] * 7 + [2] + [0] * 12
+    assert step(0.009, "d") == [3] * 7 + [0] + [3] * 12
+    assert told == ["abcd"] * 7 + ["abc"] + ["abcd"] * 12
+    assert step(0.020, "e") == [1] * 7 + [0] + [1] * 12  # 19 streams wait for 19 ms
