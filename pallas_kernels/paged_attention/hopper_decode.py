@@ -315,7 +315,7 @@ class NewToken(Protocol):
 
 
 class NewTokens(NamedTuple):
-    """What a launch needs to make its `NewToken`s.
+    """Lets a launch make its `NewToken`s.
 
     operands: arrays. scratch: types of shared memory.
     of: makes a thread block's, from the launch's arguments, the references of both, and its work.
