@@ -170,7 +170,7 @@ def test_decode_in_one_launch(dtype, tokens):
     ("heads", "tokens", "dtype", "splits"),
     [
         (4, 1, FP8, 3),
-        pytest.param(4, 1, BF16, 8, marks=pytest.mark.slow),
+        pytest.param(4, 1, BF16, 4, marks=pytest.mark.slow),
         pytest.param(16, 5, BF16, 2, marks=pytest.mark.slow),
         pytest.param(8, 2, FP8, 2, marks=pytest.mark.slow),
     ],
