@@ -14,7 +14,6 @@ from pallas_kernels.paged_attention import hopper_decode
 from pallas_kernels.paged_attention.hopper_decode_config import DecodeConfig
 from pallas_kernels.rope_and_attention import hopper, why_not
 from pallas_kernels.rope_and_cache import hopper as rope
-from pallas_kernels.rope_and_cache.xla import per_head
 from tests import test_hopper_attention, test_hopper_rope_and_cache
 from tests.hopper import simulate
 from tests.test_hopper_rope_and_cache import BF16, FP8, FP32, PAGE, exact, frequencies
@@ -52,10 +51,9 @@ def in_two(arguments, **config):
     )  # fmt: skip
     y = simulate(
         hopper_decode.paged_attention, q, k, v, *arguments[4:7],
-        1.0 if k_scale.ndim else k_scale, 1.0 if v_scale.ndim else v_scale,
-        config=config_of(arguments, **config),
+        k_scale, v_scale, config=config_of(arguments, **config),
     )  # fmt: skip
-    return per_head(y, v_scale), k, v
+    return y, k, v
 
 
 def check(found, arguments):
@@ -64,9 +62,6 @@ def check(found, arguments):
     *_, table, starts, lengths, _, k_scale, v_scale = arguments
     q = jnp.asarray(exact(*arguments)[0], BF16)
     test_hopper_rope_and_cache.check((q, k_pages, v_pages), arguments)
-    if v_scale.ndim:  # then q has the scales of its keys, and y those of its values
-        wide = np.repeat(np.asarray(v_scale), q.shape[2] // len(v_scale))[:, None]
-        y, k_scale, v_scale = np.asarray(y, np.float32) / wide, 1.0, 1.0
     arrays = q, k_pages, v_pages, table, starts, lengths
     test_hopper_attention.check(y, arrays, float(k_scale), float(v_scale))
 
@@ -107,8 +102,8 @@ def test_other_batches(batch):
 
 
 @pytest.mark.slow
-def test_a_scale_for_each_head_and_bfloat16_products():
-    arguments = case(8, 2, [70, 3], [71, 4], per_head=True, parts=1, sums=BF16, is_scaled=False)
+def test_bfloat16_products():
+    arguments = case(8, 2, [70, 3], [71, 4], parts=1, sums=BF16, is_scaled=False)
     check(in_one(arguments), arguments)
 
 

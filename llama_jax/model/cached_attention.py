@@ -46,6 +46,7 @@ def cached_attention(
     scales = [each.scale.reshape(-1, head_dim) for each in qkv if each.scale is not None]
     dtype = jnp.dtype(spec.dtype)
     in_one = HOPPER.is_meant_by(spec.implementation) and not spec.is_batch_invariant
+    in_one = in_one and not cache.k_scale.ndim and not cache.v_scale.ndim
     if in_one and not why_not(parts, cache.k, cache.page_table, positions.shape[1], dtype):
         run = rope_and_attention
     else:

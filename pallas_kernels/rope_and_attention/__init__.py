@@ -37,8 +37,8 @@ def rope_and_attention(
 
     Needs operands and a target device that `why_not` accepts. Numbers are rounded as by the kernels
     for two launches. The arguments are theirs, see `rope_and_cache`, with positions [batch, 1].
-    Returns attention's result [batch, 1, num_heads, head_dim] in `dtype`, multiplied by v_scale
-    also if that is one per head; and the pages.
+    Scales must be numbers: with one per head Mosaic GPU looks for layouts of registers for ever.
+    Returns attention's result [batch, 1, num_heads, head_dim] in `dtype`, and the pages.
     """
     arrays = (
         parts, positions, k_pages, v_pages, page_table, cached_lens, kv_lens, weight_scales,

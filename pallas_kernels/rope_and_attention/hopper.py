@@ -53,7 +53,6 @@ from pallas_kernels.paged_attention.hopper_decode_config import (
 from pallas_kernels.paged_attention.hopper_loop import PAGE_SIZE, Gmem, Ref
 from pallas_kernels.rope_and_cache import hopper as rope
 from pallas_kernels.rope_and_cache.projections import Projections
-from pallas_kernels.rope_and_cache.xla import per_head
 
 NAME = "rope_and_attention"
 HEAD_DIM = 128
@@ -141,37 +140,30 @@ def rope_and_attention(
         k_scale.astype(jnp.float32).reshape(-1), v_scale.astype(jnp.float32).reshape(-1),
     )  # fmt: skip
     y, k_pages, v_pages = _launch(
-        operands, k_pages, v_pages, is_q_scaled=k_scale.ndim > 0, is_y_scaled=v_scale.ndim > 0,
-        dtype=dtype, config=config, interpret=interpret,
+        operands, k_pages, v_pages, dtype=dtype, config=config, interpret=interpret,
     )  # fmt: skip
-    return per_head(y, v_scale), k_pages, v_pages
+    return y, k_pages, v_pages
 
 
-@functools.partial(
-    jax.jit, static_argnames=("is_q_scaled", "is_y_scaled", "dtype", "config", "interpret")
-)
+@functools.partial(jax.jit, static_argnames=("dtype", "config", "interpret"))
 def _launch(
     operands: rope.Operands,
     k_pages: Array,
     v_pages: Array,
     *,
-    is_q_scaled: bool,
-    is_y_scaled: bool,
     dtype: jnp.dtype,
     config: DecodeConfig,
     interpret: Any,
 ) -> tuple[Array, Array, Array]:
-    """Launch the kernel. Returns attention's result, not multiplied by scales per head, and the
-    pages."""
+    """Launch the kernel. Returns attention's result and the pages."""
     batch, num_kv_heads = len(operands.cached_lens), k_pages.shape[2]
     num_heads, head_dim = operands.parts.q.shape[2:]
     problem = DecodeProblem(1, num_heads // num_kv_heads, head_dim, config)
     packed = jax.ShapeDtypeStruct(packed_shape(problem, batch, num_kv_heads), dtype)
-    one = jnp.ones(1, jnp.float32)
     k_ref, v_ref = jax.new_ref(k_pages), jax.new_ref(v_pages)
     gmem = Gmem(
         None, k_ref, v_ref, operands.page_table, operands.cached_lens, operands.kv_lens,
-        one if is_q_scaled else operands.k_scale, one if is_y_scaled else operands.v_scale,
+        operands.k_scale, operands.v_scale,
     )  # fmt: skip
     new = NewTokens(
         operands,
@@ -180,7 +172,7 @@ def _launch(
             k=plgpu.SMEM((1, head_dim), k_pages.dtype),
             v=plgpu.SMEM((1, head_dim), k_pages.dtype),
         ),
-        functools.partial(_NewToken, problem, is_q_scaled),
+        functools.partial(_NewToken, problem),
     )
     y = launch(problem, gmem, packed, 1.0, dtype, interpret, name=NAME, new=new)
     return unpacked(problem, y), jax.freeze(k_ref), jax.freeze(v_ref)
@@ -203,7 +195,6 @@ class _NewToken:
     `hopper_decode.NewToken`."""
 
     problem: DecodeProblem
-    is_q_scaled: bool
     gmem: Gmem
     operands: rope.Operands
     smem: _Scratch
@@ -272,7 +263,7 @@ class _NewToken:
     def _row(self, heads: int) -> rope.Row:
         """Return the sequence's row of the projections, in tiles of so many heads."""
         half, group = self.problem.head_dim // 2, self.problem.group
-        problem = rope.Problem(1, heads, half, group, self.is_q_scaled)
+        problem = rope.Problem(1, heads, half, group, is_q_scaled=False)
         pages = self.gmem.k_pages, self.gmem.v_pages
         return rope.Row(problem, self.operands, None, *pages, self.work.sequence)
 
