@@ -117,7 +117,7 @@ def _add_completions(app: FastAPI, service: Service) -> None:
 async def _answer(service: Service, request: Request, body: Any, endpoint: Any) -> Response:
     """Answers a request, in one piece or as a stream.
 
-    endpoint: a module with `prepare`, `whole` and `Pieces`, as `chat` has them.
+    endpoint: a module with `prepare`, `whole` and `pieces`, as `chat` has them.
     """
     check_unknown(body)
     began = request.scope[BEGAN]
@@ -126,7 +126,7 @@ async def _answer(service: Service, request: Request, body: Any, endpoint: Any) 
     job = await while_connected(request, endpoint.prepare(service, body))
     submission = service.admit(job.requests, is_streamed=True)
     updates = service.updates(submission, began)
-    return EventStream(submission, updates, endpoint.Pieces(service, body, submission))
+    return EventStream(submission, updates, endpoint.pieces(service, body, submission))
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:

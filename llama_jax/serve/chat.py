@@ -168,7 +168,12 @@ def _token(tokenizer: "Tokenizer", token_id: int, logprob: float) -> dict[str, A
 # In pieces.
 
 
-class Pieces:
+def pieces(service: Service, body: ChatRequest, submission: Submission) -> "ChatPieces":
+    """Returns what writes the chunks of a reply."""
+    return ChatPieces(service, body, submission)
+
+
+class ChatPieces:
     """Writes the chunks of a reply, of all its choices as they come (`events.Pieces`)."""
 
     def __init__(self, service: Service, body: ChatRequest, submission: Submission) -> None:

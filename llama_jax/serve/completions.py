@@ -115,7 +115,12 @@ def _choice(
     )
 
 
-class Pieces:
+def pieces(service: Service, body: CompletionRequest, submission: Submission) -> "CompletionPieces":
+    """Returns what writes the chunks of a reply."""
+    return CompletionPieces(service, body, submission)
+
+
+class CompletionPieces:
     """Writes the chunks of all continuations, as they come (`events.Pieces`)."""
 
     def __init__(self, service: Service, body: CompletionRequest, submission: Submission) -> None:
