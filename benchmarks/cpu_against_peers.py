@@ -341,7 +341,8 @@ def to_markdown(result: Mapping[str, Any]) -> str:
         "",
         f"Random weights in the shape of {about['preset']}, {cpu_peers.THREADS} threads of "
         f"{about['device']} ({', '.join(about['instructions'])}; our kernel took "
-        f"{about['kernel']}); medians of {rounds} rounds; load of the machine {found.load:.1f}. "
+        f"{about['kernel']}); {f'medians of {rounds} rounds' if rounds > 1 else 'one round'}; "
+        f"load of the machine {found.load:.1f}. "
         + ", ".join(f"{name} {each}" for name, each in about["versions"].items())
         + ".",
         "",

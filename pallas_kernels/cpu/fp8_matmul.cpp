@@ -54,8 +54,10 @@ ffi::Error multiply(ffi::ThreadPool& pool, const std::vector<Product>& products,
   };
   std::vector<Chunk> chunks;
   for (const Product& p : products) {
-    const int64_t row_bytes = p.count * p.k * (p.weight_format == Format::codes ? 1 : 2);
-    const int64_t fitting = CHUNK_BYTES / row_bytes / CHUNK_ROWS * CHUNK_ROWS;
+    // For many rows of x, gate and up are upcast at once; for few, shorter runs were read slower.
+    const int64_t at_once = p.m > FEW_ROWS ? p.count : 1;
+    const int64_t row_bytes = p.k * (p.weight_format == Format::codes ? 1 : 2);
+    const int64_t fitting = CHUNK_BYTES / at_once / row_bytes / CHUNK_ROWS * CHUNK_ROWS;
     const int64_t rows = at_most(MAX_CHUNK_ROWS, at_least(CHUNK_ROWS, fitting));
     for (int64_t begin = 0, end; begin < p.n; begin = end) {
       const bool is_near_end = &p == &products.back() && p.n - begin <= NEAR_END * rows;
