@@ -2,9 +2,8 @@
 
 Its time is that of reading the cache. The query heads that share keys, times the new tokens, are
 the rows of one tile, and the keys are split over thread blocks until every SM has some. Operands
-are
-swapped: keys and values are wgmma's left operands, with a height of 64, and the few rows of queries
-its right operands, with a width from 8. So the softmax computes hardly any padding.
+are swapped: keys and values are wgmma's left operands, with a height of 64, and the few rows of
+queries its right operands, with a width from 8. So the softmax computes hardly any padding.
 
 A block has two warpgroups, and two blocks share an SM:
 
