@@ -175,6 +175,14 @@ def test_requests_sent_at_once_are_answered_in_turn_and_dropped_with_their_clien
             replies += sender.recv(1 << 16)
         assert replies.count(b"HTTP/1.1 200") == 5
         sender.sendall(500 * request)
+
+    def none_follows() -> bool:
+        """Whether no request begins for a while: between two of them the engine is idle, too."""
+        before = server.llm.engine.pages.counts.queried
+        time.sleep(0.5)
+        return server.llm.engine.pages.counts.queried == before
+
+    assert eventually(none_follows)
     assert_idle(server)
 
 
