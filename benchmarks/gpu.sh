@@ -65,8 +65,8 @@ kernels() {
         cases+='|^8B TP1 (qkv|down)_proj .* m=1 block weight-only$'
         cases+='|^8B TP1 heads.* (T=8192 bf16|T=8192 fp8|T=2048 after 30720 bf16) prefill'
         cases+='|^8B TP1 heads.* fp8 rope and cache'
-        cases+='|^8B TP1 heads.* B=(1|64) S=1088 fp8 rope, cache and attention'
-        cases+='|^8B TP1 heads.* (B=1 S=8192|B=32 S=1024|B=32 S=8192|B=128 S=8192) tokens=1 '
+        cases+='|^8B TP1 heads.* B=1 S=1088 fp8 rope, cache and attention'
+        cases+='|^8B TP1 heads.* (B=1 S=8192|B=32 S=1024|B=32 S=8192) tokens=1 '
         # XLA's path beside one matmul of each kind, and cuDNN beside one prompt.
         run -m pallas_kernels.dev.bench --rows 1 16 64 65 128 2048 8192 --only "$cases" \
             --baselines '(gate|down)_proj .* m=2048 row$|T=8192 bf16' \
