@@ -10,7 +10,15 @@ import pytest
 from llama_jax.model.fp8 import quantize
 from pallas_kernels import e4m3
 from pallas_kernels.cpu import library
-from pallas_kernels.fp8_matmul import choose, cpu, fp8_matmul, fp8_matmuls, silu, swiglu
+from pallas_kernels.fp8_matmul import (
+    choose,
+    cpu,
+    fp8_matmul,
+    fp8_matmuls,
+    silu,
+    swiglu,
+    unquantized_swiglu,
+)
 from tests.cpu_kernel import HERE, needs_cpu_kernel
 
 pytestmark = needs_cpu_kernel
@@ -128,6 +136,23 @@ def test_swiglu(layout, dtype, instructions):
         # The same roundings, but where the two exp differ at a tie.
         np.testing.assert_allclose(rounded, by_parts, rtol=2**-7, atol=1e-30)
         assert (rounded == by_parts).mean() > 0.99
+
+
+def test_unquantized_swiglu_is_the_same_by_every_kernel():
+    x, gate, gate_scale = operands(5, 128, 256)
+    up, up_scale = operands(1, 128, 256, seed=1)[1:]
+    found = {
+        name: np.asarray(
+            unquantized_swiglu(x, gate, gate_scale, up, up_scale, implementation=name), np.float64
+        )
+        for name in (None, "cpu", "xla", "reference")
+    }
+    np.testing.assert_array_equal(found[None], found["cpu"])
+    for name in ("xla", "reference"):
+        # Sums stray by 1e-4 each (test_against_float64), and are multiplied by up to 60.
+        np.testing.assert_allclose(found["cpu"], found[name], atol=2e-2)
+    with pytest.raises(ValueError, match="must have the same shapes"):
+        unquantized_swiglu(x, gate, gate_scale, up[:64], up_scale[:64])
 
 
 @each_instructions
