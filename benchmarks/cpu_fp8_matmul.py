@@ -4,7 +4,8 @@ The product is (m, 2048) x (8192, 2048), gate_proj of Llama 3.2 1B, by XLA and b
 `pallas_kernels.cpu`, with bfloat16 and float32 activations, in turns; the fastest run counts. Each
 run goes through several weights, which together exceed the caches. The time of reading the same
 memory alone, the floor for few rows, is printed beside them. Results are first checked against
-float64.
+float64. The last columns are for scoring: what is known of logits, if all weights are one output
+matrix, by the kernel or with the logits of some tokens at a time.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from llama_jax.checkpoint.huge_pages import Room
 from pallas_kernels import e4m3
 from pallas_kernels.cpu import library
 from pallas_kernels.fp8_matmul import cpu, fp8_matmul
+from pallas_kernels.fp8_matmul.logits import LogitStats, in_blocks, stats_of
 
 OUT, IN, WEIGHTS = 8192, 2048, 12
 
@@ -35,6 +37,13 @@ def by_kernel(
     x: jax.Array, weight: jax.Array, scale: jax.Array, instructions: library.Instructions | None
 ) -> jax.Array:
     return cpu.fp8_matmuls(x, (weight,), (scale,), instructions=instructions)[0]
+
+
+def stats_in_blocks(
+    x: jax.Array, weight: jax.Array, scale: jax.Array, targets: jax.Array
+) -> LogitStats:
+    """Compute `logit_stats` as it is without the kernel, but for the products."""
+    return in_blocks(lambda x, targets: stats_of(fp8_matmul(x, weight, scale), targets), x, targets)
 
 
 def weights(seed: int) -> np.ndarray:
@@ -88,6 +97,18 @@ def measure(rows: int, repeats: int, instructions: library.Instructions | None) 
                 jax.block_until_ready([call(a, weight, scale) for weight in stored])
 
             runs[f"{name}, {dtype}"] = run
+    whole = jax.device_put(memory.reshape(-1, IN), may_alias=True), jnp.tile(scale, WEIGHTS)
+    targets, found = jnp.arange(rows, dtype=jnp.int32), []
+    by_stats = partial(cpu.logit_stats, logits_dtype=jnp.float32, instructions=instructions)
+    for name, function in (("stats, in blocks", stats_in_blocks), ("stats, kernel", by_stats)):
+        runs[name] = partial(
+            lambda call, a: jax.block_until_ready(call(a, *whole, targets)),
+            jax.jit(function),
+            jnp.asarray(x, jnp.bfloat16),
+        )
+        found.append(runs[name]())
+    for in_pieces, at_once in zip(*found, strict=True):
+        np.testing.assert_allclose(in_pieces, at_once, rtol=1e-4)
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(repeats):
         for name, run in runs.items():

@@ -1,9 +1,10 @@
 // Calls the CPU's kernels without XLA, so that an emulator can run them (tests/test_cpu_neon.py).
 //
 // Reads calls from standard input, and writes their results to standard output. All integers have
-// 64 bits. A call is: 0 for a product or 1 for attention, scale_rows and scale_columns, the number of
-// arrays, the arrays, and the result. An array is: XLA's number of its dtype, its rank, its shape,
-// the number of its bytes, and these; the result, which is last, has none.
+// 64 bits. A call is: 0 for a product, 1 for attention or 2 for what is known of logits, scale_rows and
+// scale_columns, the number of arrays, and the arrays, the last of which is for the result. An array
+// is: XLA's number of its dtype, its rank, its shape, the number of its bytes, and these; the result
+// has none. What is known of logits are four rows of one result; tokens are integers there.
 
 #include <cstdio>
 #include <string>
@@ -68,6 +69,23 @@ ffi::Error call(ffi::ThreadPool pool, int64_t kind, int64_t scale_rows, int64_t 
     const XLA_FFI_Rets rets{XLA_FFI_Rets_STRUCT_SIZE, nullptr, 1, &type, &buffers.back()};
     return matmul(pool, any(0), ffi::RemainingArgs(&args, 1), ffi::RemainingRets(&rets, 0),
                   scale_rows, scale_columns);
+  }
+  if (kind == 2) {
+    const int64_t m = arrays[0].shape[0];
+    std::vector<Array> rows(4);
+    for (int i = 0; i < 4; i++) {
+      rows[i].shape = {m};
+      rows[i].buffer = {XLA_FFI_Buffer_STRUCT_SIZE, nullptr, XLA_FFI_DataType_F32,
+                        arrays.back().data.data() + i * m * 4, 1, rows[i].shape.data()};
+    }
+    rows[1].buffer.dtype = XLA_FFI_DataType_S32;
+    const auto floats = [&](size_t i) {
+      return ffi::Result<ffi::Buffer<ffi::F32>>(ffi::Buffer<ffi::F32>(&rows[i].buffer));
+    };
+    return logit_stats(pool, any(0), any(1), any(2), ffi::Buffer<ffi::S32>(&arrays[3].buffer),
+                       floats(0),
+                       ffi::Result<ffi::Buffer<ffi::S32>>(ffi::Buffer<ffi::S32>(&rows[1].buffer)),
+                       floats(2), floats(3), scale_rows, scale_columns, false);
   }
   const auto ints = [&](size_t i) { return ffi::Buffer<ffi::S32>(&arrays.at(i).buffer); };
   const auto floats = [&](size_t i) { return ffi::Buffer<ffi::F32>(&arrays.at(i).buffer); };

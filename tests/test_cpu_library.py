@@ -167,6 +167,7 @@ import jax, jax.numpy as jnp, numpy as np
 from pallas_kernels.cpu import compiler, library
 sanitized = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover"
 compiler._FLAGS = (*compiler._FLAGS, *sanitized.split())
+from tests import test_logit_stats as stats
 from tests.test_cpu_fp8_matmul import HERE, exact, multiply, operands
 from pallas_kernels.fp8_matmul import cpu
 for instructions in HERE:
@@ -177,6 +178,7 @@ for instructions in HERE:
             for m in (1, 3, 5, 8, 17):
                 y = multiply(x[:m], bits, scale, instructions)
                 np.testing.assert_allclose(y, exact(x[:m], bits, scale), atol=1e-4)
+                stats.by_kernel(x[:m], bits, scale, stats.targets_for(m, n), instructions)
 from tests import test_cpu_attention as attention
 for instructions in attention.HERE:
     for dtype in (jnp.float32, jnp.bfloat16, jnp.int8):

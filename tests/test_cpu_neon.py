@@ -16,7 +16,9 @@ import pytest
 
 from pallas_kernels import e4m3
 from pallas_kernels.cpu import compiler
+from pallas_kernels.fp8_matmul.logits import LogitStats
 from tests.test_cpu_fp8_matmul import exact, operands
+from tests.test_logit_stats import assert_close, known_of, targets_for
 from tests.test_paged_attention import case
 from tests.test_paged_attention import exact as exact_attention
 
@@ -30,7 +32,7 @@ pytestmark = [
         "qemu-user-static)",
     ),
 ]
-PRODUCT, ATTENTION = 0, 1
+PRODUCT, ATTENTION, LOGIT_STATS = 0, 1, 2
 # As XLA's c_api.h numbers them.
 DTYPES = {"int8": 2, "int32": 4, "float32": 11, "bfloat16": 16, "float8_e4m3fn": 20}
 
@@ -149,6 +151,22 @@ def test_swiglu(driver):
 
 def round_to_bfloat16(values):
     return values.astype(jnp.bfloat16).astype(np.float64)
+
+
+def test_what_is_known_of_logits(driver):
+    x, weight, scale = operands(17, 601, 100)
+    targets = targets_for(17, 601)
+    calls = [
+        call(LOGIT_STATS, (x[:m], weight, scale, targets[:m]), (4, m), scales=(1, 100))
+        for m in (3, 17)
+    ]
+    some, found = np.split(np.frombuffer(run(driver, calls), np.float32), [4 * 3])
+    some, found = some.reshape(4, 3), found.reshape(4, 17)
+    np.testing.assert_array_equal(some, found[:, :3])
+    stats = LogitStats(found[0], found[1].view(np.int32), found[2], found[3])
+    expected = known_of(exact(x, weight, scale), targets)
+    assert_close(stats, expected, atol=1e-4)
+    assert (stats.top_ids == expected.top_ids).mean() > 0.9  # others are as large within 1e-4
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])

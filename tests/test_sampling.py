@@ -3,9 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.engine.sampling import host_rows, likeliest, record
+from llama_jax.engine.sampling import host_rows, record
 from llama_jax.engine.sampling import sample as sampled
 from llama_jax.sampling_params import SamplingParams
+from pallas_kernels.fp8_matmul.logits import likeliest
 
 sample = jax.jit(sampled)
 

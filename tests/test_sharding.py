@@ -21,8 +21,9 @@ import jax, jax.numpy as jnp, numpy as np
 from llama_jax.checkpoint.store import load_params, read_manifest
 from llama_jax.model.kv_cache import init_cache
 from llama_jax.engine.memory import plan_memory
-from llama_jax.model.forward import prefill
+from llama_jax.model.forward import logit_stats, prefill, unembed
 from llama_jax.model.sharding import cache_shardings, make_mesh
+from pallas_kernels.fp8_matmul.logits import stats_of
 
 assert jax.device_count() == 4
 for directory, split in zip(sys.argv[1:], (make_mesh(4), make_mesh(2, data=2)), strict=True):
@@ -37,6 +38,15 @@ for directory, split in zip(sys.argv[1:], (make_mesh(4), make_mesh(2, data=2)), 
         cache = jax.device_put(cache, cache_shardings(spec.config, mesh))
         logits, cache = prefill(params, cache, tokens, lengths, spec=spec)
         results.append(np.asarray(logits))
+        hidden = jax.random.normal(jax.random.key(0), (7, spec.config.hidden_size))
+        targets = jnp.arange(7) * spec.config.vocab_size // 7  # of each device
+        logits, stats = jax.jit(
+            lambda *given: (unembed(*given[:2], spec=spec), logit_stats(*given, spec=spec))
+        )(params, hidden, targets)
+        of_logits = stats_of(logits, targets)
+        np.testing.assert_array_equal(stats.top_ids, of_logits.top_ids)
+        for found, expected in zip(stats, of_logits, strict=True):
+            np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
         if mesh is not None:
             model = mesh.shape["model"]
             up = params["layers_0"]["mlp"]["up_proj"]["weight"]

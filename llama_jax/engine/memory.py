@@ -22,18 +22,20 @@ from llama_jax.model.kv_cache import init_cache
 from llama_jax.model.params import abstract_params, param_shardings
 from llama_jax.model.sharding import cache_shardings
 from llama_jax.model.spec import ModelSpec
+from pallas_kernels.fp8_matmul.logits import tokens_at_once
 from pallas_kernels.fp8_matmul.xla import block_rows
 
 # Bytes of workspace, fitted to XLA's memory analysis of the compiled steps (tests/test_memory.py
 # compares them). _MLP: per token and intermediate feature, the arrays that are live at once, in
 # float32 if weights are upcast block by block, else in bfloat16. _HEAD: per head and token, the
 # queries and the scores of a block of keys. _SAMPLER: per slot and token of the vocabulary, the
-# settings and the logits. _DRAFT: per draft token and token of the vocabulary, the logits.
+# settings and the logits. _DRAFT: per draft token and token of the vocabulary, the logits. _SCORE:
+# per scored token and token of the vocabulary, the logits, and with their tokens in order.
 _MLP_WIDE, _MLP_NARROW = 36, 12
 _HEAD_BYTES = 4 * 1024
 _SAMPLER_BYTES = 40
 _DRAFT_BYTES = 6
-_SCORED_TOKENS = 32
+_SCORE_BYTES = 12
 
 
 class DoesNotFitError(MemoryError):
@@ -325,7 +327,7 @@ def _workspace(spec: ModelSpec, batch_size: int, chunk: int, num_drafts: int) ->
         block_rows(columns) * columns for columns in (config.intermediate_size, config.hidden_size)
     )
     logits = config.vocab_size * (
-        _SAMPLER_BYTES * batch_size + _DRAFT_BYTES * num_drafts + 8 * _SCORED_TOKENS
+        _SAMPLER_BYTES * batch_size + _DRAFT_BYTES * num_drafts + _SCORE_BYTES * tokens_at_once()
     )
     tokens = min(batch_size * chunk, max(chunk, MAX_TOKENS_PER_CALL))
     tokens //= spec.mesh.shape["model"] if spec.mesh else 1

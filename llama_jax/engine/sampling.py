@@ -20,9 +20,8 @@ from jax import Array, lax
 
 from llama_jax.engine.draw_kinds import Kind
 from llama_jax.sampling_params import MAX_TOP_LOGPROBS, SamplingParams
-from pallas_kernels import device
+from pallas_kernels.fp8_matmul.logits import likeliest
 
-_ROWS_OF_SCORES = 8
 # The most stop tokens that are sent to the device as a list, not as a mask, see `is_plain`.
 _LISTED_STOPS = 16
 _LEAST_TEMPERATURE = np.float32(1e-30)
@@ -224,24 +223,6 @@ def sample(
     )
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
     return Sampled(tokens, chosen, top_ids, top_logprobs)
-
-
-def likeliest(scores: Array) -> Array:
-    """Compute the argmax of each row of scores [rows, vocab], int32 [rows]; the first of equals.
-
-    XLA's argmax is not vectorised on a CPU. There it is done in two passes that are, over a few
-    rows at a time, which fit in the processor's cache.
-    """
-    if device.platform() != "cpu":
-        return jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    # Without the barrier each pass might recompute the scores, with other bits.
-    scores = lax.optimization_barrier(scores)
-    last = scores.shape[-1] - 1
-
-    def of_row(row: Array) -> Array:
-        return jnp.where(row == row.max(), jnp.arange(last + 1, dtype=jnp.int32), last).min()
-
-    return lax.map(of_row, scores, batch_size=_ROWS_OF_SCORES)
 
 
 def _bits(masks: Array, vocab_size: int) -> Array:

@@ -23,7 +23,6 @@ from llama_jax.engine.sampling import (
     full_rows,
     init_sampling,
     is_stop,
-    likeliest,
     record,
     sample,
 )
@@ -34,10 +33,7 @@ from llama_jax.model.sharding import cache_shardings, default_sharding, replicat
 from llama_jax.model.spec import ModelSpec, Params
 from llama_jax.sampling_params import MAX_TOP_LOGPROBS
 from pallas_kernels import device
-
-# Tokens whose logits exist at one time while scoring: with a vocabulary of 128,256 and in float32,
-# 32 take 16 MB.
-TOKENS_PER_LOGITS_BLOCK = 32
+from pallas_kernels.fp8_matmul.logits import LogitStats, in_blocks, stats_of
 
 
 class DecodeState(struct.PyTreeNode):
@@ -523,7 +519,7 @@ def score_step(
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """Compute the logprob of each target after `prefill_step`.
 
-    The logits of only `TOKENS_PER_LOGITS_BLOCK` tokens exist at a time.
+    Logits of all tokens never exist, see `pallas_kernels.fp8_matmul.logits`.
 
     hidden: [b, t, d], of the tokens before the targets.
     targets: int32 [b, t].
@@ -533,44 +529,29 @@ def score_step(
     place, int32 [b, t, k], with their logprobs, and the target's rank among all tokens from 1 on,
     int32 [b, t].
     """
-    count = targets.size
-    block = min(TOKENS_PER_LOGITS_BLOCK, count)
-    padding = -count % block
-    flat = jnp.pad(hidden.reshape(count, -1), ((0, padding), (0, 0)))
-    flat_targets = jnp.pad(targets.reshape(count), (0, padding))
-
+    flat, flat_targets = hidden.reshape(targets.size, -1), targets.reshape(-1)
     most_top = min(MAX_TOP_LOGPROBS, spec.config.vocab_size)
 
-    def score_block(
-        part: tuple[Array, Array], has_top: bool
-    ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        hidden, targets = part
+    def logprobs(stats: LogitStats) -> tuple[Array, ...]:
+        total = stats.logsumexp
+        return stats.target_logits - total, stats.top_ids, stats.top_logits - total
+
+    def without_top() -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        none = jnp.zeros((targets.size, most_top))
+        stats = forward.logit_stats(params, flat, flat_targets, spec=spec)
+        return logprobs(stats), (none.astype(jnp.int32), none, jnp.zeros_like(flat_targets))
+
+    def with_top(hidden: Array, targets: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         logits = forward.unembed(params, hidden, spec=spec)
-        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)
-        ids = likeliest(logits)
-        most = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
-        total = jax.nn.logsumexp(logits, axis=-1)
-        scores = chosen[:, 0] - total, ids, most - total
-        if not has_top:
-            none = jnp.zeros((block, most_top))
-            return scores, (none.astype(jnp.int32), none, jnp.zeros(block, jnp.int32))
-        top, top_ids = lax.top_k(logits, most_top)
-        ranks = 1 + jnp.sum(logits > chosen, axis=-1, dtype=jnp.int32)
-        return scores, (top_ids.astype(jnp.int32), top - total[:, None], ranks)
+        stats = stats_of(logits, targets)
+        top, ids = lax.top_k(logits, most_top)
+        ranks = 1 + jnp.sum(logits > stats.target_logits[:, None], axis=-1, dtype=jnp.int32)
+        top = top - stats.logsumexp[:, None]
+        return logprobs(stats), (ids.astype(jnp.int32), top, ranks)
 
     # One condition around all blocks: on a GPU the host evaluates each.
-    blocks = (flat.reshape(-1, block, flat.shape[-1]), flat_targets.reshape(-1, block))
-    found = lax.cond(
-        wants_top,
-        lambda: lax.map(partial(score_block, has_top=True), blocks),
-        lambda: lax.map(partial(score_block, has_top=False), blocks),
-    )
-    return jax.tree.map(
-        lambda each: each.reshape(-1, *each.shape[2:])[:count].reshape(
-            *targets.shape, *each.shape[2:]
-        ),
-        found,
-    )
+    found = lax.cond(wants_top, lambda: in_blocks(with_top, flat, flat_targets), without_top)
+    return jax.tree.map(lambda each: each.reshape(*targets.shape, *each.shape[1:]), found)
 
 
 @partial(kept_jit, static_argnames="spec")

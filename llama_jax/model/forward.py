@@ -29,6 +29,7 @@ from llama_jax.model.sharding import (
 from llama_jax.model.spec import Activations, ModelSpec, Params, Phase
 from pallas_kernels import device
 from pallas_kernels.fp8_matmul.limits import MAX_WEIGHT_ONLY_ROWS
+from pallas_kernels.fp8_matmul.logits import LogitStats
 from pallas_kernels.fp8_matmul.reference import BLOCK
 
 
@@ -135,6 +136,19 @@ def unembed(params: Params, hidden: Array, *, spec: ModelSpec) -> Array:
         spec, "unembed", params, (hidden,), in_specs=(replicated,), out_specs=over_vocab
     )
     return lax.with_sharding_constraint(logits, replicated_on(spec.mesh)) if spec.mesh else logits
+
+
+def logit_stats(params: Params, hidden: Array, targets: Array, *, spec: ModelSpec) -> LogitStats:
+    """Compute what is known of the logits of hidden states [m, d], without keeping them.
+
+    targets: int32 [m], a token for each.
+    """
+    spec, replicated = _placed(spec), PartitionSpec()
+    found: LogitStats = _apply(
+        spec, "logit_stats", params, (hidden, targets), in_specs=(replicated, replicated),
+        out_specs=replicated,
+    )  # fmt: skip
+    return lax.with_sharding_constraint(found, replicated_on(spec.mesh)) if spec.mesh else found
 
 
 @cache

@@ -30,6 +30,7 @@ from pallas_kernels.fp8_matmul import (
     unquantized_swiglu,
 )
 from pallas_kernels.fp8_matmul.dense import dense
+from pallas_kernels.fp8_matmul.logits import LogitStats, logit_stats
 from pallas_kernels.fp8_matmul.terms import Parts, Terms
 
 
@@ -164,6 +165,18 @@ class Linear(nn.Module):
             x_scale = matrix.input_scale
             rows = e4m3.cast(rows.astype(jnp.float32) / x_scale)
         return Operands(rows, x_scale, matrix)
+
+    def logit_stats(self, x: Array, targets: Array, logits_dtype: jnp.dtype) -> LogitStats:
+        """Compute what is known of the logits of x [m, in], without keeping them.
+
+        targets: int32 [m], rows of the matrix. logits_dtype: to which logits are rounded.
+        """
+        rows, x_scale, matrix = self.operands(x)
+        return logit_stats(
+            rows, matrix.weight, matrix.scale, targets, x_scale=x_scale, logits_dtype=logits_dtype,
+            is_batch_invariant=self.spec.is_batch_invariant,
+            implementation=self.spec.implementation,
+        )  # fmt: skip
 
     @property
     def format(self) -> WeightFormat:

@@ -31,6 +31,7 @@ from llama_jax.model.linear import Linear, Operands, Products, declared, multipl
 from llama_jax.model.rope import rope_frequencies
 from llama_jax.model.sharding import divided_over
 from llama_jax.model.spec import ModelSpec
+from pallas_kernels.fp8_matmul.logits import LogitStats
 from pallas_kernels.fp8_matmul.reference import BLOCK
 from pallas_kernels.fp8_matmul.terms import Parts, Terms
 from pallas_kernels.rope_and_cache.xla import apply_rope
@@ -254,3 +255,23 @@ class Llama(nn.Module):
         if not self.spec.config.tie_word_embeddings:
             return self.lm_head(hidden).astype(jnp.float32)
         return self.embed_tokens.logits(hidden)
+
+    def logit_stats(self, hidden: Array, targets: Array) -> LogitStats:
+        """Compute what is known of the logits of `unembed`, without keeping them.
+
+        hidden: [m, d]. targets: int32 [m], a token for each.
+        """
+        is_tied = self.spec.config.tie_word_embeddings
+        head, dtype = (self.embed_tokens, jnp.float32) if is_tied else (self.lm_head, hidden.dtype)
+        axis = divided_over("vocab")
+        if axis is None:
+            return head.logit_stats(hidden, targets, dtype)
+        vocab_size = self.spec.config.vocab_size  # of this device's part
+        first = lax.axis_index(axis) * vocab_size
+        found = head.logit_stats(hidden, targets - first, dtype)
+        top = lax.pmax(found.top_logits, axis)
+        ids = jnp.where(found.top_logits == top, found.top_ids + first, jnp.iinfo(jnp.int32).max)
+        total = lax.psum(jnp.exp(found.logsumexp - top), axis)
+        return LogitStats(
+            lax.pmax(found.target_logits, axis), lax.pmin(ids, axis), top, top + jnp.log(total)
+        )

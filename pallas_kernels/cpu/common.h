@@ -56,6 +56,20 @@ struct Product {
   }
 };
 
+// What is known of each row of logits, x @ weight.T: that of its target, which is -infinity unless
+// there is such a token; the largest, and its token, the first of several; and log(sum(e^logit)).
+struct LogitStats {
+  const int32_t* targets;
+  float *target_logits, *top_logits, *logsumexp;
+  int32_t* top_tokens;
+};
+
+// The same of a segment of tokens. total: the sum of e^(logit - largest).
+struct PartialStats {
+  float largest, total;
+  int32_t token;
+};
+
 // Rows of x; behind each, up to a multiple of MAX_COLUMNS, lie zeros.
 template <class T>
 struct Rows {
@@ -79,6 +93,8 @@ constexpr int64_t NEAR_END = 4;
 // Where `__builtin_prefetch` puts what it fetches. From memory into level 1 a core reads half as
 // fast.
 constexpr int LEVEL_1 = 3, LEVEL_2 = 2, LINE = 64, PAGE = 4096;
+// Of logits, whose sums are added up alone, in order.
+constexpr int64_t SEGMENT_TOKENS = 480;
 // Of x, that a thread copies at a time.
 constexpr int64_t COPIED_ROWS = 32;
 
@@ -95,7 +111,9 @@ inline void pause() {
 }
 
 // Memory of this thread, for as long as it lives: fresh memory would have to be paged in.
-void* panel_buffer(size_t bytes) {
+enum Buffer { PANEL, LANES };
+template <Buffer>
+void* thread_buffer(size_t bytes) {
   thread_local std::vector<char> buffer;
   if (buffer.size() < bytes + 64) buffer.resize(bytes + 64);
   return reinterpret_cast<void*>(round_up(reinterpret_cast<intptr_t>(buffer.data()), 64));
@@ -113,6 +131,8 @@ constexpr int FLOATS = 16;
 typedef float Floats __attribute__((vector_size(FLOATS * 4)));
 typedef int32_t Words __attribute__((vector_size(FLOATS * 4)));
 typedef uint16_t Halves __attribute__((vector_size(FLOATS * 2)));
+constexpr Words LANE_NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+constexpr float LOWEST = -0x1.fffffep127f;
 
 // Four rows of four numbers become columns.
 ALWAYS_INLINE void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride) {

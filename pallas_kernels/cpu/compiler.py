@@ -47,7 +47,7 @@ _LIMITS: dict[str, Instructions] = {
     "SSE4_2": "portable", "AVX": "portable", "AVX2": "avx2", "AVX512": "avx512",
     "AVX512_VNNI": "avx512",
 }  # fmt: skip
-# Each is a file with this ending, and has an XLA handler of the same name with "_cpu".
+# Each is a file with this ending.
 KERNELS = ("fp8_matmul", "paged_attention")
 _ENDING = ".cpp"
 _HEADERS = ("common.h", "instructions.h", "tiles.inc", "attention.inc")

@@ -1,7 +1,11 @@
-// x @ weight.T for weights of float8_e4m3fn codes, or bfloat16, as a custom call of XLA.
+// x @ weight.T for weights of float8_e4m3fn codes, or bfloat16, as custom calls of XLA: one returns
+// products, the other what has to be known of logits to score tokens.
 //
 // Codes are upcast in registers, so that a weight costs one byte of memory traffic. The work is
 // divided by rows of the weight over XLA's own threads.
+
+#include <algorithm>
+#include <string>
 
 #include "instructions.h"
 
@@ -42,12 +46,19 @@ struct Copy {
 template <class Activation>
 using Loops = void (*)(const Product&, const Rows<Activation>&, int64_t begin, int64_t end);
 
+template <class Activation, class LaneStats>
+using StatsLoops = void (*)(const Product&, const Rows<Activation>&, int64_t begin, int64_t end,
+                            const LogitStats&, LaneStats*, PartialStats*);
+
+ffi::Error no_memory() {
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a copy of x");
+}
+
 template <class Activation>
 ffi::Error multiply(ffi::ThreadPool& pool, const std::vector<Product>& products, const void* x,
                     Format format, Loops<Activation> of_codes, Loops<Activation> of_bfloat16) {
   Copy<Activation> copy;
-  if (!copy.make(pool, x, format, products[0].m, products[0].k))
-    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a copy of x");
+  if (!copy.make(pool, x, format, products[0].m, products[0].k)) return no_memory();
   struct Chunk {
     const Product& product;
     int64_t begin, end;
@@ -74,60 +85,133 @@ ffi::Error multiply(ffi::ThreadPool& pool, const std::vector<Product>& products,
   return ffi::Error::Success();
 }
 
-#define WITH(set)                                                                    \
-  multiply<set::Activation>(pool, products, x.untyped_data(), format,                \
-                            set::rows_of_weight<uint8_t>, set::rows_of_weight<uint16_t>)
+// The segments of tokens of the only weight, and what is known of them together. The first of equal
+// logits in different segments is that of the first segment.
+template <class Activation, class LaneStats>
+ffi::Error find_stats(ffi::ThreadPool& pool, const Product& p, const void* x, Format format,
+                      const LogitStats& stats, StatsLoops<Activation, LaneStats> of_codes,
+                      StatsLoops<Activation, LaneStats> of_bfloat16) {
+  Copy<Activation> copy;
+  const int64_t count = at_least(1, p.n / SEGMENT_TOKENS);  // the last one takes the rest
+  std::vector<PartialStats> parts(count * p.m);
+  if (!copy.make(pool, x, format, p.m, p.k)) return no_memory();
+  std::fill_n(stats.target_logits, p.m, -INFINITY);
+  const auto loops = p.weight_format == Format::codes ? of_codes : of_bfloat16;
+  in_parallel(pool, count, [&](int64_t i) {
+    const int64_t end = i + 1 < count ? (i + 1) * SEGMENT_TOKENS : p.n;
+    auto* lanes = static_cast<LaneStats*>(thread_buffer<LANES>(p.m * sizeof(LaneStats)));
+    loops(p, copy.rows, i * SEGMENT_TOKENS, end, stats, lanes, &parts[i * p.m]);
+  });
+  for (int64_t m = 0; m < p.m; m++) {
+    PartialStats all{LOWEST, 0, 0};
+    for (int64_t i = 0; i < count; i++)
+      if (parts[i * p.m + m].largest > all.largest) all = parts[i * p.m + m];
+    float total = 0;
+    for (int64_t i = 0; i < count; i++) {
+      const PartialStats& part = parts[i * p.m + m];
+      total += part.total * std::exp(part.largest - all.largest);
+    }
+    stats.top_logits[m] = all.largest, stats.top_tokens[m] = all.token;
+    stats.logsumexp[m] = all.largest + std::log(total);
+  }
+  return ffi::Error::Success();
+}
+
+// Reads x, a weight and its scales. False if they are not what is understood here.
+// scale_rows, scale_columns: how much of the weight one scale is for.
+bool read(const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const ffi::AnyBuffer& scale,
+          int64_t scale_rows, int64_t scale_columns, int which, Product& p) {
+  if (x.dimensions().size() != 2 || w.dimensions().size() != 2 || scale_rows <= 0 ||
+      (scale_rows & (scale_rows - 1)) || scale_columns <= 0)
+    return false;
+  const auto x_type = x.element_type();
+  const int64_t n = w.dimensions()[0];
+  const auto format =
+      w.element_type() == ffi::DataType::BF16 ? Format::bfloat16 : Format::codes;
+  const bool has_scales = scale.element_count();
+  p.m = x.dimensions()[0], p.k = x.dimensions()[1];
+  const int64_t run_columns = has_scales ? scale_columns : p.k;
+  const int64_t runs = has_scales ? (p.k + scale_columns - 1) / scale_columns : 1;
+  const int64_t scales = has_scales ? (n + scale_rows - 1) / scale_rows * runs : 0;
+  const bool is_alike = which == 0 || (n == p.n && format == p.weight_format && runs == p.runs &&
+                                       has_scales == (p.weights[0].scale != nullptr));
+  p.n = n, p.weight_format = format, p.row_shift = __builtin_ctzll(scale_rows);
+  p.runs = runs, p.run_columns = run_columns;
+  p.weights[which] = {w.untyped_data(),
+                      has_scales ? static_cast<const float*>(scale.untyped_data()) : nullptr};
+  return is_alike && (x_type == ffi::DataType::BF16 || x_type == ffi::DataType::F32) &&
+         p.m > 0 && p.k > 0 && n >= MIN_ROWS && w.element_count() == size_t(n * p.k) &&
+         (format == Format::bfloat16 || w.size_bytes() == w.element_count()) &&
+         scale.element_type() == ffi::DataType::F32 && scale.element_count() == size_t(scales) &&
+         (runs == 1 || (format == Format::codes && run_columns % MAX_COLUMNS == 0));
+}
+
+Format format_of(const ffi::AnyBuffer& x) {
+  return x.element_type() == ffi::DataType::BF16 ? Format::bfloat16 : Format::float32;
+}
+
+ffi::Error not_understood(const char* name) {
+  return ffi::Error(ffi::ErrorCode::kInvalidArgument,
+                    std::string(name) + ": operands are not what is understood here");
+}
 
 // operands: a weight and its scales for each result, or two of both for the only one, gate and up.
-// scale_rows, scale_columns: how much of a weight one scale is for.
 ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs operands,
                   ffi::RemainingRets results, int64_t scale_rows, int64_t scale_columns) {
   std::vector<Product> products;
-  const bool in_bf16 = x.element_type() == ffi::DataType::BF16;
-  const Format format = in_bf16 ? Format::bfloat16 : Format::float32;
   const int64_t weights = operands.size() / 2;
   const bool is_gated = weights == 2 && results.size() == 1;
-  bool is_valid = x.dimensions().size() == 2 && operands.size() % 2 == 0 && results.size() &&
-                  (is_gated || results.size() == size_t(weights)) && scale_rows > 0 &&
-                  (scale_rows & (scale_rows - 1)) == 0 && scale_columns > 0 &&
-                  (in_bf16 || x.element_type() == ffi::DataType::F32);
+  bool is_valid = operands.size() % 2 == 0 && results.size() &&
+                  (is_gated || results.size() == size_t(weights));
   for (size_t i = 0; is_valid && i < results.size(); i++) {
     const auto y = results.get<ffi::AnyBuffer>(i);
     Product p{};
-    p.m = x.dimensions()[0], p.k = x.dimensions()[1];
     p.count = is_gated ? 2 : 1;
-    p.row_shift = __builtin_ctzll(scale_rows), p.runs = 1, p.run_columns = p.k;
-    p.y = (*y)->untyped_data();
-    p.y_format = (*y)->element_type() == ffi::DataType::BF16 ? Format::bfloat16 : Format::float32;
-    for (int which = 0; is_valid && which < p.count; which++) {
-      const auto w = operands.get<ffi::AnyBuffer>(2 * (i + which));
-      const auto s = operands.get<ffi::AnyBuffer>(2 * (i + which) + 1);
-      const int64_t n = w->dimensions().size() == 2 ? w->dimensions()[0] : 0;
-      const Format w_format =
-          w->element_type() == ffi::DataType::BF16 ? Format::bfloat16 : Format::codes;
-      is_valid = which == 0 || (n == p.n && w_format == p.weight_format &&
-                                (s->element_count() > 0) == (p.weights[0].scale != nullptr));
-      p.n = n, p.weight_format = w_format, p.weights[which].data = w->untyped_data();
-      int64_t scales = 0;
-      if (s->element_count()) {
-        p.weights[which].scale = static_cast<const float*>(s->untyped_data());
-        p.run_columns = scale_columns, p.runs = (p.k + scale_columns - 1) / scale_columns;
-        scales = (p.n + scale_rows - 1) / scale_rows * p.runs;
-      }
-      is_valid = is_valid && w->element_count() == size_t(n * p.k) &&
-                 s->element_count() == size_t(scales) && s->element_type() == ffi::DataType::F32 &&
-                 (w_format == Format::bfloat16 || w->size_bytes() == w->element_count());
-    }
-    is_valid = is_valid && p.n >= MIN_ROWS && p.m > 0 && p.k > 0 &&
-               (*y)->element_count() == size_t(p.m * p.n) &&
-               (p.y_format == Format::bfloat16 || (*y)->element_type() == ffi::DataType::F32) &&
-               (p.runs == 1 || (p.weight_format == Format::codes && p.run_columns % MAX_COLUMNS == 0));
+    p.y = (*y)->untyped_data(), p.y_format = format_of(**y);
+    for (int which = 0; is_valid && which < p.count; which++)
+      is_valid = read(x, *operands.get<ffi::AnyBuffer>(2 * (i + which)),
+                      *operands.get<ffi::AnyBuffer>(2 * (i + which) + 1), scale_rows, scale_columns,
+                      which, p);
+    is_valid = is_valid && (*y)->element_count() == size_t(p.m * p.n) &&
+               (p.y_format == Format::bfloat16 || (*y)->element_type() == ffi::DataType::F32);
     products.push_back(p);
   }
-  if (!is_valid)
-    return ffi::Error(ffi::ErrorCode::kInvalidArgument,
-                      "fp8_matmul_cpu: operands are not what is understood here");
-  return in_bf16 ? WITH(for_bfloat16) : WITH(for_float32);
+  if (!is_valid) return not_understood("fp8_matmul_cpu");
+  const Format format = format_of(x);
+#define WITH(set) \
+  multiply<set::Activation>(pool, products, x.untyped_data(), format, set::products<uint8_t>, \
+                            set::products<uint16_t>)
+  return format == Format::bfloat16 ? WITH(for_bfloat16) : WITH(for_float32);
+#undef WITH
+}
+
+// is_rounded: whether logits are rounded to bfloat16 first.
+ffi::Error logit_stats(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
+                       ffi::AnyBuffer scale, ffi::Buffer<ffi::S32> targets,
+                       ffi::ResultBuffer<ffi::F32> target_logits,
+                       ffi::ResultBuffer<ffi::S32> top_tokens,
+                       ffi::ResultBuffer<ffi::F32> top_logits,
+                       ffi::ResultBuffer<ffi::F32> logsumexp, int64_t scale_rows,
+                       int64_t scale_columns, bool is_rounded) {
+  Product p{};
+  p.count = 1, p.y_format = is_rounded ? Format::bfloat16 : Format::float32;
+  if (!read(x, weight, scale, scale_rows, scale_columns, 0, p))
+    return not_understood("logit_stats_cpu");
+  const size_t m = p.m;
+  if (targets.element_count() != m || target_logits->element_count() != m ||
+      top_tokens->element_count() != m || top_logits->element_count() != m ||
+      logsumexp->element_count() != m)
+    return not_understood("logit_stats_cpu");
+  const LogitStats stats{targets.typed_data(), target_logits->typed_data(),
+                         top_logits->typed_data(), logsumexp->typed_data(),
+                         top_tokens->typed_data()};
+  const Format format = format_of(x);
+#define WITH(set)                                                                 \
+  find_stats<set::Activation, set::LaneStats>(pool, p, x.untyped_data(), format, stats, \
+                                              set::logit_stats<uint8_t>,          \
+                                              set::logit_stats<uint16_t>)
+  return format == Format::bfloat16 ? WITH(for_bfloat16) : WITH(for_float32);
+#undef WITH
 }
 
 }  // namespace
@@ -140,3 +224,18 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(fp8_matmul_cpu, matmul,
                                   .RemainingRets()
                                   .Attr<int64_t>("scale_rows")
                                   .Attr<int64_t>("scale_columns"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(logit_stats_cpu, logit_stats,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>()
+                                  .Attr<int64_t>("scale_rows")
+                                  .Attr<int64_t>("scale_columns")
+                                  .Attr<bool>("is_rounded"));

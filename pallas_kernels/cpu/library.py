@@ -20,9 +20,10 @@ from pallas_kernels.cpu.compiler import best as best
 _log = logging.getLogger(__name__)
 _loading = threading.Lock()
 
-# XLA's names for the kernels.
-MATMUL, ATTENTION = (f"{kernel}_cpu" for kernel in compiler.KERNELS)
-TARGETS = (MATMUL, ATTENTION)
+# XLA's names for what the kernels do.
+MATMUL, LOGIT_STATS, ATTENTION = "fp8_matmul_cpu", "logit_stats_cpu", "paged_attention_cpu"
+TARGETS = (MATMUL, LOGIT_STATS, ATTENTION)
+_TARGETS_OF = {"fp8_matmul": (MATMUL, LOGIT_STATS), "paged_attention": (ATTENTION,)}
 
 
 def why_not() -> str | None:
@@ -86,7 +87,8 @@ def _register(instructions: Instructions, suffix: str = "") -> None:
         paths = pool.map(
             lambda kernel: compiler.build(directory, kernel, instructions), compiler.KERNELS
         )
-        handlers = [ctypes.CDLL(str(path))[name] for name, path in zip(TARGETS, paths, strict=True)]
-    for name, handler in zip(TARGETS, handlers, strict=True):
-        capsule = jax.ffi.pycapsule(handler)
-        jax.ffi.register_ffi_target(f"{name}{suffix}", capsule, platform="cpu")
+        libraries = [ctypes.CDLL(str(path)) for path in paths]
+    for kernel, loaded in zip(compiler.KERNELS, libraries, strict=True):
+        for name in _TARGETS_OF[kernel]:
+            capsule = jax.ffi.pycapsule(loaded[name])
+            jax.ffi.register_ffi_target(f"{name}{suffix}", capsule, platform="cpu")

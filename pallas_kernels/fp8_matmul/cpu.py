@@ -73,6 +73,33 @@ def dense(x: Array, weight: Array) -> Array:
     return _products(x, (weight,), (None,), _How(jnp.dtype(jnp.float32)))[0]
 
 
+def logit_stats(
+    x: Array,
+    weight: Array,
+    weight_scale: Array | None,
+    targets: Array,
+    logits_dtype: jnp.dtype,
+    *,
+    instructions: library.Instructions | None = None,
+) -> tuple[Array, ...]:
+    """Compute what `logits.logit_stats` defines, while multiplying. It has no derivative.
+
+    The tokens are divided into segments, whose sums are added in order. So results depend on a row
+    of x alone, as products do.
+    """
+    rows = x.shape[:1]
+    floats, ints = jax.ShapeDtypeStruct(rows, jnp.float32), jax.ShapeDtypeStruct(rows, jnp.int32)
+    name = library.target(library.LOGIT_STATS, instructions)
+    call = jax.ffi.ffi_call(name, (floats, ints, floats, floats))
+    scale_rows, scale_columns = _extent(weight, weight_scale)
+    found: Sequence[Array] = call(
+        x, weight, jnp.zeros(0) if weight_scale is None else weight_scale, targets,
+        scale_rows=scale_rows, scale_columns=min(scale_columns, x.shape[1]),
+        is_rounded=jnp.dtype(logits_dtype) == jnp.bfloat16,
+    )  # fmt: skip
+    return tuple(found)
+
+
 def refusal(
     x: Array | jax.ShapeDtypeStruct, weight: Array, weight_scale: Array | None
 ) -> str | None:

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels import choice, device
-from pallas_kernels.choice import Kernel, never
+from pallas_kernels.choice import Choice, never
 from pallas_kernels.fp8_matmul import cpu, kernels
+from pallas_kernels.fp8_matmul.kernels import Kernel
 from pallas_kernels.fp8_matmul.xla import MIN_ROWS_FOR_BF16, by_row_blocks, dot
 
 
@@ -17,12 +18,17 @@ def dense(x: Array, weight: Array, implementation: str | None = None) -> Array:
     On a CPU the CPU's kernel takes bfloat16 weights, unless an implementation other than "cpu" is
     named.
     """
-    asked = implementation is None or CPU.is_meant_by(implementation)
-    candidates = KERNELS if asked and device.platform() == "cpu" else (XLA,)
-    found = choice.choose("dense", candidates, (x, weight))
+    found = choose_dense(x, weight, implementation)
     with found.scope():
         y: Array = found.kernel.run(x, weight)
     return y
+
+
+def choose_dense(x: Array, weight: Array, implementation: str | None = None) -> Choice[Kernel]:
+    """Choose the kernel that multiplies these operands, as `dense` describes it."""
+    asked = implementation is None or CPU.is_meant_by(implementation)
+    candidates = KERNELS if asked and device.platform() == "cpu" else (XLA,)
+    return choice.choose("dense", candidates, (x, weight))
 
 
 def _cpu_refusal(x: Array, weight: Array) -> str | None:
@@ -60,6 +66,7 @@ CPU = Kernel(
     run=cpu.dense,
     refusal=_cpu_refusal,
     unasked=_cpu_unasked,
+    logit_stats=cpu.logit_stats,
     launches=kernels.CPU.launches,
 )
 XLA = Kernel(name="xla", run=_through_xla, refusal=never, unasked=never)

@@ -37,6 +37,8 @@ class Kernel(choice.Kernel):
         result (`fp8_matmul.swiglu`). Without it, products are combined.
     unquantized_swiglu: `unquantized_swiglu(x, gate, gate_scale, up, up_scale, out_dtype)` is the
         same without quantising (`fp8_matmul.unquantized_swiglu`).
+    logit_stats: `logit_stats(x, weight, weight_scale, targets, logits_dtype)` is one launch that
+        returns what is known of logits, and not the logits (`logits.logit_stats`).
     """
 
     takes_several: bool = False
@@ -44,6 +46,7 @@ class Kernel(choice.Kernel):
     parts: Callable[..., list[Parts]] | None = None
     swiglu: Callable[..., tuple[Array, Array]] | None = None
     unquantized_swiglu: Callable[..., Array] | None = None
+    logit_stats: Callable[..., tuple[Array, ...]] | None = None
 
     @property
     def fuses(self) -> tuple[str, ...]:
@@ -52,6 +55,7 @@ class Kernel(choice.Kernel):
             "a residual": self.adds_residual,
             "its sums with the next launch": self.parts,
             "SwiGLU": self.swiglu or self.unquantized_swiglu,
+            "logsumexp": self.logit_stats,
         }
         return tuple(name for name, is_fused in found.items() if is_fused)
 
@@ -260,7 +264,10 @@ CPU = Kernel(
     not_here=library.not_here,
     takes_several=True,
     unquantized_swiglu=cpu.swiglu,
-    launches={library.MATMUL: "reads each code once, upcasts it in registers"},
+    logit_stats=cpu.logit_stats,
+    launches=dict.fromkeys(
+        (library.MATMUL, library.LOGIT_STATS), "reads each code once, upcasts it in registers"
+    ),
 )
 XLA = Kernel(name="xla", run=_each(xla.fp8_matmul), refusal=never, unasked=never)
 REFERENCE = Kernel(name="reference", run=_each(reference.fp8_matmul), refusal=never, unasked=never)
