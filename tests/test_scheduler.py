@@ -295,7 +295,7 @@ def test_a_round_takes_its_budget_of_prompts() -> None:
 def test_prompts_of_one_round_share_calls_by_what_is_wanted() -> None:
     device = Device(prefill_chunk=32, max_batch_size=4)
     device.submit(
-        ask(text(32)), ask(text(33, seed=1), output_kind="logprobs"), ask(text(32, seed=2)),
+        ask(text(2)), ask(text(33, seed=1), output_kind="logprobs"), ask(text(2, seed=2)),
         ask(text(40, seed=3), output_kind="logits"),
     )  # fmt: skip
     calls = device.round().prefills

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from llama_jax.engine.scheduling import (
     MAX_TOKENS_PER_CALL,
-    MIN_TOKENS_PER_CALL,
-    MIN_TOKENS_PER_CALL_ON_CPU,
+    OVERHEAD_OF_CALL,
+    OVERHEAD_OF_CALL_ON_CPU,
     EngineOptions,
     Stats,
     prefill_calls,
@@ -22,16 +22,16 @@ from llama_jax.model.kv_cache import PAGE_SIZE
     left=st.lists(st.integers(1, 3000), max_size=70),
     max_batch_size=st.integers(1, 300),
     prefill_chunk=st.sampled_from([1, 5, 512, 8192]),
-    min_tokens=st.sampled_from([1, MIN_TOKENS_PER_CALL_ON_CPU, MIN_TOKENS_PER_CALL]),
+    overhead=st.sampled_from([0, OVERHEAD_OF_CALL_ON_CPU, OVERHEAD_OF_CALL]),
     batch_invariant=st.booleans(),
 )
 def test_every_prompt_is_in_one_call_that_holds_it(
-    left: list[int], max_batch_size: int, prefill_chunk: int, min_tokens: int, batch_invariant: bool
+    left: list[int], max_batch_size: int, prefill_chunk: int, overhead: int, batch_invariant: bool
 ) -> None:
     options = EngineOptions(
         max_batch_size, prefill_chunk=prefill_chunk, batch_invariant=batch_invariant
     )
-    calls = prefill_calls(left, options.call_shapes, min_tokens)
+    calls = prefill_calls(left, options.call_shapes, overhead)
     assert sorted(i for members, _ in calls for i in members) == list(range(len(left)))
     for members, shape in calls:
         assert shape in options.call_shapes and len(members) <= shape[0]
@@ -44,18 +44,18 @@ def test_few_programs_are_compiled() -> None:
 
 
 def cost_per_token(
-    lengths: np.ndarray, max_batch_size: int, planned: int, min_tokens: int = 0
+    lengths: np.ndarray, max_batch_size: int, planned: int, overhead: int = 0
 ) -> float:
     """Tokens that calls compute for each prompt token, `max_batch_size` prompts at a time.
 
-    planned: what a call costs at least, in the plan; min_tokens: in truth.
+    planned: what a call costs besides its tokens, in the plan; overhead: in truth.
     """
     shapes, computed = EngineOptions(max_batch_size).call_shapes, 0
     for start in range(0, len(lengths), max_batch_size):
         left = lengths[start : start + max_batch_size].tolist()
         while left:
             for members, (prompts, tokens) in prefill_calls(left, shapes, planned):
-                computed += max(prompts * tokens, min_tokens)
+                computed += prompts * tokens + overhead
                 for i in members:
                     left[i] = max(0, left[i] - tokens)
             left = [count for count in left if count]
@@ -67,7 +67,7 @@ def test_little_is_computed_for_nothing(max_batch_size: int) -> None:
     rng, count = np.random.default_rng(0), 4 * max_batch_size
     chats = np.clip(rng.lognormal(5.5, 1, count), 8, 4000).astype(int)
     cost = partial(cost_per_token, max_batch_size=max_batch_size)
-    least = MIN_TOKENS_PER_CALL_ON_CPU
+    least = OVERHEAD_OF_CALL_ON_CPU
     assert cost(chats, planned=least) < 1.15  # padding to fours: 1.4
     assert cost(rng.integers(1, 513, count), planned=least) < 1.2
     assert cost(np.full(count, 128), planned=least) == 1
@@ -80,10 +80,35 @@ def test_few_calls_are_small_where_calls_are_dear(max_batch_size: int) -> None:
     chats = np.clip(rng.lognormal(5.5, 1, count), 8, 4000).astype(int)
     for lengths in (chats, rng.integers(1, 513, count), rng.integers(5, 140, count)):
         costs = [
-            cost_per_token(lengths, max_batch_size, planned, MIN_TOKENS_PER_CALL)
-            for planned in (MIN_TOKENS_PER_CALL, MIN_TOKENS_PER_CALL_ON_CPU)
+            cost_per_token(lengths, max_batch_size, planned, OVERHEAD_OF_CALL)
+            for planned in (OVERHEAD_OF_CALL, OVERHEAD_OF_CALL_ON_CPU)
         ]
         assert costs[0] <= costs[1]
+
+
+@pytest.mark.parametrize(
+    ("left", "on_cpu", "on_gpu"),
+    [
+        (511, (512,), (512,)),  # four calls of 128 would save one token of padding
+        (33, (32, 32), (128,)),
+        (130, (128, 32), (512,)),
+        (600, (512, 128), (512, 128)),
+        (1024, (512, 512), (512, 512)),
+        (1, (32,), (32,)),
+    ],
+)
+def test_a_prompt_is_divided_so_that_all_its_calls_cost_least(
+    left: int, on_cpu: tuple[int, ...], on_gpu: tuple[int, ...]
+) -> None:
+    shapes = EngineOptions().call_shapes
+    for overhead, expected in ((OVERHEAD_OF_CALL_ON_CPU, on_cpu), (OVERHEAD_OF_CALL, on_gpu)):
+        remaining, taken = left, []
+        while remaining > 0:
+            ((_, (prompts, tokens)),) = prefill_calls([remaining], shapes, overhead)
+            assert prompts == 1
+            taken.append(tokens)
+            remaining -= tokens
+        assert tuple(taken) == expected
 
 
 def test_what_happened_in_words_and_in_between() -> None:

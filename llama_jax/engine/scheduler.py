@@ -23,8 +23,8 @@ from llama_jax.engine.pages import Match, PagePool, extend_block_hashes
 from llama_jax.engine.plan import Admission, Chunk, DecodeCall, Plan, PrefillCall
 from llama_jax.engine.request import OutputKind, Request
 from llama_jax.engine.scheduling import (
-    MIN_TOKENS_PER_CALL,
-    MIN_TOKENS_PER_CALL_ON_CPU,
+    OVERHEAD_OF_CALL,
+    OVERHEAD_OF_CALL_ON_CPU,
     EngineCounts,
     EngineOptions,
     prefill_calls,
@@ -314,7 +314,7 @@ class Scheduler:
         """
         calls: list[PrefillCall] = []
         budget = self.options.prefill_budget * steps
-        min_tokens = MIN_TOKENS_PER_CALL_ON_CPU if self._stops_early else MIN_TOKENS_PER_CALL
+        overhead = OVERHEAD_OF_CALL_ON_CPU if self._stops_early else OVERHEAD_OF_CALL
         while budget > 0:
             chosen = []
             for sequence in self.slots.prefilling:
@@ -327,7 +327,7 @@ class Scheduler:
                 group = [each for each in chosen if each.request.output_kind == output_kind]
                 remaining = [each.remaining for each in group]
                 shapes = self.call_shapes(output_kind)
-                for members, shape in prefill_calls(remaining, shapes, min_tokens):
+                for members, shape in prefill_calls(remaining, shapes, overhead):
                     calls.append(
                         self._prefill_call(output_kind, [group[i] for i in members], shape)
                     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 from llama_jax.engine.pages import PageCounts
 from llama_jax.model.config import PAGE_SIZE
@@ -9,9 +10,9 @@ from llama_jax.model.config import PAGE_SIZE
 # The most tokens in a prefill call, unless one chunk is longer. With so many a GPU computes near
 # its peak, and temporaries stay small.
 MAX_TOKENS_PER_CALL = 4096
-# The least cost of a prefill call, in tokens: on a CPU, reading the weights takes as long as
-# computing with so many tokens; on a GPU, launching the kernels does.
-MIN_TOKENS_PER_CALL_ON_CPU, MIN_TOKENS_PER_CALL = 128, 512
+# What a prefill call takes besides computing its tokens, in tokens: on a CPU to read and upcast the
+# weights (llama-3.2-1b: some 40 ms, where a token takes 5), and on a GPU to launch the kernels.
+OVERHEAD_OF_CALL_ON_CPU, OVERHEAD_OF_CALL = 16, 512
 # The numbers of prompts in a prefill call.
 _PROMPTS_PER_CALL = (1, 8, 32)
 # The most tokens forced by a grammar that go through the model together, without speculation.
@@ -90,30 +91,62 @@ class EngineOptions:
 
 
 def prefill_calls(
-    remaining: Sequence[int], shapes: Sequence[tuple[int, int]], min_tokens: int
+    remaining: Sequence[int], shapes: Sequence[tuple[int, int]], overhead: int
 ) -> list[tuple[list[int], tuple[int, int]]]:
     """Decide which prompts share a prefill call, and its shape.
 
     Each prompt is in one call, longest first, which takes all of it or a chunk. Each call takes the
-    shape (of `EngineOptions.call_shapes`) that wastes least on padding and small calls.
+    shape (of `EngineOptions.call_shapes`) that wastes least on padding and calls, until its prompts
+    have been computed.
 
     remaining: the remaining tokens of each prompt.
-    min_tokens: the least cost of a call, in tokens.
+    overhead: what a call costs besides its tokens, in tokens.
     Returns (indices into `remaining`, shape) for each call.
     """
     order = sorted(range(len(remaining)), key=lambda i: -remaining[i])
+    sizes = {
+        prompts: tuple(sorted(tokens for count, tokens in shapes if count == prompts))
+        for prompts, _ in shapes
+    }
     calls = []
     while order:
 
-        def gain(shape: tuple[int, int], order: list[int] = order) -> tuple[float, int]:
-            prompts, tokens = shape
-            useful = sum(min(remaining[i], tokens) for i in order[:prompts])
-            return useful / max(prompts * tokens, min_tokens), useful
+        def gain(prompts: int, order: list[int] = order) -> tuple[float, int]:
+            members = order[:prompts]
+            useful = sum(remaining[i] for i in members)
+            cost, _ = _cheapest(remaining[members[0]], prompts, sizes[prompts], overhead)
+            return useful / cost, useful
 
-        shape = max(shapes, key=gain)
-        calls.append((order[: shape[0]], shape))
-        order = order[shape[0] :]
+        prompts = max(sizes, key=gain)
+        _, tokens = _cheapest(remaining[order[0]], prompts, sizes[prompts], overhead)
+        calls.append((order[:prompts], (prompts, tokens)))
+        order = order[prompts:]
     return calls
+
+
+@lru_cache(maxsize=1 << 16)
+def _cheapest(
+    remaining: int, prompts: int, sizes: tuple[int, ...], overhead: int
+) -> tuple[int, int]:
+    """Return the least cost of computing prompts with so many remaining tokens, and how many tokens
+    of each the first call takes.
+
+    sizes: the numbers of tokens of each prompt that a call may take, smallest first.
+    """
+    largest = sizes[-1]
+    whole = (remaining - 1) // largest
+    if whole:
+        rest, _ = _cheapest(remaining - whole * largest, prompts, sizes, overhead)
+        return whole * (prompts * largest + overhead) + rest, largest
+    costs = []
+    for tokens in sizes:
+        left = remaining - tokens
+        rest = _cheapest(left, prompts, sizes, overhead)[0] if left > 0 else 0
+        costs.append((prompts * tokens + overhead + rest, -tokens))
+        if left <= 0:
+            break
+    cost, tokens = min(costs)  # of equal costs, that with fewer calls
+    return cost, -tokens
 
 
 @dataclass
