@@ -197,7 +197,9 @@ def test_inspect_shows_paths_of_another_device(run: Run, friendli: Path) -> None
     sizes = ("--max-batch-size", "3", "--max-seq-len", "256", "--prefill-chunk", "32")
     found = facts(run, "inspect", friendli, "--paths", "--device", "h200", *sizes)
     assert set(found) == {"model", "device", "programs"} and found["device"] == "NVIDIA H200"
-    prefill, decode = found["programs"]
+    prefill, decode, scoring = found["programs"]
+    assert (scoring["phase"], scoring["name"]) == ("scoring", "logprobs of 32 tokens")
+    assert {call["path"] for call in scoring["calls"]} == {"xla"}
     assert (prefill["phase"], prefill["name"]) == ("prefill", "prefill of 1 x 32 tokens")
     assert (decode["phase"], decode["name"]) == ("decode", "decode of 3 rows")
     fields = {"module", "matrices", "path", "operands", "why_not", "cost", "kernel", "fuses",
@@ -218,7 +220,9 @@ def test_inspect_shows_the_paths_of_this_cpu(run: Run, friendli: Path) -> None:
     sizes = ("--max-batch-size", "3", "--max-seq-len", "256", "--prefill-chunk", "32")
     _, out, _ = run("inspect", friendli, "--paths", *sizes)
     assert ["device", "cpu"] in [line.split() for line in out.splitlines()]
-    for program in out.split("decode of 3 rows"):
+    layers, scoring = out.split("logprobs of 32 tokens")
+    assert "lm_head" in scoring and "Kernel launches" not in scoring
+    for program in layers.split("decode of 3 rows"):
         # Matrices may have notes of their own before it, by what this CPU has.
         note = r"^ *(\(\d\)) not hopper: JAX runs on cpu, not on a GPU *$"
         (mark,) = re.findall(note, program, re.MULTILINE)

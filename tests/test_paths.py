@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from llama_jax.engine.paths import KernelCall, calls, programs
+from llama_jax.engine.paths import KernelCall, calls, programs, scoring
 from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.params import abstract_params
@@ -109,6 +109,24 @@ def test_a_cpu_takes_its_kernel_for_every_matrix(monkeypatch: pytest.MonkeyPatch
         assert q_k_v in {call.matrices for call in found}
         attention = [call for call in found if not call.matrices and call.module]
         assert {(call.path, call.why_not) for call in attention} == {(library.ATTENTION, None)}
+
+
+@needs_cpu_kernel
+@pytest.mark.parametrize(
+    ("best", "found_in"),
+    [("avx512", [library.LOGIT_STATS, library.MATMUL]), ("avx2", ["xla", "xla"])],
+)
+def test_scoring_needs_logits_only_where_the_kernel_does_not_run(
+    best: str, found_in: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last call is for the likeliest tokens, if they are asked for: those need logits."""
+    monkeypatch.setattr(library, "best", lambda: best)
+    for is_tied in (False, True):
+        config = replace(FITTING, rope_theta=1237.0, tie_word_embeddings=is_tied)
+        found = calls(scoring(ModelSpec(config), OPTIONS))
+        head = "embed_tokens" if is_tied else "lm_head"
+        assert [call.matrices for call in found] == [(head,)] * len(found)
+        assert [found[0].path, found[-1].path] == found_in
 
 
 @needs_cpu_kernel

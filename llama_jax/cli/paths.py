@@ -37,15 +37,16 @@ def show_paths(
         from pallas_kernels.dev import sm90
 
         mesh = jax.sharding.use_abstract_mesh(sm90.H200)
-    with stderr.status("tracing prefill and decode"), mesh:
+    with stderr.status("tracing prefill, decode and scoring"), mesh:
         name = target.kind() or target.platform()
-        found = [(each, paths.calls(each)) for each in paths.programs(spec, options, kv_dtype)]
+        programs = (*paths.programs(spec, options, kv_dtype), paths.scoring(spec, options))
+        found = [(each, paths.calls(each)) for each in programs]
     if as_json:
-        programs = [
+        listed = [
             {"phase": each.phase, "name": each.name, "calls": [_as_json(call) for call in calls]}
             for each, calls in found
         ]
-        print_json({"model": title, "device": name, "programs": programs})
+        print_json({"model": title, "device": name, "programs": listed})
         return
     sizes = f"{options.max_seq_len} tokens per sequence, cache in {kv_dtype}"
     stdout.print(key_value_table(title, {"device": name, "sizes": sizes}))
@@ -91,7 +92,8 @@ def _print(program: "Program", calls: Sequence["KernelCall"]) -> None:
         if kernel.fuses:
             fused = ", ".join(kernel.fuses)
             stdout.print(f"{kernel.name} can fuse {fused}", style="dim", highlight=False)
-    stdout.print(_launches(calls), highlight=False)
+    if any(map(_layers, calls)):
+        stdout.print(_launches(calls), highlight=False)
 
 
 def _reasons(call: "KernelCall") -> str:

@@ -25,6 +25,7 @@ from llama_jax.engine.steps import (
     draw_step,
     has_free_conditions,
     prefill_step,
+    score_step,
     state_builder,
 )
 from llama_jax.model.kv_cache import KVDtype, storage_dtype
@@ -46,12 +47,12 @@ _ITEMSIZE = {"bf16": 2, "f16": 2, "f32": 4}
 
 @dataclass(frozen=True)
 class Program:
-    """A step to compile and the shapes of its arguments, of which it donates the second.
+    """A step to compile and the shapes of its arguments. Prefill and decode donate the second.
 
     name: for readers, with its sizes.
     """
 
-    phase: Literal["prefill", "decode"]
+    phase: Literal["prefill", "decode", "scoring"]
     name: str
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -116,6 +117,15 @@ def programs(
         Program("prefill", f"prefill of {prompts} x {chunk} tokens", prefill, given + appended),
         Program("decode", f"decode of {rows} rows", decode, (*given, active, _ints())),
     )
+
+
+def scoring(spec: ModelSpec, options: EngineOptions) -> Program:
+    """Return the program that computes logprobs of a chunk's tokens after prefill."""
+    count = min(options.prefill_chunk, options.max_seq_len)
+    hidden = jax.ShapeDtypeStruct((1, count, spec.config.hidden_size), spec.dtype)
+    score = partial(inspect.unwrap(score_step), spec=spec)
+    given = (_stored(spec), hidden, _ints(1, count), jax.ShapeDtypeStruct((), jnp.bool_))
+    return Program("scoring", f"logprobs of {count} tokens", score, given)
 
 
 def calls(program: Program) -> list[KernelCall]:
