@@ -1,8 +1,11 @@
 """Pages and their content, without a model."""
 
+import random
+
 import pytest
 
-from llama_jax.engine.pages import Match, OutOfPagesError, PagePool
+from llama_jax.engine import pages as pages_module
+from llama_jax.engine.pages import ROOT, Match, OutOfPagesError, PagePool, extend_block_hashes
 
 SIZE = 4
 
@@ -39,6 +42,28 @@ def test_the_longest_prefix_is_found() -> None:
     # The same four tokens after others are other keys and values.
     assert pages.match([5, 6, 7, 8]) == Match((), None, 0)
     assert pages.match([]) == Match((), None, 0)
+
+
+def test_the_longest_prefix_among_many_is_found_by_few_comparisons(monkeypatch) -> None:
+    """Prompts begin with the same token, so all their first pages come after the same hash."""
+    draw, pages, stored = random.Random(0), pool(300), []
+    for _ in range(2000):
+        while pages.num_available < 3:
+            pages.release(stored.pop(draw.randrange(len(stored))))
+        stored.append(store(pages, [7, *draw.choices(range(3), k=draw.randint(0, 9))]))
+    pages.check()
+    compared = []
+    common = pages_module._common
+    monkeypatch.setattr(pages_module, "_common", lambda a, b: compared.append(1) or common(a, b))
+    for _ in range(200):
+        wanted = [7, *draw.choices(range(3), k=10)]
+        match = pages.match(wanted)
+        at = SIZE * len(match.pages)
+        parent = extend_block_hashes([], wanted[:at], SIZE)[-1] if at else ROOT
+        after = [each.tokens for each in pages._content.values() if each.parent == parent]
+        longest = max((common(each, wanted[at : at + SIZE]) for each in after), default=0)
+        assert match.num_tokens == at + longest
+    assert len(compared) <= 2 * 200
 
 
 def test_a_growing_page_is_described_anew() -> None:

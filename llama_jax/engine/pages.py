@@ -10,6 +10,7 @@ Source: automatic prefix caching in vLLM (Kwon et al., 2023) and RadixAttention 
 al., 2024).
 """
 
+import bisect
 import hashlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
@@ -79,8 +80,9 @@ class PagePool:
     _owners: list[int] = field(init=False)
     _kept: OrderedDict[int, None] = field(default_factory=OrderedDict)
     _content: dict[int, Content] = field(default_factory=dict)
-    _children: dict[tuple[BlockHash, int], set[int]] = field(
-        default_factory=lambda: defaultdict(set)
+    # The tokens and numbers of the pages after each hash, in order.
+    _children: dict[BlockHash, list[tuple[tuple[int, ...], int]]] = field(
+        default_factory=lambda: defaultdict(list)
     )
     _full: dict[BlockHash, int] = field(default_factory=dict)  # full pages
 
@@ -160,7 +162,7 @@ class PagePool:
         if at == len(tokens):
             return Match(tuple(pages), None, at)
         parent = block_hashes[len(pages) - 1] if pages else ROOT
-        page, common = self._longest(parent, tokens[at : at + self.page_size])
+        page, common = self._longest(parent, tuple(tokens[at : at + self.page_size]))
         return Match(tuple(pages), (page, common) if common else None, at + common)
 
     def owners(self, page: int) -> int:
@@ -176,13 +178,19 @@ class PagePool:
         assert kept <= self._content.keys() and not free & self._content.keys()
         full = {page: each.block_hash for page, each in self._content.items() if each.block_hash}
         assert full == {page: block_hash for block_hash, page in self._full.items()}
+        children = [(parent, *each) for parent, all in self._children.items() for each in all]
+        contents = [(each.parent, each.tokens, page) for page, each in self._content.items()]
+        assert sorted(children) == sorted(contents)
 
-    def _longest(self, parent: BlockHash, tokens: Sequence[int]) -> tuple[int, int]:
-        """Return the page after `parent` with the longest prefix in common with `tokens`, and the
-        length of that prefix."""
+    def _longest(self, parent: BlockHash, tokens: tuple[int, ...]) -> tuple[int, int]:
+        """Return a page after `parent` with the longest prefix in common with `tokens`, and the
+        length of that prefix; -1 and 0 if none begins as they do."""
+        children = self._children.get(parent, [])
+        at = bisect.bisect_left(children, (tokens, -1))
         best, most = -1, 0
-        for page in sorted(self._children.get((parent, tokens[0]), ())):
-            common = _common(self._content[page].tokens, tokens)
+        # The pages are in order, so none has more in common than the two beside `tokens`.
+        for others, page in children[max(0, at - 1) : at + 1]:
+            common = _common(others, tokens)
             if common > most:
                 best, most = page, common
         return best, most
@@ -198,7 +206,7 @@ class PagePool:
         if known is not None:
             self._forget(page)
         self._content[page] = content
-        self._children[content.parent, content.tokens[0]].add(page)
+        bisect.insort(self._children[content.parent], (content.tokens, page))
         if content.block_hash is not None:
             self._full[content.block_hash] = page
 
@@ -206,10 +214,10 @@ class PagePool:
         content = self._content.pop(page)
         if content.block_hash is not None:
             del self._full[content.block_hash]
-        key = (content.parent, content.tokens[0])
-        self._children[key].discard(page)
-        if not self._children[key]:
-            del self._children[key]
+        children = self._children[content.parent]
+        del children[bisect.bisect_left(children, (content.tokens, page))]
+        if not children:
+            del self._children[content.parent]
 
     def _evict(self) -> int:
         page, _ = self._kept.popitem(last=False)
