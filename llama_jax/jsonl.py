@@ -83,7 +83,9 @@ def _lines(path: str, errors: str) -> Iterator[tuple[int, str]]:
 def _numbered(file: TextIO, first_number: int = 1) -> Iterator[tuple[int, str]]:
     for number, line in enumerate(file, first_number):
         if line.strip(string.whitespace):
-            yield number, line.rstrip("\r\n")
+            # Windows' editors begin a file with U+FEFF to say that it is UTF-8.
+            text = line.removeprefix("\ufeff") if number == 1 else line
+            yield number, text.rstrip("\r\n")
 
 
 def _refuse_constant(name: str) -> None:

@@ -32,7 +32,7 @@ from llama_jax.model.config import token_ids
 from llama_jax.model.kv_cache import KVDtype, storage_dtype
 from llama_jax.model.spec import Activations, Implementation, ModelSpec, Params
 from llama_jax.results import Generation, Perplexity, Piece, Ranking, Score, generation_of
-from llama_jax.sampling_params import SamplingParams
+from llama_jax.sampling_params import SamplingParams, check_kind
 from llama_jax.structured import StructuredOutput
 from llama_jax.text.chat import choose_template, encode_chat
 from llama_jax.text.tokenizer import StreamDecoder, Tokenizer
@@ -213,7 +213,8 @@ class LLM:
         [' 4', ' 1']
         """
         single = isinstance(prompts, str)
-        pairs = self._with_sampling([prompts] if single else prompts, sampling)
+        given = [prompts] if single else _listed("prompts", prompts)
+        pairs = self._with_sampling(given, sampling)
         results = self._run([self.generate_job(*pair) for pair in pairs], on_finished)
         return _only(results) if single else results
 
@@ -257,7 +258,8 @@ class LLM:
         >>> llm.chat([{"role": "user", "content": ask}]).text
         '3, 5, 8'
         """
-        single = not messages or isinstance(messages[0], Mapping)
+        is_list = isinstance(messages, Sequence) and len(messages) > 0
+        single = not is_list or isinstance(messages[0], Mapping)
         pairs = self._with_sampling([messages] if single else messages, sampling)
         results = self._run([self.chat_job(*pair, **settings) for pair in pairs])
         return _only(results) if single else results
@@ -308,6 +310,7 @@ class LLM:
         single = _is_prompt(prompts)
         if single:
             prompts, completions = [prompts], [completions]
+        prompts, completions = _listed("prompts", prompts), _listed("completions", completions)
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions")
         results = self._results(map(self.score_job, prompts, completions))
@@ -329,7 +332,8 @@ class LLM:
         (2, 1.0)
         """
         single = _is_prompt(prompts)
-        given = [prompts] if single else prompts
+        given = [prompts] if single else _listed("prompts", prompts)
+        labels = _listed("labels", labels)
         results = self._results(self.rank_job(prompt, labels) for prompt in given)
         return results[0] if single else results
 
@@ -353,7 +357,7 @@ class LLM:
             rolling loglikelihood. See `windows.rolling_windows`.
         """
         single = _is_prompt(texts)
-        given = [texts] if single else texts
+        given = [texts] if single else _listed("texts", texts)
         results = self._results(self.perplexity_job(text, window, stride) for text in given)
         return results[0] if single else results
 
@@ -420,7 +424,9 @@ class LLM:
         is_streamed: bool = False,
     ) -> Job[Generation]:
         """Make the job of one prompt. max_calls: how many of the reply's tool calls are kept."""
-        settings = (sampling or self.default_sampling).of_samples()
+        sampling = self.default_sampling if sampling is None else sampling
+        check_kind("sampling", sampling, SamplingParams)
+        settings = sampling.of_samples()
 
         def sample(request: Request) -> Generation:
             result = self.result(request, is_chat)
@@ -440,7 +446,7 @@ class LLM:
 
     def rank_job(self, prompt: Prompt, labels: Sequence[Prompt]) -> Job[Ranking]:
         """Make the job of `rank`, see `generate_job`."""
-        if isinstance(labels, str) or not labels:
+        if not labels:
             raise ValueError(f"labels must be a list of at least one, got {labels!r}")
         requests = [score_request(*self.pair_ids(prompt, label)) for label in labels]
         return Job(tuple(requests), lambda done: Ranking(tuple(map(score_of, done))))
@@ -450,11 +456,12 @@ class LLM:
     ) -> Job[Perplexity]:
         """Make the job of `perplexity`, see `generate_job`."""
         window, stride = window_and_stride(window, stride, self.max_seq_len)
+        vocab_size = self.spec.config.vocab_size
         if isinstance(text, str):
-            ids, read = self.tokenizer.encode(text, bos=True), text
+            ids, read = check_ids("text", self.tokenizer.encode(text, bos=True), vocab_size), text
         else:
-            ids, read = list(text), self.tokenizer.decode(text[1:])
-        check_ids("text", ids, self.spec.config.vocab_size)
+            ids = check_ids("text", text, vocab_size)
+            read = self.tokenizer.decode(ids[1:])
         windows = rolling_windows(len(ids), window, stride)
         requests = [score_request(ids[begin:end], first - begin) for begin, first, end in windows]
         if not requests:
@@ -550,9 +557,10 @@ class LLM:
         """Pair each prompt with its settings, which may be the same for all."""
         if sampling is None or isinstance(sampling, SamplingParams):
             sampling = [sampling or self.default_sampling] * len(prompts)
-        if len(sampling) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(sampling)} sampling settings")
-        return list(zip(prompts, sampling, strict=True))
+        given = _listed("sampling", sampling)
+        if len(given) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(given)} sampling settings")
+        return list(zip(prompts, given, strict=True))
 
     def _pieces(self, job: Job[Generation]) -> Iterator[Piece]:
         (request,) = job.requests
@@ -620,14 +628,14 @@ class LLM:
         """Return `ids` as a list. Raises unless they are in the vocabulary and leave `room`."""
         if not ids:
             raise ValueError("the prompt is empty")
-        check_ids("prompt", ids, self.spec.config.vocab_size)
+        checked = check_ids("prompt", ids, self.spec.config.vocab_size)
         if len(ids) + room > self.max_seq_len:
             raise PromptTooLongError(
                 f"the prompt has {len(ids)} tokens; max_seq_len is {self.max_seq_len}"
                 + (", of which at least one is for the reply" if room else "")
                 + ". Shorten it, or load the model with a larger max_seq_len."
             )
-        return list(ids)
+        return checked
 
 
 def _only(results: Sequence[Generation]) -> Generation:
@@ -640,4 +648,13 @@ def _only(results: Sequence[Generation]) -> Generation:
 
 def _is_prompt(value: Prompt | Sequence[Prompt]) -> bool:
     """Return whether this is one prompt, not a list of prompts."""
-    return isinstance(value, str) or bool(len(value) and isinstance(value[0], int | np.integer))
+    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+        return isinstance(value, str)
+    return bool(len(value) and isinstance(value[0], int | np.integer))
+
+
+def _listed[T](name: str, values: Iterable[T]) -> list[T]:
+    """Return several values as a list. Raises TypeError for a single one in their place."""
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected a list, got {values!r:.100} ({type(values).__name__})")
+    return list(values)

@@ -16,6 +16,7 @@ from llama_jax.errors import CheckpointError
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.kv_cache import KVDtype, storage_dtype
 from llama_jax.model.spec import Activations, Implementation, ModelSpec, Params
+from llama_jax.sampling_params import check_kind
 from llama_jax.text.chat_files import said_to_lie_in
 from llama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -90,6 +91,7 @@ def sequence_limit(config: LlamaConfig, max_seq_len: int | None) -> int:
     limit = config.max_position_embeddings
     if max_seq_len is None:
         return min(limit, DEFAULT_MAX_SEQ_LEN)
+    check_kind("max_seq_len", max_seq_len, int)
     if not 2 <= max_seq_len <= limit:
         raise ValueError(f"max_seq_len must be in [2, {limit}], got {max_seq_len}")
     return max_seq_len

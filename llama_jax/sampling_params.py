@@ -73,19 +73,19 @@ class SamplingParams:
             if value is None if theirs is None else value == theirs:
                 object.__setattr__(self, name, ours)
         for name, kind in _KINDS.items():
-            _check_kind(name, getattr(self, name), kind)
+            check_kind(name, getattr(self, name), kind)
         for name, kind in _OPTIONAL_KINDS.items():
             if getattr(self, name) is not None:
-                _check_kind(name, getattr(self, name), kind)
+                check_kind(name, getattr(self, name), kind)
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         for each in stop:
-            _check_kind("stop", each, str)
+            check_kind("stop", each, str)
         for token_id in (*self.stop_token_ids, *self.logit_bias):
-            _check_kind("stop_token_ids and the keys of logit_bias", token_id, int)
+            check_kind("stop_token_ids and the keys of logit_bias", token_id, int)
         for bias in self.logit_bias.values():
-            _check_kind("logit_bias", bias, float)
+            check_kind("logit_bias", bias, float)
         rules = (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens,
@@ -141,7 +141,7 @@ _OPTIONAL_KINDS: Mapping[str, type] = {  # or None
 }
 
 
-def _check_kind(name: str, value: Any, kind: type) -> None:
+def check_kind(name: str, value: Any, kind: type) -> None:
     """Raise TypeError unless a setting has its type.
 
     True and "3" are no numbers and 2.5 is no int, but numpy's numbers are accepted.

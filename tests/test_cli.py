@@ -4,8 +4,10 @@ import base64
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llama_jax import LLM, cli
-from llama_jax.cli import output
+from llama_jax.cli import output, signals
 from llama_jax.errors import CheckpointError
 from llama_jax.results import Generation, Piece, Timings
 from llama_jax.text.tools import ToolCall
@@ -448,3 +450,27 @@ def test_second_start_takes_its_programs_from_the_cache(model, tmp_path, no_shar
         "compiled": 0, "from_cache": first["compile"]["compiled"], "seconds": 0,
     }  # fmt: skip
     assert second["reply"] == first["reply"]
+
+
+def test_ctrl_c_while_jax_loads_plugins_is_not_lost():
+    """JAX catches and logs whatever is raised there, which takes seconds with CUDA's."""
+    caught = []
+
+    def discover_pjrt_plugins():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except BaseException as error:
+            caught.append(error)
+
+    def load_and_wait():
+        discover_pjrt_plugins()
+        for _ in range(1000):
+            time.sleep(0.01)
+
+    before = signal.signal(signal.SIGINT, signals._interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            load_and_wait()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert not caught

@@ -102,6 +102,14 @@ BAD_LINES = {
 }
 
 
+def test_a_file_from_windows_is_read(run, model, pairs, tmp_path):
+    lines = pairs.read_bytes()
+    pairs.write_bytes(b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n"))
+    code, out, err = run("score", pairs, "-", "--model", model, *SMALL)
+    assert code == 0 and "2 scored, 0 bad" in err
+    assert json.loads(out.splitlines()[0])["prompt"] == json.loads(lines.splitlines()[0])["prompt"]
+
+
 def test_bad_lines_say_why_and_the_others_go_on(run, model, pairs, tmp_path):
     good = pairs.read_bytes()
     pairs.write_bytes(good + b"\n" + b"".join(line + b"\n" for line in BAD_LINES) + good)

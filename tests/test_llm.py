@@ -407,6 +407,8 @@ def test_nothing_compiles_after_warm_up(tokenizer):
         (lambda llm: llm.logits([1, 2]), "ids must be"),
         (lambda llm: llm.logits([[1.5]]), "ids must be"),
         (lambda llm: llm.chat([]), "messages"),
+        (lambda llm: llm.chat({"role": "user", "content": "a"}), "messages: .* got dict"),
+        (lambda llm: llm.warmup("tokens"), "output_kinds: expected a list of 'tokens', .* got 't'"),
     ],
 )
 def test_bad_input_is_explained(llm, call, message):
@@ -417,6 +419,38 @@ def test_bad_input_is_explained(llm, call, message):
 def test_a_prompt_of_another_type_is_refused(llm):
     with pytest.raises(TypeError, match="a prompt must be a str or a list of token ids, got int"):
         llm.generate(["fine", 5])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda llm: llm.generate([[1, 2.0]]), r"prompt: expected token ids, .* got 2\.0 \(float"),
+        (lambda llm: llm.generate([[True, 2]]), "prompt: expected token ids, .* got True"),
+        (lambda llm: llm.score("a", ["b"]), r"prompt: expected token ids, .* got 'b' \(str\)"),
+        # The letters were once completions of the prompts.
+        (lambda llm: llm.score(["a", "b"], "cd"), "completions: expected a list, got 'cd'"),
+        (lambda llm: llm.rank(["a", "b"], "cd"), "labels: expected a list, got 'cd'"),
+        (lambda llm: llm.generate(None), "prompts: expected a list, got None"),
+        (lambda llm: llm.generate({"prompt": "a"}), "prompts: expected a list, got .*dict"),
+        (lambda llm: llm.generate("a", {"n": 1}), "sampling: expected a list, got .*dict"),
+        (lambda llm: llm.generate(["a"], [{"n": 1}]), "sampling: expected SamplingParams, got"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(llm, call, message):
+    with pytest.raises(TypeError, match=message):
+        call(llm)
+
+
+def test_generators_and_arrays_are_lists_too(llm):
+    expected = llm.generate(["a", "b"], GREEDY)
+    prompts, settings = (each for each in "ab"), (GREEDY for _ in range(2))
+    texts = [each.text for each in llm.generate(prompts, settings)]
+    assert texts == [each.text for each in expected]
+    ids = llm.generate([np.array(expected[0].prompt_token_ids)], GREEDY)[0].prompt_token_ids
+    assert [type(i) for i in ids] == [int, int]  # so that they can be written as JSON
+    # A generator was once used up by the first prompt, and the second had no labels.
+    first, second = llm.rank(["a", "b"], (label for label in ["c", "d"]))
+    assert len(first.scores) == len(second.scores) == 2
 
 
 @pytest.fixture(scope="module")

@@ -213,6 +213,19 @@ def test_numbers_of_numpy_are_settings_too():
     assert state(params).step.shape == (1,)
 
 
+def test_settings_larger_than_the_device_holds_have_no_limit():
+    """Such a `top_k` once failed within the engine, and with it the requests of others."""
+    row = logits()
+    seeds = {"seed": 1, "temperature": 0.9, "max_new_tokens": 10**30}
+    huge = state(SamplingParams(top_k=10**12, **seeds))
+    assert sample(row, huge).tokens[0] == sample(row, state(SamplingParams(**seeds))).tokens[0]
+    late = state(SamplingParams(min_new_tokens=10**30, **seeds), stops=[[7]])
+    likely = row.at[0, 7].set(99.0)
+    assert sample(likely, huge).tokens[0] == 7 != sample(likely, late).tokens[0]
+    hot = state(SamplingParams(temperature=1e99, seed=1))
+    assert np.isfinite(hot.temperature[0])
+
+
 def test_ids_outside_the_vocabulary_are_named():
     with pytest.raises(ValueError, match=r"logit_bias: token id 50 is not in \[0, 50\)"):
         state(SamplingParams(logit_bias={VOCAB: 1.0}))

@@ -139,3 +139,15 @@ def test_what_happened_in_words_and_in_between() -> None:
 def test_impossible_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_batch_size", 1.5), ("max_seq_len", "100"), ("num_pages", 200.0),
+        ("prefill_budget", True), ("num_speculative_tokens", None), ("share_prefixes", "no"),
+    ],
+)  # fmt: skip
+def test_options_of_a_wrong_type_are_named(name: str, value: object) -> None:
+    with pytest.raises(TypeError, match=f"{name}: expected"):
+        EngineOptions(**{name: value})

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -209,8 +209,11 @@ class Engine:
 
         structured: include the programs for structured output.
         Returns the number of programs that were compiled or fetched from the persistent cache, and
-        the seconds it took.
+        the seconds it took. Raises ValueError for an unknown kind.
         """
+        if unknown := [each for each in output_kinds if each not in get_args(OutputKind)]:
+            kinds = ", ".join(map(repr, get_args(OutputKind)))
+            raise ValueError(f"output_kinds: expected a list of {kinds}, got {unknown[0]!r}")
         began, before = time.perf_counter(), compile_cache.report()
         with self._lock:
             state = self._state = self._take_state()

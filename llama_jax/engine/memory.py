@@ -78,7 +78,10 @@ class MemoryPlan:
                 f"({self.max_seq_len}), or use an FP8 cache"
             )
         if self.workspace > 0.1 * self.total:
-            advice.append(f"lower prefill_chunk ({self.prefill_chunk})")
+            advice.append(
+                f"lower prefill_chunk ({self.prefill_chunk}) or max_batch_size "
+                f"({self.max_batch_size})"
+            )
         if self.weights > 0.5 * self.limit:
             advice.append("use FP8 weights (quantize), a smaller model, or shard over more devices")
         raise DoesNotFitError(

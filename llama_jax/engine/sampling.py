@@ -9,7 +9,7 @@ grammar, temperature, top-k, top-p, min-p. Logprobs are those of the model's own
 before all of these.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -108,7 +108,9 @@ def host_rows(
     """
 
     def column(name: str, dtype: type) -> np.ndarray:
-        return np.array([getattr(p, name) for p in params], dtype)
+        # The largest number of the dtype means what a larger one would: no limit.
+        largest = float(np.finfo(dtype).max) if dtype is np.float32 else np.iinfo(dtype).max
+        return np.array([min(getattr(p, name), largest) for p in params], dtype)
 
     shape = (len(params), 0 if plain else vocab_size)
     bias: Any = np.zeros(shape, np.float32)
@@ -173,11 +175,21 @@ def full_rows(rows: SamplingState, vocab_size: int) -> SamplingState:
     )
 
 
-def check_ids(name: str, ids: Sequence[int] | Mapping[int, float], vocab_size: int) -> None:
-    """Raise ValueError, naming `name`, unless all ids lie in [0, vocab_size)."""
+def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> list[int]:
+    """Return token ids as a list of int.
+
+    Raises TypeError, naming `name`, for one that is no integer, and ValueError unless all lie in
+    [0, vocab_size).
+    """
+    checked = []
     for token_id in ids:
+        if not isinstance(token_id, int | np.integer) or isinstance(token_id, bool):
+            kind = type(token_id).__name__
+            raise TypeError(f"{name}: expected token ids, which are int, got {token_id!r} ({kind})")
         if not 0 <= token_id < vocab_size:
             raise ValueError(f"{name}: token id {token_id} is not in [0, {vocab_size})")
+        checked.append(int(token_id))
+    return checked
 
 
 def sample(

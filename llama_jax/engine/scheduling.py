@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from llama_jax.engine.pages import PageCounts
 from llama_jax.model.config import PAGE_SIZE
+from llama_jax.sampling_params import check_kind
 
 # The most tokens in a prefill call, unless one chunk is longer. With so many a GPU computes near
 # its peak, and temporaries stay small.
@@ -55,8 +56,14 @@ class EngineOptions:
             "max_batch_size", "max_seq_len", "prefill_chunk", "prefill_budget", "max_steps",
             "max_waiting",
         ):  # fmt: skip
+            check_kind(name, getattr(self, name), int)
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_kind("num_speculative_tokens", self.num_speculative_tokens, int)
+        if self.num_pages is not None:
+            check_kind("num_pages", self.num_pages, int)
+        for name in ("share_prefixes", "batch_invariant"):
+            check_kind(name, getattr(self, name), bool)
         if self.pool_size < self.pages_per_slot:
             raise ValueError(
                 f"num_pages {self.num_pages} cannot hold one sequence of max_seq_len "

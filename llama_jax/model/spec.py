@@ -58,6 +58,8 @@ class ModelSpec:
                 "implementation must be 'reference', 'xla', 'cpu', 'hopper' or None, got "
                 f"{self.implementation!r}"
             )
+        if self.mesh is not None and not isinstance(self.mesh, Mesh):
+            raise TypeError(f"mesh: expected a Mesh, such as make_mesh(4), got {self.mesh!r}")
         lacking = [
             path for path, stored in self.formats.items() if stored.scale and not stored.input_scale
         ]
