@@ -129,14 +129,20 @@ def test_help_teaches_and_does_not_wait_for_jax():
 
 
 @pytest.mark.parametrize(
-    "command", ["convert", "inspect", "generate", "chat", "score", "eval", "bench"]
-)
-def test_each_command_shows_examples_and_has_json(run, command):
+    "command",
+    [
+        "convert", "inspect", "generate", "chat", "score", "eval", "bench", "serve", "batch",
+        "export", "verify", "compare", "bench-serve",
+    ],
+)  # fmt: skip
+def test_each_command_shows_examples_on_lines_of_their_own_and_has_json(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0
     assert "Examples" in out
-    assert out.count(f"llama-jax {command}") >= 2
-    assert "--json" in out
+    examples = [line.strip() for line in out.splitlines() if f"llama-jax {command}" in line]
+    assert len(examples) >= 2
+    assert all(line.count("llama-jax") == 1 for line in examples if "&&" not in line)
+    assert ("--json" in out) == (command not in ("serve", "batch"))
 
 
 def test_chat_prints_the_reply_alone_on_stdout(run, model):

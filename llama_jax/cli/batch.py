@@ -64,6 +64,7 @@ def batch(
     settings = {
         "input": digest, "model": llm.manifest.digest, "dtype": dtype,
         "activations": activations, "kv_dtype": kv_dtype, "max_seq_len": llm.max_seq_len,
+        "served_model_name": served_model_name,
     }  # fmt: skip
     name = served_model_name or options.model_name(model)
     with resumable_file(output, settings, overwrite, tell=note) as file:

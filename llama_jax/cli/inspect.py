@@ -103,7 +103,9 @@ def inspect(
     activations: options.Activations = "auto",
 ) -> None:
     """Describe a checkpoint: its layout, config, formats and scales of the weights, tokenizer, and
-    the memory that it needs, here or on another device. Nothing is converted or loaded.
+    the memory that it needs, here or on another device.
+
+    Nothing is converted or loaded.
 
     **Examples**
 
