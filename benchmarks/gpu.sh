@@ -3,18 +3,17 @@
 # the most telling stages first. Needs Python 3.12 with the dependencies (msgspec is seldom there), jax
 # 0.11.2 with CUDA, and no network.
 #
-#     benchmarks/gpu.sh first                   kernels, then model: 280 s at most
-#     benchmarks/gpu.sh second                  throughput, elementwise: 290 s at most
-#     benchmarks/gpu.sh tune                    60 s at most
-#     benchmarks/gpu.sh launches                290 s at most
-#     benchmarks/gpu.sh model tune              some stages, in this order
+#     benchmarks/gpu.sh first                   model, then kernels: 290 s at most
+#     benchmarks/gpu.sh second                  throughput: 290 s at most
+#     benchmarks/gpu.sh launches                200 s at most, in the time that is left
+#     benchmarks/gpu.sh tune elementwise        some stages, in this order
 #     benchmarks/gpu.sh --simulate first        without a GPU: the same stages at tiny sizes
 #
-# kernels: every kernel's result beside a reference, then its time. model: 8B with random weights,
-# steps of decode and prefill, and what the device does in a step. tune: configurations of the kernels.
-# launches: steps of decode with ten launches a layer and with fewer; the table of tuned configurations
-# that it leaves in $OUT takes the fastest.
-# throughput: of the engine and of scoring. elementwise: XLA's passes between the kernels.
+# model: 8B with random weights, steps of decode and prefill, what the device does in a step, and the
+# throughput of scoring. kernels: every kernel's result beside a reference, then its time.
+# throughput: of the engine, 1000 tokens in and out, then 128. launches: steps of decode with ten launches
+# a layer and with fewer; the table of tuned configurations that it leaves in $OUT takes the fastest.
+# tune: configurations of the kernels, 60 s. elementwise: XLA's passes between the kernels, 30 s.
 #
 # A stage that fails, or whose time is over, does not stop the others; the exit status is that of all.
 # SECONDS_PER_STAGE replaces the stages' own limits. Results go to $OUT, or else benchmarks/results/, in
@@ -24,15 +23,15 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 python=${PYTHON:-python3}
 out=${OUT:-benchmarks/results}
-first=(kernels model)
-second=(throughput elementwise)
-declare -A limits=([kernels]=140 [model]=150 [tune]=60 [launches]=290 [throughput]=255 [elementwise]=30)
+first=(model kernels)
+second=(throughput)
+declare -A limits=([model]=180 [kernels]=110 [throughput]=290 [launches]=200 [tune]=60 [elementwise]=30)
 
 simulate=
 if [ "${1:-}" = --simulate ]; then
     simulate=1
     name=simulated
-    export JAX_PLATFORMS=cpu
+    export JAX_PLATFORMS=cpu NPROC=${NPROC:-8} # the simulator blocks a thread per warpgroup
     shift
 else
     card=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1)
@@ -60,41 +59,46 @@ left() { echo $((deadline - SECONDS)); }
 
 kernels() {
     if [ $simulate ]; then run -m pallas_kernels.dev.bench --simulate; else
-        local cases='^8B TP1 (q|qkv|gate|down)_proj .* m=(65|128|2048|8192) row( swiglu| after swiglu)?$'
-        cases+='|^8B TP1 .* m=(1|64) row weight-only$|^8B TP1 .* m=(1|16|64) row weight-only in terms$|^8B TP1 (hidden|intermediate) .* m=(1|64) '
+        local cases='^8B TP1 (qkv|gate|down)_proj .* m=(65|2048) row( swiglu| after swiglu)?$'
+        cases+='|^8B TP1 (qkv|down)_proj .* m=(1|64) row weight-only$|^8B TP1 .* m=(1|64) row weight-only in terms$|^8B TP1 (hidden|intermediate) .* m=(1|64) '
         cases+='|^8B TP1 (qkv|down)_proj .* m=1 block weight-only$'
         cases+='|^8B TP1 heads.* (T=8192 bf16|T=8192 fp8|T=2048 after 30720 bf16) prefill'
         cases+='|^8B TP1 heads.* fp8 rope and cache'
         cases+='|^8B TP1 heads.* B=1 S=1088 fp8 rope, cache and attention'
         cases+='|^8B TP1 heads.* (B=1 S=8192|B=32 S=1024|B=32 S=8192) tokens=1 '
         # XLA's path beside one matmul of each kind, and cuDNN beside one prompt.
-        run -m pallas_kernels.dev.bench --rows 1 16 64 65 128 2048 8192 --only "$cases" \
+        run -m pallas_kernels.dev.bench --rows 1 64 65 2048 --only "$cases" \
             --baselines '(gate|down)_proj .* m=2048 row$|T=8192 bf16' \
             --seconds $(($(left) - 10)) --json "$out/${name}_kernels.json"
     fi
 }
-bench() { # batch, prompt, tokens to draw
-    run -m llama_jax.cli bench --preset llama-3.1-8b --kv-dtype fp8 --batch "$1" --prompt-len "$2" \
-        --new-tokens "$3" --json
+bench() { # batch, prompt; always the same output, as the length decides which programs are compiled
+    local model=(--preset llama-3.1-8b --kv-dtype fp8 --new-tokens 129)
+    [ $simulate ] && model=(--new-tokens 4)
+    run -m llama_jax.cli bench "${model[@]}" --batch "$1" --prompt-len "$2" --json
+}
+score() { # seconds; with a cache that fits beside other processes
+    local sizes=(--lengths 2048 --max-batch-size 64 --seconds "$1")
+    [ $simulate ] && sizes=(--tiny --lengths 128 --seconds 1)
+    run benchmarks/offline_throughput.py "${sizes[@]}" --json "$out/${name}_scoring.json"
 }
 model() { # batch 1 first, since it shows most
-    if [ $simulate ]; then
-        run -m llama_jax.cli bench --batch 1 --prompt-len 16 --new-tokens 4 --json \
-            >"$out/${name}_model.json"
-        return
-    fi
-    local failed=0 size sizes=("1 1024" "1 8192" "64 1024")
+    local failed=0 whole=$deadline size sizes=("1 1024" "1 8192" "64 1024")
+    [ $simulate ] && sizes=("1 16" "2 16")
     # Compiled side by side into one cache, most of the time, and then measured one after another.
+    deadline=$((SECONDS + ($(left) * 6 / 10)))
     for size in "${sizes[@]}"; do
         # shellcheck disable=SC2086
-        XLA_PYTHON_CLIENT_PREALLOCATE=false bench $size 18 >"$out/compiled.txt" 2>&1 &
+        XLA_PYTHON_CLIENT_PREALLOCATE=false bench $size >/dev/null 2>&1 &
     done
+    XLA_PYTHON_CLIENT_PREALLOCATE=false score 1 >/dev/null 2>&1 &
     wait
-    rm -f "$out/compiled.txt"
+    deadline=$whole
     for size in "${sizes[@]}"; do
         # shellcheck disable=SC2086
-        bench $size 129 >"$out/${name}_model_${size/ /x}.json" || failed=1
+        bench $size >"$out/${name}_model_${size/ /x}.json" || failed=1
     done
+    score 12 || failed=1
     return $failed
 }
 tune() {
@@ -105,13 +109,15 @@ tune() {
     fi
 }
 launches() {
-    run benchmarks/launches.py ${simulate:+--tiny} --json "$out/${name}_launches.json" || return 1
+    local failed=0
+    run benchmarks/launches.py ${simulate:+--tiny} --json "$out/${name}_launches.json" || failed=1
     cp -r pallas_kernels/tuned "$out/" 2>/dev/null || true
+    return $failed
 }
 throughput() {
     # The cache takes what this leaves it; XLA's default is three quarters.
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 run benchmarks/offline_throughput.py \
-        $([ $simulate ] && echo --tiny --seconds 8 || echo --seconds 150 --lengths 1000/1000 128/128) \
+        $([ $simulate ] && echo --tiny --seconds 8 || echo --seconds 120 --lengths 1000/1000 128/128) \
         --json "$out/${name}_throughput.json"
 }
 elementwise() {

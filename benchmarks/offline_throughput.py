@@ -2,6 +2,7 @@
 scoring.
 
     python benchmarks/offline_throughput.py --json FILE       8B, random weights, on a GPU
+    python benchmarks/offline_throughput.py --lengths 2048    scoring alone
     python benchmarks/offline_throughput.py --tiny            any machine, sizes too small to matter
 
 Weights, activations and cache are FP8. Prompts are random tokens without common prefixes, and more
@@ -35,7 +36,7 @@ from llama_jax.bench import environment, preset_spec, random_params
 from llama_jax.engine import compile_cache
 from llama_jax.engine.engine import Engine
 from llama_jax.engine.memory import MemoryPlan, fitting_pages, plan_memory
-from llama_jax.engine.request import Request
+from llama_jax.engine.request import OutputKind, Request
 from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.model.config import PRESETS, LlamaConfig
 from llama_jax.model.kv_cache import PAGE_SIZE, storage_dtype
@@ -81,6 +82,10 @@ class Workload:
     def length(self) -> int:
         return self.input_tokens + self.output_tokens
 
+    @property
+    def output_kind(self) -> OutputKind:
+        return "tokens" if self.output_tokens else "logprobs"
+
     def requests(self, vocab_size: int, num_rows: int) -> Iterator[Request]:
         """Yield endless requests. The first `num_rows` are at every stage of their output, those
         that are nearly done first."""
@@ -94,7 +99,7 @@ class Workload:
                     prompt, SamplingParams(temperature=0, seed=0, max_new_tokens=remaining)
                 )
             else:
-                yield Request(prompt, output_kind="logprobs")
+                yield Request(prompt, output_kind=self.output_kind)
 
 
 @dataclass(frozen=True)
@@ -235,21 +240,26 @@ def row(result: Result, max_batch_size: int, published: Mapping[str, int]) -> st
 
 def workload(text: str) -> Workload:
     try:
-        input_tokens, output_tokens = map(int, text.split("/"))
+        numbers = [int(each) for each in text.split("/")]
     except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2):
         raise argparse.ArgumentTypeError(
-            f"expected IN/OUT, as in 1000/1000, got {text!r}"
-        ) from None
-    if input_tokens < 1 or output_tokens < 1:
-        raise argparse.ArgumentTypeError(f"both numbers must be at least 1, got {text!r}")
-    return Workload(input_tokens, output_tokens)
+            f"expected IN/OUT, as in 1000/1000, or IN to score texts, got {text!r}"
+        )
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"numbers must be at least 1, got {text!r}")
+    return Workload(numbers[0], numbers[1] if len(numbers) == 2 else 0)
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description="Measure the engine's offline throughput.")
     option = options.add_argument
     option("--preset", choices=PRESETS, default=PUBLISHED_FOR, help="whose shapes")
-    option("--lengths", type=workload, nargs="+", metavar="IN/OUT", help="tokens per request")
+    option(
+        "--lengths", type=workload, nargs="+", metavar="IN/OUT",
+        help="tokens per request, or of a text to score",
+    )  # fmt: skip
     option("--max-batch-size", type=int, default=512, help="rows (8 with --tiny)")
     option("--seconds", type=float, default=300, help="for all workloads, not counting compilation")
     option("--json", type=Path, help="also write the results to this file")
@@ -261,8 +271,7 @@ def main() -> None:
     else:
         config, name, max_batch_size = PRESETS[chosen.preset], chosen.preset, chosen.max_batch_size
         workloads = [*(Workload(*each) for each in PUBLISHED["H200"]), Workload(SCORED_TOKENS, 0)]
-    if chosen.lengths:
-        workloads = [*chosen.lengths, workloads[-1]]
+    workloads = chosen.lengths or workloads
     max_seq_len = max(each.length for each in workloads)
     if max_seq_len > config.max_position_embeddings:
         options.error(
@@ -275,7 +284,8 @@ def main() -> None:
             options.error(f"{flag} must be above 0, got {getattr(chosen, argument)}")
     compile_cache.enable()
     engine = make_engine(config, max_batch_size, max_seq_len)
-    ready = engine.warmup(("tokens", "logprobs"))
+    # The sets of programs that the workloads need.
+    ready = engine.warmup(sorted({each.output_kind for each in workloads}))
     pages = engine.options.pool_size
     print(f"{name}: cache of {pages:,} pages of {PAGE_SIZE} tokens; {ready}")
     print(

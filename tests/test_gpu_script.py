@@ -54,12 +54,12 @@ def test_the_stage_of_kernels_names_cases_of_every_kernel():
         "paged_attention_prefill", "paged_attention_decode", "rope_and_cache", "rope_and_attention",
         "add_rms_norm", "silu_and_mul",
     }  # fmt: skip
-    assert 40 <= len(found) <= 70  # 60 took 115 s
+    assert 40 <= len(found) <= 55  # 60 took 115 s
 
 
 @pytest.mark.slow
 def test_every_stage_at_tiny_sizes(tmp_path):
-    for call in ("first", "second", "tune", "launches"):
+    for call in ("first", "second", "launches", "tune", "elementwise"):
         env = {"SECONDS_PER_STAGE": "540"}  # a CPU's time
         done = run(tmp_path, "--simulate", call, **env)
         assert done.returncode == 0, done.stderr
@@ -67,5 +67,14 @@ def test_every_stage_at_tiny_sizes(tmp_path):
     names = [" ".join(line.rsplit(maxsplit=1)[0].split()) for line in checked]
     assert names == [f"{case.kernel} {case.name}" for case in bench.tiny_cases()]
     assert "configurations are right" in (tmp_path / "simulated_tune.txt").read_text()
-    for stage in ("elementwise", "model", "throughput", "launches"):
-        assert json.loads((tmp_path / f"simulated_{stage}.json").read_text())
+    measured = "model_1x16", "model_2x16", "scoring"
+    found = {
+        stage: json.loads((tmp_path / f"simulated_{stage}.json").read_text())
+        for stage in (*measured, "throughput", "launches", "elementwise")
+    }
+    # What is timed has been compiled before, by other processes with the same shapes.
+    for stage in measured:
+        assert found[stage]["compile"]["compiled"] == 0 < found[stage]["compile"]["from_cache"]
+    assert [each["workload"]["output_tokens"] for each in found["scoring"]["results"]] == [0]
+    ways = [(each["in_one"], each["problem"]) for each in found["launches"]["results"]]
+    assert ways == [(False, None), (True, None)]

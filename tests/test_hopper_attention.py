@@ -120,7 +120,7 @@ def test_prefill_at_the_edges_of_pages(dtype):
     lengths = [0, 1, 63, 64, 65, 200]
     starts = [0, 0, 54, 0, 60, 190]
     arrays = case(8, 1, 10, starts, lengths, dtype=dtype)
-    check(prefill(arrays), arrays)
+    check(prefill(arrays, v_scale=8.0), arrays, v_scale=8.0)
 
 
 @HEAD_SHAPES
@@ -163,7 +163,7 @@ def test_decode_in_one_launch(dtype, tokens):
     """Of keys that are not split."""
     lengths = [200, tokens, 0]
     arrays = case(4, 1, tokens, [max(n - tokens, 0) for n in lengths], lengths, dtype=dtype)
-    check(decode(arrays, 0.5, 2.0, splits=1), arrays, 0.5, 2.0)
+    check(decode(arrays, 0.5, 8.0, splits=1), arrays, 0.5, 8.0)
 
 
 @pytest.mark.parametrize(
@@ -179,9 +179,9 @@ def test_a_cluster_adds_its_parts_as_a_second_launch_does(heads, tokens, dtype, 
     """With as few keys as leave some blocks of the cluster without any."""
     lengths = [200, tokens, 0]
     arrays = case(heads, 1, tokens, [max(n - tokens, 0) for n in lengths], lengths, dtype=dtype)
-    y = decode(arrays, 0.5, 2.0, splits, in_cluster=True)
-    check(y, arrays, 0.5, 2.0)
-    np.testing.assert_array_equal(y[:2], decode(arrays, 0.5, 2.0, splits)[:2])
+    y = decode(arrays, 0.5, 8.0, splits, in_cluster=True)
+    check(y, arrays, 0.5, 8.0)
+    np.testing.assert_array_equal(y[:2], decode(arrays, 0.5, 8.0, splits)[:2])
 
 
 @pytest.mark.slow

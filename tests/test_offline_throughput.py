@@ -40,8 +40,9 @@ def test_operations_for_a_token_of_8b():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lengths", "128"], "expected IN/OUT, as in 1000/1000, got '128'"),
-        (["--lengths", "0/5"], "both numbers must be at least 1, got '0/5'"),
+        (["--lengths", "1/2/3"], "as in 1000/1000, or IN to score texts, got '1/2/3'"),
+        (["--lengths", "many"], "as in 1000/1000, or IN to score texts, got 'many'"),
+        (["--lengths", "0/5"], "numbers must be at least 1, got '0/5'"),
         (["--tiny", "--lengths", "1000/25"], "1025 tokens are more than the model's context"),
         (["--seconds", "0"], "--seconds must be above 0, got 0.0"),
         (["--max-batch-size", "0"], "--max-batch-size must be above 0, got 0"),
@@ -52,6 +53,11 @@ def test_bad_arguments_are_named(arguments, message, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         offline_throughput.main()
     assert message in capsys.readouterr().err
+
+
+def test_a_single_length_is_of_texts_to_score():
+    assert offline_throughput.workload("2048") == Workload(2048, 0)
+    assert offline_throughput.workload("1000/10") == Workload(1000, 10)
 
 
 @pytest.mark.slow

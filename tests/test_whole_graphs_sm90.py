@@ -5,18 +5,21 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
 
-from llama_jax.bench import preset_spec
+from benchmarks import launches
+from llama_jax.bench import Workload, preset_spec
 from llama_jax.engine.memory import plan_memory
 from llama_jax.engine.paths import Program, calls, programs
 from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.model.config import PRESETS
 from llama_jax.model.kv_cache import KVDtype
 from llama_jax.model.spec import Activations, ModelSpec
+from pallas_kernels import tuned
 from pallas_kernels.dev import sm90
 
 pytestmark = [
@@ -141,6 +144,29 @@ def test_kernel_launches_of_a_layer(phase: str, activations: Activations) -> Non
     ours = LAUNCHES[phase, activations]
     print(f"\n{phase}, {activations}: {ours} kernels a layer, {xla} launches of XLA")
     assert xla <= MOST_OF_XLA[phase, activations]
+
+
+@pytest.mark.parametrize("way", launches.WAYS, ids=str)
+def test_fewer_launches_of_a_layer(
+    way: launches.Way, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each way that benchmarks/launches.py times is taken in the benchmark's decode step, and does
+    not copy the cache."""
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    monkeypatch.setattr(tuned, "read", cache(tuned.read.__wrapped__))
+    length = Workload(way.batch, launches.PROMPT, launches.NEW_TOKENS).max_seq_len
+    spec = preset_spec(replace(CONFIG, num_layers=1))
+    with jax.sharding.use_abstract_mesh(sm90.H200):
+        launches.take(way)
+        _, found = programs(spec, EngineOptions(way.batch, length), "fp8", kind="greedy")
+    jax.clear_caches()
+    text = sm90.compile(found.function, *found.arguments, donate_argnums=1).as_text()
+    # With 64 sequences, keys are not split and so there are no parts to add.
+    fewer = way.in_one + (way.in_cluster or way.batch > 1)
+    expected = LAUNCHES["decode", "auto"] - fewer
+    assert text.count('custom_call_target="mosaic_gpu') == expected
+    pages = str(list(found.arguments[1].cache.k[0].shape)).replace(" ", "")
+    assert [kind for each, kind in results(text) if pages in each] == ["custom-call"]
 
 
 @pytest.mark.parametrize(("phase", "activations"), GRAPHS[:2])

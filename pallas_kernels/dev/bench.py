@@ -339,7 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure_all(
     cases: Sequence[Case], baselines: str | None, seconds: float, json_path: Path | None
 ) -> list[str]:
-    """Print results and, if there is a path, write them. Returns the failures.
+    """Print results and, if there is a path, write them after each case. Returns the failures.
 
     baselines: a regular expression for the names of cases whose baselines are timed too; None for
         no case.
@@ -356,12 +356,9 @@ def measure_all(
     print(f"{len(cases)} cases compiled in {time.monotonic() - start:.0f} s")
     print(HEADER)
 
-    def measured(case: Case) -> Result:
-        # Popped, so that a case's programs and their memory are freed afterwards.
-        return run(prepared.pop(case.name).result(), bandwidth)
+    results: list[Result] = []
 
-    results, failures = each(in_time(cases, seconds, start), measured)
-    if json_path:
+    def write(failures: Sequence[str] = ()) -> None:
         document = {
             "device": device,
             "jax": jax.__version__,
@@ -369,7 +366,17 @@ def measure_all(
             "results": [asdict(result) for result in results],
             "failures": failures,
         }
-        json_path.write_text(json.dumps(document, indent=1) + "\n")
+        if json_path:
+            json_path.write_text(json.dumps(document, indent=1) + "\n")
+
+    def measured(case: Case) -> Result:
+        # Popped, so that a case's programs and their memory are freed afterwards.
+        results.append(run(prepared.pop(case.name).result(), bandwidth))
+        write()
+        return results[-1]
+
+    _, failures = each(in_time(cases, seconds, start), measured)
+    write(failures)
     return failures
 
 

@@ -20,7 +20,9 @@ from pallas_kernels.dev.case import Case
 
 ONLY = (
     r"^8B TP1 (q|gate|down|qkv|gate_up)_proj|"
-    r"^(8B|1B) TP1 heads .*( T=8192 | B=8 S=8192 )"
+    r"^(8B|1B) TP1 heads .*( T=8192 | B=8 S=8192 )|"
+    r"^8B TP1 heads .* (B=1 parts=11 .* rope and cache|B=1 S=1088 .* attention in one)$|"
+    r"^8B TP1 (hidden|intermediate) .* m=1 "
 )
 ROWS = (1, 16, 64, 512, 8192)
 MATRIX_OPCODES = ("QGMMA", "HGMMA")

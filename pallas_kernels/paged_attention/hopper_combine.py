@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import BOX_ROWS, tile
-from pallas_kernels.paged_attention.hopper_loop import Ref
+from pallas_kernels.paged_attention.hopper_loop import Ref, positive
 
 MATRIX = plgpu.Layout.WGMMA
 PER_ROW = MATRIX.reduce(0)  # rows of queries are the columns of scores and of sums
@@ -100,11 +100,6 @@ def filled(shape: tuple[int, ...], value: float, layout: Any) -> Array:
 def per_row(each: Array, like: Array) -> Array:
     """Spread a number for each row of queries over the columns of `like`."""
     return lax.broadcast_in_dim(each, like.shape, (1,))
-
-
-def positive(total: Array) -> Array:
-    """Return sums of weights as divisors: a row that sees no key has 0, which becomes 1."""
-    return lax.max(total, jnp.finfo(jnp.float32).tiny)
 
 
 def store(result: Array, staged_smem: Ref, target_gmem: Ref, dtype: jnp.dtype) -> None:

@@ -46,7 +46,6 @@ from pallas_kernels.paged_attention.hopper_combine import (
     combined,
     filled,
     per_row,
-    positive,
     store,
 )
 from pallas_kernels.paged_attention.hopper_decode_config import (
@@ -65,6 +64,7 @@ from pallas_kernels.paged_attention.hopper_loop import (
     Ring,
     operand_dtype,
     operand_query,
+    positive,
     product,
     ring_types,
     stream,

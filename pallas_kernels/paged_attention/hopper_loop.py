@@ -106,6 +106,14 @@ def operand_query(q: Array, pages: jnp.dtype) -> tuple[Array, float]:
     return scaled.astype(jnp.float16), QUERY_UNIT
 
 
+def positive(total: Array) -> Array:
+    """Return sums of weights as divisors: a row that sees no key has 0, which becomes 1.
+
+    Other rows have at least exp2(HEADROOM), the weight of their largest score.
+    """
+    return lax.max(total, 1.0)
+
+
 def two_terms(x: Array, axis: int) -> tuple[Array, Array, Array]:
     """Split x, float32 of bfloat16's precision, into unit * (a + b).
 

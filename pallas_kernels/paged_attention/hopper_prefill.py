@@ -43,6 +43,7 @@ from pallas_kernels.paged_attention.hopper_loop import (
     Ring,
     operand_dtype,
     operand_query,
+    positive,
     product,
     product_of_sum,
     ring_types,
@@ -363,7 +364,7 @@ def _compute(
     carry = lax.fori_loop(unmasked, work.blocks, lambda i, c: attend(i, c, True), carry)
     pl.when(warpgroup == 0)(turn)
 
-    factor = gmem.v_scale[0] / lax.max(carry.total, jnp.finfo(jnp.float32).tiny)
+    factor = gmem.v_scale[0] / positive(carry.total)
     out = carry.out * lax.broadcast_in_dim(factor, carry.out.shape, (0,))
     q_smem[...] = lax.bitcast_convert_type(out.astype(out_dtype), q_smem.dtype)
     plgpu.commit_smem()
