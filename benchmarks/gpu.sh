@@ -51,11 +51,10 @@ esac
 mkdir -p "$out"
 out=$(realpath "$out")
 
-run() { # python, until the stage's time is over
-    local left=$((deadline - SECONDS))
-    timeout $((left > 0 ? left : 1)) "$python" "$@"
+left() { echo $((deadline > SECONDS ? deadline - SECONDS : 1)); }
+run() { # python, until the stage's time is over; killed if it waits for the device or XLA then
+    timeout -k 5 "$(left)" "$python" "$@"
 }
-left() { echo $((deadline - SECONDS)); }
 
 kernels() {
     if [ $simulate ]; then run -m pallas_kernels.dev.bench --simulate; else
@@ -77,42 +76,47 @@ bench() { # batch, prompt; always the same output, as the length decides which p
     [ $simulate ] && model=(--new-tokens 4)
     run -m llama_jax.cli bench "${model[@]}" --batch "$1" --prompt-len "$2" --json
 }
-score() { # seconds; with a cache that fits beside other processes
+score() { # seconds, file; with a cache that fits beside other processes
     local sizes=(--lengths 2048 --max-batch-size 64 --seconds "$1")
     [ $simulate ] && sizes=(--tiny --lengths 128 --seconds 1)
-    run benchmarks/offline_throughput.py "${sizes[@]}" --json "$out/${name}_scoring.json"
+    run benchmarks/offline_throughput.py "${sizes[@]}" --json "$2"
 }
-model() { # batch 1 first, since it shows most
-    local failed=0 whole=$deadline size sizes=("1 1024" "1 8192" "64 1024")
-    [ $simulate ] && sizes=("1 16" "2 16")
+model() { # what tells most comes first
+    local failed=0 whole=$deadline part parts=("1 1024" "64 1024" score "1 8192")
+    [ $simulate ] && parts=("1 16" score "2 16")
     # Compiled side by side into one cache, most of the time, and then measured one after another.
     deadline=$((SECONDS + ($(left) * 6 / 10)))
-    for size in "${sizes[@]}"; do
+    export XLA_PYTHON_CLIENT_PREALLOCATE=false
+    for part in "${parts[@]}"; do
         # shellcheck disable=SC2086
-        XLA_PYTHON_CLIENT_PREALLOCATE=false bench $size >/dev/null 2>&1 &
+        if [ "$part" = score ]; then score 1 /dev/null; else bench $part; fi >/dev/null 2>&1 &
     done
-    XLA_PYTHON_CLIENT_PREALLOCATE=false score 1 >/dev/null 2>&1 &
     wait
     deadline=$whole
-    for size in "${sizes[@]}"; do
+    unset XLA_PYTHON_CLIENT_PREALLOCATE
+    for part in "${parts[@]}"; do
         # shellcheck disable=SC2086
-        bench $size >"$out/${name}_model_${size/ /x}.json" || failed=1
+        if [ "$part" = score ]; then score 12 "$out/${name}_scoring.json"; else
+            bench $part >"$out/${name}_model_${part/ /x}.json"
+        fi || failed=1
     done
-    score 12 || failed=1
+    find "$out" -name "${name}_model_*.json" -empty -delete
+    return $failed
+}
+with_tables() { # a command, and then what it has tuned by then
+    local failed=0
+    "$@" || failed=1
+    cp -r pallas_kernels/tuned "$out/" 2>/dev/null
     return $failed
 }
 tune() {
     if [ $simulate ]; then run -m pallas_kernels.dev.tune --simulate --only 'tiny one'; else
-        run -m pallas_kernels.dev.tune --seconds $(($(left) - 15)) --rows 1 64 2048 \
+        with_tables run -m pallas_kernels.dev.tune --seconds $(($(left) - 15)) --rows 1 64 2048 \
             --only '^8B TP1 .* row weight-only$|^8B TP1 (gate|down)_proj .* m=2048 row|^8B TP1 heads'
-        cp -r pallas_kernels/tuned "$out/" 2>/dev/null || true
     fi
 }
 launches() {
-    local failed=0
-    run benchmarks/launches.py ${simulate:+--tiny} --json "$out/${name}_launches.json" || failed=1
-    cp -r pallas_kernels/tuned "$out/" 2>/dev/null || true
-    return $failed
+    with_tables run benchmarks/launches.py ${simulate:+--tiny} --json "$out/${name}_launches.json"
 }
 throughput() {
     # The cache takes what this leaves it; XLA's default is three quarters.

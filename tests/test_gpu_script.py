@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,18 @@ def test_without_stages_it_explains_itself(tmp_path):
     done = run(tmp_path)
     assert done.returncode == 2
     assert "benchmarks/gpu.sh first" in done.stderr and "set -uo" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_process_that_cannot_be_terminated_is_killed(tmp_path):
+    """Such as one that waits for a kernel whose barriers do not match."""
+    hanging = tmp_path / "python"
+    hanging.write_text("#!/bin/bash\ntrap '' TERM\nsleep 600\nsleep 600\n")
+    hanging.chmod(0o755)
+    began = time.monotonic()
+    done = run(tmp_path, "tune", "elementwise", python=str(hanging), SECONDS_PER_STAGE="1")
+    assert done.stderr.splitlines()[-1] == "FAILED: tune elementwise"
+    assert time.monotonic() - began < 300
 
 
 @pytest.mark.slow

@@ -168,6 +168,7 @@ def test_the_committed_report_has_every_kernel_without_spills():
     assert {row["kernel"] for row in rows} == {
         "fp8_matmul", "fp8_swiglu", "fp8_matmul_weight_only",
         "paged_attention_prefill", "paged_attention_decode", "paged_attention_combine",
+        "rope_and_cache", "rope_and_attention", "add_rms_norm", "silu_and_mul",
     }  # fmt: skip
     assert all(row["spill_bytes"] == 0 and row["blocks"] >= 1 for row in rows)
 
