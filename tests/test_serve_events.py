@@ -108,38 +108,69 @@ def test_intervals_are_counted_as_prometheus_client_counts_them():
     assert values(found) == pytest.approx(values(expected))
 
 
-def test_tokens_between_wait_while_there_are_many_streams(monkeypatch):
-    """20 streams get 1,000 writes a second together, so each waits for 20 ms; first and last tokens
-    do not, and nothing is lost or out of order."""
-    clock = SimpleNamespace(now=100.0, perf_counter=lambda: clock.now, sleep=lambda seconds: None)
-    monkeypatch.setattr(engine_thread, "time", clock)
+class Clock(SimpleNamespace):
+    """Stands for `time` in `engine_thread`."""
+
+    now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        pass
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(engine_thread, "time", made)
+    return made
+
+
+def idle_thread() -> EngineThread:
+    """Return a thread that was not started, whose event loop does at once what it is told."""
     engine = SimpleNamespace(
         pages=SimpleNamespace(num_pages=1, num_available=1),
         stats=lambda: None,
         num_running=0,
         num_waiting=0,
+        has_work=True,
     )
     thread = EngineThread(engine, *[lambda *arguments: None] * 4)
     thread.loop = SimpleNamespace(call_soon_threadsafe=lambda call, *arguments: call(*arguments))
+    return thread
+
+
+def draw(thread: EngineThread, stream: Submission, token: int, text: str, ends: bool) -> None:
+    """Let the only request of a stream have another token."""
+    (request,) = stream.requests
+    request.token_ids.append(token)
+    request.text += text
+    request.released = len(request.text)
+    request.finish_reason = "length" if ends else None
+    thread._note(stream, 0, request)
+
+
+def test_tokens_between_wait_while_there_are_many_streams(clock):
+    """20 streams get 1,000 writes a second together, so each waits for 20 ms; first and last tokens
+    do not, and nothing is lost or out of order. What has waited is one update."""
+    thread = idle_thread()
     streams = [Submission([Request([1])], True, thread, _remaining=1) for _ in range(20)]
-    told = [""] * 20
+    told, ids = [""] * 20, [list[int]() for _ in streams]
 
     def step(seconds: float, token: str, ends: int | None = None) -> list[int]:
-        """Draw a token for each stream; return how many updates each is told."""
+        """Draw a token for each stream; return how many tokens each is told."""
         clock.now += seconds
         for i, stream in enumerate(streams):
-            (request,) = stream.requests
-            if request.finish_reason:
-                continue
-            request.token_ids.append(2)
-            request.text += token
-            request.released = len(request.text)
-            request.finish_reason = "length" if i == ends else None
-            thread._note(stream, 0, request)
+            if not stream.requests[0].finish_reason:
+                draw(thread, stream, ord(token), token, i == ends)
         thread._flush()
-        counts = [len(stream._updates) for stream in streams]
+        counts = [sum(len(each.token_ids) for each in stream._updates) for stream in streams]
         for i, stream in enumerate(streams):
+            assert len(stream._updates) <= 1
             told[i] += "".join(each.text for each in stream._updates)
+            ids[i] += [token for each in stream._updates for token in each.token_ids]
+            assert [each.is_last for each in stream._updates] in ([], [i == ends])
             stream._updates.clear()
         return counts
 
@@ -148,4 +179,32 @@ def test_tokens_between_wait_while_there_are_many_streams(monkeypatch):
     assert step(0.006, "c", ends=7) == [0] * 7 + [2] + [0] * 12
     assert step(0.009, "d") == [3] * 7 + [0] + [3] * 12
     assert told == ["abcd"] * 7 + ["abc"] + ["abcd"] * 12
+    assert ids == [[ord(letter) for letter in each] for each in told]
     assert step(0.020, "e") == [1] * 7 + [0] + [1] * 12  # 19 streams wait for 19 ms
+
+
+def test_a_token_without_text_begins_an_update(clock):
+    """Otherwise the text before the token with which a tool call begins would be taken for the
+    call's."""
+    thread = idle_thread()
+    stream = Submission([Request([1])], True, thread, _remaining=1)
+    tag = 9
+    for token, text in ((1, "Let "), (2, "me"), (tag, ""), (3, "{"), (4, "}")):
+        draw(thread, stream, token, text, False)
+    draw(thread, stream, 0, "", True)
+    thread._flush()
+    assert [(each.text, each.token_ids, each.is_last) for each in stream._updates] == [
+        ("Let me", [1, 2], False), ("{}", [tag, 3, 4], False), ("", [0], True),
+    ]  # fmt: skip
+
+
+def test_a_cancelled_request_has_a_single_last_update(clock):
+    thread = idle_thread()
+    stream = Submission([request := Request([1])], True, thread, _remaining=1)
+    draw(thread, stream, 1, "a", False)
+    request.cancel()
+    thread._note(stream, 0, request)
+    thread._flush()
+    assert [(each.text, each.token_ids, each.is_last) for each in stream._updates] == [
+        ("a", [1], True)
+    ]

@@ -8,7 +8,7 @@ one step, and a thousand streams wake the event loop at most once per step.
 First and last tokens come back after their step. While there are many streams, the tokens between
 wait for others, because a write to a socket takes longer than the rest of a token's way: all
 streams together get about a thousand writes a second, and each of them at least 40 if steps are
-that quick.
+that quick. What waits is copied once, when it is told.
 """
 
 import asyncio
@@ -48,8 +48,8 @@ class Update(msgspec.Struct, frozen=True):
     """An update has the news of one request of a submission: a copy, made between two steps.
 
     text: what may be shown now. token_ids: drawn since the last one; logprobs, top: of these, where
-    the request asks for them. One is made for each token of each stream, which takes a dataclass
-    four times as long.
+    the request asks for them. So many are made that a dataclass, which takes four times as long,
+    would be noticed.
     """
 
     index: int
@@ -77,9 +77,13 @@ class Submission:
     _updates: list[Update] = field(default_factory=list)
     _error: ApiError | None = None
     _waiter: "asyncio.Future[None] | None" = None
-    # The thread's own: characters and tokens that were told, by request; requests not ended.
-    _told: dict[int, tuple[int, int]] = field(default_factory=dict)
+    # The thread's own: requests not ended; those that have changed since they were told, by index,
+    # and updates before those changes; characters and tokens of each at its last change, and told.
     _remaining: int = 0
+    _changed: dict[int, Request] = field(default_factory=dict)
+    _made: list[Update] = field(default_factory=list)
+    _seen: dict[int, tuple[int, int]] = field(default_factory=dict)
+    _told: dict[int, tuple[int, int]] = field(default_factory=dict)
     # The event loop's own: requests that have not ended, as far as it knows, and their tokens.
     num_open: int = 0
     open_tokens: int = 0
@@ -111,23 +115,40 @@ class Submission:
         if self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _take(self, index: int, request: Request) -> Update | None:
-        """Returns the news of a request; called only by the engine's thread."""
-        is_last = request.finish_reason is not None
-        self._remaining -= is_last
-        if not (is_last or self.is_streamed):
-            return None
-        shown, count = self._told.get(index, (0, 0))
+    # The engine's thread alone calls these.
+
+    def _change(self, index: int, request: Request) -> None:
+        """Notes that a request has changed. Its update will have all that comes until it is told.
+
+        But a token without text begins another update: a tool call may begin with it.
+        """
+        length, count = self._seen.get(index, (0, 0))
+        self._seen[index] = len(request.text), len(request.token_ids)
+        has_drawn = len(request.token_ids) > count
+        if index in self._changed and has_drawn and len(request.text) == length:
+            self._made.append(self._update(index, request, count))
+        self._changed[index] = request
+
+    def _take(self) -> list[Update]:
+        """Returns the news of all requests."""
+        made, changed, self._made, self._changed = self._made, self._changed, [], {}
+        for index, request in changed.items():
+            made.append(self._update(index, request, len(request.token_ids)))
+        return made
+
+    def _update(self, index: int, request: Request, stop: int) -> Update:
+        """Returns an update with the text so far, and the tokens before `stop`."""
+        shown, start = self._told.get(index, (0, 0))
         released = max(shown, request.released)
-        self._told[index] = released, len(request.token_ids)
+        self._told[index] = released, stop
         return Update(
             index,
             request,
             request.text[shown:released],
-            request.token_ids[count:],
-            request.logprobs[count:],
-            request.top[count:],
-            is_last,
+            request.token_ids[start:stop],
+            request.logprobs[start:stop],
+            request.top[start:stop],
+            request.finish_reason is not None and stop == len(request.token_ids),
             time.perf_counter(),
         )
 
@@ -168,8 +189,9 @@ class EngineThread:
         self._inbox: list[Callable[[], None]] = []
         self._is_told_to_stop = False
         self._submissions: set[Submission] = set()  # the thread's own
-        self._news: dict[Submission, list[Update | ApiError]] = {}
-        self._urgent: set[Submission] = set()  # those whose news do not wait
+        self._changed: set[Submission] = set()  # those with news
+        self._urgent: set[Submission] = set()  # those of them whose news do not wait
+        self._failed: dict[Submission, ApiError] = {}  # those of them whose news is an error
         self._told_at = self._wait = 0.0  # when the others were told, and for how long they wait
         self.loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -231,16 +253,16 @@ class EngineThread:
             self._inbox.append(command)
             self._wake.notify()
 
-    def _deliver(self, news: dict[Submission, list[Update | ApiError]]) -> None:
-        for submission, told in news.items():
+    def _deliver(self, news: list[tuple[Submission, list[Update] | ApiError]]) -> None:
+        for submission, told in news:
+            if isinstance(told, ApiError):
+                self._count(submission, -submission.num_open, -submission.open_tokens)
+                submission.fail(told)
+                continue
             for each in told:
-                if isinstance(each, ApiError):
-                    self._count(submission, -submission.num_open, -submission.open_tokens)
-                    submission.fail(each)
-                    continue
                 if each.is_last:
                     self._count(submission, -1, -len(each.request.prompt))
-                submission._updates.append(each)
+            submission._updates += told
             submission._wake()
 
     def _count(self, submission: Submission, requests: int, tokens: int) -> None:
@@ -280,7 +302,6 @@ class EngineThread:
             self._step_began = 0.0
             self._steps += 1
             self._on_step(self._engine.counts.prefilled + self._engine.counts.drawn - before)
-        self.snapshot = self._look()
         self._flush()
         return True
 
@@ -297,14 +318,16 @@ class EngineThread:
         )
 
     def _note(self, submission: Submission, index: int, request: Request) -> None:
-        is_first = index not in submission._told
-        update = submission._take(index, request)
-        if update:
-            self._news.setdefault(submission, []).append(update)
-            if is_first or update.is_last:
-                self._urgent.add(submission)
+        is_last = request.finish_reason is not None
+        submission._remaining -= is_last
         if not submission._remaining:
             self._submissions.discard(submission)
+        if not (is_last or submission.is_streamed):
+            return
+        submission._change(index, request)
+        self._changed.add(submission)
+        if is_last or index not in submission._told:
+            self._urgent.add(submission)
 
     def _submit(self, submission: Submission) -> None:
         submission._remaining = len(submission.requests)
@@ -324,7 +347,8 @@ class EngineThread:
         """Cancels a submission, and ends it with `error`."""
         self._submissions.discard(submission)
         self._cancel(submission)
-        self._news[submission] = [error]
+        self._failed[submission] = error
+        self._changed.add(submission)
         self._urgent.add(submission)
 
     def _end_all(self, error: ApiError) -> None:
@@ -334,13 +358,15 @@ class EngineThread:
     def _flush(self) -> None:
         """Tells the event loop what does not wait, or everything if it has waited long enough."""
         now = time.perf_counter()
-        if now - self._told_at >= self._wait:
-            news, self._news = self._news, {}
-            self._told_at, self._wait = now, min(_LONGEST_WAIT, _PER_WRITE * len(news))
-        else:
-            news = {each: self._news.pop(each) for each in self._urgent}
-        is_urgent = bool(self._urgent)
-        self._urgent.clear()
+        is_due, is_urgent = now - self._told_at >= self._wait, bool(self._urgent)
+        if is_due or not self._engine.has_work:
+            self.snapshot = self._look()
+        told = self._changed if is_due else self._urgent
+        if is_due:
+            self._told_at, self._wait = now, min(_LONGEST_WAIT, _PER_WRITE * len(told))
+        failed, self._failed = self._failed, {}  # all of them are urgent
+        news = [(each, failed.get(each) or each._take()) for each in told]
+        self._changed, self._urgent = self._changed - told, set()
         if news:
             self._post(self._deliver, news)
         if is_urgent:
