@@ -5,7 +5,7 @@ Its OpenAPI document is at /openapi.json.
 
 import asyncio
 import re
-from collections.abc import Awaitable
+from collections.abc import Coroutine
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -229,14 +229,17 @@ def _correct_document(app: FastAPI) -> None:
     app.openapi_schema = document
 
 
-async def while_connected[T](request: Request, work: Awaitable[T]) -> T:
+async def while_connected[T](request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Returns the result of `work`. Cancels it and raises `ClientGone` if the client leaves."""
 
     async def until_gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(until_gone())
+    task = asyncio.Task(work, loop=asyncio.get_running_loop(), eager_start=True)
+    if task.done():  # it had nothing to wait for
+        return task.result()
+    gone = asyncio.ensure_future(until_gone())
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if task.done():

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from llama_jax.text.tokenizer import Tokenizer
 
 _DEFAULT_MAX_TOKENS = 16  # as OpenAI and vLLM have it
+# Characters or ids of prompts that are read in 0.1 ms; a thread takes 0.3 ms to begin and answer.
+_SHORT = 1000
 _Top = Sequence[tuple[int, float]]
 
 
@@ -33,7 +35,8 @@ async def prepare(service: Service, body: CompletionRequest) -> Job[list[Complet
     service.check_model(body.model)
     service.check_queue(len(body.prompts) * (body.n or 1))  # before it costs anything
     limit = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    job = await service.in_thread(lambda: _job(service, body, limit), body)
+    is_short = sum(map(len, body.prompts)) * (body.n or 1) <= _SHORT
+    job = await service.in_thread(lambda: _job(service, body, limit), body, is_quick=is_short)
     for request in job.requests:
         service.check_room(request, body.max_tokens)
     service.metrics.asked(job.requests)

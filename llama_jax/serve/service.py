@@ -1,7 +1,8 @@
 """This module does what every endpoint needs: make jobs, admit them, and wait in time.
 
 Prompts are tokenised, and templates rendered, in worker threads: a long one would keep the event
-loop, and with it every stream, waiting.
+loop, and with it every stream, waiting. Short prompts without a template are not, since a thread
+takes longer to begin.
 """
 
 import asyncio
@@ -151,15 +152,20 @@ class Service:
         given["structured"] = structured_output(body)
         return replace(default, **given, max_new_tokens=limit, logprobs=logprobs)
 
-    async def in_thread[T](self, make: Callable[[], T], body: Asked | None = None) -> T:
+    async def in_thread[T](
+        self, make: Callable[[], T], body: Asked | None = None, is_quick: bool = False
+    ) -> T:
         """Returns the result of `make`, run in a worker thread. Its ValueError becomes `ApiError`.
 
         body: the request. Grammars are compiled in separate threads, so that hostile ones delay
-        only each other.
+        only each other. is_quick: `make` takes less time than a thread takes to begin, unless there
+        is a grammar, so it is called at once.
         """
         form = field_of_form(body) if body else None
         pool = self._grammar_threads if form else None
         try:
+            if is_quick and not form:
+                return make()
             return await asyncio.get_running_loop().run_in_executor(pool, make)
         except (ValueError, TypeError) as error:
             prompt = "messages" if isinstance(body, ChatRequest) else "prompt"
