@@ -69,6 +69,8 @@ def test_a_batch_is_answered_resumed_and_never_overwritten(requests, tmp_path, m
     kept = partial.read_text().splitlines()
     assert len(kept) >= 5
     monkeypatch.setattr(ResumableFile, "flush", flush)
+    assert run(requests, output, "--served-model-name", "another") == 2
+    assert "served_model_name: None -> another" in capsys.readouterr().err
     assert run(requests, output) == 0
     assert "9 answered" not in capsys.readouterr().err
     answers = [json.loads(line) for line in output.read_text().splitlines()]

@@ -164,6 +164,17 @@ def test_the_cases_differ() -> None:
     }
 
 
+def test_a_stop_token_takes_precedence_over_a_string_that_it_would_complete() -> None:
+    request = Request(
+        [1],
+        SamplingParams(stop="52", stop_token_ids=[52]),
+        Decoder(),
+        frozenset({52}),
+    )
+    request.extend([32, 52], limit=2)
+    assert (request.text, request.stop_reason) == ("32", 52)
+
+
 def test_first_stop_and_held_back() -> None:
     assert first_stop("abcd", ("cd", "bcd"), 0) == (1, "bcd")
     assert first_stop("abcd", ("bc", "bcd"), 0) == (1, "bc")
