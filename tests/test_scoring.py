@@ -294,7 +294,6 @@ def test_a_row_that_cannot_be_scored_says_why_and_the_rest_goes_on(llm, row, mes
     ("call", "message"),
     [
         (lambda llm: llm.rank("a", []), "labels must be a list of at least one"),
-        (lambda llm: llm.rank("a", "bc"), "labels must be a list"),
         (lambda llm: llm.rank("a", ["b", ""]), "completion '' is empty"),
         (lambda llm: llm.perplexity(""), "no token to score"),
         (lambda llm: llm.perplexity([[5]]), "no token to score"),
@@ -308,3 +307,8 @@ def test_a_row_that_cannot_be_scored_says_why_and_the_rest_goes_on(llm, row, mes
 def test_bad_input_is_explained(llm, call, message):
     with pytest.raises(ValueError, match=message):
         call(llm)
+
+
+def test_a_string_is_no_list_of_labels(llm):
+    with pytest.raises(TypeError, match=r"labels: expected a list, got 'bc' \(str\)"):
+        llm.rank("a", "bc")
