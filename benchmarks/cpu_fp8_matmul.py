@@ -108,7 +108,8 @@ def measure(rows: int, repeats: int, instructions: library.Instructions | None) 
         )
         found.append(runs[name]())
     for in_pieces, at_once in zip(*found, strict=True):
-        np.testing.assert_allclose(in_pieces, at_once, rtol=1e-4)
+        # Errors are those of sums, which may be far larger than what is left of them.
+        np.testing.assert_allclose(in_pieces, at_once, atol=1e-5 * np.abs(at_once).max(), rtol=0)
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(repeats):
         for name, run in runs.items():

@@ -28,11 +28,13 @@ class ResumableFile:
         yield from self.file
 
     def write(self, text: str) -> None:
-        self.file.write(text.encode())
+        with _named(self.file):
+            self.file.write(text.encode())
 
     def flush(self) -> None:
         """Flush to disk, so that a kill loses nothing that was written."""
-        self.file.flush()
+        with _named(self.file):
+            self.file.flush()
 
 
 def survey(path: str) -> tuple[int | None, str | None]:
@@ -77,8 +79,9 @@ def resumable_file(
             _cut_torn_line(file)
             try:
                 yield ResumableFile(file)
-                file.flush()
-                os.fsync(file.fileno())
+                with _named(file):
+                    file.flush()
+                    os.fsync(file.fileno())
             except BaseException:
                 if file.seek(0, os.SEEK_END):
                     tell(f"{partial} has what was done: the same command continues from there")
@@ -88,6 +91,16 @@ def resumable_file(
                 raise
         os.replace(partial, target)
         journal.unlink()
+
+
+@contextmanager
+def _named(file: BinaryIO) -> Iterator[None]:
+    """Name the file in errors of writing, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = file.name
+        raise
 
 
 @contextmanager

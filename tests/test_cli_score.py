@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -325,3 +326,20 @@ def test_ray_is_not_there(run, model, pairs, tmp_path, monkeypatch):
     assert code == 2 and "give a file, not stdin" in err
     code, _, err = run("score", pairs, "-", "--actors", 2, *arguments)
     assert code == 2 and "--actors needs --ray" in err
+
+
+def test_a_disk_that_is_full_is_named_with_the_file(tmp_path):
+    """A limit of the process stands for the disk's: its error comes the same way."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def write_too_much():
+        with resumable_file(str(tmp_path / "out.jsonl"), {}, False) as file:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+            try:
+                file.write("x" * 200)
+                file.flush()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    with pytest.raises(OSError, match=r"File too large: '.*/out\.jsonl\.partial'"):
+        write_too_much()
