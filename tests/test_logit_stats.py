@@ -1,5 +1,6 @@
 """What is known of logits, by the CPU's kernel and in blocks, against float64."""
 
+import threading
 from functools import partial
 
 import jax
@@ -132,6 +133,25 @@ def test_matrices_in_bfloat16_without_scales(dtype, instructions):
     targets = targets_for(20, 499)
     logits = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
     assert_close(by_kernel(x, weight, None, targets, instructions), known_of(logits, targets), 1e-4)
+
+
+@needs_cpu_kernel
+def test_two_threads_at_once():
+    """Each of them many times, with other shapes than the other's."""
+    cases = [(*operands(m, 1000, k, seed=m), targets_for(m, 1000)) for m, k in ((2, 256), (40, 64))]
+    run = jax.jit(partial(cpu.logit_stats, logits_dtype=FLOAT32))
+    expected = [np.stack(run(*case)) for case in cases]
+    wrong: list[int] = []
+
+    def repeat(i):
+        wrong.extend(i for _ in range(100) if not np.array_equal(run(*cases[i]), expected[i]))
+
+    threads = [threading.Thread(target=repeat, args=(i % 2,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_every_implementation_and_format():

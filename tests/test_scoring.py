@@ -307,8 +307,3 @@ def test_a_row_that_cannot_be_scored_says_why_and_the_rest_goes_on(llm, row, mes
 def test_bad_input_is_explained(llm, call, message):
     with pytest.raises(ValueError, match=message):
         call(llm)
-
-
-def test_a_string_is_no_list_of_labels(llm):
-    with pytest.raises(TypeError, match=r"labels: expected a list, got 'bc' \(str\)"):
-        llm.rank("a", "bc")

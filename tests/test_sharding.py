@@ -12,6 +12,8 @@ from converters.pipeline import convert
 from llama_jax.checkpoint.store import read_manifest
 from llama_jax.model.params import abstract_params, param_shardings
 from llama_jax.model.sharding import cache_shardings, make_mesh
+from llama_jax.model.spec import ModelSpec
+from tests import tiny as small
 from tests import tiny_checkpoints as tiny
 
 FOUR_DEVICES = """
@@ -163,3 +165,8 @@ def test_a_mesh_of_more_devices_than_there_are_is_refused() -> None:
         make_mesh(3, data=2, devices=jax.devices()[:1])
     with pytest.raises(ValueError, match="model=0"):
         make_mesh(0)
+
+
+def test_a_number_is_no_mesh() -> None:
+    with pytest.raises(TypeError, match=r"mesh: expected a Mesh, such as make_mesh\(4\), got 4"):
+        ModelSpec(small.CONFIG, mesh=4)  # type: ignore[arg-type]

@@ -88,10 +88,14 @@ def _print(program: "Program", calls: Sequence["KernelCall"]) -> None:
     stdout.print(table)
     for number, reason in enumerate(reasons, 1):
         stdout.print(f"({number}) {reason}", style="dim", highlight=False, markup=False)
-    for kernel in dict.fromkeys(call.choice.kernel for call in calls if call.choice):
-        if kernel.fuses:
-            fused = ", ".join(kernel.fuses)
-            stdout.print(f"{kernel.name} can fuse {fused}", style="dim", highlight=False)
+    fused: dict[str, dict[str, None]] = {}  # products with and without scales name kernels alike
+    for call in calls:
+        if call.choice and call.choice.kernel.fuses:
+            fused.setdefault(call.choice.kernel.name, {}).update(
+                dict.fromkeys(call.choice.kernel.fuses)
+            )
+    for name, each in fused.items():
+        stdout.print(f"{name} can fuse {', '.join(each)}", style="dim", highlight=False)
     if any(map(_layers, calls)):
         stdout.print(_launches(calls), highlight=False)
 
