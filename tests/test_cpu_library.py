@@ -116,12 +116,25 @@ def test_what_stands_in_the_way_is_a_reason(name, value, reason, monkeypatch, tm
 @needs_cpu_kernel
 @pytest.mark.parametrize(
     ("flags", "most"),
-    [("", None), ("--xla_cpu_max_isa=AVX2", "avx2"), ("--xla_cpu_max_isa=SSE4_2", "portable")],
+    [
+        ("", ("avx512_bf16", "avx512", "avx2_amd", "avx2", "portable", "neon")),
+        ("--xla_cpu_max_isa=AVX2", ("avx2_amd", "avx2", "portable", "neon")),
+        ("--xla_cpu_max_isa=SSE4_2", ("portable", "neon")),
+    ],
 )
 def test_it_keeps_within_the_instructions_that_xla_may_use(flags, most, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", flags)
     here = compiler.here()
-    assert library.best() == (most if most in here else here[-1])
+    assert library.best() == next(each for each in most if each in here)
+
+
+def test_code_for_amd_is_for_amd_alone(monkeypatch):
+    defined = {f"__{name}__": "1" for name in ("AVX2", "FMA", "F16C")}
+    monkeypatch.setattr(compiler.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(compiler, "_predefined", lambda _: defined)
+    assert compiler.here() == ("portable", "avx2")
+    defined["__znver3__"] = "1"
+    assert compiler.here() == ("portable", "avx2", "avx2_amd")
 
 
 @pytest.mark.parametrize(

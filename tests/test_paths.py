@@ -114,7 +114,7 @@ def test_a_cpu_takes_its_kernel_for_every_matrix(monkeypatch: pytest.MonkeyPatch
 @needs_cpu_kernel
 @pytest.mark.parametrize(
     ("best", "found_in"),
-    [("avx512", [library.LOGIT_STATS, library.MATMUL]), ("avx2", ["xla", "xla"])],
+    [("avx512", [library.LOGIT_STATS, library.MATMUL]), ("neon", ["xla", "xla"])],
 )
 def test_scoring_needs_logits_only_where_the_kernel_does_not_run(
     best: str, found_in: list[str], monkeypatch: pytest.MonkeyPatch
@@ -130,8 +130,8 @@ def test_scoring_needs_logits_only_where_the_kernel_does_not_run(
 
 
 @needs_cpu_kernel
-def test_without_avx_512_a_cpu_leaves_many_rows_to_xla(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "best", lambda: "avx2")
+def test_on_arm_many_rows_are_left_to_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "best", lambda: "neon")
     found = traced(replace(FITTING, rope_theta=1235.0), "cpu")
     in_layers = {
         phase: [call for call in each if call.matrices and call.module.startswith("layers")]
@@ -142,7 +142,7 @@ def test_without_avx_512_a_cpu_leaves_many_rows_to_xla(monkeypatch: pytest.Monke
         (
             "xla",
             "JAX runs on cpu, not on a GPU; "
-            "for more than 16 rows XLA's code is faster without AVX-512",
+            "more than 16 rows are XLA's until NEON has been timed",
         )
     }
 

@@ -50,6 +50,7 @@ struct Product {
   int64_t row_shift, run_columns, runs;
   void* y;
   Format y_format;  // float32 or bfloat16
+  const float* row_factors;  // of sums, for each row of x, where it was arranged
 
   float scale_of(int which, int64_t row, int64_t run) const {
     return weights[which].scale[(row >> row_shift) * runs + run];
@@ -76,6 +77,11 @@ struct Rows {
   const T* data;
   int64_t stride;
 };
+
+// Changes a copy of a row of x, with zeros behind it, to what an instruction set multiplies with weights
+// of a format. Returns what its sums have to be multiplied by. Null where x is taken as it is.
+template <class T>
+using Arrange = float (*)(T* row, int64_t columns, Format weight_format);
 
 // Of all instruction sets, the most columns of a step, and the most rows of a weight in a tile.
 constexpr int64_t MAX_COLUMNS = 64, MIN_ROWS = 8;

@@ -16,25 +16,29 @@ template <class Activation>
 struct Copy {
   std::unique_ptr<void, void (*)(void*)> memory{nullptr, free};
   Rows<Activation> rows{nullptr, 0};
+  std::vector<float> factors;  // of sums, if rows were arranged
 
   // False if there is no memory.
-  bool make(ffi::ThreadPool& pool, const void* x, Format format, int64_t m, int64_t k) {
+  bool make(ffi::ThreadPool& pool, const void* x, Format format, const Product& p,
+            Arrange<Activation> arrange) {
     const bool is_same = (format == Format::bfloat16) == (sizeof(Activation) == 2);
-    rows = {static_cast<const Activation*>(x), k};
-    if (is_same && k % MAX_COLUMNS == 0) return true;
-    rows.stride = round_up(k, MAX_COLUMNS);
-    memory.reset(aligned_alloc(64, m * rows.stride * sizeof(Activation)));
+    rows = {static_cast<const Activation*>(x), p.k};
+    if (is_same && p.k % MAX_COLUMNS == 0 && !arrange) return true;
+    rows.stride = round_up(p.k, MAX_COLUMNS);
+    memory.reset(aligned_alloc(64, p.m * rows.stride * sizeof(Activation)));
     Activation* to = static_cast<Activation*>(memory.get());
     if (!to) return false;
-    in_parallel(pool, (m + COPIED_ROWS - 1) / COPIED_ROWS, [&](int64_t part) {
-      for (int64_t i = part * COPIED_ROWS; i < at_most(m, (part + 1) * COPIED_ROWS); i++) {
+    if (arrange) factors.resize(p.m);
+    in_parallel(pool, (p.m + COPIED_ROWS - 1) / COPIED_ROWS, [&](int64_t part) {
+      for (int64_t i = part * COPIED_ROWS; i < at_most(p.m, (part + 1) * COPIED_ROWS); i++) {
         Activation* row = to + i * rows.stride;
         if (is_same)
-          memcpy(row, static_cast<const Activation*>(x) + i * k, k * sizeof(Activation));
+          memcpy(row, static_cast<const Activation*>(x) + i * p.k, p.k * sizeof(Activation));
         else
-          for (int64_t j = 0; j < k; j++)
-            row[j] = Activation(from_bfloat16(static_cast<const uint16_t*>(x)[i * k + j]));
-        memset(row + k, 0, (rows.stride - k) * sizeof(Activation));
+          for (int64_t j = 0; j < p.k; j++)
+            row[j] = Activation(from_bfloat16(static_cast<const uint16_t*>(x)[i * p.k + j]));
+        memset(row + p.k, 0, (rows.stride - p.k) * sizeof(Activation));
+        if (arrange) factors[i] = arrange(row, rows.stride, p.weight_format);
       }
     });
     rows.data = to;
@@ -55,10 +59,12 @@ ffi::Error no_memory() {
 }
 
 template <class Activation>
-ffi::Error multiply(ffi::ThreadPool& pool, const std::vector<Product>& products, const void* x,
-                    Format format, Loops<Activation> of_codes, Loops<Activation> of_bfloat16) {
+ffi::Error multiply(ffi::ThreadPool& pool, std::vector<Product>& products, const void* x,
+                    Format format, Arrange<Activation> arrange, Loops<Activation> of_codes,
+                    Loops<Activation> of_bfloat16) {
   Copy<Activation> copy;
-  if (!copy.make(pool, x, format, products[0].m, products[0].k)) return no_memory();
+  if (!copy.make(pool, x, format, products[0], arrange)) return no_memory();
+  for (Product& p : products) p.row_factors = copy.factors.data();
   struct Chunk {
     const Product& product;
     int64_t begin, end;
@@ -88,13 +94,15 @@ ffi::Error multiply(ffi::ThreadPool& pool, const std::vector<Product>& products,
 // The segments of tokens of the only weight, and what is known of them together. The first of equal
 // logits in different segments is that of the first segment.
 template <class Activation, class LaneStats>
-ffi::Error find_stats(ffi::ThreadPool& pool, const Product& p, const void* x, Format format,
-                      const LogitStats& stats, StatsLoops<Activation, LaneStats> of_codes,
+ffi::Error find_stats(ffi::ThreadPool& pool, Product& p, const void* x, Format format,
+                      const LogitStats& stats, Arrange<Activation> arrange,
+                      StatsLoops<Activation, LaneStats> of_codes,
                       StatsLoops<Activation, LaneStats> of_bfloat16) {
   Copy<Activation> copy;
   const int64_t count = at_least(1, p.n / SEGMENT_TOKENS);  // the last one takes the rest
   std::vector<PartialStats> parts(count * p.m);
-  if (!copy.make(pool, x, format, p.m, p.k)) return no_memory();
+  if (!copy.make(pool, x, format, p, arrange)) return no_memory();
+  p.row_factors = copy.factors.data();
   std::fill_n(stats.target_logits, p.m, -INFINITY);
   const auto loops = p.weight_format == Format::codes ? of_codes : of_bfloat16;
   in_parallel(pool, count, [&](int64_t i) {
@@ -173,14 +181,15 @@ ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs ope
                       *operands.get<ffi::AnyBuffer>(2 * (i + which) + 1), scale_rows, scale_columns,
                       which, p);
     is_valid = is_valid && (*y)->element_count() == size_t(p.m * p.n) &&
+               (products.empty() || p.weight_format == products[0].weight_format) &&
                (p.y_format == Format::bfloat16 || (*y)->element_type() == ffi::DataType::F32);
     products.push_back(p);
   }
   if (!is_valid) return not_understood("fp8_matmul_cpu");
   const Format format = format_of(x);
 #define WITH(set) \
-  multiply<set::Activation>(pool, products, x.untyped_data(), format, set::products<uint8_t>, \
-                            set::products<uint16_t>)
+  multiply<set::Activation>(pool, products, x.untyped_data(), format, set::ARRANGE, \
+                            set::products<uint8_t>, set::products<uint16_t>)
   return format == Format::bfloat16 ? WITH(for_bfloat16) : WITH(for_float32);
 #undef WITH
 }
@@ -208,7 +217,7 @@ ffi::Error logit_stats(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer we
   const Format format = format_of(x);
 #define WITH(set)                                                                 \
   find_stats<set::Activation, set::LaneStats>(pool, p, x.untyped_data(), format, stats, \
-                                              set::logit_stats<uint8_t>,          \
+                                              set::ARRANGE, set::logit_stats<uint8_t>, \
                                               set::logit_stats<uint16_t>)
   return format == Format::bfloat16 ? WITH(for_bfloat16) : WITH(for_float32);
 #undef WITH

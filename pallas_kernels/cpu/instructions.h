@@ -9,9 +9,10 @@
 // As `pallas_kernels.cpu.compiler` numbers them.
 #define PORTABLE 1
 #define AVX2 2
-#define AVX512 3
-#define AVX512_BF16 4
-#define NEON 5
+#define AVX2_AMD 3
+#define AVX512 4
+#define AVX512_BF16 5
+#define NEON 6
 
 namespace {
 
@@ -25,6 +26,8 @@ using Part = Sum;
 constexpr int COLUMNS = 8, PARTS = 2, REGISTERS = 16, SUMS = 4, MOST_ROWS = 4;
 constexpr int64_t PADDING = 0;
 constexpr float UNIT = 1;
+constexpr bool UPCASTS_IN_TILES = false;
+constexpr Arrange<Activation> ARRANGE = nullptr;
 ALWAYS_INLINE Part upcast(const uint8_t* from) {
   typedef uint8_t Codes __attribute__((vector_size(4)));
   Codes codes;
@@ -69,7 +72,7 @@ namespace for_bfloat16 = portable;
 namespace for_float32 = portable;
 #endif
 
-#if INSTRUCTIONS == AVX2
+#if INSTRUCTIONS == AVX2 || INSTRUCTIONS == AVX2_AMD
 namespace avx2 {
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 using Activation = float;
@@ -78,6 +81,8 @@ using Part = __m256;
 constexpr int COLUMNS = 16, PARTS = 2, REGISTERS = 16, SUMS = 12, MOST_ROWS = 4;
 constexpr int64_t PADDING = 0;
 constexpr float UNIT = 256;
+constexpr bool UPCASTS_IN_TILES = false;
+constexpr Arrange<Activation> ARRANGE = nullptr;
 // A code's seven bits of exponent and mantissa, moved into a float16, are its value / 256, of
 // denormal codes too.
 TARGET ALWAYS_INLINE void load(const uint8_t* from, Part (&to)[PARTS]) {
@@ -105,17 +110,108 @@ TARGET ALWAYS_INLINE Sum add_scaled(Sum sum, float scale, Sum to) {
 }
 template <int COUNT>
 TARGET ALWAYS_INLINE void totals(const Sum (&s)[COUNT], float (&to)[COUNT]) {
-  UNROLL for (int i = 0; i < COUNT; i++) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(s[i]), _mm256_extractf128_ps(s[i], 1));
-    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    to[i] = _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+  static_assert(COUNT % 4 == 0);
+  UNROLL for (int i = 0; i < COUNT; i += 4) {
+    const Sum halves =
+        _mm256_hadd_ps(_mm256_hadd_ps(s[i], s[i + 1]), _mm256_hadd_ps(s[i + 2], s[i + 3]));
+    _mm_storeu_ps(to + i, _mm_add_ps(_mm256_castps256_ps128(halves),
+                                     _mm256_extractf128_ps(halves, 1)));
   }
 }
 #include "tiles.inc"
 #include "attention.inc"
 #undef TARGET
 }  // namespace avx2
+#endif
+
+#if INSTRUCTIONS == AVX2
 namespace for_bfloat16 = avx2;
+namespace for_float32 = avx2;
+#endif
+
+#if INSTRUCTIONS == AVX2_AMD
+// AMD's processors multiply denormal numbers as fast as others. So a code, moved into a float32 by
+// an offset of its exponent too small by 120, is an operand. Two instructions or three upcast eight
+// codes, where a float16 takes four or five.
+namespace avx2_amd {
+#define TARGET __attribute__((target("avx2,fma,f16c")))
+using Activation = float;
+using Sum = __m256;
+using Part = __m256;
+constexpr int COLUMNS = 32, PARTS = 4, REGISTERS = 16, SUMS = 12, MOST_ROWS = 4;
+constexpr int64_t PADDING = 0;
+constexpr float UNIT = 1;  // `arrange` makes up for the offset
+constexpr bool UPCASTS_IN_TILES = true;
+
+// Operand v has the columns v, 4 + v, 8 + v ... 28 + v: the bytes v of eight words of codes.
+TARGET ALWAYS_INLINE Part part(const uint8_t* from, int v) {
+  const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  const __m256i signs_and_codes = _mm256_srai_epi32(_mm256_slli_epi32(codes, 24 - 8 * v), 4);
+  return _mm256_castsi256_ps(_mm256_and_si256(signs_and_codes, _mm256_set1_epi32(0x87f00000)));
+}
+TARGET ALWAYS_INLINE Part part(const uint16_t* from, int v) {
+  const Part first = _mm256_loadu_ps(reinterpret_cast<const float*>(from));
+  const Part second = _mm256_loadu_ps(reinterpret_cast<const float*>(from + 16));
+  // Columns 0 and 1, 4 and 5 ... or 2 and 3, 6 and 7 ...
+  const Part some = v < 2 ? _mm256_shuffle_ps(first, second, 0x88)
+                          : _mm256_shuffle_ps(first, second, 0xdd);
+  const __m256i pairs = _mm256_permute4x64_epi64(_mm256_castps_si256(some), 0xd8);
+  return _mm256_castsi256_ps(v % 2 ? _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000))
+                                   : _mm256_slli_epi32(pairs, 16));
+}
+TARGET ALWAYS_INLINE Part load(const float* from) { return _mm256_loadu_ps(from); }
+template <class Code>
+TARGET ALWAYS_INLINE void load(const Code* from, Part (&to)[PARTS]) {
+  UNROLL for (int v = 0; v < PARTS; v++) to[v] = part(from, v);
+}
+TARGET ALWAYS_INLINE void store(const Part (&from)[PARTS], float* to) {
+  UNROLL for (int v = 0; v < PARTS; v++) _mm256_storeu_ps(to + 8 * v, from[v]);
+}
+// Puts columns in the order of operands. For codes, the largest value is brought to 2^120, and what
+// sums have to be multiplied by is returned. (Values below 2^-7 are brought there by 2^127 at most,
+// the largest power of 2 that there is.)
+TARGET float arrange(float* row, int64_t columns, Format weight_format) {
+  float factor = 1, to_undo = 1;
+  if (weight_format == Format::codes) {
+    __m256i largest = _mm256_setzero_si256();
+    for (int64_t column = 0; column < columns; column += 8) {
+      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + column));
+      largest = _mm256_max_epi32(largest, _mm256_and_si256(bits, _mm256_set1_epi32(INT32_MAX)));
+    }
+    int32_t lanes[8], exponent = 127 - 7;
+    memcpy(lanes, &largest, sizeof(lanes));
+    for (const int32_t bits : lanes) exponent = int32_t(at_least(exponent, bits >> 23));
+    exponent = int32_t(at_most(exponent, 254));  // of infinity it is 255
+    const int32_t bits = exponent << 23, other_bits = (127 + 127 + 120 - exponent) << 23;
+    memcpy(&to_undo, &bits, sizeof(to_undo));
+    memcpy(&factor, &other_bits, sizeof(factor));
+  }
+  for (float* to = row; to < row + columns; to += COLUMNS) {
+    Part a[PARTS];
+    UNROLL for (int i = 0; i < PARTS; i++) a[i] = load(to + 8 * i) * factor;
+    // Columns 4 i to 4 i + 3 and 16 + 4 i to 16 + 4 i + 3, four rows to be transposed twice.
+    const Part b[] = {_mm256_permute2f128_ps(a[0], a[2], 0x20),
+                      _mm256_permute2f128_ps(a[0], a[2], 0x31),
+                      _mm256_permute2f128_ps(a[1], a[3], 0x20),
+                      _mm256_permute2f128_ps(a[1], a[3], 0x31)};
+    const Part low = _mm256_unpacklo_ps(b[0], b[1]), high = _mm256_unpackhi_ps(b[0], b[1]);
+    const Part low2 = _mm256_unpacklo_ps(b[2], b[3]), high2 = _mm256_unpackhi_ps(b[2], b[3]);
+    const Part parts[] = {_mm256_shuffle_ps(low, low2, 0x44), _mm256_shuffle_ps(low, low2, 0xee),
+                          _mm256_shuffle_ps(high, high2, 0x44),
+                          _mm256_shuffle_ps(high, high2, 0xee)};
+    store(parts, to);
+  }
+  return to_undo;
+}
+constexpr Arrange<Activation> ARRANGE = arrange;
+using avx2::add_scaled;
+using avx2::multiply_add;
+using avx2::totals;
+using avx2::zero;
+#include "tiles.inc"
+#undef TARGET
+}  // namespace avx2_amd
+namespace for_bfloat16 = avx2_amd;
 namespace for_float32 = avx2;
 #endif
 
@@ -128,6 +224,8 @@ using Part = __m512;
 constexpr int COLUMNS = 16, PARTS = 1, REGISTERS = 32, SUMS = 24, MOST_ROWS = 4;
 constexpr int64_t PADDING = 64;
 constexpr float UNIT = 256;
+constexpr bool UPCASTS_IN_TILES = false;
+constexpr Arrange<Activation> ARRANGE = nullptr;
 TARGET ALWAYS_INLINE void load(const uint8_t* from, Part (&to)[PARTS]) {
   const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
   const __m256i shifted = _mm256_slli_epi16(_mm256_cvtepi8_epi16(codes), 7);
@@ -209,6 +307,8 @@ using Part = __m512i;
 constexpr int COLUMNS = 64, PARTS = 2, REGISTERS = 32, SUMS = 24, MOST_ROWS = 8;
 constexpr int64_t PADDING = 64;
 constexpr float UNIT = 1;
+constexpr bool UPCASTS_IN_TILES = false;
+constexpr Arrange<Activation> ARRANGE = nullptr;
 
 // The two bytes of each magnitude in bfloat16. It has to be looked up: these instructions read
 // denormal numbers, which moved bits would be, as 0.
@@ -271,6 +371,8 @@ using Part = float32x4_t;
 constexpr int COLUMNS = 8, PARTS = 2, REGISTERS = 32, SUMS = 16, MOST_ROWS = 8;
 constexpr int64_t PADDING = 0;
 constexpr float UNIT = 256;
+constexpr bool UPCASTS_IN_TILES = false;
+constexpr Arrange<Activation> ARRANGE = nullptr;
 // By a shift into a float16, as with AVX2.
 ALWAYS_INLINE void load(const uint8_t* from, Part (&to)[PARTS]) {
   const int16x8_t shifted = vshll_n_s8(vreinterpret_s8_u8(vld1_u8(from)), 7);
