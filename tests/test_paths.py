@@ -141,8 +141,7 @@ def test_on_arm_many_rows_are_left_to_xla(monkeypatch: pytest.MonkeyPatch) -> No
     assert {(call.path, call.why_not) for call in in_layers["prefill"]} == {
         (
             "xla",
-            "JAX runs on cpu, not on a GPU; "
-            "more than 16 rows are XLA's until NEON has been timed",
+            "JAX runs on cpu, not on a GPU; more than 16 rows are XLA's until NEON has been timed",
         )
     }
 
