@@ -132,12 +132,6 @@ inline float from_bfloat16(uint16_t bits) {
   return value;
 }
 
-// Vectors of FLOATS numbers, which compilers divide into the registers that there are.
-constexpr int FLOATS = 16;
-typedef float Floats __attribute__((vector_size(FLOATS * 4)));
-typedef int32_t Words __attribute__((vector_size(FLOATS * 4)));
-typedef uint16_t Halves __attribute__((vector_size(FLOATS * 2)));
-constexpr Words LANE_NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 constexpr float LOWEST = -0x1.fffffep127f;
 
 // Four rows of four numbers become columns.

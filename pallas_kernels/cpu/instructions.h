@@ -16,6 +16,18 @@
 
 namespace {
 
+// Vectors of FLOATS numbers, as wide as registers are: compilers compare wider ones number by number.
+#if INSTRUCTIONS == AVX512 || INSTRUCTIONS == AVX512_BF16
+constexpr int FLOATS = 16;
+#elif INSTRUCTIONS == AVX2 || INSTRUCTIONS == AVX2_AMD
+constexpr int FLOATS = 8;
+#else
+constexpr int FLOATS = 4;
+#endif
+typedef float Floats __attribute__((vector_size(FLOATS * 4)));
+typedef int32_t Words __attribute__((vector_size(FLOATS * 4)));
+typedef uint16_t Halves __attribute__((vector_size(FLOATS * 2)));
+
 #if INSTRUCTIONS == PORTABLE
 namespace portable {
 #define TARGET
