@@ -56,41 +56,54 @@ XLA_FFI_Error* schedule(XLA_FFI_ThreadPool_Schedule_Args* args) {
   return nullptr;
 }
 
-ffi::Error call(ffi::ThreadPool pool, int64_t kind, int64_t scale_rows, int64_t scale_columns,
-                std::vector<Array>& arrays) {
-  std::vector<void*> buffers;
-  for (Array& array : arrays) buffers.push_back(&array.buffer);
-  const auto any = [&](size_t i) { return ffi::AnyBuffer(&arrays.at(i).buffer); };
-  if (kind == 0) {
-    std::vector<XLA_FFI_ArgType> types(buffers.size(), XLA_FFI_ArgType_BUFFER);
-    XLA_FFI_RetType type = XLA_FFI_RetType_BUFFER;
-    const XLA_FFI_Args args{XLA_FFI_Args_STRUCT_SIZE, nullptr, int64_t(buffers.size()) - 1,
-                            types.data(), buffers.data()};
-    const XLA_FFI_Rets rets{XLA_FFI_Rets_STRUCT_SIZE, nullptr, 1, &type, &buffers.back()};
-    return matmul(pool, any(0), ffi::RemainingArgs(&args, 1), ffi::RemainingRets(&rets, 0),
-                  scale_rows, scale_columns);
-  }
-  if (kind == 2) {
-    const int64_t m = arrays[0].shape[0];
-    std::vector<Array> rows(4);
-    for (int i = 0; i < 4; i++) {
-      rows[i].shape = {m};
-      rows[i].buffer = {XLA_FFI_Buffer_STRUCT_SIZE, nullptr, XLA_FFI_DataType_F32,
-                        arrays.back().data.data() + i * m * 4, 1, rows[i].shape.data()};
+XLA_FFI_Error* fail_with(XLA_FFI_Error_Create_Args* args) {
+  fail(args->message);
+  return nullptr;
+}
+
+// Attributes of 64 bits.
+struct Attributes {
+  XLA_FFI_ByteSpan names[3] = {{"scale_rows", 10}, {"scale_columns", 13}, {"is_rounded", 10}};
+  int64_t values[3];
+  XLA_FFI_Scalar scalars[3];
+  XLA_FFI_AttrType types[3];
+  XLA_FFI_ByteSpan* name_pointers[3];
+  void* pointers[3];
+
+  Attributes(int64_t scale_rows, int64_t scale_columns) : values{scale_rows, scale_columns, 0} {
+    for (int i = 0; i < 3; i++) {
+      scalars[i] = {XLA_FFI_DataType_S64, &values[i]};
+      types[i] = XLA_FFI_AttrType_SCALAR, name_pointers[i] = &names[i], pointers[i] = &scalars[i];
     }
-    rows[1].buffer.dtype = XLA_FFI_DataType_S32;
-    const auto floats = [&](size_t i) {
-      return ffi::Result<ffi::Buffer<ffi::F32>>(ffi::Buffer<ffi::F32>(&rows[i].buffer));
-    };
-    return logit_stats(pool, any(0), any(1), any(2), ffi::Buffer<ffi::S32>(&arrays[3].buffer),
-                       floats(0),
-                       ffi::Result<ffi::Buffer<ffi::S32>>(ffi::Buffer<ffi::S32>(&rows[1].buffer)),
-                       floats(2), floats(3), scale_rows, scale_columns, false);
   }
-  const auto ints = [&](size_t i) { return ffi::Buffer<ffi::S32>(&arrays.at(i).buffer); };
-  const auto floats = [&](size_t i) { return ffi::Buffer<ffi::F32>(&arrays.at(i).buffer); };
-  return attention(pool, any(0), any(1), any(2), ints(3), ints(4), ints(5), floats(6), floats(7),
-                   ffi::Result<ffi::AnyBuffer>(any(8)));
+};
+
+// The last array is the result.
+void call(const XLA_FFI_Api& api, int64_t kind, int64_t scale_rows, int64_t scale_columns,
+          std::vector<Array>& arrays) {
+  XLA_FFI_Handler* const kernels[] = {fp8_matmul_cpu, paged_attention_cpu, logit_stats_cpu};
+  std::vector<void*> operands, results{&arrays.back().buffer};
+  for (size_t i = 0; i + 1 < arrays.size(); i++) operands.push_back(&arrays[i].buffer);
+  int64_t rows = 0;
+  XLA_FFI_Buffer of_rows[4];
+  if (kind == 2) {
+    rows = arrays.back().shape[1];
+    results.clear();
+    for (int i = 0; i < 4; i++) {
+      const auto type = i == 1 ? XLA_FFI_DataType_S32 : XLA_FFI_DataType_F32;
+      char* row = arrays.back().data.data() + i * rows * 4;
+      of_rows[i] = {XLA_FFI_Buffer_STRUCT_SIZE, nullptr, type, row, 1, &rows};
+      results.push_back(&of_rows[i]);
+    }
+  }
+  Attributes attributes(scale_rows, scale_columns);
+  XLA_FFI_CallFrame frame{};
+  frame.api = &api, frame.stage = XLA_FFI_ExecutionStage_EXECUTE;
+  frame.args.size = int64_t(operands.size()), frame.args.args = operands.data();
+  frame.rets.size = int64_t(results.size()), frame.rets.rets = results.data();
+  frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr, 3, attributes.types, attributes.name_pointers,
+                 attributes.pointers};
+  kernels[kind](&frame);
 }
 
 }  // namespace
@@ -98,8 +111,7 @@ ffi::Error call(ffi::ThreadPool pool, int64_t kind, int64_t scale_rows, int64_t 
 int main() {
   XLA_FFI_Api api{};
   api.XLA_FFI_ThreadPool_NumThreads = count_threads, api.XLA_FFI_ThreadPool_Schedule = schedule;
-  ffi::DiagnosticEngine diagnostic;
-  const auto pool = ffi::CtxDecoding<ffi::ThreadPool>::Decode(&api, nullptr, diagnostic);
+  api.XLA_FFI_Error_Create = fail_with;
 #if defined(__aarch64__)
   ExactDenormals::set(FLUSH_DENORMALS);  // as XLA's threads do
 #endif
@@ -108,11 +120,10 @@ int main() {
     std::vector<Array> arrays(read_number() + 1);
     for (Array& array : arrays) array.read();
     Array& result = arrays.back();
-    const ffi::AnyBuffer y(&result.buffer);
-    result.data.resize(y.size_bytes());
+    const bool has_halves = result.buffer.dtype == XLA_FFI_DataType_BF16;
+    result.data.resize(Operand{&result.buffer}.size() * (has_halves ? 2 : 4));
     result.buffer.data = result.data.data();
-    const ffi::Error error = call(*pool, kind, scale_rows, scale_columns, arrays);
-    if (error.failure()) fail(error.message());
+    call(api, kind, scale_rows, scale_columns, arrays);
     fwrite(result.data.data(), 1, result.data.size(), stdout);
   }
   for (std::thread& thread : threads) thread.join();

@@ -12,7 +12,7 @@
 #include <mutex>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
+#include "xla.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -21,8 +21,6 @@
 #endif
 
 namespace {
-
-namespace ffi = xla::ffi;
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 #define NEVER_INLINE __attribute__((noinline))
@@ -209,10 +207,10 @@ struct ExactDenormals {
 #endif
 };
 
-// work(0) to work(count - 1), on this thread and on those of the pool that have time. A thread
+// work(0) to work(count - 1), on this thread and on those of XLA's that have time. A thread
 // that comes when nothing is left sees `State` alone, which lives until the last one has come.
 template <class Work>
-void in_parallel(ffi::ThreadPool& pool, int64_t count, const Work& work) {
+void in_parallel(const Call& call, int64_t count, const Work& work) {
   struct State {
     std::atomic<int64_t> next{0}, done{0};
     std::mutex mutex;
@@ -229,8 +227,8 @@ void in_parallel(ffi::ThreadPool& pool, int64_t count, const Work& work) {
       }
     }
   };
-  const int64_t threads = at_most(pool.num_threads(), count);
-  for (int64_t i = 1; i < threads; i++) pool.Schedule(decltype(run)(run));
+  const int64_t threads = at_most(call.num_threads(), count);
+  for (int64_t i = 1; i < threads; i++) call.schedule(run);
   run();
   // What others have begun takes no longer than it takes to fall asleep.
   for (int i = 0; i < 20000 && state->done.load() < count; i++) pause();

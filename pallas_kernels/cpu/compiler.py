@@ -55,7 +55,7 @@ _LIMITS: dict[str, Instructions] = {
 # Each is a file with this ending.
 KERNELS = ("fp8_matmul", "paged_attention")
 _ENDING = ".cpp"
-_HEADERS = ("common.h", "instructions.h", "tiles.inc", "attention.inc")
+_HEADERS = ("xla.h", "common.h", "instructions.h", "tiles.inc", "attention.inc")
 # No contraction, so that all tiles round alike. No warnings, which are for those who change the
 # code.
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-w")

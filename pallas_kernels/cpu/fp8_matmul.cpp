@@ -5,7 +5,6 @@
 // divided by rows of the weight over XLA's own threads.
 
 #include <algorithm>
-#include <string>
 
 #include "instructions.h"
 
@@ -19,7 +18,7 @@ struct Copy {
   std::vector<float> factors;  // of sums, if rows were arranged
 
   // False if there is no memory.
-  bool make(ffi::ThreadPool& pool, const void* x, Format format, const Product& p,
+  bool make(const Call& call, const void* x, Format format, const Product& p,
             Arrange<Activation> arrange) {
     const bool is_same = (format == Format::bfloat16) == (sizeof(Activation) == 2);
     rows = {static_cast<const Activation*>(x), p.k};
@@ -29,7 +28,7 @@ struct Copy {
     Activation* to = static_cast<Activation*>(memory.get());
     if (!to) return false;
     if (arrange) factors.resize(p.m);
-    in_parallel(pool, (p.m + COPIED_ROWS - 1) / COPIED_ROWS, [&](int64_t part) {
+    in_parallel(call, (p.m + COPIED_ROWS - 1) / COPIED_ROWS, [&](int64_t part) {
       for (int64_t i = part * COPIED_ROWS; i < at_most(p.m, (part + 1) * COPIED_ROWS); i++) {
         Activation* row = to + i * rows.stride;
         if (is_same)
@@ -54,16 +53,16 @@ template <class Activation, class LaneStats>
 using StatsLoops = void (*)(const Product&, const Rows<Activation>&, int64_t begin, int64_t end,
                             const LogitStats&, LaneStats*, PartialStats*);
 
-ffi::Error no_memory() {
-  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for a copy of x");
+XLA_FFI_Error* no_memory(const Call& call) {
+  return call.error(XLA_FFI_Error_Code_RESOURCE_EXHAUSTED, "no memory for a copy of x");
 }
 
 template <class Activation>
-ffi::Error multiply(ffi::ThreadPool& pool, std::vector<Product>& products, const void* x,
-                    Format format, Arrange<Activation> arrange, Loops<Activation> of_codes,
-                    Loops<Activation> of_bfloat16) {
+XLA_FFI_Error* multiply(const Call& call, std::vector<Product>& products, const void* x,
+                        Format format, Arrange<Activation> arrange, Loops<Activation> of_codes,
+                        Loops<Activation> of_bfloat16) {
   Copy<Activation> copy;
-  if (!copy.make(pool, x, format, products[0], arrange)) return no_memory();
+  if (!copy.make(call, x, format, products[0], arrange)) return no_memory(call);
   for (Product& p : products) p.row_factors = copy.factors.data();
   struct Chunk {
     const Product& product;
@@ -83,29 +82,29 @@ ffi::Error multiply(ffi::ThreadPool& pool, std::vector<Product>& products, const
       chunks.push_back({p, begin, end});
     }
   }
-  in_parallel(pool, int64_t(chunks.size()), [&](int64_t i) {
+  in_parallel(call, int64_t(chunks.size()), [&](int64_t i) {
     const Chunk& c = chunks[i];
     const auto loops = c.product.weight_format == Format::codes ? of_codes : of_bfloat16;
     loops(c.product, copy.rows, c.begin, c.end);
   });
-  return ffi::Error::Success();
+  return nullptr;
 }
 
 // The segments of tokens of the only weight, and what is known of them together. The first of equal
 // logits in different segments is that of the first segment.
 template <class Activation, class LaneStats>
-ffi::Error find_stats(ffi::ThreadPool& pool, Product& p, const void* x, Format format,
-                      const LogitStats& stats, Arrange<Activation> arrange,
-                      StatsLoops<Activation, LaneStats> of_codes,
-                      StatsLoops<Activation, LaneStats> of_bfloat16) {
+XLA_FFI_Error* find_stats(const Call& call, Product& p, const void* x, Format format,
+                          const LogitStats& stats, Arrange<Activation> arrange,
+                          StatsLoops<Activation, LaneStats> of_codes,
+                          StatsLoops<Activation, LaneStats> of_bfloat16) {
   Copy<Activation> copy;
   const int64_t count = at_least(1, p.n / SEGMENT_TOKENS);  // the last one takes the rest
   std::vector<PartialStats> parts(count * p.m);
-  if (!copy.make(pool, x, format, p, arrange)) return no_memory();
+  if (!copy.make(call, x, format, p, arrange)) return no_memory(call);
   p.row_factors = copy.factors.data();
   std::fill_n(stats.target_logits, p.m, -INFINITY);
   const auto loops = p.weight_format == Format::codes ? of_codes : of_bfloat16;
-  in_parallel(pool, count, [&](int64_t i) {
+  in_parallel(call, count, [&](int64_t i) {
     const int64_t end = i + 1 < count ? (i + 1) * SEGMENT_TOKENS : p.n;
     auto* lanes = static_cast<LaneStats*>(thread_buffer<LANES>(p.m * sizeof(LaneStats)));
     loops(p, copy.rows, i * SEGMENT_TOKENS, end, stats, lanes, &parts[i * p.m]);
@@ -122,102 +121,97 @@ ffi::Error find_stats(ffi::ThreadPool& pool, Product& p, const void* x, Format f
     stats.top_logits[m] = all.largest, stats.top_tokens[m] = all.token;
     stats.logsumexp[m] = all.largest + std::log(total);
   }
-  return ffi::Error::Success();
+  return nullptr;
 }
 
 // Reads x, a weight and its scales. False if they are not what is understood here.
 // scale_rows, scale_columns: how much of the weight one scale is for.
-bool read(const ffi::AnyBuffer& x, const ffi::AnyBuffer& w, const ffi::AnyBuffer& scale,
-          int64_t scale_rows, int64_t scale_columns, int which, Product& p) {
-  if (x.dimensions().size() != 2 || w.dimensions().size() != 2 || scale_rows <= 0 ||
-      (scale_rows & (scale_rows - 1)) || scale_columns <= 0)
+bool read(Operand x, Operand w, Operand scale, int64_t scale_rows, int64_t scale_columns, int which,
+          Product& p) {
+  if (x.rank() != 2 || w.rank() != 2 || scale_rows <= 0 || (scale_rows & (scale_rows - 1)) ||
+      scale_columns <= 0)
     return false;
-  const auto x_type = x.element_type();
-  const int64_t n = w.dimensions()[0];
-  const auto format =
-      w.element_type() == ffi::DataType::BF16 ? Format::bfloat16 : Format::codes;
-  const bool has_scales = scale.element_count();
-  p.m = x.dimensions()[0], p.k = x.dimensions()[1];
-  const int64_t run_columns = has_scales ? scale_columns : p.k;
-  const int64_t runs = has_scales ? (p.k + scale_columns - 1) / scale_columns : 1;
-  const int64_t scales = has_scales ? (n + scale_rows - 1) / scale_rows * runs : 0;
+  const int64_t n = w[0], num_scales = scale.size();
+  const auto format = w.type() == XLA_FFI_DataType_BF16 ? Format::bfloat16 : Format::codes;
+  p.m = x[0], p.k = x[1];
+  const int64_t run_columns = num_scales ? scale_columns : p.k;
+  const int64_t runs = num_scales ? (p.k + scale_columns - 1) / scale_columns : 1;
+  const int64_t expected = num_scales ? (n + scale_rows - 1) / scale_rows * runs : 0;
   const bool is_alike = which == 0 || (n == p.n && format == p.weight_format && runs == p.runs &&
-                                       has_scales == (p.weights[0].scale != nullptr));
+                                       bool(num_scales) == bool(p.weights[0].scale));
   p.n = n, p.weight_format = format, p.row_shift = __builtin_ctzll(scale_rows);
   p.runs = runs, p.run_columns = run_columns;
-  p.weights[which] = {w.untyped_data(),
-                      has_scales ? static_cast<const float*>(scale.untyped_data()) : nullptr};
-  return is_alike && (x_type == ffi::DataType::BF16 || x_type == ffi::DataType::F32) &&
-         p.m > 0 && p.k > 0 && n >= MIN_ROWS && w.element_count() == size_t(n * p.k) &&
-         (format == Format::bfloat16 || w.size_bytes() == w.element_count()) &&
-         scale.element_type() == ffi::DataType::F32 && scale.element_count() == size_t(scales) &&
+  p.weights[which] = {w.data<void>(), num_scales ? scale.data<float>() : nullptr};
+  return is_alike && (x.type() == XLA_FFI_DataType_BF16 || x.type() == XLA_FFI_DataType_F32) &&
+         p.m > 0 && p.k > 0 && n >= MIN_ROWS && w[1] == p.k &&
+         (format == Format::bfloat16 || w.type() == XLA_FFI_DataType_F8E4M3FN ||
+          w.type() == XLA_FFI_DataType_S8) &&
+         scale.has(XLA_FFI_DataType_F32, expected) &&
          (runs == 1 || (format == Format::codes && run_columns % MAX_COLUMNS == 0));
 }
 
-Format format_of(const ffi::AnyBuffer& x) {
-  return x.element_type() == ffi::DataType::BF16 ? Format::bfloat16 : Format::float32;
+Format format_of(Operand x) {
+  return x.type() == XLA_FFI_DataType_BF16 ? Format::bfloat16 : Format::float32;
 }
 
-ffi::Error not_understood(const char* name) {
-  return ffi::Error(ffi::ErrorCode::kInvalidArgument,
-                    std::string(name) + ": operands are not what is understood here");
-}
-
-// operands: a weight and its scales for each result, or two of both for the only one, gate and up.
-ffi::Error matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::RemainingArgs operands,
-                  ffi::RemainingRets results, int64_t scale_rows, int64_t scale_columns) {
+// Operands: x, and a weight and its scales for each result, or two of both for the only one, gate
+// and up.
+XLA_FFI_Error* matmul(const Call& call) {
   std::vector<Product> products;
-  const int64_t weights = operands.size() / 2;
-  const bool is_gated = weights == 2 && results.size() == 1;
-  bool is_valid = operands.size() % 2 == 0 && results.size() &&
-                  (is_gated || results.size() == size_t(weights));
-  for (size_t i = 0; is_valid && i < results.size(); i++) {
-    const auto y = results.get<ffi::AnyBuffer>(i);
+  const int64_t weights = (call.num_operands() - 1) / 2, results = call.num_results();
+  const bool is_gated = weights == 2 && results == 1;
+  bool is_valid = call.num_operands() == 1 + 2 * weights && results &&
+                  (is_gated || results == weights);
+  for (int64_t i = 0; is_valid && i < results; i++) {
+    const Operand y = call.result(i);
     Product p{};
     p.count = is_gated ? 2 : 1;
-    p.y = (*y)->untyped_data(), p.y_format = format_of(**y);
-    for (int which = 0; is_valid && which < p.count; which++)
-      is_valid = read(x, *operands.get<ffi::AnyBuffer>(2 * (i + which)),
-                      *operands.get<ffi::AnyBuffer>(2 * (i + which) + 1), scale_rows, scale_columns,
-                      which, p);
-    is_valid = is_valid && (*y)->element_count() == size_t(p.m * p.n) &&
+    p.y = y.data<void>(), p.y_format = format_of(y);
+    for (int which = 0; is_valid && which < p.count; which++) {
+      const int64_t at = 1 + 2 * (i + which);
+      is_valid = read(call.operand(0), call.operand(at), call.operand(at + 1),
+                      call.attribute("scale_rows"), call.attribute("scale_columns"), which, p);
+    }
+    is_valid = is_valid && y.size() == p.m * p.n &&
                (products.empty() || p.weight_format == products[0].weight_format) &&
-               (p.y_format == Format::bfloat16 || (*y)->element_type() == ffi::DataType::F32);
+               (p.y_format == Format::bfloat16 || y.type() == XLA_FFI_DataType_F32);
     products.push_back(p);
   }
-  if (!is_valid) return not_understood("fp8_matmul_cpu");
+  if (!is_valid)
+    return call.error(XLA_FFI_Error_Code_INVALID_ARGUMENT,
+                      "fp8_matmul_cpu: operands are not what is understood here");
+  const Operand x = call.operand(0);
   const Format format = format_of(x);
-#define WITH(set) \
-  multiply<set::Activation>(pool, products, x.untyped_data(), format, set::ARRANGE, \
+#define WITH(set)                                                             \
+  multiply<set::Activation>(call, products, x.data<void>(), format, set::ARRANGE, \
                             set::products<uint8_t>, set::products<uint16_t>)
   return format == Format::bfloat16 ? WITH(for_bfloat16) : WITH(for_float32);
 #undef WITH
 }
 
-// is_rounded: whether logits are rounded to bfloat16 first.
-ffi::Error logit_stats(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
-                       ffi::AnyBuffer scale, ffi::Buffer<ffi::S32> targets,
-                       ffi::ResultBuffer<ffi::F32> target_logits,
-                       ffi::ResultBuffer<ffi::S32> top_tokens,
-                       ffi::ResultBuffer<ffi::F32> top_logits,
-                       ffi::ResultBuffer<ffi::F32> logsumexp, int64_t scale_rows,
-                       int64_t scale_columns, bool is_rounded) {
+// Operands: x, a weight, its scales, and targets. Results: as in `LogitStats`, the likeliest tokens
+// second. is_rounded: whether logits are rounded to bfloat16 first.
+XLA_FFI_Error* logit_stats(const Call& call) {
   Product p{};
-  p.count = 1, p.y_format = is_rounded ? Format::bfloat16 : Format::float32;
-  if (!read(x, weight, scale, scale_rows, scale_columns, 0, p))
-    return not_understood("logit_stats_cpu");
-  const size_t m = p.m;
-  if (targets.element_count() != m || target_logits->element_count() != m ||
-      top_tokens->element_count() != m || top_logits->element_count() != m ||
-      logsumexp->element_count() != m)
-    return not_understood("logit_stats_cpu");
-  const LogitStats stats{targets.typed_data(), target_logits->typed_data(),
-                         top_logits->typed_data(), logsumexp->typed_data(),
-                         top_tokens->typed_data()};
+  p.count = 1;
+  p.y_format = call.attribute("is_rounded") ? Format::bfloat16 : Format::float32;
+  bool is_valid = call.num_operands() == 4 && call.num_results() == 4 &&
+                  read(call.operand(0), call.operand(1), call.operand(2),
+                       call.attribute("scale_rows"), call.attribute("scale_columns"), 0, p) &&
+                  call.operand(3).has(XLA_FFI_DataType_S32, p.m);
+  for (int64_t i = 0; is_valid && i < 4; i++)
+    is_valid = call.result(i).has(i == 1 ? XLA_FFI_DataType_S32 : XLA_FFI_DataType_F32, p.m);
+  if (!is_valid)
+    return call.error(XLA_FFI_Error_Code_INVALID_ARGUMENT,
+                      "logit_stats_cpu: operands are not what is understood here");
+  const LogitStats stats{call.operand(3).data<int32_t>(), call.result(0).data<float>(),
+                         call.result(2).data<float>(), call.result(3).data<float>(),
+                         call.result(1).data<int32_t>()};
+  const Operand x = call.operand(0);
   const Format format = format_of(x);
-#define WITH(set)                                                                 \
-  find_stats<set::Activation, set::LaneStats>(pool, p, x.untyped_data(), format, stats, \
-                                              set::ARRANGE, set::logit_stats<uint8_t>, \
+#define WITH(set)                                                                       \
+  find_stats<set::Activation, set::LaneStats>(call, p, x.data<void>(), format, stats,   \
+                                              set::ARRANGE, set::logit_stats<uint8_t>,  \
                                               set::logit_stats<uint16_t>)
   return format == Format::bfloat16 ? WITH(for_bfloat16) : WITH(for_float32);
 #undef WITH
@@ -225,26 +219,7 @@ ffi::Error logit_stats(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer we
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(fp8_matmul_cpu, matmul,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attr<int64_t>("scale_rows")
-                                  .Attr<int64_t>("scale_columns"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(logit_stats_cpu, logit_stats,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::S32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Ret<ffi::Buffer<ffi::F32>>()
-                                  .Attr<int64_t>("scale_rows")
-                                  .Attr<int64_t>("scale_columns")
-                                  .Attr<bool>("is_rounded"));
+extern "C" XLA_FFI_Error* fp8_matmul_cpu(XLA_FFI_CallFrame* frame) { return handle(frame, matmul); }
+extern "C" XLA_FFI_Error* logit_stats_cpu(XLA_FFI_CallFrame* frame) {
+  return handle(frame, logit_stats);
+}
