@@ -119,8 +119,9 @@ class LlamaJax:
     def __init__(self, directory: Path) -> None:
         import sys
 
-        # As if jax were installed for a CPU: the GPU's libraries would take 0.35 GB.
-        sys.modules["jax_plugins.xla_cuda13"] = None  # type: ignore[assignment]
+        # As if jax were installed for a CPU: the GPU's libraries would take 0.36 GB.
+        for name in ("jax_plugins.xla_cuda13", "jax_cuda13_plugin"):
+            sys.modules[name] = None  # type: ignore[assignment]
         import jax
 
         from llama_jax.engine import compile_cache

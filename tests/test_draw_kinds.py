@@ -95,6 +95,23 @@ def test_nothing_compiles_after_warm_up(monkeypatch) -> None:
         finish(engine, *requests(), Request(prompt(40), greedy(5), is_streamed=True))
 
 
+def test_a_cpus_greedy_launches_are_without_the_sampler(expected, monkeypatch) -> None:
+    engine, launched = make(), []
+    launch_decode = engine._launch_decode
+
+    def noted(call, page_table):
+        launched.append(call.kind)
+        return launch_decode(call, page_table)
+
+    monkeypatch.setattr(engine, "_launch_decode", noted)
+    for index, kind in ((0, "greedy"), (1, "everything"), (5, "everything")):
+        request, same = requests()[index], expected[index]
+        finish(engine, request)
+        assert request.token_ids == same.token_ids
+        assert set(launched) == {kind}
+        launched.clear()
+
+
 def test_batch_invariant_engines_draw_with_one_program(monkeypatch) -> None:
     engine = as_on_a_gpu(monkeypatch, batch_invariant=True)
     scheduler = engine._scheduler

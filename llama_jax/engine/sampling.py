@@ -100,8 +100,8 @@ def host_rows(
 
     drawn: tokens that were drawn before, if a request was preempted.
     eos_ids: tokens that are not drawn before `min_new_tokens`, besides the stop tokens.
-    plain: for plain rows, see `is_plain`: a few bytes in place of arrays over the vocabulary, which
-        `full_rows` adds.
+    plain: for plain rows, see `is_plain`: a few bytes in place of arrays over the vocabulary, for
+        `set_rows`.
 
     Raises ValueError if the settings have token ids outside the vocabulary, except for stop tokens,
     which are then never drawn.
@@ -161,18 +161,20 @@ def host_rows(
     )
 
 
-def full_rows(rows: SamplingState, vocab_size: int) -> SamplingState:
-    """Add the arrays over the vocabulary to rows of `host_rows` if they are plain."""
-    if rows.counts.shape[1]:
-        return rows
-    shape = (len(rows.seed), vocab_size)
-    numbers = jnp.arange(shape[0])[:, None]
-    return rows.replace(
-        logit_bias=jnp.zeros(shape, jnp.float32),
-        stop_mask=jnp.zeros(shape, jnp.int8).at[numbers, rows.stop_mask].set(2, mode="drop"),
-        prompt_mask=jnp.zeros(shape, bool),
-        counts=jnp.zeros(shape, jnp.int32),
-    )
+def set_rows(state: SamplingState, slots: Array, rows: SamplingState) -> SamplingState:
+    """Set slots, int32 [b], to rows of `host_rows`; an index past the end is padding."""
+    is_plain = not rows.counts.shape[1]
+
+    def put(old: Array, new: Array) -> Array:
+        # Plain rows are zeros over the vocabulary, which are written in place without being made.
+        return old.at[slots].set(new if new.size else jnp.zeros((), old.dtype), mode="drop")
+
+    marks = jnp.zeros((len(slots), 0), jnp.int8) if is_plain else rows.stop_mask
+    found: SamplingState = jax.tree.map(put, state, rows.replace(stop_mask=marks))
+    if not is_plain:
+        return found
+    stops = found.stop_mask.at[slots[:, None], rows.stop_mask].set(2, mode="drop")
+    return found.replace(stop_mask=stops)
 
 
 def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> list[int]:
@@ -206,7 +208,7 @@ def sample(
     if kind == "greedy":
         return Sampled(likeliest(logits))
     if kind != "everything":
-        return Sampled(_draw(logits, state, kind == "truncated"))
+        return Sampled(likeliest(_noisy(logits, state, kind == "truncated")))
     scores = _penalise(logits, state)
     scores = jnp.where(
         (state.step < state.min_new_tokens)[:, None] & (state.stop_mask > 0), -jnp.inf, scores
@@ -215,11 +217,12 @@ def sample(
         scores = jnp.where(_bits(masks, scores.shape[-1]), scores, -jnp.inf)
     limited = (state.top_k > 0) | (state.top_p < 1) | (state.min_p > 0)
     limited &= state.temperature > 0
-    tokens = lax.cond(
+    scores = lax.cond(
         jnp.any(state.temperature > 0),
-        lambda: _draw(scores, state, jnp.any(limited)),
-        lambda: likeliest(scores),
+        lambda: _noisy(scores, state, jnp.any(limited)),
+        lambda: scores,
     )
+    tokens = likeliest(scores)
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     count = min(MAX_TOP_LOGPROBS, logits.shape[-1])
 
@@ -267,10 +270,13 @@ def is_stop(state: SamplingState, tokens: Array) -> Array:
     return (marks == 2) & (state.step >= state.min_new_tokens)
 
 
-def _draw(scores: Array, state: SamplingState, is_limited: bool | Array) -> Array:
-    """Draw int32 [batch], the likeliest where the temperature is 0.
+def _noisy(scores: Array, state: SamplingState, is_limited: bool | Array) -> Array:
+    """Compute scores of which the largest is that of the token to draw, float32 [batch, vocab]: where
+    the temperature is 0 the scores themselves, else truncated and with noise.
 
     scores: float32 [batch, vocab]. is_limited: whether any slot has to be truncated.
+
+    Source: the Gumbel-max trick, as in `jax.random.categorical`.
     """
     scaled = scores / jnp.where(state.temperature > 0, state.temperature, 1.0)[:, None]
     if isinstance(is_limited, bool):
@@ -278,7 +284,7 @@ def _draw(scores: Array, state: SamplingState, is_limited: bool | Array) -> Arra
     else:
         kept = lax.cond(is_limited, _truncate, lambda scaled, _: scaled, scaled, state)
     noise = jax.vmap(_gumbel, in_axes=(0, 0, None))(state.seed, state.step, scores.shape[-1])
-    return jnp.where(state.temperature > 0, likeliest(kept + noise), likeliest(scores))
+    return jnp.where(state.temperature[:, None] > 0, kept + noise, scores)
 
 
 def _penalise(logits: Array, state: SamplingState) -> Array:

@@ -57,9 +57,10 @@ class Scheduler:
         self._counts = counts
         self._stops_early = stops_early
         # Programs without parts of the sampler save time on a GPU, and cost one more compilation
-        # each. They might not be bit-equal, hence not with batch_invariant.
-        is_varied = not stops_early and not options.batch_invariant
-        self.draw_kinds: tuple[Kind, ...] = KINDS if is_varied else KINDS[-1:]
+        # each; on a CPU the greedy one saves most of compiling, which many need no more than. They
+        # might not be bit-equal, hence not with batch_invariant.
+        kinds = (KINDS[0], KINDS[-1]) if stops_early else KINDS
+        self.draw_kinds: tuple[Kind, ...] = KINDS[-1:] if options.batch_invariant else kinds
         self._shares = options.share_prefixes and not options.batch_invariant
         self._waiting: deque[Request] = deque()
         self._admissions: list[Admission] = []  # of an unfinished plan

@@ -20,11 +20,11 @@ from llama_jax.engine.program_cache import kept_jit, returns
 from llama_jax.engine.sampling import (
     Sampled,
     SamplingState,
-    full_rows,
     init_sampling,
     is_stop,
     record,
     sample,
+    set_rows,
 )
 from llama_jax.engine.speculation import NO_SPECULATION, Speculation, draft_tokens, look_up
 from llama_jax.model import forward
@@ -116,12 +116,9 @@ def admit(
     history: int32 [b, capacity], see `DecodeState`.
     """
     cache = copy_pages(state.cache, sources, targets)
-    settings = full_rows(settings, state.sampling.counts.shape[1])
     return state.replace(
         cache=cache.replace(cached_lens=cache.cached_lens.at[slots].set(cached_lens, mode="drop")),
-        sampling=jax.tree.map(
-            lambda old, new: old.at[slots].set(new, mode="drop"), state.sampling, settings
-        ),
+        sampling=set_rows(state.sampling, slots, settings),
         remaining=state.remaining.at[slots].set(0, mode="drop"),
         history=state.history.at[slots].set(history, mode="drop"),
         draft=state.draft and copy_pages(state.draft, sources, targets),
