@@ -78,8 +78,10 @@ def kept_jit(
             flat.__name__ = function.__name__
             # The key includes whether the CPU's kernels run, so their custom calls are safe here.
             allowed = [export.DisabledSafetyCheck.custom_call(each) for each in library.TARGETS]
-            exported = export.export(jax.jit(flat), disabled_checks=allowed)(*avals)
-            _write(path, exported)
+            blob = export.export(jax.jit(flat), disabled_checks=allowed)(*avals).serialize()
+            _write(path, blob)
+            # What tracing has made would live as long as the program does.
+            exported = export.deserialize(blob)
         return exported.call(*leaves)
 
     return jax.jit(traced, static_argnames=names, **settings)
@@ -161,9 +163,8 @@ def _read(path: Path) -> export.Exported | None:
     return export.deserialize(bytearray(blob))
 
 
-def _write(path: Path, exported: export.Exported) -> None:
+def _write(path: Path, blob: bytearray) -> None:
     """Write a program atomically if the directory is writable, and make room for it."""
-    blob = exported.serialize()
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent)

@@ -271,8 +271,9 @@ def is_stop(state: SamplingState, tokens: Array) -> Array:
 
 
 def _noisy(scores: Array, state: SamplingState, is_limited: bool | Array) -> Array:
-    """Compute scores of which the largest is that of the token to draw, float32 [batch, vocab]: where
-    the temperature is 0 the scores themselves, else truncated and with noise.
+    """Compute scores of which the largest is that of the token to draw, float32 [batch, vocab].
+
+    They are the scores themselves where the temperature is 0, else truncated and with noise.
 
     scores: float32 [batch, vocab]. is_limited: whether any slot has to be truncated.
 
