@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.cpu import library
 from pallas_kernels.paged_attention import choose, cpu, paged_attention
 from tests import cpu_kernel
 from tests.cpu_kernel import needs_cpu_kernel
@@ -125,6 +126,27 @@ def test_it_is_chosen_and_refuses_by_name():
         paged_attention(
             q, k.astype(jnp.float16), v.astype(jnp.float16), *where, implementation="cpu"
         )
+
+
+def test_other_operands_are_refused_unread():
+    arrays = [*case(2, 3, 4, 2, [3, 9], 2, head_dim=16), jnp.ones(1), jnp.ones(1)]
+    q = arrays[0]
+
+    def refused(place, array, shape=q.shape):
+        given = [*arrays[:place], array, *arrays[place + 1 :]]
+        call = jax.jit(jax.ffi.ffi_call(library.ATTENTION, jax.ShapeDtypeStruct(shape, q.dtype)))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="operands are not understood here"):
+            jax.block_until_ready(call(*given))
+
+    refused(0, q[0])
+    refused(0, q[:, :, :3])
+    refused(0, q, shape=(2, 3, 4, 8))
+    refused(1, arrays[1].astype(jnp.float16))
+    refused(2, arrays[2][:1])
+    refused(3, arrays[3].astype(jnp.float32))
+    refused(4, arrays[4][:1])
+    refused(5, jnp.zeros(3, jnp.int32))
+    refused(7, jnp.ones(2))
 
 
 def test_two_programs_at_a_time():

@@ -1,6 +1,7 @@
 """The C++ kernel against float64, with every instruction set that this machine has."""
 
 import threading
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -300,3 +301,36 @@ def test_two_threads_at_once():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_other_operands_are_refused_unread():
+    """`refusal` and shapes keep such calls from the kernel; it looks again."""
+    x, bits, scale = operands(3, 64, 128)
+    like = jax.ShapeDtypeStruct((3, 64), jnp.float32)
+    whole = {"scale_rows": 1, "scale_columns": 128}
+
+    def refused(*arrays, shape=like, target=library.MATMUL, **attributes):
+        call = jax.jit(partial(jax.ffi.ffi_call(target, shape), **(whole | attributes)))
+        with pytest.raises(jax.errors.JaxRuntimeError, match=f"{target}: operands are not what"):
+            jax.block_until_ready(call(*arrays))
+
+    refused(x, bits)
+    refused(x, bits, scale, scale)
+    refused(x[0], bits, scale)
+    refused(x.astype(jnp.float16), bits, scale)
+    refused(x, bits[:, :64], scale)
+    refused(x, bits.astype(jnp.int16), scale)
+    refused(x, bits[:4], scale[:4], shape=jax.ShapeDtypeStruct((3, 4), jnp.float32))
+    refused(x, bits, scale[:63])
+    refused(x, bits, scale.astype(jnp.bfloat16))
+    refused(x, bits, scale, shape=jax.ShapeDtypeStruct((2, 64), jnp.float32))
+    refused(x, bits, scale, shape=jax.ShapeDtypeStruct((3, 64), jnp.float16))
+    refused(x, bits, scale, scale_rows=3)
+    refused(x, bits, scale, scale_columns=0)
+    refused(x, bits, scale, scale_columns=np.int32(128))
+    floats, ints = jax.ShapeDtypeStruct((3,), jnp.float32), jax.ShapeDtypeStruct((3,), jnp.int32)
+    known = {"shape": (floats, ints, floats, floats), "target": library.LOGIT_STATS}
+    refused(x, bits, scale, jnp.zeros(2, jnp.int32), **known)
+    refused(x, bits, scale, jnp.zeros(3), **known)
+    refused(x, bits, scale, **known)
+    refused(x, bits, scale, jnp.zeros(3, jnp.int32), **known | {"shape": (floats,) * 4})

@@ -1,5 +1,6 @@
 """Traces that are kept: what a key depends on, and what a second process does with them."""
 
+import gc
 import json
 import logging
 import multiprocessing
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Jaxpr
 
 from llama_jax.engine import compile_cache, program_cache, steps
 from llama_jax.engine.program_cache import kept_jit
@@ -110,6 +112,20 @@ def test_a_file_spares_the_trace(kept):
     assert len(list(kept.iterdir())) == len(seen) == 1
     assert counting(seen)(x).tolist() == [0, 2, 4]
     assert len(seen) == 1
+
+
+def test_nothing_of_a_trace_stays(kept):
+    """A large program's would take as much memory as the program."""
+
+    def function(x):
+        return jax.jit(lambda x: jnp.sin(x) * 2.125)(x)
+
+    program = kept_jit(function)
+    program(jnp.ones(3))
+    gc.collect()
+    left = [each for each in gc.get_objects() if isinstance(each, Jaxpr)]
+    assert left and not [each for each in left if "2.125" in str(each)]
+    assert "2.125" in program.lower(jnp.ones(3)).as_text()
 
 
 def test_donated_arguments_stay_donated(kept):

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.engine.sampling import host_rows, record
+from llama_jax.engine.sampling import host_rows, init_sampling, record, set_rows
 from llama_jax.engine.sampling import sample as sampled
 from llama_jax.sampling_params import SamplingParams
 from pallas_kernels.fp8_matmul.logits import likeliest
@@ -32,6 +32,33 @@ def draw_many(row, settings, steps):
 def draws(params, row, count=4000):
     """Tokens drawn from one row of logits at `count` successive steps."""
     return np.asarray(draw_many(row, state(params), jnp.arange(4000)))[:count]
+
+
+def test_plain_rows_are_set_as_whole_ones_are():
+    used = SamplingParams(repetition_penalty=1.2, logit_bias={1: 2.0}, seed=1)
+    before = state(*[used] * 3, prompts=[(1, 2)] * 3, stops=[(3, 4)] * 3)
+    before = before.replace(counts=before.counts + 5)
+    params = [SamplingParams(temperature=0.5, top_k=3, seed=7), SamplingParams(seed=8)]
+    slots = jnp.array([2, 0, 3])  # the last is padding
+    whole, plain = (
+        set_rows(before, slots, host_rows([*params, used], [()] * 3, [(5,), (), ()], VOCAB,
+                                          plain=plain))
+        for plain in (False, True)
+    )  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, plain, whole)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[1], b[1]), plain, before)
+    assert plain.stop_mask[2].nonzero()[0].tolist() == [5] and plain.top_k.tolist() == [0, 0, 3]
+
+
+def test_setting_rows_copies_no_others():
+    vocab, batch, rows = 4096, 64, 2
+    before = init_sampling(batch, vocab)
+    new = host_rows([SamplingParams(seed=0)] * rows, [()] * rows, [()] * rows, vocab, plain=True)
+    program = jax.jit(set_rows, donate_argnums=0).lower(before, jnp.arange(rows), new).compile()
+    memory = program.memory_analysis()
+    of_a_row = sum(a.nbytes for a in jax.tree.leaves(before)) / batch
+    assert memory.alias_size_in_bytes >= batch * of_a_row
+    assert memory.temp_size_in_bytes <= 1.1 * rows * of_a_row
 
 
 def test_greedy_is_argmax_and_ties_take_the_first():
