@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import numpy as np
 from jax import Array
@@ -31,6 +31,7 @@ from llama_jax.loading import sequence_limit
 from llama_jax.model.config import token_ids
 from llama_jax.model.kv_cache import KVDtype, storage_dtype
 from llama_jax.model.spec import Activations, Implementation, ModelSpec, Params
+from llama_jax.prompts import Prompt, check_prompt, encode_prompt, is_prompt, listed
 from llama_jax.results import Generation, Perplexity, Piece, Ranking, Score, generation_of
 from llama_jax.sampling_params import SamplingParams, check_kind
 from llama_jax.structured import StructuredOutput
@@ -44,11 +45,6 @@ DEFAULT_SPECULATIVE_TOKENS = 4
 _log = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]
-Prompt = str | Sequence[int]
-
-
-class PromptTooLongError(ValueError):
-    """Raised for a prompt that leaves no room in the context for the output."""
 
 
 class LLM:
@@ -213,7 +209,7 @@ class LLM:
         [' 4', ' 1']
         """
         single = isinstance(prompts, str)
-        given = [prompts] if single else _listed("prompts", prompts)
+        given = [prompts] if single else listed("prompts", prompts)
         pairs = self._with_sampling(given, sampling)
         results = self._run([self.generate_job(*pair) for pair in pairs], on_finished)
         return _only(results) if single else results
@@ -307,10 +303,10 @@ class LLM:
         >>> len(score.logprobs) == len(score.token_ids) == 3
         True
         """
-        single = _is_prompt(prompts)
+        single = is_prompt(prompts)
         if single:
             prompts, completions = [prompts], [completions]
-        prompts, completions = _listed("prompts", prompts), _listed("completions", completions)
+        prompts, completions = listed("prompts", prompts), listed("completions", completions)
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts but {len(completions)} completions")
         results = self._results(map(self.score_job, prompts, completions))
@@ -331,9 +327,9 @@ class LLM:
         >>> len(ranking.scores), round(sum(ranking.probabilities), 6)
         (2, 1.0)
         """
-        single = _is_prompt(prompts)
-        given = [prompts] if single else _listed("prompts", prompts)
-        labels = _listed("labels", labels)
+        single = is_prompt(prompts)
+        given = [prompts] if single else listed("prompts", prompts)
+        labels = listed("labels", labels)
         results = self._results(self.rank_job(prompt, labels) for prompt in given)
         return results[0] if single else results
 
@@ -356,8 +352,8 @@ class LLM:
             stride is slower and gives a lower perplexity. By default window - 1, as in lm-eval's
             rolling loglikelihood. See `windows.rolling_windows`.
         """
-        single = _is_prompt(texts)
-        given = [texts] if single else _listed("texts", texts)
+        single = is_prompt(texts)
+        given = [texts] if single else listed("texts", texts)
         results = self._results(self.perplexity_job(text, window, stride) for text in given)
         return results[0] if single else results
 
@@ -373,7 +369,7 @@ class LLM:
 
         is_streamed: whether the text is read while it grows, see `Request`.
         """
-        return self._continuation(self._prompt_ids(prompt), sampling, is_streamed=is_streamed)
+        return self._continuation(self.prompt_ids(prompt), sampling, is_streamed=is_streamed)
 
     def chat_job(
         self,
@@ -401,6 +397,13 @@ class LLM:
         max_calls = None if calls.is_parallel else 1
         return self._continuation(
             ids, sampling, is_chat=True, max_calls=max_calls, is_streamed=is_streamed
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an LLM cannot be pickled or copied, because its weights and cache are on a device of "
+            "this process: pass the checkpoint's path on, and call LLM.load(path) in the other "
+            "process"
         )
 
     if not TYPE_CHECKING:
@@ -557,7 +560,7 @@ class LLM:
         """Pair each prompt with its settings, which may be the same for all."""
         if sampling is None or isinstance(sampling, SamplingParams):
             sampling = [sampling or self.default_sampling] * len(prompts)
-        given = _listed("sampling", sampling)
+        given = listed("sampling", sampling)
         if len(given) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(given)} sampling settings")
         return list(zip(prompts, given, strict=True))
@@ -611,31 +614,15 @@ class LLM:
         except Exception as error:  # ends this continuation alone
             return replace(result, finish_reason="error", error=error)
 
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            encode = self.tokenizer.encode
-            ids: Sequence[int] = encode(prompt, bos=True, eos=True) if prompt else ()
-        else:
-            try:
-                ids = list(prompt)
-            except TypeError as error:
-                raise TypeError(
-                    f"a prompt must be a str or a list of token ids, got {type(prompt).__name__}"
-                ) from error
-        return self._checked(ids, room=1)
+    def prompt_ids(self, prompt: Prompt, room: int = 1) -> list[int]:
+        """Encode a prompt as `generate` does.
+
+        Raises ValueError unless the context has room for `room` more tokens.
+        """
+        return self._checked(encode_prompt(self.tokenizer, prompt), room)
 
     def _checked(self, ids: Sequence[int], room: int = 0) -> list[int]:
-        """Return `ids` as a list. Raises unless they are in the vocabulary and leave `room`."""
-        if not ids:
-            raise ValueError("the prompt is empty")
-        checked = check_ids("prompt", ids, self.spec.config.vocab_size)
-        if len(ids) + room > self.max_seq_len:
-            raise PromptTooLongError(
-                f"the prompt has {len(ids)} tokens; max_seq_len is {self.max_seq_len}"
-                + (", of which at least one is for the reply" if room else "")
-                + ". Shorten it, or load the model with a larger max_seq_len."
-            )
-        return checked
+        return check_prompt(ids, self.spec.config.vocab_size, self.max_seq_len, room)
 
 
 def _only(results: Sequence[Generation]) -> Generation:
@@ -644,17 +631,3 @@ def _only(results: Sequence[Generation]) -> Generation:
     if result.error:
         raise result.error
     return result
-
-
-def _is_prompt(value: Prompt | Sequence[Prompt]) -> bool:
-    """Return whether this is one prompt, not a list of prompts."""
-    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
-        return isinstance(value, str)
-    return bool(len(value) and isinstance(value[0], int | np.integer))
-
-
-def _listed[T](name: str, values: Iterable[T]) -> list[T]:
-    """Return several values as a list. Raises TypeError for a single one in their place."""
-    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise TypeError(f"{name}: expected a list, got {values!r:.100} ({type(values).__name__})")
-    return list(values)

@@ -4,6 +4,7 @@ forward pass where there is something to compare with."""
 import base64
 import copy
 import dataclasses
+import pickle
 import re
 
 import jax
@@ -51,6 +52,13 @@ def make(tokenizer, spec=SPEC, generation=None, kv_dtype="bf16", max_batch_size=
         params, spec, tokenizer, manifest=manifest, kv_dtype=kv_dtype,
         options=EngineOptions(max_batch_size, 128, **{"prefill_chunk": 32, **options}),
     )  # fmt: skip
+
+
+def sharing_engine(llm, tokenizer):
+    """Another `LLM` on the same engine."""
+    other = object.__new__(LLM)
+    vars(other).update(vars(llm), tokenizer=tokenizer)
+    return other
 
 
 @pytest.fixture(scope="module")
@@ -458,9 +466,7 @@ def spoken(llm, sentencepiece_model, tmp_path_factory):
     """The same model with a SentencePiece tokenizer."""
     path = tmp_path_factory.mktemp("sentencepiece") / "tokenizer.model"
     path.write_bytes(sentencepiece_model)
-    other = copy.copy(llm)
-    other.tokenizer = load_tokenizer(path)
-    return other
+    return sharing_engine(llm, load_tokenizer(path))
 
 
 def test_a_reply_reads_on_from_its_prompt(spoken):
@@ -492,6 +498,15 @@ def test_a_completion_reads_on_from_its_prompt(spoken):
     assert spoken.pair_ids("a", "\n\n b")[0] == tokenizer.encode("a\n\n b", bos=True)
 
 
+@pytest.mark.parametrize("copy_of", [pickle.dumps, copy.deepcopy, copy.copy])
+def test_what_another_process_has_to_load_itself_says_so(llm, copy_of):
+    """A process pool or Ray pickles its arguments."""
+    with pytest.raises(TypeError, match=r"an LLM cannot be .*LLM\.load\(path\) in the other"):
+        copy_of(llm)
+    with pytest.raises(TypeError, match=r"a Tokenizer cannot be .*load_tokenizer\(path\) in"):
+        copy_of(llm.tokenizer)
+
+
 def test_old_names_of_jobs_and_output_kinds_are_taken(llm):
     with pytest.warns(FutureWarning, match="score_job"):
         (request,) = llm.score_question("ab", "c").requests
@@ -504,7 +519,7 @@ def test_old_names_of_jobs_and_output_kinds_are_taken(llm):
 def test_prompts_begin_and_end_as_the_tokenizer_says(llm, tokenizer):
     """ggml-org/llama.cpp #3966 and #4040: no BOS for Yi; some files ask for EOS as well."""
     once = SamplingParams(temperature=0, max_new_tokens=1)
-    other = copy.copy(llm)
+    other = sharing_engine(llm, tokenizer)
     for prefix, suffix in (((), ()), ((BOS,), (EOS,))):
         other.tokenizer = dataclasses.replace(tokenizer, prefix_ids=prefix, suffix_ids=suffix)
         assert other.generate("ab", once).prompt_token_ids == (*prefix, *b"ab", *suffix)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from llama_jax.engine.request import Request
 from llama_jax.jobs import Job
-from llama_jax.llm import PromptTooLongError
+from llama_jax.prompts import PromptTooLongError
 from llama_jax.sampling_params import SamplingParams
 from llama_jax.serve.engine_thread import EngineThread, Submission, Update
 from llama_jax.serve.errors import (

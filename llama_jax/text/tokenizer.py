@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NoReturn
 
 from llama_jax.errors import CheckpointError
 from llama_jax.json_file import read_bytes, shown
@@ -78,6 +78,12 @@ class Tokenizer:
     _bytes: tuple[bytes, ...] = field(repr=False)  # by id; empty for an unused id
     _hidden_ids: frozenset[int] = field(repr=False)
     _strip_spaces: int = field(repr=False)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Tokenizer cannot be pickled or copied: pass the checkpoint's path on, and call "
+            "load_tokenizer(path) in the other process"
+        )
 
     def encode(
         self, text: str, *, bos: bool = False, eos: bool = False, parse_special: bool = False

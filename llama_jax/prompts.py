@@ -1,0 +1,55 @@
+"""Tells one prompt from several, encodes prompts and checks that the context has room for them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from llama_jax.engine.sampling import check_ids
+from llama_jax.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+class PromptTooLongError(ValueError):
+    """Raised for a prompt that leaves no room in the context for the output."""
+
+
+def is_prompt(value: Prompt | Sequence[Prompt]) -> bool:
+    """Return whether this is one prompt, not a list of prompts."""
+    if isinstance(value, str) or not isinstance(value, Sequence | np.ndarray):
+        return isinstance(value, str)
+    return bool(len(value) and isinstance(value[0], int | np.integer))
+
+
+def listed[T](name: str, values: Iterable[T]) -> list[T]:
+    """Return several values as a list. Raises TypeError for a single one in their place."""
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        raise TypeError(f"{name}: expected a list, got {values!r:.100} ({type(values).__name__})")
+    return list(values)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> Sequence[int]:
+    """Encode a text with the tokenizer's special tokens (usually BOS); return token ids as they
+    are."""
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt, bos=True, eos=True) if prompt else ()
+    try:
+        return list(prompt)
+    except TypeError as error:
+        raise TypeError(
+            f"a prompt must be a str or a list of token ids, got {type(prompt).__name__}"
+        ) from error
+
+
+def check_prompt(ids: Sequence[int], vocab_size: int, max_seq_len: int, room: int = 0) -> list[int]:
+    """Return `ids` as a list. Raises unless they are in the vocabulary and leave `room`."""
+    if not ids:
+        raise ValueError("the prompt is empty")
+    checked = check_ids("prompt", ids, vocab_size)
+    if len(ids) + room > max_seq_len:
+        raise PromptTooLongError(
+            f"the prompt has {len(ids)} tokens; max_seq_len is {max_seq_len}"
+            + (", of which at least one is for the reply" if room else "")
+            + ". Shorten it, or load the model with a larger max_seq_len."
+        )
+    return checked
