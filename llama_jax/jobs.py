@@ -15,8 +15,9 @@ import numpy as np
 from llama_jax.engine.engine import Engine
 from llama_jax.engine.request import Request
 from llama_jax.model.config import PAGE_SIZE
-from llama_jax.results import Perplexity, Score
+from llama_jax.results import Generation, Perplexity, Piece, Ranking, Score
 from llama_jax.sampling_params import SamplingParams
+from llama_jax.text.windows import rolling_windows
 
 # Jobs that are read before the first is submitted, so that there is something to sort; for a large
 # batch, this many per slot.
@@ -87,6 +88,37 @@ def run_jobs[T](
             engine.cancel(request.id)
 
 
+def run_together[T](
+    engine: Engine, jobs: Sequence[Job[T]], on_finished: Callable[[], None] | None = None
+) -> list[T]:
+    """Submit all jobs at once, in their order, and return their results.
+
+    on_finished: called each time a job is done.
+    """
+    unfinished = {request: job for job in jobs for request in job.requests}
+    for request in engine.run(list(unfinished)):
+        if request.finish_reason:
+            job = unfinished.pop(request)
+            if on_finished and unfinished.keys().isdisjoint(job.requests):
+                on_finished()
+    return [job.result() for job in jobs]
+
+
+def stream_job(engine: Engine, job: Job[Generation]) -> Iterator[Piece]:
+    """Yield the text of a job of one request as it grows. Raises what the request's work raised."""
+    (request,) = job.requests
+    shown = 0
+    for _ in engine.run([request]):
+        text = request.text[shown : request.released]
+        shown = request.released
+        if request.error:
+            raise request.error
+        if request.finish_reason:
+            yield Piece(text, job.result())
+        elif text:
+            yield Piece(text)
+
+
 def _well_sorted[T](jobs: Sequence[Job[T]]) -> list[Job[T]]:
     """Sort jobs by length, longest first, with those that share their first page together."""
 
@@ -110,6 +142,27 @@ def score_request(ids: Sequence[int], start: int, num_top: int | None = None) ->
     """
     params = SamplingParams(temperature=0.0, seed=0, logprobs=num_top)
     return Request(list(ids), params, output_kind="logprobs", score_from=start)
+
+
+def score_job(ids: Sequence[int], start: int) -> Job[Score]:
+    """Make the job of a score, see `score_request`."""
+    return Job((score_request(ids, start),), lambda requests: score_of(requests[0]))
+
+
+def ranking_job(pairs: Iterable[tuple[Sequence[int], int]]) -> Job[Ranking]:
+    """Make the job of a ranking. pairs: the arguments of `score_request` for each label."""
+    requests = tuple(score_request(*pair) for pair in pairs)
+    return Job(requests, lambda done: Ranking(tuple(map(score_of, done))))
+
+
+def perplexity_job(ids: Sequence[int], text: str, window: int, stride: int) -> Job[Perplexity]:
+    """Make the job of a perplexity. ids: at least two. text: what they say after the first.
+
+    window, stride: see `rolling_windows`.
+    """
+    windows = rolling_windows(len(ids), window, stride)
+    requests = tuple(score_request(ids[begin:end], first - begin) for begin, first, end in windows)
+    return Job(requests, lambda done: perplexity_of(done, text))
 
 
 def score_of(request: Request) -> Score:

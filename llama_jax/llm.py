@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from llama_jax import loading
+from llama_jax import jobs, loading
 from llama_jax.abacus import SHIPPED_MODEL
 from llama_jax.checkpoint import store
 from llama_jax.checkpoint.generation_config import (
@@ -26,12 +26,20 @@ from llama_jax.engine.grammars import Grammars
 from llama_jax.engine.request import OutputKind, Request
 from llama_jax.engine.sampling import check_ids
 from llama_jax.engine.scheduling import EngineOptions, Stats
-from llama_jax.jobs import Job, perplexity_of, run_jobs, score_of, score_request
+from llama_jax.jobs import Job
 from llama_jax.loading import sequence_limit
 from llama_jax.model.config import token_ids
 from llama_jax.model.kv_cache import KVDtype, storage_dtype
 from llama_jax.model.spec import Activations, Implementation, ModelSpec, Params
-from llama_jax.prompts import Prompt, check_prompt, encode_prompt, is_prompt, listed
+from llama_jax.prompts import (
+    Prompt,
+    check_prompt,
+    encode_pair,
+    encode_prompt,
+    is_prompt,
+    listed,
+    with_sampling,
+)  # fmt: skip
 from llama_jax.results import Generation, Perplexity, Piece, Ranking, Score, generation_of
 from llama_jax.sampling_params import SamplingParams, check_kind
 from llama_jax.structured import StructuredOutput
@@ -39,7 +47,7 @@ from llama_jax.text.chat import choose_template, encode_chat
 from llama_jax.text.tokenizer import StreamDecoder, Tokenizer
 from llama_jax.text.tool_choice import ToolChoice, Tools, calling
 from llama_jax.text.tools import ToolFormat, parse_tool_calls, tool_format
-from llama_jax.text.windows import rolling_windows, window_and_stride
+from llama_jax.text.windows import window_and_stride
 
 DEFAULT_SPECULATIVE_TOKENS = 4
 _log = logging.getLogger(__name__)
@@ -210,8 +218,9 @@ class LLM:
         """
         single = isinstance(prompts, str)
         given = [prompts] if single else listed("prompts", prompts)
-        pairs = self._with_sampling(given, sampling)
-        results = self._run([self.generate_job(*pair) for pair in pairs], on_finished)
+        pairs = with_sampling(given, sampling, self.default_sampling)
+        each = [self.generate_job(*pair) for pair in pairs]
+        results = jobs.run_together(self.engine, each, on_finished)
         return _only(results) if single else results
 
     @overload
@@ -256,8 +265,10 @@ class LLM:
         """
         is_list = isinstance(messages, Sequence) and len(messages) > 0
         single = not is_list or isinstance(messages[0], Mapping)
-        pairs = self._with_sampling([messages] if single else messages, sampling)
-        results = self._run([self.chat_job(*pair, **settings) for pair in pairs])
+        given = [messages] if single else messages
+        pairs = with_sampling(given, sampling, self.default_sampling)
+        each = [self.chat_job(*pair, **settings) for pair in pairs]
+        results = jobs.run_together(self.engine, each)
         return _only(results) if single else results
 
     def stream(
@@ -281,10 +292,11 @@ class LLM:
         if sampling.n > 1:
             raise ValueError(f"one continuation can be streamed, n is {sampling.n}: use generate")
         if not isinstance(prompt, str):
-            return self._pieces(self.chat_job(prompt, sampling, is_streamed=True, **settings))
+            job = self.chat_job(prompt, sampling, is_streamed=True, **settings)
+            return jobs.stream_job(self.engine, job)
         if settings:
             raise TypeError(f"{', '.join(settings)}: only for messages, but the prompt is a str")
-        return self._pieces(self.generate_job(prompt, sampling, is_streamed=True))
+        return jobs.stream_job(self.engine, self.generate_job(prompt, sampling, is_streamed=True))
 
     @overload
     def score(  # type: ignore[overload-overlap]
@@ -444,15 +456,13 @@ class LLM:
 
     def score_job(self, prompt: Prompt, completion: Prompt) -> Job[Score]:
         """Make the job of `score`, see `generate_job`."""
-        request = score_request(*self.pair_ids(prompt, completion))
-        return Job((request,), lambda requests: score_of(requests[0]))
+        return jobs.score_job(*self.pair_ids(prompt, completion))
 
     def rank_job(self, prompt: Prompt, labels: Sequence[Prompt]) -> Job[Ranking]:
         """Make the job of `rank`, see `generate_job`."""
         if not labels:
             raise ValueError(f"labels must be a list of at least one, got {labels!r}")
-        requests = [score_request(*self.pair_ids(prompt, label)) for label in labels]
-        return Job(tuple(requests), lambda done: Ranking(tuple(map(score_of, done))))
+        return jobs.ranking_job([self.pair_ids(prompt, label) for label in labels])
 
     def perplexity_job(
         self, text: Prompt, window: int | None = None, stride: int | None = None
@@ -465,28 +475,20 @@ class LLM:
         else:
             ids = check_ids("text", text, vocab_size)
             read = self.tokenizer.decode(ids[1:])
-        windows = rolling_windows(len(ids), window, stride)
-        requests = [score_request(ids[begin:end], first - begin) for begin, first, end in windows]
-        if not requests:
+        if len(ids) < 2:
             raise ValueError(f"the text {text!r} has no token to score")
-        return Job(tuple(requests), lambda done: perplexity_of(done, read))
+        return jobs.perplexity_job(ids, read, window, stride)
 
-    def _results[T](self, jobs: Iterable[Job[T]]) -> list[T]:
+    def _results[T](self, each: Iterable[Job[T]]) -> list[T]:
         # All jobs are made before the first runs, so that a bad argument is reported at once.
-        return list(run_jobs(self.engine, list(jobs)))
+        return list(jobs.run_jobs(self.engine, list(each)))
 
     def pair_ids(self, prompt: Prompt, completion: Prompt) -> tuple[list[int], int]:
         """Encode a prompt and its completion as `score` does.
 
         Returns the token ids of both, and the index of the completion's first.
         """
-        ids, begin = self.tokenizer.encode_pair(prompt, completion)
-        if len(ids) == begin:
-            raise ValueError(f"the completion {completion!r} is empty")
-        if not begin:
-            raise ValueError(
-                "the prompt is empty, so the first token has no context to be scored in"
-            )
+        ids, begin = encode_pair(self.tokenizer, prompt, completion)
         return self._checked(ids), begin
 
     def logits(self, ids: Array | np.ndarray | Sequence[Sequence[int]]) -> np.ndarray:
@@ -538,45 +540,6 @@ class LLM:
         """Return counters since the model was loaded: tokens read, shared and drawn, draft tokens
         proposed and accepted, preemptions."""
         return self.engine.stats()
-
-    def _run(
-        self,
-        jobs: Sequence[Job[Generation]],
-        on_finished: Callable[[], None] | None = None,
-    ) -> list[Generation]:
-        unfinished = {request: job for job in jobs for request in job.requests}
-        for request in self.engine.run(list(unfinished)):
-            if request.finish_reason:
-                job = unfinished.pop(request)
-                if on_finished and unfinished.keys().isdisjoint(job.requests):
-                    on_finished()
-        return [job.result() for job in jobs]
-
-    def _with_sampling[T](
-        self,
-        prompts: Sequence[T],
-        sampling: SamplingParams | Sequence[SamplingParams] | None,
-    ) -> list[tuple[T, SamplingParams]]:
-        """Pair each prompt with its settings, which may be the same for all."""
-        if sampling is None or isinstance(sampling, SamplingParams):
-            sampling = [sampling or self.default_sampling] * len(prompts)
-        given = listed("sampling", sampling)
-        if len(given) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(given)} sampling settings")
-        return list(zip(prompts, given, strict=True))
-
-    def _pieces(self, job: Job[Generation]) -> Iterator[Piece]:
-        (request,) = job.requests
-        shown = 0
-        for _ in self.engine.run([request]):
-            text = request.text[shown : request.released]
-            shown = request.released
-            if request.error:
-                raise request.error
-            if request.finish_reason:
-                yield Piece(text, job.result())
-            elif text:
-                yield Piece(text)
 
     def _request(
         self, prompt: list[int], sampling: SamplingParams, is_streamed: bool = False

@@ -1,10 +1,11 @@
-"""Tells one prompt from several, encodes prompts and checks that the context has room for them."""
+"""Encodes prompts and checks them: one or several, with their settings, within the context."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from llama_jax.engine.sampling import check_ids
+from llama_jax.sampling_params import SamplingParams
 from llama_jax.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -39,6 +40,33 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> Sequence[int]:
         raise TypeError(
             f"a prompt must be a str or a list of token ids, got {type(prompt).__name__}"
         ) from error
+
+
+def encode_pair(tokenizer: Tokenizer, prompt: Prompt, completion: Prompt) -> tuple[list[int], int]:
+    """Encode a prompt and a completion that can be scored after it.
+
+    Returns the token ids of both, and the index of the completion's first.
+    """
+    ids, begin = tokenizer.encode_pair(prompt, completion)
+    if len(ids) == begin:
+        raise ValueError(f"the completion {completion!r} is empty")
+    if not begin:
+        raise ValueError("the prompt is empty, so the first token has no context to be scored in")
+    return ids, begin
+
+
+def with_sampling[T](
+    prompts: Sequence[T],
+    sampling: SamplingParams | Sequence[SamplingParams] | None,
+    default: SamplingParams,
+) -> list[tuple[T, SamplingParams]]:
+    """Pair each prompt with its settings, which may be the same for all."""
+    if sampling is None or isinstance(sampling, SamplingParams):
+        sampling = [sampling or default] * len(prompts)
+    given = listed("sampling", sampling)
+    if len(given) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(given)} sampling settings")
+    return list(zip(prompts, given, strict=True))
 
 
 def check_prompt(ids: Sequence[int], vocab_size: int, max_seq_len: int, room: int = 0) -> list[int]:
