@@ -149,6 +149,24 @@ def test_echo_puts_the_prompt_in_front(client):
     assert "".join(chunk.choices[0].text for chunk in chunks) == "2, 4, 6," + plain
 
 
+def test_a_prompt_that_fills_the_context_is_scored(client, server, llm):
+    """Nothing has to be generated, so there need not be room for it."""
+    ids = [llm.tokenizer.bos_id, *(llm.tokenizer.encode("1, 2, 3, 4, ") * 200)][: llm.max_seq_len]
+    asked = {"model": "abacus", "echo": True, "logprobs": 0, "max_tokens": 0}
+    (choice,) = client.completions.create(
+        **asked, prompt=ids, extra_body={"prompt_logprobs": 0}
+    ).choices
+    expected = pytest.approx(llm.score(ids[:1], ids[1:]).logprobs, abs=0.05)
+    assert choice.logprobs.token_logprobs[1:] == expected
+    told = zip(choice.prompt_logprobs[1:], ids[1:], strict=True)
+    assert [each[str(token_id)]["logprob"] for each, token_id in told] == expected
+    scores = server.post("/v1/score", {"prompt": ids[:1], "completions": [ids[1:]]}).json()
+    assert scores["data"][0]["token_logprobs"] == expected
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(**asked, prompt=[*ids, 1])
+    assert refused.value.code == "context_length_exceeded"
+
+
 @pytest.mark.parametrize("logprobs", [0, 1, 5])
 def test_echo_with_logprobs_scores_the_prompt(client, llm, logprobs):
     asked = {"model": "abacus", "prompt": "47 + 85 = 132", "echo": True, "logprobs": logprobs}

@@ -46,11 +46,15 @@ async def prepare(service: Service, body: CompletionRequest) -> Job[list[Complet
 def _job(service: Service, body: CompletionRequest, limit: int) -> Job[list[CompletionChoice]]:
     llm = service.llm
     sampling = service.sampling(body, max(1, limit), body.logprobs)
-    parts = [
-        llm.generate_job(prompt, sampling, is_streamed=bool(body.stream)) for prompt in body.prompts
-    ]
-    prompts = [part.requests[0].prompt for part in parts]
-    drawn = [request for part in parts for request in part.requests] if body.max_tokens != 0 else []
+    if limit:
+        parts = [
+            llm.generate_job(prompt, sampling, is_streamed=bool(body.stream))
+            for prompt in body.prompts
+        ]
+        prompts = [part.requests[0].prompt for part in parts]
+    else:  # nothing is drawn, so a prompt may fill the context
+        parts, prompts = [], [llm.prompt_ids(prompt, room=0) for prompt in body.prompts]
+    drawn = [request for part in parts for request in part.requests]
     scored = scoring(prompts, body.num_prompt_top, body.prompt_logprobs is not None)
 
     def combine(requests: Sequence[Request]) -> list[CompletionChoice]:
