@@ -19,9 +19,10 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from llama_jax.checkpoint.converted import is_converted
+from llama_jax.checkpoint.converted import PARAMS, is_converted
 from llama_jax.errors import CheckpointError
 from llama_jax.json_file import read_object
+from llama_jax.text.chat_files import TEMPLATE_DIRECTORY
 
 # Bytes besides the arrays: the file system's metadata, and rounding to blocks.
 _SPARE_BYTES = 16 * 1024 * 1024
@@ -32,9 +33,11 @@ EXPORT_MARK = "llama_jax_version"
 def check_paths(
     source: Path, target: Path, overwrite: bool, kind: str, is_kind: Callable[[Path], bool]
 ) -> None:
-    """Refuse a target around or inside the source, and one that exists.
+    """Refuse a target around or inside the source, one inside a directory that this project wrote,
+    and one that exists.
 
-    An existing target may be empty or, with `overwrite`, a directory that this project wrote.
+    An existing target may be empty or, with `overwrite`, a directory that this project wrote,
+    unless there is another one inside.
 
     source: resolved.
     kind, is_kind: a description of targets that may be replaced, and a function that recognises
@@ -45,6 +48,11 @@ def check_paths(
         raise CheckpointError(f"{target} holds the source {source}: choose another target")
     if target.resolve().is_relative_to(source):
         raise CheckpointError(f"{target} lies inside the source {source}: choose another target")
+    for parent in target.resolve().parents:
+        if (is_converted(parent) and (parent / PARAMS).is_dir()) or _is_export(parent):
+            raise CheckpointError(
+                f"{target} lies inside the checkpoint {parent}: choose another target"
+            )
     if not target.exists() or is_empty(target):
         return
     if not is_kind(target):
@@ -56,6 +64,12 @@ def check_paths(
         raise FileExistsError(
             f"{target} exists already. Choose another target, or overwrite it (--overwrite)."
         )
+    for inner in sorted(target.iterdir()):
+        if inner.is_dir() and inner.name not in (PARAMS, TEMPLATE_DIRECTORY):
+            raise FileExistsError(
+                f"{target} cannot be overwritten, because {inner.name} inside was not written with "
+                "it and would be lost. Move it away, or choose another target."
+            )
 
 
 def check_conversion(source: Path, target: Path, overwrite: bool) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import typer
 
 from converters import dialects, pipeline
 from converters.dialects.layout import piece_rows
+from converters.export import export
 from converters.hf_to_orbax import main
 from converters.pipeline import convert
 from converters.resolve import resolve
@@ -281,6 +283,22 @@ def test_overwrite_never_replaces_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="is not a converted checkpoint"):
         convert(source, tmp_path / "o", overwrite=True, progress=False)
     assert left_behind(tmp_path / "o") == ["thesis.tex"]
+
+
+def test_nothing_is_written_into_a_checkpoint_or_lost_with_one(tmp_path: Path) -> None:
+    source = tiny.write(tmp_path / "s", tiny.dense())
+    (tmp_path / "manifest.json").touch()  # of something else
+    convert(source, tmp_path / "b", progress=False)
+    export(source, tmp_path / "e", "bf16", progress=False)
+    for outer in ("b", "b/params", "e"):
+        for write in (convert, partial(export, format="bf16")):
+            with pytest.raises(CheckpointError, match=f"lies inside the checkpoint .*/{outer[0]}:"):
+                write(source, tmp_path / outer / "inner", progress=False)
+    shutil.copytree(tmp_path / "b", tmp_path / "b" / "inner")  # as earlier versions allowed
+    with pytest.raises(FileExistsError, match="inner inside was not written with it"):
+        convert(source, tmp_path / "b", overwrite=True, progress=False)
+    assert read_manifest(tmp_path / "b" / "inner") == read_manifest(tmp_path / "b")
+    assert left_behind(tmp_path) == ["b", "e", "manifest.json", "s"]
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(
