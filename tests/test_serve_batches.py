@@ -260,3 +260,33 @@ def test_one_server_uses_a_directory(server, llm, tmp_path):
     with pytest.raises(FileExistsError, match="another server"):
         BatchStore(tmp_path / "batches")
     assert server.get("/v1/batches?limit=0").json()["error"]["param"] == "limit"
+
+
+def test_files_and_batches_exist_only_for_the_key_that_made_them(llm, tmp_path):
+    directory = tmp_path / "batches"
+    with serving(llm, batch_dir=directory) as served:
+        shared = served.client().files.create(file=("a", as_file(lines(1))), purpose="batch")
+    for _ in range(2):  # the second server reads what the first has kept
+        with serving(llm, batch_dir=directory, api_keys=("one", "two")) as served:
+            one, two = served.client(api_key="one"), served.client(api_key="two")
+            own = begin(one, lines(1))
+            done = ended(one, own)
+            files = {own.input_file_id, done.output_file_id}
+            assert files | {shared.id} <= {each.id for each in one.files.list()}
+            assert [each.id for each in two.files.list()] == [shared.id]
+            assert own.id in [each.id for each in one.batches.list()]
+            assert not list(two.batches.list())
+            for call in (two.batches.retrieve, two.batches.cancel):
+                with pytest.raises(openai.NotFoundError):
+                    call(own.id)
+            for call in (two.files.retrieve, two.files.content, two.files.delete):
+                for file_id in files:
+                    with pytest.raises(openai.NotFoundError):
+                        call(file_id)
+            asked = {"endpoint": CHAT, "completion_window": "24h"}
+            with pytest.raises(openai.BadRequestError, match="there is no file"):
+                two.batches.create(input_file_id=own.input_file_id, **asked)
+            headers = {"Authorization": "Bearer one"}
+            for path in ("files", "batches", f"files/{own.input_file_id}", f"batches/{own.id}"):
+                assert "owner" not in served.get(f"/v1/{path}", headers=headers).text
+            assert "owner" not in served.get("/openapi.json", headers=headers).text

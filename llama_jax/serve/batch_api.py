@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.responses import FileResponse
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
@@ -17,8 +17,10 @@ from llama_jax.serve.batch_store import (
     DeletedFile,
     FileList,
     FileObject,
+    owner_with,
 )
 from llama_jax.serve.errors import ApiError, bad_request
+from llama_jax.serve.middleware import KEY
 from llama_jax.serve.schemas import BatchRequest, check_unknown
 
 _MAX_UPLOADS = 16  # at the same time; each is a temporary file before it is kept
@@ -39,27 +41,36 @@ _UPLOAD = {
 }
 
 
+def _owner(request: Request) -> str:
+    return owner_with(request.scope[KEY])
+
+
+_Owner = Annotated[str, Depends(_owner)]
+
+
 def add_batches(app: FastAPI, runs: BatchRuns) -> None:
     """Adds the paths of files and batches."""
     _add_files(app, runs)
     store = runs.store
 
     @app.post("/v1/batches", response_model=BatchObject, tags=["Batches"])
-    async def create_batch(body: BatchRequest) -> Response:
+    async def create_batch(body: BatchRequest, owner: _Owner) -> Response:
         """Starts a batch: the lines of an uploaded file are answered."""
         check_unknown(body)
         with _storage():
-            return _reply(await runs.create(body.input_file_id, body.endpoint, body.metadata))
+            return _reply(
+                await runs.create(body.input_file_id, body.endpoint, body.metadata, owner)
+            )
 
     @app.get("/v1/batches", response_model=BatchList, tags=["Batches"])
     async def list_batches(
-        limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str | None = None
+        owner: _Owner, limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str | None = None
     ) -> Response:
         """Lists batches, the newest first."""
-        batches = list(store.batches.values())[::-1]
+        batches = [each for each in store.batches.values() if each.is_seen_by(owner)][::-1]
         if after is not None:
             ids = [each.id for each in batches]
-            batches = batches[ids.index(store.batch(after).id) + 1 :]
+            batches = batches[ids.index(store.batch(after, owner).id) + 1 :]
         shown = batches[:limit]
         return _reply(
             BatchList(
@@ -71,15 +82,15 @@ def add_batches(app: FastAPI, runs: BatchRuns) -> None:
         )
 
     @app.get("/v1/batches/{batch_id}", response_model=BatchObject, tags=["Batches"])
-    async def batch(batch_id: str) -> Response:
+    async def batch(batch_id: str, owner: _Owner) -> Response:
         """Returns the state of a batch."""
-        return _reply(store.batch(batch_id))
+        return _reply(store.batch(batch_id, owner))
 
     @app.post("/v1/batches/{batch_id}/cancel", response_model=BatchObject, tags=["Batches"])
-    async def cancel_batch(batch_id: str) -> Response:
+    async def cancel_batch(batch_id: str, owner: _Owner) -> Response:
         """Cancels a batch. Finished answers are kept."""
         with _storage():
-            return _reply(await runs.cancel(batch_id))
+            return _reply(await runs.cancel(batch_id, owner))
 
 
 def _add_files(app: FastAPI, runs: BatchRuns) -> None:
@@ -89,12 +100,12 @@ def _add_files(app: FastAPI, runs: BatchRuns) -> None:
         "/v1/files", response_model=FileObject, tags=["Batches"],
         openapi_extra={"requestBody": _UPLOAD},
     )  # fmt: skip
-    async def upload(request: Request) -> Response:
+    async def upload(request: Request, owner: _Owner) -> Response:
         """Stores a file of requests for a batch."""
         kind = request.headers.get("content-type", "")
         if not kind.lower().startswith("multipart/form-data"):
             raise ApiError(415, "the header Content-Type has to be multipart/form-data")
-        store.check_room()
+        store.check_room(owner)
         if uploads.locked():
             raise ApiError(
                 429, f"{_MAX_UPLOADS} files are being uploaded; try again later",
@@ -110,28 +121,28 @@ def _add_files(app: FastAPI, runs: BatchRuns) -> None:
                 if purpose != "batch":
                     raise bad_request('purpose: only "batch" is possible', "purpose")
                 name = (file.filename or "")[:255]
-                return _reply(await asyncio.to_thread(store.add, file.file, name, "batch"))
+                return _reply(await asyncio.to_thread(store.add, file.file, name, "batch", owner))
 
     @app.get("/v1/files", response_model=FileList, tags=["Batches"])
-    async def list_files(purpose: str | None = None) -> Response:
+    async def list_files(owner: _Owner, purpose: str | None = None) -> Response:
         """Lists files, the newest first: all of them, or those with a purpose."""
-        files = list(store.files.values())[::-1]
+        files = [each for each in store.files.values() if each.is_seen_by(owner)][::-1]
         return _reply(FileList(data=[each for each in files if purpose in (None, each.purpose)]))
 
     @app.get("/v1/files/{file_id}", response_model=FileObject, tags=["Batches"])
-    async def file(file_id: str) -> Response:
-        return _reply(store.file(file_id))
+    async def file(file_id: str, owner: _Owner) -> Response:
+        return _reply(store.file(file_id, owner))
 
     @app.get("/v1/files/{file_id}/content", response_class=FileResponse, tags=["Batches"])
-    async def content(file_id: str) -> Response:
+    async def content(file_id: str, owner: _Owner) -> Response:
         """Returns the content of a file: uploaded lines, or answers."""
-        return FileResponse(store.content(file_id), media_type="application/octet-stream")
+        return FileResponse(store.content(file_id, owner), media_type="application/octet-stream")
 
     @app.delete("/v1/files/{file_id}", response_model=DeletedFile, tags=["Batches"])
-    async def delete_file(file_id: str) -> Response:
-        runs.check_unused(file_id)
+    async def delete_file(file_id: str, owner: _Owner) -> Response:
+        runs.check_unused(store.file(file_id, owner).id)
         with _storage():
-            await asyncio.to_thread(store.delete, file_id)
+            await asyncio.to_thread(store.delete, file_id, owner)
         return _reply(DeletedFile(id=file_id))
 
 
@@ -147,4 +158,6 @@ def _storage() -> Iterator[None]:
 
 
 def _reply(model: BaseModel) -> Response:
-    return Response(model.model_dump_json(), media_type="application/json")
+    """Writes an object, or a list of them as `data`, without its owner."""
+    text = model.model_dump_json(exclude={"owner": True, "data": {"__all__": {"owner"}}})
+    return Response(text, media_type="application/json")

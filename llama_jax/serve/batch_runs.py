@@ -45,13 +45,15 @@ class BatchRuns:
         self._answering: tuple[str, asyncio.Future[None]] | None = None
 
     async def create(
-        self, input_file_id: str, endpoint: str, metadata: dict[str, str] | None
+        self, input_file_id: str, endpoint: str, metadata: dict[str, str] | None, owner: str
     ) -> BatchObject:
-        if input_file_id not in self.store.files:
+        file = self.store.files.get(input_file_id)
+        if file is None or not file.is_seen_by(owner):
             raise bad_request(f"there is no file {input_file_id[:100]!r}", "input_file_id")
         if endpoint not in ENDPOINTS:
             raise bad_request(f"endpoint must be one of {', '.join(ENDPOINTS)}", "endpoint")
-        if sum(each.is_open for each in self.store.batches.values()) >= MAX_OPEN_BATCHES:
+        own = [each for each in self.store.batches.values() if each.owner == owner]
+        if sum(each.is_open for each in own) >= MAX_OPEN_BATCHES:
             raise ApiError(
                 429, f"{MAX_OPEN_BATCHES} batches are waiting; try again later",
                 type="rate_limit_error", code="queue_full", retry_after=60,
@@ -59,14 +61,14 @@ class BatchRuns:
         batch = BatchObject(
             id=new_id("batch"), endpoint=endpoint, input_file_id=input_file_id,
             completion_window="24h", created_at=_now(), request_counts=RequestCounts(),
-            metadata=metadata,
+            metadata=metadata, owner=owner,
         )  # fmt: skip
         await asyncio.to_thread(self.store.save, batch)
         self._is_new.set()
         return batch
 
-    async def cancel(self, batch_id: str) -> BatchObject:
-        batch = self.store.batch(batch_id)
+    async def cancel(self, batch_id: str, owner: str) -> BatchObject:
+        batch = self.store.batch(batch_id, owner)
         if batch.status not in ("validating", "in_progress"):
             raise bad_request(f"the batch is {batch.status} and cannot be cancelled", "id")
         batch.status, batch.cancelling_at = "cancelling", _now()
@@ -100,7 +102,7 @@ class BatchRuns:
                 await self._fail(batch, [_server_error(error)])
 
     async def _run(self, batch: BatchObject) -> None:
-        path = self.store.content(batch.input_file_id)
+        path = self.store.content(batch.input_file_id, batch.owner)
         if batch.status == "validating":
             total, mistakes = await asyncio.to_thread(_check, str(path), batch.endpoint)
             if mistakes:
@@ -178,7 +180,8 @@ class BatchRuns:
                     wrong.write(line)
             for kind, part in (("output", right), ("error", wrong)):
                 if part.tell():
-                    made = self.store.add(part, f"{batch.id}_{kind}.jsonl", "batch_output")
+                    name = f"{batch.id}_{kind}.jsonl"
+                    made = self.store.add(part, name, "batch_output", batch.owner)
                     setattr(batch, f"{kind}_file_id", made.id)
         if batch.is_cancelling:
             batch.status, batch.cancelled_at = "cancelled", _now()

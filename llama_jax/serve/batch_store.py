@@ -2,9 +2,13 @@
 
 `files/ID` is a file's content and `files/ID.json` its description; `batches/ID.json` is a batch.
 All descriptions are in memory too. Files are written atomically.
+
+What a client with a key made does not exist for others: a digest of the key is recorded as its
+owner. What a client without a key made has the owner "", and is everybody's.
 """
 
 import fcntl
+import hashlib
 import os
 import shutil
 import time
@@ -13,10 +17,12 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from pydantic import BaseModel
+from pydantic.json_schema import SkipJsonSchema
 
 from llama_jax.serve.errors import ApiError, bad_request
 from llama_jax.serve.replies import new_id
 
+# Of one owner.
 MAX_FILES = 1000
 MAX_BATCHES = 1000  # of which the oldest that have ended are forgotten
 MAX_OPEN_BATCHES = 100
@@ -24,7 +30,19 @@ MAX_OPEN_BATCHES = 100
 OPEN = ("validating", "in_progress", "finalizing", "cancelling")
 
 
-class FileObject(BaseModel):
+def owner_with(key: str) -> str:
+    """Returns the owner that a client with a key is; "" for a client without."""
+    return key and hashlib.sha256(key.encode()).hexdigest()
+
+
+class _Owned(BaseModel):
+    owner: SkipJsonSchema[str] = ""  # never part of a reply
+
+    def is_seen_by(self, owner: str) -> bool:
+        return self.owner in ("", owner)
+
+
+class FileObject(_Owned):
     id: str
     object: Literal["file"] = "file"
     bytes: int
@@ -64,7 +82,7 @@ class RequestCounts(BaseModel):
     failed: int = 0
 
 
-class BatchObject(BaseModel):
+class BatchObject(_Owned):
     """A batch. Times are in seconds since 1970, or None for events that have not happened."""
 
     id: str
@@ -131,15 +149,17 @@ class BatchStore:
     def close(self) -> None:
         self._lock.close()
 
-    def file(self, file_id: str) -> FileObject:
-        return _found(self.files, file_id, "file")
+    def file(self, file_id: str, owner: str) -> FileObject:
+        """Returns a file. Raises `ApiError` for one that does not exist for `owner`."""
+        return _found(self.files, file_id, owner, "file")
 
-    def batch(self, batch_id: str) -> BatchObject:
-        return _found(self.batches, batch_id, "batch")
+    def batch(self, batch_id: str, owner: str) -> BatchObject:
+        """Returns a batch. Raises `ApiError` for one that does not exist for `owner`."""
+        return _found(self.batches, batch_id, owner, "batch")
 
-    def content(self, file_id: str) -> Path:
+    def content(self, file_id: str, owner: str) -> Path:
         """Returns the path of a file's content."""
-        return self._files_at / self.file(file_id).id
+        return self._files_at / self.file(file_id, owner).id
 
     def answers(self, batch: BatchObject) -> Path:
         """Returns the path of a batch's answers until it is complete."""
@@ -150,17 +170,17 @@ class BatchStore:
         for suffix in ("", ".partial", ".journal"):
             path.with_name(path.name + suffix).unlink(missing_ok=True)
 
-    def check_room(self) -> None:
-        if len(self.files) >= MAX_FILES:
+    def check_room(self, owner: str) -> None:
+        if sum(each.owner == owner for each in self.files.values()) >= MAX_FILES:
             raise bad_request(f"there are {MAX_FILES} files, which is the most: delete some")
 
     def add(
-        self, source: BinaryIO, filename: str, purpose: Literal["batch", "batch_output"]
+        self, source: BinaryIO, filename: str, purpose: Literal["batch", "batch_output"], owner: str
     ) -> FileObject:
         """Stores a copy of a file, read from its start."""
         file = FileObject(
             id=new_id("file"), bytes=0, created_at=int(time.time()), filename=filename,
-            purpose=purpose,
+            purpose=purpose, owner=owner,
         )  # fmt: skip
         path = self._files_at / file.id
         try:
@@ -177,18 +197,19 @@ class BatchStore:
         self.files[file.id] = file
         return file
 
-    def delete(self, file_id: str) -> None:
-        path = self.content(file_id)
+    def delete(self, file_id: str, owner: str) -> None:
+        path = self.content(file_id, owner)
         del self.files[file_id]
         path.with_name(f"{file_id}.json").unlink(missing_ok=True)
         path.unlink(missing_ok=True)
 
     def save(self, batch: BatchObject) -> None:
-        """Stores the state of a batch, and deletes the oldest batches if there are too many."""
+        """Stores the state of a batch, and deletes its owner's oldest if there are too many."""
         self.batches[batch.id] = batch
         _write(self._batches_at / f"{batch.id}.json", batch)
-        ended = [each.id for each in self.batches.values() if not each.is_open]
-        for old in ended[: max(0, len(self.batches) - MAX_BATCHES)]:
+        own = [each for each in self.batches.values() if each.owner == batch.owner]
+        ended = [each.id for each in own if not each.is_open]
+        for old in ended[: max(0, len(own) - MAX_BATCHES)]:
             del self.batches[old]
             (self._batches_at / f"{old}.json").unlink(missing_ok=True)
 
@@ -205,8 +226,8 @@ def _read[T: (FileObject, BatchObject)](directory: Path, kind: type[T]) -> dict[
     return {each.id: each for each in found}
 
 
-def _found[T](known: Mapping[str, T], wanted: str, what: str) -> T:
-    if wanted not in known:
+def _found[T: _Owned](known: Mapping[str, T], wanted: str, owner: str, what: str) -> T:
+    if wanted not in known or not known[wanted].is_seen_by(owner):
         raise ApiError(404, f"there is no {what} {wanted[:100]!r}", param="id", code="not_found")
     return known[wanted]
 

@@ -35,6 +35,7 @@ UPLOADS = "/v1/files"  # whose bodies are larger, and go to a file as they come
 # In a scope: when the request came, of `time.perf_counter`; and what sends the bodies of a stream.
 # The layers between would take a tenth of the time for a token, and look only at a reply's start.
 BEGAN, SEND = "llama_jax.began", "llama_jax.send"
+KEY = "llama_jax.key"  # in a scope: the key that was sent, "" where none is needed
 # Seconds beyond the deadline after which a response's connection is cut.
 _GRACE = 10.0
 
@@ -90,7 +91,7 @@ class Gate:
     async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         if scope["path"] not in OPEN_PATHS and scope["method"] != "OPTIONS":
-            check_key(headers.get("authorization", ""), self._options.api_keys)
+            scope[KEY] = check_key(headers.get("authorization", ""), self._options.api_keys)
         encoding = headers.get("content-encoding", "identity")
         if encoding.lower() != "identity":
             raise ApiError(415, "the header Content-Encoding is not supported; send it as it is")
@@ -112,20 +113,25 @@ class _BrokenStreamError(Exception):
         return "a response was cut off"
 
 
-def check_key(authorization: str, keys: Sequence[str]) -> None:
-    """Raises `ApiError` unless one of `keys` was sent. Takes the same time for any."""
+def check_key(authorization: str, keys: Sequence[str]) -> str:
+    """Returns the one of `keys` that was sent, or "" if there are none.
+
+    Takes the same time for any.
+    Raises `ApiError` if it was none of them.
+    """
     if not keys:
-        return
+        return ""
     scheme, _, given = authorization.partition(" ")
     given_bytes = given.strip().encode(errors="replace")
-    found = [hmac.compare_digest(given_bytes, key.encode()) for key in keys]
-    if scheme.lower() != "bearer" or not any(found):
+    found = [key for key in keys if hmac.compare_digest(given_bytes, key.encode())]
+    if scheme.lower() != "bearer" or not found:
         raise ApiError(
             401,
             "a valid API key is needed: Authorization: Bearer KEY",
             type="authentication_error",
             code="invalid_api_key",
         )
+    return found[0]
 
 
 async def _read_body(headers: Headers, receive: Receive) -> bytes:
