@@ -10,7 +10,14 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from llama_jax.model.config import LlamaConfig
-from llama_jax.model.forward import decode, device_spec, prefill
+from llama_jax.model.forward import (
+    decode,
+    device_spec,
+    extend,
+    last_hidden,
+    prefill,
+    unembed,
+)
 from llama_jax.model.fp8 import WeightFormat, quantize_per_token
 from llama_jax.model.kv_cache import init_cache
 from llama_jax.model.params import abstract_params, init_params, param_shardings
@@ -124,6 +131,20 @@ def check_communication() -> None:
 def check_formats() -> None:
     for name in CASES:
         check(name)
+
+
+def check_eager() -> None:
+    """Check that what a user calls without `jax.jit` gives the logits of `prefill`."""
+    spec, cache_dtype = spec_of("row", replace(CONFIG, num_layers=1))
+    spec = replace(spec, mesh=make_mesh(4))
+    params = jax.device_put(random_params(spec), param_shardings(spec))
+    cache = init_cache(spec.config, 2, 64, cache_dtype)
+    cache = jax.device_put(cache, cache_shardings(spec.config, spec.mesh))
+    args = jnp.arange(20, dtype=jnp.int32).reshape(2, 10), jnp.array([10, 7], jnp.int32)
+    hidden, _ = extend(params, cache, *args, spec=spec, phase="prefill")
+    found = unembed(params, last_hidden(hidden, args[1]), spec=spec)
+    expected, _ = prefill(params, cache, *args, spec=spec)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
 def check_tied() -> None:

@@ -214,7 +214,8 @@ def _apply(
     mapped = jax.shard_map(
         on_device, mesh=spec.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
-    return mapped(params, *args)
+    # An eager shard_map crashes XLA's CPU compiler on the FFI calls of our kernels (jax 0.11.2).
+    return jax.jit(mapped, inline=True)(params, *args)
 
 
 def _placed(spec: ModelSpec) -> ModelSpec:
