@@ -85,6 +85,7 @@ def read_source(directory: Path) -> Source:
     supported.
     """
     _refuse_gguf(directory)
+    _refuse_adapter(directory)
     if not directory.is_dir():
         raise CheckpointError(
             f"{directory} is not a directory; a Hugging Face checkpoint, or Meta's, is expected"
@@ -262,6 +263,15 @@ def _refuse_gguf(directory: Path) -> None:
         raise CheckpointError(
             f"{gguf[0]}: GGUF is not supported. Take the model's safetensors: an FP8 checkpoint, "
             "or the unquantised one, with --quantize row if it is to become FP8."
+        )
+
+
+def _refuse_adapter(directory: Path) -> None:
+    adapters = sorted(directory.glob("adapter_model.*"))
+    if adapters and not (directory / "config.json").exists():
+        raise CheckpointError(
+            f"{adapters[0]} is a LoRA adapter. Merge it into its base model (`merge_and_unload` of "
+            "the package peft), and take the result."
         )
 
 

@@ -498,7 +498,10 @@ class LLM:
         >>> logits.shape == (1, 3, llm.spec.config.vocab_size)
         True
         """
-        array = np.asarray(ids)
+        try:
+            array = np.asarray(ids)
+        except ValueError as error:  # numpy's words for it are about arrays
+            raise ValueError("ids must have rows of the same length, [batch, length]") from error
         if array.ndim != 2 or not array.size or array.dtype.kind not in "iu":
             raise ValueError(
                 f"ids must be a non-empty int [batch, length], got {array.dtype} {array.shape}"

@@ -22,10 +22,11 @@ def is_prompt(value: Prompt | Sequence[Prompt]) -> bool:
     return bool(len(value) and isinstance(value[0], int | np.integer))
 
 
-def listed[T](name: str, values: Iterable[T]) -> list[T]:
+def listed[T](name: str, values: Iterable[T], expected: str = "a list") -> list[T]:
     """Return several values as a list. Raises TypeError for a single one in their place."""
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
-        raise TypeError(f"{name}: expected a list, got {values!r:.100} ({type(values).__name__})")
+        found = f"{values!r:.100} ({type(values).__name__})"
+        raise TypeError(f"{name}: expected {expected}, got {found}")
     return list(values)
 
 
@@ -63,7 +64,7 @@ def with_sampling[T](
     """Pair each prompt with its settings, which may be the same for all."""
     if sampling is None or isinstance(sampling, SamplingParams):
         sampling = [sampling or default] * len(prompts)
-    given = listed("sampling", sampling)
+    given = listed("sampling", sampling, "SamplingParams or a list of them")
     if len(given) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(given)} sampling settings")
     return list(zip(prompts, given, strict=True))

@@ -183,7 +183,10 @@ BAD_FRIENDLI = {
     "NaN code 0x7f": (change(f"{Q}.weight", put((9, 3), 0x7F)), rf"{Q}.weight has NaN.* row 9"),
     "NaN code 0xff": (change(f"{Q}.weight", put((0, 0), -1)), rf"{Q}.weight has NaN.* row 0"),
     "NaN norm": (change("model.norm.weight", put(5, np.nan)), "model.norm.weight has NaN"),
-    "left over": (lambda a: a.update(what=a["model.norm.weight"]), "what .* has no place"),
+    "left over": (
+        lambda a: a.update(what=a["model.norm.weight"]),
+        ": what has no place in a friendli",
+    ),
     "one layer more": (
         lambda a: a.update({"model.layers.2.mlp.up_proj.weight": a[f"{Q}.weight"]}),
         r"model.layers.2.* has no place",

@@ -579,6 +579,13 @@ def test_two_quantisation_configs_have_to_agree(
         planned_as_published(VARIANTS[name].write(tmp_path, files=files))
 
 
+def test_an_adapter_without_its_model_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").touch()
+    (tmp_path / "adapter_model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors is a LoRA adapter\. Mer"):
+        read_source(tmp_path)
+
+
 def test_gguf_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "llama-Q4_K_M.gguf").touch()
     for path in (tmp_path, tmp_path / "llama-Q4_K_M.gguf"):

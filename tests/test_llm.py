@@ -414,6 +414,7 @@ def test_nothing_compiles_after_warm_up(tokenizer):
         (lambda llm: llm.logits([[600]]), "token id 600"),
         (lambda llm: llm.logits([1, 2]), "ids must be"),
         (lambda llm: llm.logits([[1.5]]), "ids must be"),
+        (lambda llm: llm.logits([[1, 2], [3]]), "ids must have rows of the same length"),
         (lambda llm: llm.chat([]), "messages"),
         (lambda llm: llm.chat({"role": "user", "content": "a"}), "messages: .* got dict"),
         (lambda llm: llm.warmup("tokens"), "output_kinds: expected a list of 'tokens', .* got 't'"),
@@ -440,7 +441,10 @@ def test_a_prompt_of_another_type_is_refused(llm):
         (lambda llm: llm.rank(["a", "b"], "cd"), "labels: expected a list, got 'cd'"),
         (lambda llm: llm.generate(None), "prompts: expected a list, got None"),
         (lambda llm: llm.generate({"prompt": "a"}), "prompts: expected a list, got .*dict"),
-        (lambda llm: llm.generate("a", {"n": 1}), "sampling: expected a list, got .*dict"),
+        (
+            lambda llm: llm.generate("a", {"n": 1}),
+            "sampling: expected SamplingParams or a list of them, got .*dict",
+        ),
         (lambda llm: llm.generate(["a"], [{"n": 1}]), "sampling: expected SamplingParams, got"),
     ],
 )

@@ -47,10 +47,11 @@ def make_plan(source: Source) -> tuple[Plan, str]:
         _check_tied(source)
         unused.remove("lm_head.weight")
     if unused:
+        others = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
         raise CheckpointError(
-            f"{sorted(unused)[0]} (and {len(unused) - 1} more) has no place in a {dialect.name} "
-            f"checkpoint of {source.config.num_layers} layers. The config and the weights do not "
-            "belong together, or this variant is not supported."
+            f"{min(unused)}{others} has no place in a {dialect.name} checkpoint of "
+            f"{source.config.num_layers} layers. The config and the weights do not belong "
+            "together, or this variant is not supported."
         )
     return plan, dialect.name
 
