@@ -149,6 +149,18 @@ def test_echo_puts_the_prompt_in_front(client):
     assert "".join(chunk.choices[0].text for chunk in chunks) == "2, 4, 6," + plain
 
 
+def test_prompts_can_be_echoed_alone(client, llm):
+    """With nothing to compute: no logprobs are wanted, or a single token has none."""
+    asked = {"model": "abacus", "echo": True, "max_tokens": 0}
+    reply = client.completions.create(**asked, prompt="2, 4, 6,")
+    assert reply.choices[0].text == "2, 4, 6," and reply.choices[0].logprobs is None
+    assert reply.usage.prompt_tokens == len(llm.tokenizer.encode("2, 4, 6,", bos=True))
+    reply = client.completions.create(**asked, prompt=[[50], [50, 51, 52]], logprobs=1)
+    assert [each.text for each in reply.choices] == ["2", "234"]
+    assert [each.logprobs.token_logprobs[0] for each in reply.choices] == [None, None]
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (4, 0)
+
+
 def test_a_prompt_that_fills_the_context_is_scored(client, server, llm):
     """Nothing has to be generated, so there need not be room for it."""
     ids = [llm.tokenizer.bos_id, *(llm.tokenizer.encode("1, 2, 3, 4, ") * 200)][: llm.max_seq_len]
@@ -564,7 +576,8 @@ def test_scores_equal_those_in_the_process(server, llm):
     assert [each["num_tokens"] for each in reply["data"]] == [
         len(score.token_ids) for score in ranking.scores
     ]
-    assert server.post("/v1/score", {"prompt": "a", "completions": [""]}).status_code == 400
+    refused = server.post("/v1/score", {"prompt": "a", "completions": [""]})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "completions")
 
 
 def test_metrics_have_vllms_names(server, client):

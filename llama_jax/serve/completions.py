@@ -15,6 +15,8 @@ from llama_jax.serve.replies import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
+    PromptTokensDetails,
+    Usage,
     new_id,
 )
 from llama_jax.serve.schemas import CompletionRequest
@@ -27,9 +29,10 @@ _DEFAULT_MAX_TOKENS = 16  # as OpenAI and vLLM have it
 # Characters or ids of prompts that are read in 0.1 ms; a thread takes 0.3 ms to begin and answer.
 _SHORT = 1000
 _Top = Sequence[tuple[int, float]]
+_Answer = tuple[list[CompletionChoice], Usage]
 
 
-async def prepare(service: Service, body: CompletionRequest) -> Job[list[CompletionChoice]]:
+async def prepare(service: Service, body: CompletionRequest) -> Job[_Answer]:
     """Returns what a request asks of the engine: continuations of all its prompts in their order,
     and then, where that is asked, how likely the prompts are."""
     service.check_model(body.model)
@@ -43,7 +46,7 @@ async def prepare(service: Service, body: CompletionRequest) -> Job[list[Complet
     return job
 
 
-def _job(service: Service, body: CompletionRequest, limit: int) -> Job[list[CompletionChoice]]:
+def _job(service: Service, body: CompletionRequest, limit: int) -> Job[_Answer]:
     llm = service.llm
     sampling = service.sampling(body, max(1, limit), body.logprobs)
     if limit:
@@ -57,17 +60,19 @@ def _job(service: Service, body: CompletionRequest, limit: int) -> Job[list[Comp
     drawn = [request for part in parts for request in part.requests]
     scored = scoring(prompts, body.num_prompt_top, body.prompt_logprobs is not None)
 
-    def combine(requests: Sequence[Request]) -> list[CompletionChoice]:
+    def combine(requests: Sequence[Request]) -> _Answer:
         if not drawn:
-            return [
+            choices = [
                 _choice(service, body, index, ids, each, None)
                 for index, (ids, each) in enumerate(zip(prompts, scored, strict=True))
             ]
+            return choices, _usage_of_prompts(prompts, scored)
         samples = [sample for part in parts for sample in part.result().samples]
-        return [
+        choices = [
             _choice(service, body, i, prompts[i // sampling.n], scored[i // sampling.n], sample)
             for i, sample in enumerate(samples)
         ]
+        return choices, service.usage(drawn, len(prompts))
 
     return Job((*drawn, *filter(None, scored)), combine)
 
@@ -75,14 +80,25 @@ def _job(service: Service, body: CompletionRequest, limit: int) -> Job[list[Comp
 async def whole(service: Service, body: CompletionRequest, began: float) -> Completion:
     """Returns all continuations at once. began: when the request came."""
     job = await prepare(service, body)
-    choices = await service.run(job, began)
-    drawn = _drawn(job.requests)
+    choices, usage = await service.run(job, began)
     return Completion(
         id=new_id("cmpl"),
         created=int(time.time()),
         model=service.name,
         choices=choices,
-        usage=service.usage(drawn or job.requests, len(body.prompts)),
+        usage=usage,
+    )
+
+
+def _usage_of_prompts(prompts: Sequence[Sequence[int]], scored: Sequence[Request | None]) -> Usage:
+    """Counts the tokens of prompts that are only echoed, and scored or not."""
+    tokens = sum(map(len, prompts))
+    cached = sum(request.num_cached for request in scored if request)
+    return Usage(
+        prompt_tokens=tokens,
+        completion_tokens=0,
+        total_tokens=tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
     )
 
 

@@ -331,6 +331,8 @@ def _mistake(error: Exception, form: str | None, prompt: str) -> ApiError:
     param = field[0] if field and field[1] in _FIELDS else None
     if message.startswith("the prompt "):
         param = prompt
+    elif message.startswith("the completion "):
+        param = "completions"
     elif form and field and field[1] == "structured":
         param = form
         message = re.sub(r"structured(\.\w+)?", form, message, count=1)
