@@ -86,6 +86,12 @@ def test_what_does_not_fit_is_refused_with_sizes_and_advice() -> None:
     for part in ("14.0 GB needed", "9.0 GB", "4.0 GB", "max_batch_size (8)", "max_seq_len (4096)"):
         assert part in message
     assert isinstance(error.value, MemoryError)
+    for pages, advice in (
+        (65, r"lower num_pages \(65\), or"),
+        (64, r"lower max_batch_size \(8\) or"),
+    ):
+        with pytest.raises(DoesNotFitError, match=advice):
+            plan(limit=10**10, num_pages=pages).check()
     with pytest.raises(DoesNotFitError, match=r"lower prefill_chunk \(512\)"):
         plan(workspace=10**12).check()
     with pytest.raises(DoesNotFitError, match="shard over more devices"):

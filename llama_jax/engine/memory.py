@@ -73,10 +73,13 @@ class MemoryPlan:
         each = " on each device" if self.devices > 1 else ""
         advice = []
         if self.kv_cache > 0.1 * self.total:
-            advice.append(
-                f"lower max_batch_size ({self.max_batch_size}) or max_seq_len "
-                f"({self.max_seq_len}), or use an FP8 cache"
+            least = -(-self.max_seq_len // PAGE_SIZE)  # which hold a single sequence
+            lower = (
+                f"num_pages ({self.num_pages})"
+                if self.num_pages is not None and self.num_pages > least
+                else f"max_batch_size ({self.max_batch_size}) or max_seq_len ({self.max_seq_len})"
             )
+            advice.append(f"lower {lower}, or use an FP8 cache")
         if self.workspace > 0.1 * self.total:
             advice.append(
                 f"lower prefill_chunk ({self.prefill_chunk}) or max_batch_size "
