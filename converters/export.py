@@ -42,8 +42,6 @@ from pallas_kernels.fp8_matmul.reference import BLOCK
 _log = logging.getLogger(__name__)
 ExportFormat = Literal["bf16", "fp8"]
 
-# The field of config.json that marks an export; no other directory is ever replaced.
-
 
 @dataclass(frozen=True)
 class Exported:

@@ -35,7 +35,7 @@ from llama_jax.engine.steps import (
 from llama_jax.model.config import PRESETS
 from llama_jax.model.forward import prefill
 from llama_jax.model.fp8 import WeightFormat
-from llama_jax.model.kv_cache import PAGE_SIZE, bytes_per_token, init_cache
+from llama_jax.model.kv_cache import PAGE_SIZE, init_cache
 from llama_jax.model.params import abstract_params
 from llama_jax.model.spec import ModelSpec, Params
 from pallas_kernels import e4m3
@@ -43,6 +43,7 @@ from tests.pairs import every_pair
 
 CONFIG_8B = PRESETS["llama-3.1-8b"]
 BF16 = jnp.dtype(jnp.bfloat16)
+BYTES_PER_TOKEN = 131_072  # of 8B's cache: k and v of 32 layers, 8 heads of 128, in bfloat16
 
 
 def fp8_formats(num_layers: int) -> dict[str, WeightFormat]:
@@ -58,8 +59,7 @@ def fp8_formats(num_layers: int) -> dict[str, WeightFormat]:
 def test_the_plan_of_an_8b_model_is_what_one_computes_by_hand() -> None:
     dense = plan_memory(ModelSpec(CONFIG_8B), 8, 4096, BF16, 512)
     assert dense.weights == 8_030_261_248 * 2  # the published number of parameters
-    assert dense.kv_cache - 8 * 4096 * bytes_per_token(CONFIG_8B, BF16) < 10_000  # tables, scales
-    assert bytes_per_token(CONFIG_8B, BF16) == 131072
+    assert dense.kv_cache - 8 * 4096 * BYTES_PER_TOKEN < 10_000  # tables, scales
 
 
 def test_fp8_halves_what_it_stores() -> None:
@@ -149,8 +149,7 @@ def test_a_cache_has_as_many_pages_as_fit() -> None:
     assert plan(found).total <= 19 * 10**9 < plan(found + 1).total
     assert fitting_pages(lambda pages: plan(pages, 80), 64, 512) == 512
     assert fitting_pages(lambda pages: plan(pages, 1), 64, 512) == 64
-    per_token = bytes_per_token(CONFIG_8B, BF16)
-    assert plan(201).kv_cache - plan(200).kv_cache == PAGE_SIZE * per_token
+    assert plan(201).kv_cache - plan(200).kv_cache == PAGE_SIZE * BYTES_PER_TOKEN
 
 
 def test_a_draft_has_weights_and_a_cache_of_its_own() -> None:

@@ -102,9 +102,3 @@ def copy_pages(cache: KVCache, sources: Array, targets: Array) -> KVCache:
         return pages.at[targets].set(jnp.take(pages, sources, axis=0, mode="clip"), mode="drop")
 
     return cache.replace(k=tuple(map(copy, cache.k)), v=tuple(map(copy, cache.v)))
-
-
-def bytes_per_token(config: LlamaConfig, dtype: jnp.dtype) -> int:
-    """Return the bytes that one token of one sequence takes in all layers of the cache."""
-    itemsize = jnp.dtype(dtype).itemsize
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
