@@ -78,8 +78,15 @@ def plan(
 ) -> tuple[EngineOptions, memory.MemoryPlan]:
     """Return the options with a number of pages that fits, and the memory plan of everything.
 
-    Raises ValueError for a draft model that does not suit the model.
+    Raises ValueError for a draft model that does not suit the model, and for `batch_invariant` on
+    several devices.
     """
+    mesh = model.spec.mesh
+    if options.batch_invariant and mesh is not None and mesh.shape["model"] > 1:
+        raise ValueError(
+            f"batch_invariant is for one device, and the mesh shards over {mesh.shape['model']}: "
+            "their sums may depend on what is in the batch"
+        )
     speculation = Speculation(options.num_speculative_tokens, draft.spec if draft else None)
     speculation.check(model.spec.config, options.max_seq_len)
     stored = storage_dtype(kv_dtype, model.spec.dtype)

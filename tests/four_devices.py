@@ -3,12 +3,16 @@ vocabulary give the logits of one device, with the planned number of reductions.
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import Mesh, PartitionSpec
 
+from llama_jax.engine.scheduling import EngineOptions
+from llama_jax.loading import Stored, plan
 from llama_jax.model.config import LlamaConfig
 from llama_jax.model.forward import (
     decode,
@@ -145,6 +149,13 @@ def check_eager() -> None:
     found = unembed(params, last_hidden(hidden, args[1]), spec=spec)
     expected, _ = prefill(params, cache, *args, spec=spec)
     np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def check_refused() -> None:
+    """Check that no invariance is promised that sums over devices do not have."""
+    model = Stored("a model", Path(), None, replace(spec_of("row")[0], mesh=make_mesh(4)))
+    with pytest.raises(ValueError, match=r"batch_invariant is for one device, .* shards over 4"):
+        plan(model, None, EngineOptions(batch_invariant=True), "bf16")
 
 
 def check_tied() -> None:

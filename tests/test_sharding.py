@@ -89,8 +89,9 @@ def test_four_devices_hold_the_parts_and_give_the_same_logits(tmp_path: Path) ->
 
 
 def test_devices_sum_and_gather_what_they_must_and_no_more() -> None:
-    """And a tied matrix in FP8 divides over two of them, and nobody has to call `jax.jit`."""
-    checks = ("check_communication()", "check_tied()", "check_eager()")
+    """And a tied matrix in FP8 divides over two of them, nobody has to call `jax.jit`, and
+    `batch_invariant` is refused."""
+    checks = ("check_communication()", "check_tied()", "check_eager()", "check_refused()")
     run_with_devices(4, f"from tests.four_devices import *; {'; '.join(checks)}")
 
 
