@@ -288,6 +288,24 @@ def test_streamed_requests_get_each_token_as_it_is_drawn() -> None:
     engine, request = make(max_steps=16), Request(prompt(40), greedy(9), is_streamed=True)
     lengths = [len(each.token_ids) for each in engine.run([request])]
     assert lengths == list(range(1, 10))
+    request = engine.submit(Request(prompt(40), greedy(9), is_streamed=True))
+    rounds = engine.counts.rounds
+    assert not engine.step() and engine.step() == [request] and len(request.token_ids) == 1
+    assert engine.counts.rounds == rounds  # it did not wait for another launch
+    finish(engine)
+
+
+def test_streams_that_share_launches_of_several_steps_get_the_same_tokens() -> None:
+    engine = make(max_steps=16)
+
+    def draw() -> tuple[list[list[int]], int]:
+        rounds = engine.counts.rounds
+        streams = [Request(prompt(40, seed=i), sampled(i, 9), is_streamed=True) for i in range(3)]
+        return drawn(engine, *streams), engine.counts.rounds - rounds
+
+    one_by_one, _ = draw()
+    engine.stream_steps = 4
+    assert draw() == (one_by_one, 2)
 
 
 def test_several_tokens_are_drawn_per_launch() -> None:

@@ -246,7 +246,8 @@ class Device:
         steps = max((call.steps for call in plan.decodes), default=1)
         assert new < self.options.prefill_budget * steps + self.options.prefill_chunk
         if any(each.request.is_streamed for each in scheduler.running):
-            assert all(call.steps == 1 for call in plan.decodes) or len(plan.admissions)
+            most = scheduler.stream_steps
+            assert all(call.steps <= most for call in plan.decodes) or len(plan.admissions)
 
 
 def test_first_come_first_served() -> None:
@@ -385,6 +386,45 @@ def test_launches_that_may_stop_early_draw_what_is_left() -> None:
     assert steps_of(device) == [1] * 11
 
 
+def test_streams_share_a_launch_of_several_steps_while_every_slot_is_taken() -> None:
+    device = Device()
+    device.scheduler.stream_steps = 3
+    device.submit(*[ask(text(5, seed=i), 9, is_streamed=True) for i in range(2)])
+    device.finish()
+    assert steps_of(device) == [1] * 8  # a third one would not have to wait
+    device = Device()
+    device.scheduler.stream_steps = 3
+    device.submit(*[ask(text(5, seed=i), 9, is_streamed=i == 0) for i in range(3)])
+    device.finish()
+    assert steps_of(device) == [3, 3, 2]
+    device = Device(stops_early=False)
+    device.scheduler.stream_steps = 3  # where a launch has one step or all of them
+    device.submit(*[ask(text(5, seed=i), 9, is_streamed=True) for i in range(3)])
+    device.finish()
+    assert set(steps_of(device)) == {1}
+
+
+def test_first_tokens_of_streams_are_awaited_if_nothing_else_is_to_be_done() -> None:
+    def after_prefill(*are_streamed: bool) -> Device:
+        device = Device()
+        for i, is_streamed in enumerate(are_streamed):
+            device.submit(ask(text(5, seed=i), is_streamed=is_streamed))
+        device.round()
+        return device
+
+    device = after_prefill(True, True)
+    assert device.scheduler.awaits_first_tokens
+    device.collect_all()
+    assert not device.scheduler.awaits_first_tokens  # there is something to draw
+    assert not after_prefill(True, False).scheduler.awaits_first_tokens
+    assert not after_prefill(*[True] * 4).scheduler.awaits_first_tokens  # one waits for a slot
+    device = after_prefill(True)
+    device.collect_all()
+    device.submit(ask(text(5, seed=1), is_streamed=True))
+    device.round()
+    assert not device.scheduler.awaits_first_tokens  # the first one draws
+
+
 def test_launches_of_fixed_length_take_one_step_or_all() -> None:
     device = Device(stops_early=False)
     device.submit(ask(text(5), 12))
@@ -499,11 +539,13 @@ REQUESTS = st.lists(
     rules=st.sampled_from(({}, {"share_prefixes": False}, {"batch_invariant": True})),
     drafts=st.lists(st.integers(0, 4), min_size=1, max_size=3),
     waits=st.booleans(),
+    stream_steps=st.sampled_from((1, 3)),
 )
 def test_every_request_ends_with_its_own_tokens(
-    requests, stops_early, rules, drafts, waits, **changes
+    requests, stops_early, rules, drafts, waits, stream_steps, **changes
 ) -> None:
     device = Device(stops_early, tuple(drafts), waits, **changes, **rules)
+    device.scheduler.stream_steps = stream_steps
     coming = []
     for i, (common, own, count, length, is_streamed, kind, at, cancelled) in enumerate(requests):
         prompt = [*text(common), *text(own + 1, seed=i + 1)]

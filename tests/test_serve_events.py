@@ -116,9 +116,6 @@ class Clock(SimpleNamespace):
     def perf_counter(self) -> float:
         return self.now
 
-    def sleep(self, seconds: float) -> None:
-        pass
-
 
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
@@ -137,17 +134,33 @@ def idle_thread() -> EngineThread:
         has_work=True,
     )
     thread = EngineThread(engine, *[lambda *arguments: None] * 4)
-    thread.loop = SimpleNamespace(call_soon_threadsafe=lambda call, *arguments: call(*arguments))
+
+    def call_now(call, *arguments) -> None:
+        call(*arguments)
+
+    thread.loop = SimpleNamespace(call_soon_threadsafe=call_now, call_soon=call_now)
     return thread
 
 
-def draw(thread: EngineThread, stream: Submission, token: int, text: str, ends: bool) -> None:
-    """Let the only request of a stream have another token."""
+class Letters:
+    """Decodes a token to the letter of that number, and those below 10 to nothing."""
+
+    def push(self, token_id: int) -> str:
+        return chr(token_id) if token_id >= 10 else ""
+
+    def flush(self) -> str:
+        return ""
+
+
+def streamed() -> Request:
+    return Request([1], decoder=Letters(), is_streamed=True)
+
+
+def draw(thread: EngineThread, stream: Submission, token_ids: list[int], ends: bool) -> None:
+    """Let the only request of a stream have more tokens, by one launch."""
     (request,) = stream.requests
-    request.token_ids.append(token)
-    request.text += text
-    request.released = len(request.text)
-    request.finish_reason = "length" if ends else None
+    count = len(request.token_ids) + len(token_ids)
+    request.extend(token_ids, count if ends else 1000)
     thread._note(stream, 0, request)
 
 
@@ -155,7 +168,7 @@ def test_tokens_between_wait_while_there_are_many_streams(clock):
     """20 streams get 1,000 writes a second together, so each waits for 20 ms; first and last tokens
     do not, and nothing is lost or out of order. What has waited is one update."""
     thread = idle_thread()
-    streams = [Submission([Request([1])], True, thread, _remaining=1) for _ in range(20)]
+    streams = [Submission([streamed()], True, thread, _remaining=1) for _ in range(20)]
     told, ids = [""] * 20, [list[int]() for _ in streams]
 
     def step(seconds: float, token: str, ends: int | None = None) -> list[int]:
@@ -163,7 +176,7 @@ def test_tokens_between_wait_while_there_are_many_streams(clock):
         clock.now += seconds
         for i, stream in enumerate(streams):
             if not stream.requests[0].finish_reason:
-                draw(thread, stream, ord(token), token, i == ends)
+                draw(thread, stream, [ord(token)], i == ends)
         thread._flush()
         counts = [sum(len(each.token_ids) for each in stream._updates) for stream in streams]
         for i, stream in enumerate(streams):
@@ -183,28 +196,40 @@ def test_tokens_between_wait_while_there_are_many_streams(clock):
     assert step(0.020, "e") == [1] * 7 + [0] + [1] * 12  # 19 streams wait for 19 ms
 
 
-def test_a_token_without_text_begins_an_update(clock):
+@pytest.mark.parametrize("num_steps", [1, 3, 7])
+def test_a_token_without_text_begins_an_update(clock, num_steps):
     """Otherwise the text before the token with which a tool call begins would be taken for the
-    call's."""
+    call's, however many tokens a launch draws."""
     thread = idle_thread()
-    stream = Submission([Request([1])], True, thread, _remaining=1)
-    tag = 9
-    for token, text in ((1, "Let "), (2, "me"), (tag, ""), (3, "{"), (4, "}")):
-        draw(thread, stream, token, text, False)
-    draw(thread, stream, 0, "", True)
+    stream = Submission([streamed()], True, thread, _remaining=1)
+    tag, end = 9, 8
+    drawn = [ord("m"), ord("e"), tag, ord("{"), ord("}"), end]
+    for start in range(0, len(drawn), num_steps):
+        draw(thread, stream, drawn[start : start + num_steps], start + num_steps >= len(drawn))
     thread._flush()
     assert [(each.text, each.token_ids, each.is_last) for each in stream._updates] == [
-        ("Let me", [1, 2], False), ("{}", [tag, 3, 4], False), ("", [0], True),
+        ("me", drawn[:2], False), ("{}", drawn[2:5], False), ("", [end], True),
     ]  # fmt: skip
+
+
+def test_a_token_without_text_that_was_told_of_begins_no_other_update(clock):
+    thread = idle_thread()
+    stream = Submission([streamed()], True, thread, _remaining=1)
+    for token_ids in ([9], [ord("a")], [ord("b"), 9, ord("c")], [9]):
+        draw(thread, stream, token_ids, ends=False)
+        thread._urgent.add(stream)
+        thread._flush()
+    told = [(each.text, each.token_ids) for each in stream._updates]
+    assert told == [("", [9]), ("a", [97]), ("b", [98]), ("c", [9, 99]), ("", [9])]
 
 
 def test_a_cancelled_request_has_a_single_last_update(clock):
     thread = idle_thread()
-    stream = Submission([request := Request([1])], True, thread, _remaining=1)
-    draw(thread, stream, 1, "a", False)
+    stream = Submission([request := streamed()], True, thread, _remaining=1)
+    draw(thread, stream, [ord("a")], False)
     request.cancel()
     thread._note(stream, 0, request)
     thread._flush()
     assert [(each.text, each.token_ids, each.is_last) for each in stream._updates] == [
-        ("a", [1], True)
+        ("a", [ord("a")], True)
     ]

@@ -119,6 +119,16 @@ class Engine:
         return len(self._scheduler.running)
 
     @property
+    def stream_steps(self) -> int:
+        """The most tokens of a streamed request that a launch draws while every slot is taken; 1 at
+        first, so that each token comes as soon as it is drawn."""
+        return self._scheduler.stream_steps
+
+    @stream_steps.setter
+    def stream_steps(self, most: int) -> None:
+        self._scheduler.stream_steps = most
+
+    @property
     def pages(self) -> PagePool:
         """Return the pool of the cache's pages."""
         return self._scheduler.pages
@@ -162,7 +172,8 @@ class Engine:
         with self._lock:
             latest = self._in_flight[-1] if self._in_flight else None
             try:
-                self._launch(self._schedule())
+                if not (latest and self._scheduler.awaits_first_tokens):
+                    self._launch(self._schedule())
                 while latest in self._in_flight:
                     self._collect()
             except BaseException:

@@ -37,6 +37,8 @@ class Request:
     text, released: the decoded text. It grows token by token if the request is streamed or has stop
         strings, and is otherwise decoded at the end. `text[:released]` may be shown; the rest could
         still become a stop string.
+    silent: if the request is streamed, the tokens without text: the index of each in `token_ids`
+        and the length of the text at it.
     finish_reason: "stop" (a stop token or string), "length", "cancelled", or "error" with the
         exception in `error`.
     stop_reason: the string, or the id of `params`, that ended it; None for the model's own end.
@@ -68,6 +70,7 @@ class Request:
     top: list[list[tuple[int, float]]] = field(default_factory=list)
     text: str = ""
     released: int = 0
+    silent: list[tuple[int, int]] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     error: BaseException | None = None
@@ -164,6 +167,8 @@ class Request:
             self._decode([] if is_stop else [token_id], is_end)
         elif is_end:
             self._decode(self.token_ids[:-1] if is_stop else self.token_ids, is_end)
+        if self.is_streamed and len(self.text) == searched:
+            self.silent.append((len(self.token_ids) - 1, searched))
         if may_stop and (found := first_stop(self.text, self.params.stop, searched)):
             at, self.stop_reason = found
             self.text = self.text[:at]

@@ -49,10 +49,13 @@ class Scheduler:
     stops_early: whether a decode launch ends as soon as no slot has tokens to draw; otherwise it
         has one of a few fixed numbers of steps (`step_counts`).
     draw_kinds: the kinds of draws for which there are programs.
+    stream_steps: the most steps of a launch in which a streamed request draws, while every slot is
+        taken. May be changed between rounds.
     """
 
     def __init__(self, options: EngineOptions, counts: EngineCounts, stops_early: bool) -> None:
         self.options = options
+        self.stream_steps = 1
         self.pages = PagePool(options.pool_size, PAGE_SIZE)
         self._counts = counts
         self._stops_early = stops_early
@@ -76,6 +79,14 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def awaits_first_tokens(self) -> bool:
+        """Return whether the next launch should wait for first tokens: if they are streamed and
+        nothing else is to be done, they would reach their readers later by its preparation."""
+        slots = self.slots
+        is_alone = len(slots.starting) == len(self.running) == slots.num_streamed
+        return is_alone and not self._waiting
 
     @property
     def step_counts(self) -> tuple[int, ...]:
@@ -276,15 +287,21 @@ class Scheduler:
         return DecodeCall(self.slots.launch(counts), steps, kind, wants_logprobs, structured)
 
     def _num_steps(self) -> int:
-        """Return the number of steps of the next launch: as many as leave few slots idle, but 1 if
-        a request is streamed."""
+        """Return the number of steps of the next launch: as many as leave few slots idle.
+
+        While a request is streamed there are at most `stream_steps`, and 1 if a slot is free, since
+        a new request would wait for the launch.
+        """
         slots = self.slots
         remaining = slots.min_remaining[slots.min_remaining > 0]
         if not remaining.size:
             return 0
-        if slots.num_streamed or slots.with_grammar(slots.min_remaining):
+        if slots.with_grammar(slots.min_remaining):
             return 1
         most = min(int(remaining.max()), self.options.max_steps)
+        if slots.num_streamed:
+            is_full = len(self.running) == self.options.max_batch_size
+            most = min(most, self.stream_steps) if is_full else 1
         possible = range(1, most + 1) if self._stops_early else self.step_counts
         return max(n for n in possible if n == 1 or (n <= most and self._few_idle(n, remaining)))
 

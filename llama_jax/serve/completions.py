@@ -191,9 +191,13 @@ class CompletionPieces:
         return held
 
     def _chunk(self, update: Update) -> dict[str, Any] | None:
-        """Returns the chunk that an update of a continuation brings, if there is something new."""
+        """Returns the chunk that an update of a continuation brings, if there is something new.
+
+        The first one always is: clients measure the time to it, and its token may have no text.
+        """
         body, text = self._body, update.text
-        if update.index not in self._offsets:
+        is_first = update.index not in self._offsets
+        if is_first:
             text = _echoed(self._service, body, update.index) + text
         logprobs = self._new_logprobs(update)
         finish: dict[str, Any] = {"finish_reason": None, "stop_reason": None}
@@ -202,7 +206,7 @@ class CompletionPieces:
             if sample.error:
                 raise request_failed(sample.error)
             finish = {"finish_reason": _finish(sample), "stop_reason": sample.stop_reason}
-        if not (text or logprobs or update.is_last):
+        if not (text or logprobs or is_first or update.is_last):
             return None
         choice = {"index": update.index, "text": text, "logprobs": logprobs, **finish}
         chunk = {**self._head, "choices": [choice]}

@@ -8,17 +8,20 @@ one step, and a thousand streams wake the event loop at most once per step.
 First and last tokens come back after their step. While there are many streams, the tokens between
 wait for others, because a write to a socket takes longer than the rest of a token's way: all
 streams together get about a thousand writes a second, and each of them at least 20 if steps are
-that quick. What waits is copied once, when it is told.
+that quick. What waits is copied once, when it is told. Launches of several steps then take as long
+as the tokens wait, if every slot is taken (`Engine.stream_steps`).
 """
 
 import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from bisect import bisect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from traceback import format_tb
 from typing import TYPE_CHECKING
 
@@ -39,9 +42,9 @@ _log = logging.getLogger(__name__)
 _STALLED_AFTER = 60.0
 # Seconds from one write of all streams to the next, for each stream; and at most.
 _PER_WRITE, _LONGEST_WAIT = 0.001, 0.05
-# Seconds for which the thread leaves Python's lock to the event loop after a first or last token.
-# The device has its next launch by then, while the thread would hold the lock to prepare another.
-_PAUSE = 0.0003
+# Seconds for which the thread leaves Python's lock to the event loop, at most, until a first or
+# last token is written.
+_PAUSE = 0.001
 
 
 class Update(msgspec.Struct, frozen=True):
@@ -77,12 +80,10 @@ class Submission:
     _updates: list[Update] = field(default_factory=list)
     _error: ApiError | None = None
     _waiter: "asyncio.Future[None] | None" = None
-    # The thread's own: requests not ended; those that have changed since they were told, by index,
-    # and updates before those changes; characters and tokens of each at its last change, and told.
+    # The thread's own: requests not ended; those that have changed since they were told, by index;
+    # characters and tokens of each that were told.
     _remaining: int = 0
     _changed: dict[int, Request] = field(default_factory=dict)
-    _made: list[Update] = field(default_factory=list)
-    _seen: dict[int, tuple[int, int]] = field(default_factory=dict)
     _told: dict[int, tuple[int, int]] = field(default_factory=dict)
     # The event loop's own: requests that have not ended, as far as it knows, and their tokens.
     num_open: int = 0
@@ -117,40 +118,32 @@ class Submission:
 
     # The engine's thread alone calls these.
 
-    def _change(self, index: int, request: Request) -> None:
-        """Notes that a request has changed. Its update will have all that comes until it is told.
-
-        But a token without text begins another update: a tool call may begin with it.
-        """
-        length, count = self._seen.get(index, (0, 0))
-        self._seen[index] = len(request.text), len(request.token_ids)
-        has_drawn = len(request.token_ids) > count
-        if index in self._changed and has_drawn and len(request.text) == length:
-            self._made.append(self._update(index, request, count))
-        self._changed[index] = request
-
     def _take(self) -> list[Update]:
         """Returns the news of all requests."""
-        made, changed, self._made, self._changed = self._made, self._changed, [], {}
-        for index, request in changed.items():
-            made.append(self._update(index, request, len(request.token_ids)))
-        return made
+        changed, self._changed = self._changed, {}
+        return [each for index, request in changed.items() for each in self._news(index, request)]
 
-    def _update(self, index: int, request: Request, stop: int) -> Update:
-        """Returns an update with the text so far, and the tokens before `stop`."""
+    def _news(self, index: int, request: Request) -> Iterator[Update]:
+        """Yields what is new of a request: one update, but a token without text begins another,
+        since a tool call may begin with it."""
         shown, start = self._told.get(index, (0, 0))
-        released = max(shown, request.released)
-        self._told[index] = released, stop
-        return Update(
-            index,
-            request,
-            request.text[shown:released],
-            request.token_ids[start:stop],
-            request.logprobs[start:stop],
-            request.top[start:stop],
-            request.finish_reason is not None and stop == len(request.token_ids),
-            time.perf_counter(),
-        )
+        count, released = len(request.token_ids), max(shown, request.released)
+        first = bisect(request.silent, start, key=itemgetter(0))
+        now = time.perf_counter()
+        for stop, length in (*request.silent[first:], (count, released)):
+            until = min(max(shown, length), released)
+            yield Update(
+                index,
+                request,
+                request.text[shown:until],
+                request.token_ids[start:stop],
+                request.logprobs[start:stop],
+                request.top[start:stop],
+                request.finish_reason is not None and stop == count,
+                now,
+            )
+            shown, start = until, stop
+        self._told[index] = shown, start
 
 
 @dataclass(frozen=True)
@@ -193,6 +186,7 @@ class EngineThread:
         self._urgent: set[Submission] = set()  # those of them whose news do not wait
         self._failed: dict[Submission, ApiError] = {}  # those of them whose news is an error
         self._told_at = self._wait = 0.0  # when the others were told, and for how long they wait
+        self._is_written = threading.Event()  # what was told last
         self.loop: asyncio.AbstractEventLoop
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._step_began = 0.0
@@ -264,6 +258,7 @@ class EngineThread:
                     self._count(submission, -1, -len(each.request.prompt))
             submission._updates += told
             submission._wake()
+        self.loop.call_soon(self._is_written.set)  # those that were woken write before that
 
     def _count(self, submission: Submission, requests: int, tokens: int) -> None:
         submission.num_open += requests
@@ -299,11 +294,21 @@ class EngineThread:
             before = self._engine.counts.prefilled + self._engine.counts.drawn
             self._step_began = time.perf_counter()
             self._engine.step()
+            self._set_steps(time.perf_counter() - self._step_began)
             self._step_began = 0.0
             self._steps += 1
             self._on_step(self._engine.counts.prefilled + self._engine.counts.drawn - before)
         self._flush()
         return True
+
+    def _set_steps(self, seconds: float) -> None:
+        """Lets launches take about as long as tokens wait for their write anyway.
+
+        seconds: that the last one took.
+        """
+        steps, most = self._engine.stream_steps, self._engine.options.max_steps
+        fitting = int(steps * self._wait / seconds)
+        self._engine.stream_steps = max(1, min(fitting, 2 * steps, most))
 
     def _look(self) -> Snapshot:
         pages, engine = self._engine.pages, self._engine
@@ -324,7 +329,7 @@ class EngineThread:
             self._submissions.discard(submission)
         if not (is_last or submission.is_streamed):
             return
-        submission._change(index, request)
+        submission._changed[index] = request
         self._changed.add(submission)
         if is_last or index not in submission._told:
             self._urgent.add(submission)
@@ -367,10 +372,11 @@ class EngineThread:
         failed, self._failed = self._failed, {}  # all of them are urgent
         news = [(each, failed.get(each) or each._take()) for each in told]
         self._changed, self._urgent = self._changed - told, set()
+        self._is_written.clear()
         if news:
             self._post(self._deliver, news)
         if is_urgent:
-            time.sleep(_PAUSE)
+            self._is_written.wait(_PAUSE)
 
     def _fail(self, error: BaseException) -> None:
         """Ends every submission because a step has raised, and releases the pages."""
