@@ -113,6 +113,8 @@ class SamplingParams:
 
     def of_samples(self) -> list["SamplingParams"]:
         """Return the settings of each of the `n` continuations, with a seed of its own."""
+        if self.n == 1:
+            return [self]
         seeds = [None if self.seed is None else (self.seed + i) % 2**32 for i in range(self.n)]
         return [replace(self, n=1, seed=seed) for seed in seeds]
 
@@ -146,6 +148,8 @@ def check_kind(name: str, value: Any, kind: type) -> None:
 
     True and "3" are no numbers and 2.5 is no int, but numpy's numbers are accepted.
     """
+    if type(value) is kind:  # sooner than by an abstract class, of which a request has dozens
+        return
     accepted: Mapping[type, type] = {int: Integral, float: Real}
     if not isinstance(value, accepted.get(kind, kind)) or isinstance(value, bool) != (kind is bool):
         raise TypeError(f"{name}: expected {kind.__name__}, got {value!r} ({type(value).__name__})")

@@ -338,9 +338,11 @@ class Engine:
     def _launch_admissions(self, admissions: Sequence[Admission]) -> None:
         admitted: list[tuple[Admission, SamplingState]] = []
         for admission in admissions:
-            settings = self._batches.no_settings()  # for a request that fails
+            settings: SamplingState | None = None
             with self._outputs.alone(admission.sequence.request):
                 settings = self._batches.settings(admission.sequence.request)
+            if settings is None:  # the request has failed
+                settings = self._batches.no_settings()
             admitted.append((admission, settings))
         for call in self._batches.admissions(admitted):
             self._state = call.program(self._take_state(), *call.args)

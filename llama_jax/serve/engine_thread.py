@@ -31,7 +31,7 @@ from llama_jax.engine import compile_cache
 from llama_jax.engine.compile_cache import CompileReport
 from llama_jax.engine.request import Request
 from llama_jax.engine.scheduling import Stats
-from llama_jax.serve.errors import ApiError, engine_failed, not_ready
+from llama_jax.serve.errors import ApiError, ClientGone, engine_failed, not_ready
 
 if TYPE_CHECKING:
     from llama_jax.engine.engine import Engine
@@ -78,7 +78,7 @@ class Submission:
     _owner: "EngineThread"
     # The event loop's own: what `next` has not returned yet, and then raises.
     _updates: list[Update] = field(default_factory=list)
-    _error: ApiError | None = None
+    _error: ApiError | ClientGone | None = None
     _waiter: "asyncio.Future[None] | None" = None
     # The thread's own: requests not ended; those that have changed since they were told, by index;
     # characters and tokens of each that were told.
@@ -92,7 +92,7 @@ class Submission:
     async def next(self) -> list[Update]:
         """Waits for updates and returns all that have come; for ever if all requests have ended.
 
-        Raises `ApiError` if the engine failed or stops, or after `fail`.
+        Raises `ApiError` if the engine failed or stops, or what `fail` was told.
         """
         if not (self._updates or self._error):
             self._waiter = self._owner.loop.create_future()
@@ -102,7 +102,7 @@ class Submission:
         updates, self._updates = self._updates, []
         return updates
 
-    def fail(self, error: ApiError) -> None:
+    def fail(self, error: ApiError | ClientGone) -> None:
         """Makes `next` raise an error after the present updates; called in the event loop."""
         self._error = self._error or error
         self._wake()

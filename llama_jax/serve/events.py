@@ -3,6 +3,7 @@
 Each is `data: {...}`, and the last one `data: [DONE]`.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from llama_jax.serve.engine_thread import Submission, Update
-from llama_jax.serve.errors import ApiError
+from llama_jax.serve.errors import ApiError, ClientGone
 from llama_jax.serve.middleware import SEND
 
 DONE = b"data: [DONE]\n\n"
@@ -36,7 +37,8 @@ class EventStream(StreamingResponse):
     """Sends events of a submission, and closes it after the last one or when the client leaves.
 
     What has come at the same time is written together. What is raised between events is the last
-    one.
+    one. Starlette's own way of watching for the client takes a second task for the stream, and
+    scopes around both, which a short reply would notice.
     """
 
     def __init__(
@@ -48,10 +50,18 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._send_body = scope.get(SEND, send)
+        watching = asyncio.ensure_future(self._watch(receive))
         try:
-            await super().__call__(scope, receive, send)
+            await self.stream_response(send)
         finally:
+            watching.cancel()
             self._submission.close()
+
+    async def _watch(self, receive: Receive) -> None:
+        """Ends the stream when the client leaves."""
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._submission.fail(ClientGone())
 
     async def stream_response(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
