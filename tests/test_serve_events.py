@@ -10,10 +10,12 @@ from prometheus_client import CollectorRegistry, Histogram
 
 from llama_jax.engine.request import Request
 from llama_jax.serve import engine_thread
+from llama_jax.serve.completions import CompletionPieces
 from llama_jax.serve.engine_thread import EngineThread, Submission, Update
-from llama_jax.serve.errors import ApiError
+from llama_jax.serve.errors import ApiError, ClientGone
 from llama_jax.serve.events import EventStream
 from llama_jax.serve.metrics import PER_TOKEN, TokenIntervals
+from llama_jax.serve.schemas import CompletionRequest
 
 
 def update(text: str, is_last: bool = False) -> Update:
@@ -84,6 +86,38 @@ def test_a_mistake_ends_a_stream_after_what_came_before_it():
     assert events[:3] == ['data: {"text":"a"}', 'data: {"length":1}', 'data: {"text":""}']
     assert '"message":"no text"' in events[3]
     assert events[4:] == ["data: [DONE]", ""]
+
+
+def test_the_first_token_of_a_completion_is_an_event_even_without_text():
+    """Clients measure the time to it; other tokens without text are none."""
+    service = SimpleNamespace(name="m", llm=SimpleNamespace(tokenizer=None))
+    stream = Submission([Request([1])], True, Owner())
+    pieces = CompletionPieces(service, CompletionRequest(prompt=[1]), stream)
+    told = [[each["choices"][0]["text"] for each in pieces.of(update(t))] for t in ("", "", "a")]
+    assert told == [[""], [], ["a"]]
+
+
+def test_a_stream_whose_client_leaves_is_closed_and_says_so():
+    async def run() -> None:
+        owner = SimpleNamespace(loop=asyncio.get_running_loop(), close=closed.append)
+        submission = Submission([], True, owner)
+
+        async def updates() -> AsyncIterator[list[Update]]:
+            while True:
+                yield await submission.next()
+
+        async def receive() -> dict:
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict) -> None:
+            pass
+
+        with pytest.raises(ClientGone):
+            await EventStream(submission, updates(), Texts())({"type": "http"}, receive, send)
+        assert closed == [submission]
+
+    closed: list[Submission] = []
+    asyncio.run(run())
 
 
 def test_intervals_are_counted_as_prometheus_client_counts_them():
@@ -210,6 +244,21 @@ def test_a_token_without_text_begins_an_update(clock, num_steps):
     assert [(each.text, each.token_ids, each.is_last) for each in stream._updates] == [
         ("me", drawn[:2], False), ("{}", drawn[2:5], False), ("", [end], True),
     ]  # fmt: skip
+
+
+def test_launches_take_as_long_as_tokens_wait_for_their_write():
+    thread = idle_thread()
+    engine = thread._engine
+    engine.stream_steps, engine.options = 1, SimpleNamespace(max_steps=8)
+    thread._wait = 0.0205
+    steps = []
+    for seconds in (0.006, 0.012, 0.018, 0.2, 0.001, 0.001, 0.001, 0.001):
+        thread._set_steps(seconds)
+        steps.append(engine.stream_steps)
+    assert steps == [2, 3, 3, 1, 2, 4, 8, 8]
+    thread._wait = 0.0
+    thread._set_steps(0.001)
+    assert engine.stream_steps == 1
 
 
 def test_a_token_without_text_that_was_told_of_begins_no_other_update(clock):
