@@ -30,7 +30,8 @@ class EngineOptions:
     prefill_chunk: the most tokens of one prompt in a call; a longer prompt takes several calls.
     prefill_budget: prompt tokens per round for each token that a sequence draws in it, so that
         decoding sequences do not wait long.
-    max_steps: the most tokens drawn per sequence in a round while no request is streamed.
+    max_steps: the most tokens drawn per sequence in a round; fewer while a request is streamed
+        (`Engine.stream_steps`).
     num_speculative_tokens: draft tokens per sequence and step, which the model checks together; 0
         for none.
     max_waiting: the most requests that may wait.
