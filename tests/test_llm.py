@@ -351,14 +351,14 @@ def test_structured_output_of_samples_streams_and_beside_others(llm):
 def test_samples_draw_with_seeds_of_their_own_and_share_the_prompt(llm):
     before, finished = llm.stats(), []
     settings = SamplingParams(max_new_tokens=6, seed=2**32 - 1, n=3)
-    results = llm.generate(["p" * 99, "q" * 80], settings, lambda: finished.append(1))
+    results = llm.generate(["~" * 99, "|" * 80], settings, lambda: finished.append(1))
     stats = llm.stats().since(before)
     assert len(finished) == 2
     # Of 100 and 81 tokens, BOS included, only the last has to be computed for each sample. (All
     # prompts begin with BOS, so that one may have been there before.)
     assert 100 + 81 + 2 * 2 - 2 <= stats.prefilled <= 100 + 81 + 2 * 2
     assert stats.prefilled + stats.hit == stats.queried == 3 * (100 + 81)
-    for prompt, result in zip(("p" * 99, "q" * 80), results, strict=True):
+    for prompt, result in zip(("~" * 99, "|" * 80), results, strict=True):
         samples = [each.token_ids for each in result.samples]
         assert len(set(samples)) == 3
         seeds = (2**32 - 1, 0, 1)
