@@ -249,13 +249,18 @@ def test_a_token_without_text_begins_an_update(clock, num_steps):
 def test_launches_take_as_long_as_tokens_wait_for_their_write():
     thread = idle_thread()
     engine = thread._engine
-    engine.stream_steps, engine.options = 1, SimpleNamespace(max_steps=8)
+    engine.stream_steps, engine.options = 1, SimpleNamespace(max_steps=8, max_batch_size=4)
+    engine.num_running = 4
     thread._wait = 0.0205
     steps = []
     for seconds in (0.006, 0.012, 0.018, 0.2, 0.001, 0.001, 0.001, 0.001):
         thread._set_steps(seconds)
         steps.append(engine.stream_steps)
     assert steps == [2, 3, 3, 1, 2, 4, 8, 8]
+    engine.num_running = 3  # with a free slot a launch has one step, whatever it takes
+    thread._set_steps(0.2)
+    assert engine.stream_steps == 8
+    engine.num_running = 4
     thread._wait = 0.0
     thread._set_steps(0.001)
     assert engine.stream_steps == 1

@@ -120,8 +120,8 @@ class Engine:
 
     @property
     def stream_steps(self) -> int:
-        """The most tokens of a streamed request that a launch draws while every slot is taken; 1 at
-        first, so that each token comes as soon as it is drawn."""
+        """Return the most steps of a launch that draws for a streamed request, while every slot is
+        taken; 1 at first, so that each token comes as soon as it is drawn."""
         return self._scheduler.stream_steps
 
     @stream_steps.setter

@@ -28,7 +28,7 @@ class Request:
     output_kind: "tokens" continues the prompt; "logprobs" computes those of the prompt's own tokens
         from `score_from` on, and the likeliest tokens in their places if `params.logprobs` is not
         None; "logits" computes float32 logits of every prompt token.
-    is_streamed: whether the caller needs each token as soon as it is drawn.
+    is_streamed: whether the caller needs each token soon, see `Engine.stream_steps`.
 
     on_change: called by the engine after each change of the request.
 

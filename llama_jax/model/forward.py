@@ -214,7 +214,8 @@ def _apply(
     mapped = jax.shard_map(
         on_device, mesh=spec.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
-    # An eager shard_map crashes XLA's CPU compiler on the FFI calls of our kernels (jax 0.11.2).
+    # An eager shard_map crashes XLA's CPU compiler on the FFI calls of our kernels (jax 0.11.2). So
+    # an eager call compiles, each time: callers are expected to be under jax.jit.
     return jax.jit(mapped, inline=True)(params, *args)
 
 

@@ -14,10 +14,10 @@ from llama_jax.serve.batch_runs import BatchRuns
 from llama_jax.serve.batch_store import (
     BatchList,
     BatchObject,
+    BatchStore,
     DeletedFile,
     FileList,
     FileObject,
-    owner_with,
 )
 from llama_jax.serve.errors import ApiError, bad_request
 from llama_jax.serve.middleware import KEY
@@ -42,7 +42,8 @@ _UPLOAD = {
 
 
 def _owner(request: Request) -> str:
-    return owner_with(request.scope[KEY])
+    store: BatchStore = request.app.state.batch_store
+    return store.owner_with(request.scope[KEY])
 
 
 _Owner = Annotated[str, Depends(_owner)]
@@ -51,7 +52,7 @@ _Owner = Annotated[str, Depends(_owner)]
 def add_batches(app: FastAPI, runs: BatchRuns) -> None:
     """Adds the paths of files and batches."""
     _add_files(app, runs)
-    store = runs.store
+    store = app.state.batch_store = runs.store
 
     @app.post("/v1/batches", response_model=BatchObject, tags=["Batches"])
     async def create_batch(body: BatchRequest, owner: _Owner) -> Response:
@@ -67,7 +68,7 @@ def add_batches(app: FastAPI, runs: BatchRuns) -> None:
         owner: _Owner, limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str | None = None
     ) -> Response:
         """Lists batches, the newest first."""
-        batches = [each for each in store.batches.values() if each.is_seen_by(owner)][::-1]
+        batches = [each for each in store.batches() if each.is_seen_by(owner)][::-1]
         if after is not None:
             ids = [each.id for each in batches]
             batches = batches[ids.index(store.batch(after, owner).id) + 1 :]
@@ -126,7 +127,7 @@ def _add_files(app: FastAPI, runs: BatchRuns) -> None:
     @app.get("/v1/files", response_model=FileList, tags=["Batches"])
     async def list_files(owner: _Owner, purpose: str | None = None) -> Response:
         """Lists files, the newest first: all of them, or those with a purpose."""
-        files = [each for each in store.files.values() if each.is_seen_by(owner)][::-1]
+        files = [each for each in store.files() if each.is_seen_by(owner)][::-1]
         return _reply(FileList(data=[each for each in files if purpose in (None, each.purpose)]))
 
     @app.get("/v1/files/{file_id}", response_model=FileObject, tags=["Batches"])

@@ -47,12 +47,12 @@ class BatchRuns:
     async def create(
         self, input_file_id: str, endpoint: str, metadata: dict[str, str] | None, owner: str
     ) -> BatchObject:
-        file = self.store.files.get(input_file_id)
-        if file is None or not file.is_seen_by(owner):
+        seen = {each.id for each in self.store.files() if each.is_seen_by(owner)}
+        if input_file_id not in seen:
             raise bad_request(f"there is no file {input_file_id[:100]!r}", "input_file_id")
         if endpoint not in ENDPOINTS:
             raise bad_request(f"endpoint must be one of {', '.join(ENDPOINTS)}", "endpoint")
-        own = [each for each in self.store.batches.values() if each.owner == owner]
+        own = [each for each in self.store.batches() if each.owner == owner]
         if sum(each.is_open for each in own) >= MAX_OPEN_BATCHES:
             raise ApiError(
                 429, f"{MAX_OPEN_BATCHES} batches are waiting; try again later",
@@ -79,7 +79,7 @@ class BatchRuns:
 
     def check_unused(self, file_id: str) -> None:
         """Raises `ApiError` if an unfinished batch reads the file."""
-        for batch in self.store.batches.values():
+        for batch in self.store.batches():
             if batch.is_open and batch.input_file_id == file_id:
                 raise bad_request(f"{batch.id} still reads the file", "id")
 
@@ -89,7 +89,7 @@ class BatchRuns:
             return
         while not (self._service.thread.failure or self._service.is_draining):
             self._is_new.clear()
-            batch = next((each for each in self.store.batches.values() if each.is_open), None)
+            batch = next((each for each in self.store.batches() if each.is_open), None)
             if batch is None:
                 await self._is_new.wait()
                 continue

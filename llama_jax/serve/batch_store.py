@@ -3,12 +3,13 @@
 `files/ID` is a file's content and `files/ID.json` its description; `batches/ID.json` is a batch.
 All descriptions are in memory too. Files are written atomically.
 
-What a client with a key made does not exist for others: a digest of the key is recorded as its
-owner. What a client without a key made has the owner "", and is everybody's.
+What a client with a key made does not exist for others: a digest of the key, with a salt that the
+directory keeps for its user alone, is recorded as its owner. What a client without a key made has
+the owner "", and is everybody's.
 """
 
 import fcntl
-import hashlib
+import hmac
 import os
 import shutil
 import time
@@ -28,11 +29,6 @@ MAX_BATCHES = 1000  # of which the oldest that have ended are forgotten
 MAX_OPEN_BATCHES = 100
 
 OPEN = ("validating", "in_progress", "finalizing", "cancelling")
-
-
-def owner_with(key: str) -> str:
-    """Returns the owner that a client with a key is; "" for a client without."""
-    return key and hashlib.sha256(key.encode()).hexdigest()
 
 
 class _Owned(BaseModel):
@@ -140,22 +136,35 @@ class BatchStore:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FileExistsError(f"another server uses {directory}") from None
-        self.files = _read(self._files_at, FileObject)
-        self.batches = _read(self._batches_at, BatchObject)
+        self._salt = _salt(directory / "salt")
+        self._files = _read(self._files_at, FileObject)
+        self._batches = _read(self._batches_at, BatchObject)
         for path in self._files_at.iterdir():  # uploads that were cut short
-            if path.name.startswith("file-") and path.stem not in self.files:
+            if path.name.startswith("file-") and path.stem not in self._files:
                 path.unlink()
 
     def close(self) -> None:
         self._lock.close()
 
+    def owner_with(self, key: str) -> str:
+        """Returns the owner that a client with a key is; "" for a client without."""
+        return key and hmac.digest(self._salt, key.encode(), "sha256").hex()
+
+    def files(self) -> list[FileObject]:
+        """Returns all files, the oldest first."""
+        return list(self._files.values())  # at once: threads add and delete
+
+    def batches(self) -> list[BatchObject]:
+        """Returns all batches, the oldest first."""
+        return list(self._batches.values())
+
     def file(self, file_id: str, owner: str) -> FileObject:
         """Returns a file. Raises `ApiError` for one that does not exist for `owner`."""
-        return _found(self.files, file_id, owner, "file")
+        return _found(self._files, file_id, owner, "file")
 
     def batch(self, batch_id: str, owner: str) -> BatchObject:
         """Returns a batch. Raises `ApiError` for one that does not exist for `owner`."""
-        return _found(self.batches, batch_id, owner, "batch")
+        return _found(self._batches, batch_id, owner, "batch")
 
     def content(self, file_id: str, owner: str) -> Path:
         """Returns the path of a file's content."""
@@ -171,7 +180,7 @@ class BatchStore:
             path.with_name(path.name + suffix).unlink(missing_ok=True)
 
     def check_room(self, owner: str) -> None:
-        if sum(each.owner == owner for each in self.files.values()) >= MAX_FILES:
+        if sum(each.owner == owner for each in self.files()) >= MAX_FILES:
             raise bad_request(f"there are {MAX_FILES} files, which is the most: delete some")
 
     def add(
@@ -194,24 +203,35 @@ class BatchStore:
         except BaseException:
             path.unlink(missing_ok=True)
             raise
-        self.files[file.id] = file
+        self._files[file.id] = file
         return file
 
     def delete(self, file_id: str, owner: str) -> None:
         path = self.content(file_id, owner)
-        del self.files[file_id]
+        del self._files[file_id]
         path.with_name(f"{file_id}.json").unlink(missing_ok=True)
         path.unlink(missing_ok=True)
 
     def save(self, batch: BatchObject) -> None:
         """Stores the state of a batch, and deletes its owner's oldest if there are too many."""
-        self.batches[batch.id] = batch
+        self._batches[batch.id] = batch
         _write(self._batches_at / f"{batch.id}.json", batch)
-        own = [each for each in self.batches.values() if each.owner == batch.owner]
+        own = [each for each in self.batches() if each.owner == batch.owner]
         ended = [each.id for each in own if not each.is_open]
         for old in ended[: max(0, len(own) - MAX_BATCHES)]:
-            del self.batches[old]
+            del self._batches[old]
             (self._batches_at / f"{old}.json").unlink(missing_ok=True)
+
+
+def _salt(path: Path) -> bytes:
+    """Returns 16 random bytes, always the same ones, which only the directory's user can read."""
+    if not path.exists():
+        new = path.with_suffix(".new")
+        new.unlink(missing_ok=True)
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(os.urandom(16))
+        os.replace(new, path)
+    return path.read_bytes()
 
 
 def _read[T: (FileObject, BatchObject)](directory: Path, kind: type[T]) -> dict[str, T]:

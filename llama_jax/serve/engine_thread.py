@@ -304,8 +304,11 @@ class EngineThread:
     def _set_steps(self, seconds: float) -> None:
         """Lets launches take about as long as tokens wait for their write anyway.
 
-        seconds: that the last one took.
+        seconds: that the last one took. Its steps are not known while a slot is free, see
+            `Engine.stream_steps`.
         """
+        if self._engine.num_running < self._engine.options.max_batch_size:
+            return
         steps, most = self._engine.stream_steps, self._engine.options.max_steps
         fitting = int(steps * self._wait / seconds)
         self._engine.stream_steps = max(1, min(fitting, 2 * steps, most))
@@ -336,7 +339,8 @@ class EngineThread:
 
     def _submit(self, submission: Submission) -> None:
         submission._remaining = len(submission.requests)
-        self._submissions.add(submission)
+        if submission.requests:  # `_note` discards it after the last one's end
+            self._submissions.add(submission)
         try:
             for request in submission.requests:
                 self._engine.submit(request)

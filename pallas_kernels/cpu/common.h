@@ -76,16 +76,18 @@ struct Rows {
   int64_t stride;
 };
 
-// Changes a copy of a row of x, with zeros behind it, to what an instruction set multiplies with weights
-// of a format. Returns what its sums have to be multiplied by. Null where x is taken as it is.
+// Changes a copy of a row of x, with zeros behind it, to what an instruction set multiplies with
+// weights of a format. Returns what its sums have to be multiplied by. Null where x is taken as it
+// is.
 template <class T>
 using Arrange = float (*)(T* row, int64_t columns, Format weight_format);
 
 // Of all instruction sets, the most columns of a step, and the most rows of a weight in a tile.
 constexpr int64_t MAX_COLUMNS = 64, MIN_ROWS = 8;
-// Of all whose activations are float32, the most columns of a step: heads are multiples of it.
+// Of all that attention is compiled for, the most columns of a step: heads are multiples of it.
 constexpr int64_t HEAD_GRANULE = 16;
-// For more rows of x, weights are upcast once for all of them.
+// For more rows of x, they are taken by blocks, and weights are upcast once for all of them unless
+// the instruction set upcasts in tiles.
 constexpr int64_t FEW_ROWS = 16;
 // Of upcast weights, and of x beside them: both stay in a core's level-2 cache. The more weights,
 // the fewer times all of x passes by.

@@ -16,7 +16,8 @@
 
 namespace {
 
-// Vectors of FLOATS numbers, as wide as registers are: compilers compare wider ones number by number.
+// Vectors of FLOATS numbers, as wide as registers are: compilers compare wider ones number by
+// number.
 #if INSTRUCTIONS == AVX512 || INSTRUCTIONS == AVX512_BF16
 constexpr int FLOATS = 16;
 #elif INSTRUCTIONS == AVX2 || INSTRUCTIONS == AVX2_AMD
