@@ -209,29 +209,44 @@ struct ExactDenormals {
 #endif
 };
 
-// work(0) to work(count - 1), on this thread and on those of XLA's that have time. A thread
-// that comes when nothing is left sees `State` alone, which lives until the last one has come.
+// work(0) to work(count - 1), on this thread and on those of XLA's that have time. Each begins with a
+// span of its own, in order, since a chunk of a weight prefetches the one behind it, and then helps
+// others. A thread that comes when nothing is left sees `State` alone, which lives until the last one
+// has come.
 template <class Work>
 void in_parallel(const Call& call, int64_t count, const Work& work) {
+  struct alignas(LINE) Span {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
   struct State {
-    std::atomic<int64_t> next{0}, done{0};
+    std::vector<Span> spans;
+    std::atomic<int64_t> done{0};
     std::mutex mutex;
     std::condition_variable finished;
+    explicit State(int64_t threads) : spans(threads) {}
   };
-  auto state = std::make_shared<State>();
-  auto run = [state, count, work = &work] {
+  const int64_t threads = at_most(call.num_threads(), count);
+  auto state = std::make_shared<State>(threads);
+  for (int64_t i = 0; i < threads; i++) {
+    state->spans[i].next = count * i / threads;
+    state->spans[i].end = count * (i + 1) / threads;
+  }
+  auto run = [state, threads, count, work = &work](int64_t first) {
     const ExactDenormals scope;
-    for (int64_t i; (i = state->next.fetch_add(1)) < count;) {
-      (*work)(i);
-      if (state->done.fetch_add(1) + 1 == count) {
-        const std::lock_guard<std::mutex> lock(state->mutex);
-        state->finished.notify_all();
+    for (int64_t s = 0; s < threads; s++) {
+      Span& span = state->spans[(first + s) % threads];
+      for (int64_t i; (i = span.next.fetch_add(1)) < span.end;) {
+        (*work)(i);
+        if (state->done.fetch_add(1) + 1 == count) {
+          const std::lock_guard<std::mutex> lock(state->mutex);
+          state->finished.notify_all();
+        }
       }
     }
   };
-  const int64_t threads = at_most(call.num_threads(), count);
-  for (int64_t i = 1; i < threads; i++) call.schedule(run);
-  run();
+  for (int64_t i = 1; i < threads; i++) call.schedule([run, i] { run(i); });
+  run(0);
   // What others have begun takes no longer than it takes to fall asleep.
   for (int i = 0; i < 20000 && state->done.load() < count; i++) pause();
   std::unique_lock<std::mutex> lock(state->mutex);
