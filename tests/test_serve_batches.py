@@ -266,13 +266,15 @@ def test_files_and_batches_exist_only_for_the_key_that_made_them(llm, tmp_path):
     directory = tmp_path / "batches"
     with serving(llm, batch_dir=directory) as served:
         shared = served.client().files.create(file=("a", as_file(lines(1))), purpose="batch")
+    kept = {shared.id}
     for _ in range(2):  # the second server reads what the first has kept
         with serving(llm, batch_dir=directory, api_keys=("one", "two")) as served:
             one, two = served.client(api_key="one"), served.client(api_key="two")
             own = begin(one, lines(1))
             done = ended(one, own)
             files = {own.input_file_id, done.output_file_id}
-            assert files | {shared.id} <= {each.id for each in one.files.list()}
+            kept |= files
+            assert kept == {each.id for each in one.files.list()}
             assert [each.id for each in two.files.list()] == [shared.id]
             assert own.id in [each.id for each in one.batches.list()]
             assert not list(two.batches.list())
@@ -290,3 +292,4 @@ def test_files_and_batches_exist_only_for_the_key_that_made_them(llm, tmp_path):
             for path in ("files", "batches", f"files/{own.input_file_id}", f"batches/{own.id}"):
                 assert "owner" not in served.get(f"/v1/{path}", headers=headers).text
             assert "owner" not in served.get("/openapi.json", headers=headers).text
+    assert (directory / "salt").stat().st_mode & 0o777 == 0o600

@@ -246,6 +246,12 @@ def test_a_token_without_text_begins_an_update(clock, num_steps):
     ]  # fmt: skip
 
 
+def test_what_has_no_requests_is_not_kept():
+    thread = idle_thread()
+    thread._submit(Submission([], False, thread))
+    assert not thread._submissions
+
+
 def test_launches_take_as_long_as_tokens_wait_for_their_write():
     thread = idle_thread()
     engine = thread._engine
