@@ -226,7 +226,7 @@ void in_parallel(const Call& call, int64_t count, const Work& work) {
     std::condition_variable finished;
     explicit State(int64_t threads) : spans(threads) {}
   };
-  const int64_t threads = at_most(call.num_threads(), count);
+  const int64_t threads = at_least(1, at_most(call.num_threads(), count));
   auto state = std::make_shared<State>(threads);
   for (int64_t i = 0; i < threads; i++) {
     state->spans[i].next = count * i / threads;
