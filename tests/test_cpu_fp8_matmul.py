@@ -1,6 +1,5 @@
 """The C++ kernel against float64, with every instruction set that this machine has."""
 
-import threading
 from functools import partial
 
 import jax
@@ -20,7 +19,7 @@ from pallas_kernels.fp8_matmul import (
     swiglu,
     unquantized_swiglu,
 )
-from tests.cpu_kernel import HERE, needs_cpu_kernel
+from tests.cpu_kernel import HERE, all_alike_in_threads, needs_cpu_kernel
 
 pytestmark = needs_cpu_kernel
 each_instructions = pytest.mark.parametrize("instructions", HERE)
@@ -290,18 +289,7 @@ def test_two_threads_at_once():
     """Each of them many times, with other shapes than the other's."""
     cases = [operands(m, n, 512, seed=m) for m, n in ((1, 600), (20, 400))]
     run = jax.jit(fp8_matmul)
-    expected = [np.asarray(run(*case)) for case in cases]
-    wrong: list[int] = []
-
-    def repeat(i):
-        wrong.extend(i for _ in range(200) if not np.array_equal(run(*cases[i]), expected[i]))
-
-    threads = [threading.Thread(target=repeat, args=(i % 2,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert all_alike_in_threads(run, cases, 200)
 
 
 def test_other_operands_are_refused_unread():

@@ -1,6 +1,5 @@
 """What is known of logits, by the CPU's kernel and in blocks, against float64."""
 
-import threading
 from functools import partial
 
 import jax
@@ -13,7 +12,7 @@ from pallas_kernels.cpu import library
 from pallas_kernels.fp8_matmul import choose, cpu, fp8_matmul
 from pallas_kernels.fp8_matmul.dense import choose_dense
 from pallas_kernels.fp8_matmul.logits import LogitStats, in_blocks, logit_stats, tokens_at_once
-from tests.cpu_kernel import HERE, needs_cpu_kernel
+from tests.cpu_kernel import HERE, all_alike_in_threads, needs_cpu_kernel
 from tests.test_cpu_fp8_matmul import exact, operands
 
 FLOAT32, BFLOAT16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)
@@ -140,18 +139,7 @@ def test_two_threads_at_once():
     """Each of them many times, with other shapes than the other's."""
     cases = [(*operands(m, 1000, k, seed=m), targets_for(m, 1000)) for m, k in ((2, 256), (40, 64))]
     run = jax.jit(partial(cpu.logit_stats, logits_dtype=FLOAT32))
-    expected = [np.stack(run(*case)) for case in cases]
-    wrong: list[int] = []
-
-    def repeat(i):
-        wrong.extend(i for _ in range(100) if not np.array_equal(run(*cases[i]), expected[i]))
-
-    threads = [threading.Thread(target=repeat, args=(i % 2,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert all_alike_in_threads(run, cases, 100)
 
 
 def test_every_implementation_and_format():

@@ -143,9 +143,9 @@ namespace for_float32 = avx2;
 #endif
 
 #if INSTRUCTIONS == AVX2_AMD
-// AMD's processors multiply denormal numbers as fast as others. So a code, moved into a float32 by
-// an offset of its exponent too small by 120, is an operand. Two instructions or three upcast eight
-// codes, where a float16 takes four or five.
+// AMD's processors multiply denormal numbers as fast as others. So a code's seven bits of exponent
+// and mantissa, moved into a float32, can be multiplied: they are its value / 2^120, of denormal
+// codes too. Two or three instructions upcast eight codes; by float16 it takes four or five.
 namespace avx2_amd {
 #define TARGET __attribute__((target("avx2,fma,f16c")))
 using Activation = float;
@@ -153,7 +153,7 @@ using Sum = __m256;
 using Part = __m256;
 constexpr int COLUMNS = 32, PARTS = 4, REGISTERS = 16, SUMS = 12, MOST_ROWS = 4;
 constexpr int64_t PADDING = 0;
-constexpr float UNIT = 1;  // `arrange` makes up for the offset
+constexpr float UNIT = 1;  // `arrange` makes up for 2^120
 constexpr bool UPCASTS_IN_TILES = true;
 
 // Operand v has the columns v, 4 + v, 8 + v ... 28 + v: the bytes v of eight words of codes.
@@ -180,9 +180,9 @@ TARGET ALWAYS_INLINE void load(const Code* from, Part (&to)[PARTS]) {
 TARGET ALWAYS_INLINE void store(const Part (&from)[PARTS], float* to) {
   UNROLL for (int v = 0; v < PARTS; v++) _mm256_storeu_ps(to + 8 * v, from[v]);
 }
-// Puts columns in the order of operands. For codes, the largest value is brought to 2^120, and what
-// sums have to be multiplied by is returned. (Values below 2^-7 are brought there by 2^127 at most,
-// the largest power of 2 that there is.)
+// Puts columns in the order of operands. For codes, all values are multiplied by one power of 2, so
+// that the largest becomes 2^120 or a little more. Returns what this leaves to do for sums. (The
+// power is 2^127 at most, the largest there is, so rows of values below 2^-7 stay smaller.)
 TARGET float arrange(float* row, int64_t columns, Format weight_format) {
   float factor = 1, to_undo = 1;
   if (weight_format == Format::codes) {
