@@ -5,6 +5,7 @@ chunks or beside others. The distributions are so uneven that no choice here han
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -306,6 +307,26 @@ def test_streams_that_share_launches_of_several_steps_get_the_same_tokens() -> N
     one_by_one, _ = draw()
     engine.stream_steps = 4
     assert draw() == (one_by_one, 2)
+
+
+def test_a_stream_has_the_same_text_however_many_tokens_come_at_once() -> None:
+    def streamed(num_at_once: int) -> tuple[str, list[tuple[int, int]], list[int]]:
+        texts = {1: "a", 2: "", 3: "bc"}
+        decoder = SimpleNamespace(push=texts.__getitem__, flush=lambda: "")
+        request = Request([1], greedy(9), decoder, stop_ids=frozenset([4]), is_streamed=True)
+        ids, released = [2, 1, 3, 2, 2, 1, 4], []
+        for start in range(0, len(ids), num_at_once):
+            request.extend(ids[start : start + num_at_once], 9)
+            released.append(request.released)
+        assert (request.finish_reason, request.token_ids) == ("stop", ids)
+        return request.text, request.silent, released
+
+    one_by_one = streamed(1)
+    assert one_by_one == ("abca", [(0, 0), (3, 3), (4, 3), (6, 4)], [0, 1, 3, 3, 3, 4, 4])
+    for num in (2, 3, 7):
+        text, silent, released = streamed(num)
+        assert (text, silent) == one_by_one[:2]
+        assert released == [*one_by_one[2][num - 1 :: num], 4][: len(released)]
 
 
 def test_several_tokens_are_drawn_per_launch() -> None:

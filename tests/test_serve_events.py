@@ -120,6 +120,33 @@ def test_a_stream_whose_client_leaves_is_closed_and_says_so():
     asyncio.run(run())
 
 
+def test_an_update_wakes_no_layer_around_the_stream():
+    """Bodies are written in a task of their own, since there are two dozen layers."""
+
+    async def run() -> None:
+        waiter = asyncio.get_running_loop().create_future()
+        around: list[asyncio.Task | None] = []
+
+        async def updates() -> AsyncIterator[list[Update]]:
+            await waiter
+            yield [update("a", is_last=True)]
+
+        async def receive() -> dict:
+            await asyncio.Event().wait()
+            raise AssertionError("nobody sets it")
+
+        async def send(message: dict) -> None:
+            around.append(asyncio.current_task())
+            waiter.done() or waiter.set_result(None)
+
+        submission = Submission([], True, Owner())
+        await EventStream(submission, updates(), Texts())({"type": "http"}, receive, send)
+        start, *bodies = around
+        assert start is asyncio.current_task() and len(set(bodies)) == 1 and start not in bodies
+
+    asyncio.run(run())
+
+
 def test_intervals_are_counted_as_prometheus_client_counts_them():
     draw = np.random.default_rng(0)
     waits = [*draw.lognormal(-3, 3, 300).tolist(), *PER_TOKEN]  # a bound belongs to its bucket
@@ -199,7 +226,7 @@ def draw(thread: EngineThread, stream: Submission, token_ids: list[int], ends: b
 
 
 def test_tokens_between_wait_while_there_are_many_streams(clock):
-    """20 streams get 1,000 writes a second together, so each waits for 20 ms; first and last tokens
+    """20 streams get 625 writes a second together, so each waits for 32 ms; first and last tokens
     do not, and nothing is lost or out of order. What has waited is one update."""
     thread = idle_thread()
     streams = [Submission([streamed()], True, thread, _remaining=1) for _ in range(20)]
@@ -222,12 +249,12 @@ def test_tokens_between_wait_while_there_are_many_streams(clock):
         return counts
 
     assert step(0.0, "a") == [1] * 20
-    assert step(0.006, "b") == [0] * 20
-    assert step(0.006, "c", ends=7) == [0] * 7 + [2] + [0] * 12
-    assert step(0.009, "d") == [3] * 7 + [0] + [3] * 12
+    assert step(0.010, "b") == [0] * 20
+    assert step(0.010, "c", ends=7) == [0] * 7 + [2] + [0] * 12
+    assert step(0.013, "d") == [3] * 7 + [0] + [3] * 12
     assert told == ["abcd"] * 7 + ["abc"] + ["abcd"] * 12
     assert ids == [[ord(letter) for letter in each] for each in told]
-    assert step(0.020, "e") == [1] * 7 + [0] + [1] * 12  # 19 streams wait for 19 ms
+    assert step(0.031, "e") == [1] * 7 + [0] + [1] * 12  # 19 streams wait for 30.4 ms
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 7])

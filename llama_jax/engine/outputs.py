@@ -30,29 +30,22 @@ class OutputProcessor:
         self.changed: dict[Request, None] = {}
 
     @contextmanager
-    def alone(self, request: Request, ends_by: type[BaseException] = Exception) -> Iterator[None]:
-        """Return a context in which an exception ends `request` and nothing else.
-
-        ends_by: BaseException if an interrupt would leave the request's text incomplete. It then
-            ends the request and is raised again.
-        """
+    def alone(self, request: Request) -> Iterator[None]:
+        """Return a context in which an exception ends `request` and nothing else."""
         try:
             yield
-        except ends_by as error:
-            request.fail(error)
-            request.finished_at = time.perf_counter()
-            self._scheduler.remove(request)
-            self.changed[request] = None
-            if not isinstance(error, Exception):
-                raise
+        except Exception as error:
+            self._end(request, error)
 
     def tell(self, changed: list[Request]) -> list[Request]:
         """Call the `on_change` of requests that have changed. If one raises it is not called again;
         if it is interrupted it is."""
         for request in changed:
             if request in self.changed and request.on_change:
-                with self.alone(request):
+                try:  # not `alone`, which would be noticed for each of many streams
                     request.on_change(request)
+                except Exception as error:
+                    self._end(request, error)
             self.changed.pop(request, None)
         return changed
 
@@ -136,7 +129,7 @@ class OutputProcessor:
             return
         self.changed[request] = None
         request.first_token_at = request.first_token_at or now
-        with self.alone(request, ends_by=BaseException):
+        try:  # not `alone`, as above
             count = request.extend(token_ids, sequence.max_new_tokens)
             self._counts.drawn += count
             if request.params.logprobs is not None:
@@ -151,6 +144,17 @@ class OutputProcessor:
             if request.finish_reason:
                 request.finished_at = now
                 self._scheduler.leave(sequence)
+        except BaseException as error:
+            self._end(request, error)
+            if not isinstance(error, Exception):  # an interrupt, after which the text is incomplete
+                raise
+
+    def _end(self, request: Request, error: BaseException) -> None:
+        """End a request whose work has raised `error`."""
+        request.fail(error)
+        request.finished_at = time.perf_counter()
+        self._scheduler.remove(request)
+        self.changed[request] = None
 
     def _end_chunk(self, chunk: Chunk) -> None:
         """Mark a request as changed, and as ended if its prompt has ended."""

@@ -124,9 +124,12 @@ class Request:
 
         limit: the number of tokens that may be drawn in total.
         """
-        goes_on = len(self.token_ids) + len(token_ids) < limit and not self._is_followed
+        goes_on = len(self.token_ids) + len(token_ids) < limit and not self.params.stop
         if goes_on and self.stop_ids.isdisjoint(token_ids):
-            self.token_ids += token_ids
+            if self.is_streamed:
+                self._append_shown(token_ids)
+            else:
+                self.token_ids += token_ids
             return len(token_ids)
         for count, token_id in enumerate(token_ids, 1):
             self._append(token_id, limit)
@@ -151,6 +154,17 @@ class Request:
     def _is_followed(self) -> bool:
         """Return whether the text is decoded token by token."""
         return self.is_streamed or bool(self.params.stop)
+
+    def _append_shown(self, token_ids: Sequence[int]) -> None:
+        """Append tokens to a streamed request that go on without a stop, and their text."""
+        push = self.decoder.push if self.decoder else lambda token_id: ""
+        for token_id in token_ids:
+            self.token_ids.append(token_id)
+            if text := push(token_id):
+                self.text += text
+            else:
+                self.silent.append((len(self.token_ids) - 1, len(self.text)))
+        self.released = len(self.text)
 
     def _append(self, token_id: int, limit: int) -> None:
         """Append a token and its text, and end the request if one of them is a stop.

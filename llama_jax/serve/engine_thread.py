@@ -7,8 +7,8 @@ one step, and a thousand streams wake the event loop at most once per step.
 
 First and last tokens come back after their step. While there are many streams, the tokens between
 wait for others, because a write to a socket takes longer than the rest of a token's way: all
-streams together get about a thousand writes a second, and each of them at least 20 if steps are
-that quick. What waits is copied once, when it is told. Launches of several steps then take as long
+streams together get about 600 writes a second, and each of them at least 20 if steps are that
+quick. What waits is copied once, when it is told. Launches of several steps then take as long
 as the tokens wait, if every slot is taken (`Engine.stream_steps`).
 """
 
@@ -41,7 +41,7 @@ _log = logging.getLogger(__name__)
 # A step that takes longer is no step any more: `EngineThread.is_stepping`.
 _STALLED_AFTER = 60.0
 # Seconds from one write of all streams to the next, for each stream; and at most.
-_PER_WRITE, _LONGEST_WAIT = 0.001, 0.05
+_PER_WRITE, _LONGEST_WAIT = 0.0016, 0.05
 # Seconds for which the thread leaves Python's lock to the event loop, at most, until a first or
 # last token is written.
 _PAUSE = 0.001

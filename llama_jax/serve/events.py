@@ -37,8 +37,9 @@ class EventStream(StreamingResponse):
     """Sends events of a submission, and closes it after the last one or when the client leaves.
 
     What has come at the same time is written together. What is raised between events is the last
-    one. Starlette's own way of watching for the client takes a second task for the stream, and
-    scopes around both, which a short reply would notice.
+    one. A task of its own writes: each update would otherwise wake every layer between the socket
+    and here, of which there are two dozen. Starlette's own way of watching for the client takes
+    scopes around the stream, which a short reply would notice.
     """
 
     def __init__(
@@ -49,10 +50,10 @@ class EventStream(StreamingResponse):
         self._submission, self._updates, self._pieces = submission, updates, pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._send_body = scope.get(SEND, send)
         watching = asyncio.ensure_future(self._watch(receive))
         try:
-            await self.stream_response(send)
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await asyncio.ensure_future(self._write(scope.get(SEND, send)))
         finally:
             watching.cancel()
             self._submission.close()
@@ -63,9 +64,9 @@ class EventStream(StreamingResponse):
             pass
         self._submission.fail(ClientGone())
 
-    async def stream_response(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        send, events = self._send_body, list[bytes]()
+    async def _write(self, send: Send) -> None:
+        """Sends the events."""
+        events = list[bytes]()
         try:
             async for updates in self._updates:
                 for update in updates:
