@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import LifoQueue
 from typing import Literal
 
+import fastapi.routing
 import httpx2
 import openai
 import pydantic
@@ -502,6 +503,30 @@ def test_of_a_fields_mistakes_the_nearest_is_told(kind, body, param, message):
 def test_bodies_that_are_no_request(server, text, message):
     reply = server.post_text("/v1/chat/completions", text)
     assert reply.status_code == 400 and message in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"prompt": "2, 4,", "temperature": 0}', "", "null", "[1]", '"a"', "{", '{"n": [}', "\xff",
+        '{"prompt": [1, "a", null], "n": 0}', '{"max_tokens": "1", "stop": [1]}', "[" * 100_000,
+    ],
+)  # fmt: skip
+def test_fastapi_reads_bodies_of_other_content_types_and_says_the_same(server, text):
+    """`bodies` reads those whose content type is the usual one."""
+
+    def ask(kind: str) -> tuple[int, dict]:
+        content, headers = text.encode("latin-1"), {"Content-Type": kind}
+        reply = httpx2.post(f"{server.url}/v1/completions", content=content, headers=headers)
+        return reply.status_code, reply.json() | dict.fromkeys(("id", "created", "usage"))
+
+    assert ask("application/json") == ask("application/json; charset=utf-8")
+
+
+def test_a_usual_body_is_read_without_fastapi(server, monkeypatch):
+    monkeypatch.setattr(fastapi.routing, "solve_dependencies", None)
+    asked = {"prompt": "2, 4,", "max_tokens": 2}
+    assert server.post("/v1/completions", asked).status_code == 200
 
 
 @pytest.mark.parametrize("kind", ["", "application/x-www-form-urlencoded", "text/plain; a=json"])

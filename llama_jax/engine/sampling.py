@@ -183,8 +183,10 @@ def check_ids(name: str, ids: Iterable[int], vocab_size: int) -> list[int]:
     Raises TypeError, naming `name`, for one that is no integer, and ValueError unless all lie in
     [0, vocab_size).
     """
-    checked = []
-    for token_id in ids:
+    given, checked = list(ids), []
+    if set(map(type, given)) == {int} and min(given) >= 0 and max(given) < vocab_size:
+        return given  # sooner than one by one, as what is wrong has to be found
+    for token_id in given:
         if not isinstance(token_id, int | np.integer) or isinstance(token_id, bool):
             kind = type(token_id).__name__
             raise TypeError(f"{name}: expected token ids, which are int, got {token_id!r} ({kind})")

@@ -18,14 +18,15 @@ from starlette.middleware.cors import CORSMiddleware
 from llama_jax.serve import chat, completions, tokens
 from llama_jax.serve.batch_api import add_batches
 from llama_jax.serve.batch_runs import BatchRuns
+from llama_jax.serve.bodies import BodyRoute
 from llama_jax.serve.errors import (
     ApiError,
     ClientGone,
-    bad_request,
     engine_failed,
     invalid,
     not_json,
     not_ready,
+    unreadable,
 )
 from llama_jax.serve.events import EventStream
 from llama_jax.serve.middleware import BEGAN, Gate
@@ -84,6 +85,7 @@ def create_app(service: Service, runs: BatchRuns | None = None) -> FastAPI:
         responses=_ERRORS,
         redoc_url=None,
     )
+    app.router.route_class = BodyRoute
     _add_error_handlers(app)
     _add_completions(app, service)
     _add_tokens(app, service)
@@ -205,7 +207,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def refuse_path(request: Request, error: HTTPException) -> Response:
         if error.status_code == 400 and error.detail == _FASTAPIS_400:
-            return bad_request("the body is no JSON in UTF-8, or nested too deeply").response()
+            return unreadable().response()
         refusal = ApiError(error.status_code, str(error.detail)).response()
         refusal.headers.update(error.headers or {})
         return refusal

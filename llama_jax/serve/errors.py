@@ -63,6 +63,11 @@ def not_json(kind: str) -> ApiError:
     return ApiError(415, f"the header Content-Type has to be application/json, {got}")
 
 
+def unreadable() -> ApiError:
+    """Refuses a body that Python's parser of JSON gives up on."""
+    return bad_request("the body is no JSON in UTF-8, or nested too deeply")
+
+
 def internal_error(error: BaseException | None = None) -> ApiError:
     """Tells the type of an error of the server's own, and no text of anybody's."""
     kind = f" ({type(error).__name__})" if error else ""
