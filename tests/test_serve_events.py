@@ -273,6 +273,19 @@ def test_a_token_without_text_begins_an_update(clock, num_steps):
     ]  # fmt: skip
 
 
+def test_first_tokens_do_not_wait_for_the_snapshot_but_ends_do():
+    """Whoever has been told of an end finds it in /metrics."""
+    thread, order = idle_thread(), list[str]()
+    thread._look = lambda: order.append("look")
+    thread._post = lambda *arguments: order.append("tell")
+    stream = Submission([streamed()], True, thread, _remaining=1)
+    for ends in (False, True):
+        thread._engine.has_work = not ends
+        draw(thread, stream, [ord("a")], ends)
+        thread._flush()
+    assert order == ["tell", "look", "look", "tell"]
+
+
 def test_what_has_no_requests_is_not_kept():
     thread = idle_thread()
     thread._submit(Submission([], False, thread))

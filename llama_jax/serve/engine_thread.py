@@ -368,7 +368,7 @@ class EngineThread:
         """Tells the event loop what does not wait, or everything if it has waited long enough."""
         now = time.perf_counter()
         is_due, is_urgent = now - self._told_at >= self._wait, bool(self._urgent)
-        if is_due or not self._engine.has_work:
+        if not self._engine.has_work:  # whoever is told of an end may look at it at once
             self.snapshot = self._look()
         told = self._changed if is_due else self._urgent
         if is_due:
@@ -381,6 +381,8 @@ class EngineThread:
             self._post(self._deliver, news)
         if is_urgent:
             self._is_written.wait(_PAUSE)
+        if is_due and self._engine.has_work:  # others' first tokens do not wait for it
+            self.snapshot = self._look()
 
     def _fail(self, error: BaseException) -> None:
         """Ends every submission because a step has raised, and releases the pages."""
