@@ -82,6 +82,13 @@ struct Rows {
 template <class T>
 using Arrange = float (*)(T* row, int64_t columns, Format weight_format);
 
+// Arranges at most PACKED_ROWS rows of x, [rows, columns], as an instruction set wants to have them,
+// together. Null where x is taken by rows. width: how many rows there are to be, the others zeros.
+template <class T>
+using Pack = void (*)(const T* x, int64_t rows, int64_t width, int64_t columns,
+                      Format weight_format, T* to);
+constexpr int64_t PACKED_ROWS = 16;
+
 // Of all instruction sets, the most columns of a step, and the most rows of a weight in a tile.
 constexpr int64_t MAX_COLUMNS = 64, MIN_ROWS = 8;
 // Of all that attention is compiled for, the most columns of a step: heads are multiples of it.

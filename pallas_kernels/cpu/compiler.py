@@ -8,6 +8,7 @@ while Python imports JAX.
 """
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.util
@@ -28,10 +29,12 @@ from typing import Literal, get_args
 from pallas_kernels import HAS_NVIDIA_DRIVER
 
 # Numbered from 1 as in instructions.h.
-Instructions = Literal["portable", "avx2", "avx2_amd", "avx512", "avx512_bf16", "neon"]
+Instructions = Literal[
+    "portable", "avx2", "avx2_amd", "avx512", "avx512_bf16", "amx", "neon"
+]  # fmt: skip
 # By machine, from worst to best.
 _ON_X86: tuple[Instructions, ...] = (
-    "portable", "avx2", "avx2_amd", "avx512", "avx512_bf16",
+    "portable", "avx2", "avx2_amd", "avx512", "avx512_bf16", "amx",
 )  # fmt: skip
 _ON_ARM: tuple[Instructions, ...] = ("portable", "neon")
 _MACHINES = {"x86_64": _ON_X86, "amd64": _ON_X86, "aarch64": _ON_ARM, "arm64": _ON_ARM}
@@ -43,6 +46,7 @@ _MACROS: dict[Instructions, tuple[str, ...]] = {
     "avx2_amd": (),  # and an AMD processor, see `here`
     "avx512": ("AVX512F", "AVX512BW", "AVX512DQ", "AVX512VL"),
     "avx512_bf16": ("AVX512VBMI", "AVX512BF16"),
+    "amx": ("AMX_TILE", "AMX_BF16"),  # and leave to use it, see `here`
     "neon": (),  # which all 64-bit ARM processors have
 }
 # What all AMD processors since Zen have, whose name for a compiler is znver1, znver2 and so on.
@@ -50,12 +54,12 @@ _AMD = "__znver"
 # XLA's names in `--xla_cpu_max_isa` for all but the best.
 _LIMITS: dict[str, Instructions] = {
     "SSE4_2": "portable", "AVX": "portable", "AVX2": "avx2_amd", "AVX512": "avx512",
-    "AVX512_VNNI": "avx512",
+    "AVX512_VNNI": "avx512", "AVX512_BF16": "avx512_bf16",
 }  # fmt: skip
 # Each is a file with this ending.
 KERNELS = ("fp8_matmul", "paged_attention")
 _ENDING = ".cpp"
-_HEADERS = ("xla.h", "common.h", "instructions.h", "tiles.inc", "attention.inc")
+_HEADERS = ("xla.h", "common.h", "instructions.h", "results.inc", "tiles.inc", "amx.inc", "attention.inc")
 # No contraction, so that all tiles round alike. No warnings, which are for those who change the
 # code.
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-w")
@@ -93,8 +97,9 @@ def here() -> tuple[Instructions, ...]:
         return all(f"__{macro}__" in found for macro in _MACROS[instructions])
 
     is_amd = any(name.startswith(_AMD) for name in found)
+    left_out = {"avx2_amd": not is_amd, "amx": "__AMX_TILE__" in found and not _may_use_tiles()}
     sets = itertools.takewhile(is_here, _known())
-    return tuple(each for each in sets if is_amd or each != "avx2_amd")
+    return tuple(each for each in sets if not left_out.get(each))
 
 
 def best() -> Instructions:
@@ -119,7 +124,7 @@ def build(
     """
     compiler = _compiler()
     number = 1 + get_args(Instructions).index(instructions)
-    of_set = _FLAGS_OF_AVX512 if instructions.startswith("avx512") else ()
+    of_set = _FLAGS_OF_AVX512 if instructions in ("avx512", "avx512_bf16", "amx") else ()
     flags = [*_FLAGS, *of_set, f"-DINSTRUCTIONS={number}", *extra_flags]
     sources = [Path(__file__).with_name(name) for name in (kernel + _ENDING, *_HEADERS)]
     about = _predefined(compiler).get("__VERSION__", "")
@@ -160,6 +165,16 @@ def include_directory() -> str:
 def _known() -> tuple[Instructions, ...]:
     """Return the instruction sets that there is code for on machines like this one."""
     return _MACHINES.get(platform.machine().lower(), ())
+
+
+@functools.cache
+def _may_use_tiles() -> bool:
+    """Ask Linux for AMX's registers, for all threads of this process, and return whether it
+    agrees: each thread's state becomes 8 KB larger (the kernel's Documentation/arch/x86/xstate)."""
+    if not sys.platform.startswith("linux"):
+        return False
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    return not ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data)
 
 
 def _compiler() -> str:

@@ -19,7 +19,8 @@ struct Copy {
 
   // False if there is no memory.
   bool make(const Call& call, const void* x, Format format, const Product& p,
-            Arrange<Activation> arrange) {
+            Arrange<Activation> arrange, Pack<Activation> pack) {
+    if (pack) return make_packed(call, static_cast<const Activation*>(x), p, pack);
     const bool is_same = (format == Format::bfloat16) == (sizeof(Activation) == 2);
     rows = {static_cast<const Activation*>(x), p.k};
     if (is_same && p.k % MAX_COLUMNS == 0 && !arrange) return true;
@@ -43,6 +44,24 @@ struct Copy {
     rows.data = to;
     return true;
   }
+
+ private:
+  // Blocks of rows lie one behind the other.
+  bool make_packed(const Call& call, const Activation* x, const Product& p,
+                   Pack<Activation> pack) {
+    const int64_t width = at_most(p.m, PACKED_ROWS);
+    rows.stride = round_up(p.k, MAX_COLUMNS);
+    memory.reset(aligned_alloc(64, round_up(p.m, width) * rows.stride * sizeof(Activation)));
+    Activation* to = static_cast<Activation*>(memory.get());
+    if (!to) return false;
+    rows.data = to;
+    in_parallel(call, (p.m + width - 1) / width, [&](int64_t i) {
+      const int64_t first = i * width;
+      pack(x + first * p.k, at_most(width, p.m - first), width, p.k, p.weight_format,
+           to + first * rows.stride);
+    });
+    return true;
+  }
 };
 
 // Some rows of a product's weights, with all rows of x.
@@ -59,22 +78,30 @@ XLA_FFI_Error* no_memory(const Call& call) {
 
 template <class Activation>
 XLA_FFI_Error* multiply(const Call& call, std::vector<Product>& products, const void* x,
-                        Format format, Arrange<Activation> arrange, Loops<Activation> of_codes,
+                        Format format, Arrange<Activation> arrange, Pack<Activation> pack,
+                        int64_t panel_rows, Loops<Activation> of_codes,
                         Loops<Activation> of_bfloat16) {
   Copy<Activation> copy;
-  if (!copy.make(call, x, format, products[0], arrange)) return no_memory(call);
+  if (!copy.make(call, x, format, products[0], arrange, pack)) return no_memory(call);
   for (Product& p : products) p.row_factors = copy.factors.data();
   struct Chunk {
     const Product& product;
     int64_t begin, end;
   };
   std::vector<Chunk> chunks;
+  int64_t all_rows = 0;
+  for (const Product& p : products) all_rows += p.n;
+  const int64_t shares = NEAR_END * call.num_threads();
   for (const Product& p : products) {
     // For many rows of x, gate and up are upcast at once; for few, shorter runs were read slower.
     const int64_t at_once = p.m > FEW_ROWS ? p.count : 1;
     const int64_t row_bytes = p.k * (p.weight_format == Format::codes ? 1 : 2);
     const int64_t fitting = CHUNK_BYTES / at_once / row_bytes / CHUNK_ROWS * CHUNK_ROWS;
-    const int64_t rows = at_most(MAX_CHUNK_ROWS, at_least(CHUNK_ROWS, fitting));
+    const int64_t some_rows = at_most(MAX_CHUNK_ROWS, at_least(CHUNK_ROWS, fitting));
+    const int64_t rows =
+        panel_rows && p.m > FEW_ROWS
+            ? at_most(panel_rows / at_once, round_up(all_rows / shares + 1, PACKED_ROWS))
+            : some_rows;
     for (int64_t begin = 0, end; begin < p.n; begin = end) {
       const bool is_near_end = &p == &products.back() && p.n - begin <= NEAR_END * rows;
       const int64_t some = is_near_end ? at_least(CHUNK_ROWS / 2, rows / 2) : rows;
@@ -95,12 +122,12 @@ XLA_FFI_Error* multiply(const Call& call, std::vector<Product>& products, const 
 template <class Activation, class LaneStats>
 XLA_FFI_Error* find_stats(const Call& call, Product& p, const void* x, Format format,
                           const LogitStats& stats, Arrange<Activation> arrange,
-                          StatsLoops<Activation, LaneStats> of_codes,
+                          Pack<Activation> pack, StatsLoops<Activation, LaneStats> of_codes,
                           StatsLoops<Activation, LaneStats> of_bfloat16) {
   Copy<Activation> copy;
   const int64_t count = at_least(1, p.n / SEGMENT_TOKENS);  // the last one takes the rest
   std::vector<PartialStats> parts(count * p.m);
-  if (!copy.make(call, x, format, p, arrange)) return no_memory(call);
+  if (!copy.make(call, x, format, p, arrange, pack)) return no_memory(call);
   p.row_factors = copy.factors.data();
   std::fill_n(stats.target_logits, p.m, -INFINITY);
   const auto loops = p.weight_format == Format::codes ? of_codes : of_bfloat16;
@@ -184,7 +211,7 @@ XLA_FFI_Error* matmul(const Call& call) {
   const Format format = format_of(x);
 #define WITH(set)                                                             \
   multiply<set::Activation>(call, products, x.data<void>(), format, set::ARRANGE, \
-                            set::products<uint8_t>, set::products<uint16_t>)
+                            set::PACK, set::PANEL_ROWS, set::products<uint8_t>, set::products<uint16_t>)
   return format == Format::bfloat16 ? WITH(for_bfloat16) : WITH(for_float32);
 #undef WITH
 }
@@ -211,7 +238,7 @@ XLA_FFI_Error* logit_stats(const Call& call) {
   const Format format = format_of(x);
 #define WITH(set)                                                                       \
   find_stats<set::Activation, set::LaneStats>(call, p, x.data<void>(), format, stats,   \
-                                              set::ARRANGE, set::logit_stats<uint8_t>,  \
+                                              set::ARRANGE, set::PACK, set::logit_stats<uint8_t>, \
                                               set::logit_stats<uint16_t>)
   return format == Format::bfloat16 ? WITH(for_bfloat16) : WITH(for_float32);
 #undef WITH

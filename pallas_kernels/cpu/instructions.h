@@ -12,13 +12,14 @@
 #define AVX2_AMD 3
 #define AVX512 4
 #define AVX512_BF16 5
-#define NEON 6
+#define AMX 6
+#define NEON 7
 
 namespace {
 
 // Vectors of FLOATS numbers, as wide as registers are: compilers compare wider ones number by
 // number.
-#if INSTRUCTIONS == AVX512 || INSTRUCTIONS == AVX512_BF16
+#if INSTRUCTIONS == AVX512 || INSTRUCTIONS == AVX512_BF16 || INSTRUCTIONS == AMX
 constexpr int FLOATS = 16;
 #elif INSTRUCTIONS == AVX2 || INSTRUCTIONS == AVX2_AMD
 constexpr int FLOATS = 8;
@@ -77,6 +78,7 @@ template <int COUNT>
 ALWAYS_INLINE void totals(const Sum (&s)[COUNT], float (&to)[COUNT]) {
   UNROLL for (int i = 0; i < COUNT; i++) to[i] = (s[i][0] + s[i][2]) + (s[i][1] + s[i][3]);
 }
+#include "results.inc"
 #include "tiles.inc"
 #include "attention.inc"
 #undef TARGET
@@ -131,6 +133,7 @@ TARGET ALWAYS_INLINE void totals(const Sum (&s)[COUNT], float (&to)[COUNT]) {
                                      _mm256_extractf128_ps(halves, 1)));
   }
 }
+#include "results.inc"
 #include "tiles.inc"
 #include "attention.inc"
 #undef TARGET
@@ -221,6 +224,7 @@ using avx2::add_scaled;
 using avx2::multiply_add;
 using avx2::totals;
 using avx2::zero;
+#include "results.inc"
 #include "tiles.inc"
 #undef TARGET
 }  // namespace avx2_amd
@@ -228,7 +232,7 @@ namespace for_bfloat16 = avx2_amd;
 namespace for_float32 = avx2;
 #endif
 
-#if INSTRUCTIONS == AVX512 || INSTRUCTIONS == AVX512_BF16
+#if INSTRUCTIONS == AVX512 || INSTRUCTIONS == AVX512_BF16 || INSTRUCTIONS == AMX
 namespace avx512 {
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")))
 using Activation = float;
@@ -298,6 +302,7 @@ TARGET ALWAYS_INLINE void totals(const Sum (&s)[COUNT], float (&to)[COUNT]) {
     _mm256_storeu_ps(to + BY_16, _mm512_castps512_ps256(_mm512_maskz_compress_ps(0x5555, twice)));
   }
 }
+#include "results.inc"
 #include "tiles.inc"
 #include "attention.inc"
 #undef TARGET
@@ -309,21 +314,8 @@ namespace for_bfloat16 = avx512;
 namespace for_float32 = avx512;
 #endif
 
-#if INSTRUCTIONS == AVX512_BF16
-namespace avx512_bf16 {
-#define TARGET                                                                     \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16," \
-                        "avx2,fma,f16c")))
-using Activation = uint16_t;
-using Sum = __m512;
-using Part = __m512i;
-constexpr int COLUMNS = 64, PARTS = 2, REGISTERS = 32, SUMS = 24, MOST_ROWS = 8;
-constexpr int64_t PADDING = 64;
-constexpr float UNIT = 1;
-constexpr bool UPCASTS_IN_TILES = false;
-constexpr Arrange<Activation> ARRANGE = nullptr;
-
-// The two bytes of each magnitude in bfloat16. It has to be looked up: these instructions read
+#if INSTRUCTIONS == AVX512_BF16 || INSTRUCTIONS == AMX
+// The two bytes of each magnitude in bfloat16. It has to be looked up: instructions for bfloat16 read
 // denormal numbers, which moved bits would be, as 0.
 struct Bytes {
   alignas(64) uint8_t low[128], high[128];
@@ -341,18 +333,38 @@ struct Bytes {
 };
 constexpr Bytes BYTES;
 
-TARGET ALWAYS_INLINE void load(const uint8_t* from, Part (&to)[PARTS]) {
-  // Unpacking takes eight bytes each from four places; so ordered, results are in order.
-  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
-  const __m512i codes = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(from));
-  const __m512i low = _mm512_permutex2var_epi8(
+// Eight codes each from four places become `low`, and those between them `high`.
+__attribute__((target("avx512f,avx512bw,avx512vbmi"))) ALWAYS_INLINE void upcast(__m512i codes,
+                                                                                 __m512i& low,
+                                                                                 __m512i& high) {
+  const __m512i lower_bytes = _mm512_permutex2var_epi8(
       _mm512_load_si512(BYTES.low), codes, _mm512_load_si512(BYTES.low + 64));
   const __m512i magnitude = _mm512_permutex2var_epi8(
       _mm512_load_si512(BYTES.high), codes, _mm512_load_si512(BYTES.high + 64));
-  const __m512i high = _mm512_ternarylogic_epi64(  // magnitude | (codes & sign)
+  const __m512i upper_bytes = _mm512_ternarylogic_epi64(  // magnitude | (codes & sign)
       magnitude, codes, _mm512_set1_epi8(int8_t(0x80)), 0xf8);
-  to[0] = _mm512_unpacklo_epi8(low, high);
-  to[1] = _mm512_unpackhi_epi8(low, high);
+  low = _mm512_unpacklo_epi8(lower_bytes, upper_bytes);
+  high = _mm512_unpackhi_epi8(lower_bytes, upper_bytes);
+}
+#endif
+
+#if INSTRUCTIONS == AVX512_BF16
+namespace avx512_bf16 {
+#define TARGET                                                                     \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16," \
+                        "avx2,fma,f16c")))
+using Activation = uint16_t;
+using Sum = __m512;
+using Part = __m512i;
+constexpr int COLUMNS = 64, PARTS = 2, REGISTERS = 32, SUMS = 24, MOST_ROWS = 8;
+constexpr int64_t PADDING = 64;
+constexpr float UNIT = 1;
+constexpr bool UPCASTS_IN_TILES = false;
+constexpr Arrange<Activation> ARRANGE = nullptr;
+TARGET ALWAYS_INLINE void load(const uint8_t* from, Part (&to)[PARTS]) {
+  // So ordered, results are in order.
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  upcast(_mm512_permutexvar_epi64(order, _mm512_loadu_si512(from)), to[0], to[1]);
 }
 TARGET ALWAYS_INLINE Part load(const uint16_t* from) { return _mm512_loadu_si512(from); }
 TARGET ALWAYS_INLINE void store(const Part (&from)[PARTS], uint16_t* to) {
@@ -367,10 +379,35 @@ TARGET ALWAYS_INLINE Sum add_scaled(Sum sum, float scale, Sum to) {
   return _mm512_fmadd_ps(sum, _mm512_set1_ps(scale), to);
 }
 using avx512::totals;
+#include "results.inc"
 #include "tiles.inc"
 #undef TARGET
 }  // namespace avx512_bf16
 namespace for_bfloat16 = avx512_bf16;
+namespace for_float32 = avx512;
+#endif
+
+#if INSTRUCTIONS == AMX
+namespace amx {
+#define TARGET                                                                     \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512bf16," \
+                        "avx2,fma,f16c,amx-tile,amx-bf16")))
+using Activation = uint16_t;
+using Part = __m512i;
+constexpr int COLUMNS = 64, PARTS = 2;
+constexpr float UNIT = 1;
+constexpr Arrange<Activation> ARRANGE = nullptr;
+TARGET ALWAYS_INLINE void load(const uint8_t* from, Part (&to)[PARTS]) {
+  upcast(_mm512_loadu_si512(from), to[0], to[1]);
+}
+TARGET ALWAYS_INLINE void load(const uint16_t* from, Part (&to)[PARTS]) {
+  to[0] = _mm512_loadu_si512(from), to[1] = _mm512_loadu_si512(from + 32);
+}
+#include "results.inc"
+#include "amx.inc"
+#undef TARGET
+}  // namespace amx
+namespace for_bfloat16 = amx;
 namespace for_float32 = avx512;
 #endif
 
@@ -413,6 +450,7 @@ ALWAYS_INLINE void totals(const Sum (&s)[COUNT], float (&to)[COUNT]) {
   UNROLL for (int i = 0; i < COUNT; i += 4)
     vst1q_f32(to + i, vpaddq_f32(vpaddq_f32(s[i], s[i + 1]), vpaddq_f32(s[i + 2], s[i + 3])));
 }
+#include "results.inc"
 #include "tiles.inc"
 #include "attention.inc"
 #undef TARGET
