@@ -47,9 +47,10 @@ def stats_in_blocks(
 
 
 def weights(seed: int) -> np.ndarray:
-    """Make int8 bits [WEIGHTS, OUT, IN] of finite codes, in huge pages."""
-    codes = np.random.default_rng(seed).integers(-128, 128, (OUT, IN), np.int8)
-    codes[codes & 0x7F == 0x7F] = 0
+    """Make int8 bits [WEIGHTS, OUT, IN] of normally distributed values, whose largest is near the
+    largest code's, in huge pages."""
+    values = np.random.default_rng(seed).standard_normal((OUT, IN), np.float32) * 100
+    codes = values.clip(-448, 448).astype(e4m3.DTYPE).view(np.int8)
     found = Room([WEIGHTS * OUT * IN]).empty((WEIGHTS, OUT, IN), np.dtype(np.int8))
     found[:] = codes
     return found

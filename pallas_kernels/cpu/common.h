@@ -99,8 +99,12 @@ constexpr int64_t FEW_ROWS = 16;
 // Of upcast weights, and of x beside them: both stay in a core's level-2 cache. The more weights,
 // the fewer times all of x passes by.
 constexpr int64_t PANEL_BYTES = 416 << 10, X_BYTES = 96 << 10;
-// Of the weight, that a thread takes at a time: its rows a multiple of those of most tiles.
-constexpr int64_t CHUNK_BYTES = 128 << 10, CHUNK_ROWS = 24, MAX_CHUNK_ROWS = 960;
+// Of the weight, that a thread takes at a time: its rows a multiple of those of most tiles, `unit`.
+// for_many: of all weights together, for more than FEW_ROWS rows of x; 0 for as many as for few.
+constexpr int64_t CHUNK_BYTES = 128 << 10, MAX_CHUNK_ROWS = 960;
+struct ChunkRows {
+  int64_t unit, for_many;
+};
 // The last chunks, in place of so many, are half as large, so that no thread waits long for another.
 constexpr int64_t NEAR_END = 4;
 // Where `__builtin_prefetch` puts what it fetches. From memory into level 1 a core reads half as

@@ -79,7 +79,7 @@ XLA_FFI_Error* no_memory(const Call& call) {
 template <class Activation>
 XLA_FFI_Error* multiply(const Call& call, std::vector<Product>& products, const void* x,
                         Format format, Arrange<Activation> arrange, Pack<Activation> pack,
-                        int64_t panel_rows, Loops<Activation> of_codes,
+                        ChunkRows chunk_rows, Loops<Activation> of_codes,
                         Loops<Activation> of_bfloat16) {
   Copy<Activation> copy;
   if (!copy.make(call, x, format, products[0], arrange, pack)) return no_memory(call);
@@ -96,15 +96,13 @@ XLA_FFI_Error* multiply(const Call& call, std::vector<Product>& products, const 
     // For many rows of x, gate and up are upcast at once; for few, shorter runs were read slower.
     const int64_t at_once = p.m > FEW_ROWS ? p.count : 1;
     const int64_t row_bytes = p.k * (p.weight_format == Format::codes ? 1 : 2);
-    const int64_t fitting = CHUNK_BYTES / at_once / row_bytes / CHUNK_ROWS * CHUNK_ROWS;
-    const int64_t some_rows = at_most(MAX_CHUNK_ROWS, at_least(CHUNK_ROWS, fitting));
-    const int64_t rows =
-        panel_rows && p.m > FEW_ROWS
-            ? at_most(panel_rows / at_once, round_up(all_rows / shares + 1, PACKED_ROWS))
-            : some_rows;
+    const int64_t unit = chunk_rows.unit, fitting = CHUNK_BYTES / at_once / row_bytes / unit * unit;
+    int64_t rows = at_most(MAX_CHUNK_ROWS, at_least(unit, fitting));
+    if (p.m > FEW_ROWS && chunk_rows.for_many)
+      rows = at_most(chunk_rows.for_many / at_once, round_up(all_rows / shares + 1, unit));
     for (int64_t begin = 0, end; begin < p.n; begin = end) {
       const bool is_near_end = &p == &products.back() && p.n - begin <= NEAR_END * rows;
-      const int64_t some = is_near_end ? at_least(CHUNK_ROWS / 2, rows / 2) : rows;
+      const int64_t some = is_near_end ? at_least(unit / 2, rows / 2) : rows;
       end = p.n - begin < some + MIN_ROWS ? p.n : begin + some;
       chunks.push_back({p, begin, end});
     }
@@ -211,7 +209,7 @@ XLA_FFI_Error* matmul(const Call& call) {
   const Format format = format_of(x);
 #define WITH(set)                                                             \
   multiply<set::Activation>(call, products, x.data<void>(), format, set::ARRANGE, \
-                            set::PACK, set::PANEL_ROWS, set::products<uint8_t>, set::products<uint16_t>)
+                            set::PACK, set::CHUNK_ROWS, set::products<uint8_t>, set::products<uint16_t>)
   return format == Format::bfloat16 ? WITH(for_bfloat16) : WITH(for_float32);
 #undef WITH
 }
