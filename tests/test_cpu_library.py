@@ -117,7 +117,7 @@ def test_what_stands_in_the_way_is_a_reason(name, value, reason, monkeypatch, tm
 @pytest.mark.parametrize(
     ("flags", "most"),
     [
-        ("", ("avx512_bf16", "avx512", "avx2_amd", "avx2", "portable", "neon")),
+        ("", ("amx", "avx512_bf16", "avx512", "avx2_amd", "avx2", "portable", "neon")),
         ("--xla_cpu_max_isa=AVX2", ("avx2_amd", "avx2", "portable", "neon")),
         ("--xla_cpu_max_isa=SSE4_2", ("portable", "neon")),
     ],
@@ -141,7 +141,7 @@ def test_code_for_amd_is_for_amd_alone(monkeypatch):
     ("without", "best"),
     [
         ("AVX512BF16", "avx512"), ("AVX512VBMI", "avx512"), ("AVX512VL", "avx2"),
-        ("F16C", "portable"), ("SSE", "avx512_bf16"),
+        ("F16C", "portable"), ("AMX_BF16", "avx512_bf16"), ("SSE", "amx"),
     ],
 )  # fmt: skip
 def test_the_best_set_needs_all_instructions_of_those_below(without, best, monkeypatch):
@@ -149,7 +149,21 @@ def test_the_best_set_needs_all_instructions_of_those_below(without, best, monke
     defined = {f"__{name}__": "1" for name in macros}
     monkeypatch.setattr(compiler.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(compiler, "_predefined", lambda _: defined)
+    monkeypatch.setattr(compiler, "_may_use_tiles", lambda: True)
     assert compiler.here()[-1] == best
+
+
+def test_amx_needs_leave_of_the_system(monkeypatch):
+    """Of Linux, for its registers: a machine's administrator, or an emulator, may not give it."""
+    defined = {f"__{name}__": "1" for names in compiler._MACROS.values() for name in names}
+    monkeypatch.setattr(compiler.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(compiler, "_predefined", lambda _: defined)
+    monkeypatch.setattr(compiler, "_may_use_tiles", lambda: False)
+    assert compiler.here()[-1] == "avx512_bf16"
+    monkeypatch.undo()
+    assert compiler._may_use_tiles() == ("amx_tile" in Path("/proc/cpuinfo").read_text())
+    monkeypatch.setattr(compiler.sys, "platform", "darwin")
+    assert not compiler._may_use_tiles.__wrapped__()
 
 
 def test_a_thread_begins_to_compile_what_is_needed_later(compiled, tmp_path, monkeypatch):

@@ -46,7 +46,7 @@ _MACROS: dict[Instructions, tuple[str, ...]] = {
     "avx2_amd": (),  # and an AMD processor, see `here`
     "avx512": ("AVX512F", "AVX512BW", "AVX512DQ", "AVX512VL"),
     "avx512_bf16": ("AVX512VBMI", "AVX512BF16"),
-    "amx": ("AMX_TILE", "AMX_BF16"),  # and leave to use it, see `here`
+    "amx": ("AMX_TILE", "AMX_BF16", "GFNI"),  # and leave to use it, see `here`
     "neon": (),  # which all 64-bit ARM processors have
 }
 # What all AMD processors since Zen have, whose name for a compiler is znver1, znver2 and so on.
@@ -59,7 +59,9 @@ _LIMITS: dict[str, Instructions] = {
 # Each is a file with this ending.
 KERNELS = ("fp8_matmul", "paged_attention")
 _ENDING = ".cpp"
-_HEADERS = ("xla.h", "common.h", "instructions.h", "results.inc", "tiles.inc", "amx.inc", "attention.inc")
+_HEADERS = (
+    "xla.h", "common.h", "instructions.h", "results.inc", "tiles.inc", "amx.inc", "attention.inc",
+)  # fmt: skip
 # No contraction, so that all tiles round alike. No warnings, which are for those who change the
 # code.
 _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-w")
