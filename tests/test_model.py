@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ScopeParamShapeError
 from jax.sharding import PartitionSpec
 
 from llama_jax.model.forward import decode, prefill
@@ -218,6 +219,17 @@ def test_rope_keeps_pairs_and_lengths_at_far_positions():
     expected = pairs * np.exp(1j * angles)[:, :, None]
     np.testing.assert_allclose(rotated[..., :half], expected.real, atol=1e-6)
     np.testing.assert_allclose(rotated[..., half:], expected.imag, atol=1e-6)
+
+
+def test_parameters_that_are_given_are_not_traced_as_initial_ones(params, monkeypatch):
+    """Which would be a quarter of tracing a program."""
+    monkeypatch.setattr(jax.random, "normal", None)
+    ids = tokens(1, 4)
+    jax.eval_shape(Llama(SPEC).apply, {"params": params}, ids)
+    other = jax.tree.map(lambda a: a[:-1] if a.ndim == 2 else a, params)
+    monkeypatch.undo()
+    with pytest.raises(ScopeParamShapeError, match="expected to generate shape"):
+        jax.eval_shape(Llama(SPEC).apply, {"params": other}, ids)
 
 
 def test_one_declaration_gives_shapes_axes_and_values():

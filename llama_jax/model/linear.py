@@ -38,6 +38,11 @@ def parameter(
     module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: str
 ) -> Array:
     """Declare a parameter of `module` with the logical names of its axes, and return it."""
+    # `module.param` would trace `initial` to compare shapes, a quarter of tracing a program.
+    given = None if module.is_initializing() else module.get_variable("params", name)
+    if given is not None and given.shape == shape:
+        found: Array = given
+        return found
 
     def initial(key: Array) -> Array:
         if name != "weight" or len(shape) == 1:
