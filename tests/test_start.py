@@ -1,10 +1,16 @@
 """What is told before JAX is imported, which takes a second or more."""
 
+import contextlib
+import gc
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from llama_jax.cli import options
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,3 +91,16 @@ def test_mistakes_are_told_before_jax_is_imported(tmp_path):
         assert (ended[0], ended[2]) == (code, []), (arguments, words)
         assert message in words and "Traceback" not in words, (arguments, words)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["FILE", "source"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_imports_are_not_interrupted_by_garbage_collections(fails):
+    expected = pytest.raises(ImportError) if fails else contextlib.nullcontext()
+    try:
+        with expected, options._importing():
+            assert not gc.isenabled()
+            if fails:
+                raise ImportError
+        assert gc.isenabled() and gc.get_freeze_count()
+    finally:
+        gc.unfreeze()

@@ -1,5 +1,8 @@
 """Defines arguments and options that several commands share, and loads models for them."""
 
+import contextlib
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -171,7 +174,7 @@ def preset_spec(
 def directory(model: str | None) -> Path:
     """Find a model's converted checkpoint, or convert it, with progress on stderr."""
     path = locate(SHIPPED_MODEL if model is None else model)
-    with stderr.status("starting JAX"):
+    with stderr.status("starting JAX"), _importing():
         from converters.resolve import resolve
     return resolve(path)
 
@@ -188,6 +191,18 @@ def check_file(option: str, path: Path | None) -> None:
         raise type(error)(error.errno, error.strerror, f"{option}: {path}") from error
 
 
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    """Import without garbage collections, which find next to nothing in modules, and take up to a
+    tenth of the time. What has been imported is not looked at again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def load(model: str | None, *, show_plan: bool, **settings: Any) -> "LLM":
     """Load an `LLM` from `directory` with the settings that are not None, showing the memory plan
     or a spinner on stderr."""
@@ -199,8 +214,9 @@ def load(model: str | None, *, show_plan: bool, **settings: Any) -> "LLM":
 
     compiler.begin()
     directory(str(path))
-    from llama_jax.engine.allocator import keep_little
-    from llama_jax.llm import LLM
+    with _importing():
+        from llama_jax.engine.allocator import keep_little
+        from llama_jax.llm import LLM
 
     keep_little()
     settings = {name: value for name, value in settings.items() if value is not None}
