@@ -1,5 +1,6 @@
 """How the CPU's kernels are compiled, kept and found again; a script stands for the compiler."""
 
+import functools
 import subprocess
 import sys
 import threading
@@ -183,6 +184,32 @@ def test_a_thread_begins_to_compile_what_is_needed_later(compiled, tmp_path, mon
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "other"))
     compiler.begin()
     assert "build" not in {each.name for each in threading.enumerate()}
+
+
+def test_libraries_are_taken_for_granted_while_they_are_compiled(tmp_path, monkeypatch, caplog):
+    script, go_on, tried = tmp_path / "c++", tmp_path / "go_on", tmp_path / "tried"
+    script.write_text(
+        f"#!/bin/sh\n[ $1 = -dM ] && exit\necho >> {tried}\n"
+        f"while ! [ -e {go_on} ]; do sleep 0.01; done\nexit 1\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiler.platform, "machine", lambda: "x86_64")
+    for name in ("_begun", "_loaded"):
+        monkeypatch.setattr(library, name, functools.cache(getattr(library, name).__wrapped__))
+    monkeypatch.setattr(library, "_register", library._register.__wrapped__)
+    with library.taken_for_granted():
+        assert library.why_not() is None
+        go_on.touch()
+        library._begun().join()
+        assert "failed: exit status 1" in (reason := library.why_not())
+    assert library.why_not() == reason and len(caplog.records) == 1
+    # This process does not try again.
+    for kernel in compiler.KERNELS:
+        with pytest.raises(RuntimeError, match="failed: exit status 1"):
+            compiler.build(compiler.directory(), kernel, library.best())
+    assert tried.read_text() == "\n\n"
 
 
 def test_the_headers_are_found_without_jax():

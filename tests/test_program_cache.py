@@ -7,8 +7,11 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import wait
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +20,16 @@ import pytest
 from jax.extend.core import Jaxpr
 
 from llama_jax.engine import compile_cache, program_cache, steps
+from llama_jax.engine.engine import Engine
 from llama_jax.engine.program_cache import kept_jit
+from llama_jax.engine.request import Request
+from llama_jax.engine.scheduling import EngineOptions
 from llama_jax.engine.speculation import Speculation
+from llama_jax.model.params import init_params
 from llama_jax.model.sharding import make_mesh
+from llama_jax.sampling_params import SamplingParams
+from pallas_kernels.cpu import library
+from pallas_kernels.fp8_matmul import cpu
 from tests.tiny import config, fp8_spec
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +61,10 @@ with compile_cache.forbid_compile():
         pass
 names = ("token_ids", "logprobs", "prompt_logprobs", "prompt_logits")
 values = [np.asarray(getattr(request, name)).tolist() for request in asked for name in names]
-print(json.dumps({"values": values, "traced": traced, "compile": vars(compile_cache.report())}))
+print(json.dumps({
+    "values": values, "traced": traced, "compile": vars(compile_cache.report()),
+    "has_lapack": "scipy.linalg" in sys.modules,
+}))
 """
 
 
@@ -103,6 +116,7 @@ def test_a_second_process_traces_nothing_and_says_the_same(tmp_path, kinds):
     assert warm["values"] == cold["values"]
     assert cold["compile"]["from_cache"] == warm["compile"]["compiled"] == 0
     assert warm["compile"]["from_cache"] == cold["compile"]["compiled"] > 0
+    assert not cold["has_lapack"] and not warm["has_lapack"]  # it takes long to import
 
 
 def test_a_file_spares_the_trace(kept):
@@ -126,6 +140,83 @@ def test_nothing_of_a_trace_stays(kept):
     left = [each for each in gc.get_objects() if isinstance(each, Jaxpr)]
     assert left and not [each for each in left if "2.125" in str(each)]
     assert "2.125" in program.lower(jnp.ones(3)).as_text()
+
+
+def test_a_program_that_needs_lapack_gets_it(kept):
+    program = kept_jit(lambda x: jnp.linalg.cholesky(x))
+    assert program(jnp.eye(2)).tolist() == [[1, 0], [0, 1]]
+    counting([])(jnp.arange(3.0))
+    platforms = {path.name[:6]: program_cache._read(path).platforms for path in kept.iterdir()}
+    assert platforms == {"<lambd": ("cpu",), "double": ()}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_programs_are_traced_while_the_compiler_works(kept, monkeypatch, fails):
+    """If it fails after all, they are traced again, without the kernels."""
+    asked, traced = [], []
+
+    def why_not():
+        asked.append(library._is_trusting.get())
+        return "it failed" if fails and not asked[-1] else None
+
+    def double(x):
+        traced.append(library.why_not())
+        if traced[-1]:
+            return x + x
+        # Stands for a kernel: only its name matters.
+        with jax.named_scope(library.MATMUL):
+            return 2 * x
+
+    monkeypatch.setattr(library, "why_not", why_not)
+    monkeypatch.setattr(cpu, "instructions_here", lambda: library.why_not() or "avx2")
+    assert kept_jit(double)(jnp.arange(3.0)).tolist() == [0, 2, 4]
+    assert traced == [None, "it failed"][: 1 + fails] and len(list(kept.iterdir())) == 1 + fails
+    waits = asked.index(False)
+    assert all(asked[:waits]) and waits == 2  # for the key and the trace
+    asked.clear()
+    counting([])(jnp.arange(3.0))
+    assert all(asked)  # it calls no kernel, so it need not wait
+
+
+def test_the_first_launch_compiles_all_that_is_needed_soon(kept):
+    """And nothing else."""
+    spec = fp8_spec(config=config(num_layers=1, vocab_size=337))
+    options = EngineOptions(1, 64, prefill_chunk=4, prefill_budget=4)
+    engine = Engine(init_params(spec), spec, options, "float32")
+    before = len(compile_cache._compiled)
+    request = engine.submit(Request([3, 4, 5], SamplingParams(max_new_tokens=1)))
+    engine.step()
+    names = [f"jit({name})" for name in ("admit", "build", "draw_step", "prefill_step")]
+    assert sorted(compile_cache._compiled[before:]) == names
+    engine = Engine(engine.params, spec, options, "float32")
+    request = engine.submit(Request([3, 4, 5], SamplingParams(max_new_tokens=3)))
+    engine.step()
+    wait(engine._compiling[steps.decode_steps])
+    with compile_cache.forbid_compile():
+        while not request.finish_reason:
+            engine.step()
+    assert len(request.token_ids) == 3
+
+
+def test_an_interrupt_ends_compiling(monkeypatch):
+    compiled, go_on = [], threading.Event()
+
+    class Program:
+        def lower(self):
+            go_on.wait(30)
+            return SimpleNamespace(compile=lambda: compiled.append(self))
+
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program_cache, "wait", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        program_cache.begin_to_compile([(Program(), (), {}), (Program(), (), {})])
+    monkeypatch.undo()
+    go_on.set()
+    futures = program_cache.begin_to_compile([(program := Program(), (), {})])
+    wait(futures[program])
+    assert compiled == [program]
 
 
 def test_donated_arguments_stay_donated(kept):

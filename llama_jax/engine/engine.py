@@ -3,14 +3,14 @@
 `submit` queues a request. `step` does one round: schedule (`scheduler`), launch (`batches`),
 collect (`outputs`). A round is launched before the results of the previous one are read, so the
 host's work (text, stop strings) overlaps the device's. Everything is deterministic and runs in the
-caller's thread.
+caller's thread, except compiling.
 """
 
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, get_args
@@ -27,6 +27,7 @@ from llama_jax.engine.draw_kinds import KINDS
 from llama_jax.engine.outputs import OutputProcessor
 from llama_jax.engine.pages import PagePool
 from llama_jax.engine.plan import Admission, DecodeCall, Plan, PrefillCall
+from llama_jax.engine.program_cache import begin_to_compile
 from llama_jax.engine.request import OutputKind, Request
 from llama_jax.engine.sampling import SamplingState
 from llama_jax.engine.scheduler import Scheduler
@@ -103,6 +104,10 @@ class Engine:
         self._state: DecodeState | None = None
         self._in_flight: deque[_Launch] = deque()
         self._lock = threading.RLock()
+        # Whether the next launch is the first, and the programs that are being compiled for it.
+        # On a GPU this has not been tried.
+        self._is_cold = stops_early
+        self._compiling: dict[Any, list[Future[None]]] = {}
 
     @property
     def has_work(self) -> bool:
@@ -227,6 +232,7 @@ class Engine:
             raise ValueError(f"output_kinds: expected a list of {kinds}, got {unknown[0]!r}")
         began, before = time.perf_counter(), compile_cache.report()
         with self._lock:
+            self._is_cold = False
             state = self._state = self._take_state()
             jobs = [
                 partial(call.program.lower, self.params, state, *call.args, **call.static)
@@ -326,7 +332,13 @@ class Engine:
 
     def _launch(self, plan: Plan) -> None:
         """Carry out a plan."""
-        self._launch_admissions(plan.admissions)
+        admissions = self._admissions(plan.admissions)
+        if self._is_cold:
+            self._is_cold = False
+            self._compile_together(admissions, plan)
+        for call in admissions:
+            self._wait_for(call)
+            self._state = call.program(self._take_state(), *call.args)
         for decode in plan.decodes:
             if decode.structured:
                 self._launch_structured(decode, plan.page_table)
@@ -335,7 +347,7 @@ class Engine:
         for prefill in plan.prefills:
             self._launch_prefill(prefill, plan.page_table)
 
-    def _launch_admissions(self, admissions: Sequence[Admission]) -> None:
+    def _admissions(self, admissions: Sequence[Admission]) -> list[Call]:
         admitted: list[tuple[Admission, SamplingState]] = []
         for admission in admissions:
             settings: SamplingState | None = None
@@ -344,8 +356,43 @@ class Engine:
             if settings is None:  # the request has failed
                 settings = self._batches.no_settings()
             admitted.append((admission, settings))
-        for call in self._batches.admissions(admitted):
-            self._state = call.program(self._take_state(), *call.args)
+        return list(self._batches.admissions(admitted))
+
+    def _compile_together(self, admissions: Sequence[Call], plan: Plan) -> None:
+        """Begin to compile the programs of the first launch, and of the decode steps after it."""
+        state = self._state = self._take_state()
+        jobs = [(each.program, (state, *each.args), each.static) for each in admissions]
+        jobs += [
+            (each.program, (self.params, state, *each.args), each.static)
+            for each in self._first_calls(plan)
+        ]
+        if len(jobs) > 1:
+            self._compiling = begin_to_compile(jobs)
+
+    def _first_calls(self, plan: Plan) -> list[Call]:
+        """Return a call of each program that a plan needs to draw its first tokens, and of the
+        decode steps after them; none of admission, and none with grammars."""
+        batches, table = self._batches, plan.page_table
+        prefills = {each.shape: each for each in plan.prefills if each.output_kind == "tokens"}
+        calls = [batches.prefill(each, table) for each in prefills.values()]
+        drawing = [each for each in prefills.values() if each.ended]
+        ended = [each for call in drawing for _, each in call.ended]
+        if any(each.request.matcher for each in ended):
+            return calls
+        calls += [
+            batches.first_draws(batches.blank_hidden(each.shape[0]), [], each.kind)
+            for each in drawing
+        ]
+        if any(each.max_new_tokens > 1 for each in ended):
+            kind = max((each.kind for each in drawing), key=KINDS.index)
+            nobody = np.zeros(self.options.max_batch_size, bool)
+            calls.append(batches.decode(table, nobody, 1, kind))
+        return calls
+
+    def _wait_for(self, call: Call) -> None:
+        """Wait until a call's program is compiled, if it is being compiled. Errors are those of the
+        call, which tries again."""
+        wait(self._compiling.pop(call.program, ()))
 
     def _launch_decode(self, call: DecodeCall, page_table: np.ndarray) -> None:
         active = call.draws.max_counts > 0
@@ -426,6 +473,7 @@ class Engine:
     def _run(self, call: Call) -> Any:
         """Run a call and return its outputs. The state is donated, so if this fails `step` has to
         start with an empty cache."""
+        self._wait_for(call)
         self._state, outputs = call.program(
             self.params, self._take_state(), *call.args, **call.static
         )

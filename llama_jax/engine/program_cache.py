@@ -21,7 +21,10 @@ import logging
 import os
 import platform
 import tempfile
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,24 +70,82 @@ def kept_jit(
         bound.apply_defaults()
         static = {name: bound.arguments.pop(name) for name in names}
         leaves, tree = jax.tree.flatten(bound.arguments)
-        avals = [jax.typeof(leaf) for leaf in leaves]
-        path = directory / f"{function.__name__}-{_key(function, static, avals, tree)}"
-        exported = _read(path)
-        if exported is None:
-
-            def flat(*leaves: Any) -> Any:
-                return function(**jax.tree.unflatten(tree, leaves), **static)
-
-            flat.__name__ = function.__name__
-            # The key includes whether the CPU's kernels run, so their custom calls are safe here.
-            allowed = [export.DisabledSafetyCheck.custom_call(each) for each in library.TARGETS]
-            blob = export.export(jax.jit(flat), disabled_checks=allowed)(*avals).serialize()
-            _write(path, blob)
-            # What tracing has made would live as long as the program does.
-            exported = export.deserialize(blob)
+        with library.taken_for_granted():
+            exported = _exported(directory, function, static, leaves, tree)
+        # XLA needs the kernels now. If the C++ compiler fails, there is another program.
+        if _calls_kernels(exported) and library.why_not():
+            exported = _exported(directory, function, static, leaves, tree)
         return exported.call(*leaves)
 
     return jax.jit(traced, static_argnames=names, **settings)
+
+
+def _exported(
+    directory: Path, function: Callable[..., Any], static: Mapping[str, Any], leaves: Any, tree: Any
+) -> export.Exported:
+    """Read a function's StableHLO, or trace it and write the file."""
+    avals = [jax.typeof(leaf) for leaf in leaves]
+    path = directory / f"{function.__name__}-{_key(function, static, avals, tree)}"
+    if exported := _read(path):
+        return exported
+
+    def flat(*leaves: Any) -> Any:
+        return function(**jax.tree.unflatten(tree, leaves), **static)
+
+    flat.__name__ = function.__name__
+    # The key includes whether the CPU's kernels run, so their custom calls are safe here.
+    allowed = [export.DisabledSafetyCheck.custom_call(each) for each in library.TARGETS]
+    allowed.append(export.DisabledSafetyCheck.platform())  # see `_deserialized`; it is in the key
+    blob = export.export(jax.jit(flat), disabled_checks=allowed)(*avals).serialize()
+    _write(path, blob)
+    # What tracing has made would live as long as the program does.
+    return _deserialized(blob)
+
+
+def _deserialized(blob: bytearray) -> export.Exported:
+    """Deserialize a program. Unless it needs LAPACK, it has no platforms: before a call of one for
+    "cpu" JAX initialises LAPACK by importing scipy.linalg, which takes a fifth of a second."""
+    exported = export.deserialize(blob)
+    if b"lapack" in exported.mlir_module_serialized:
+        return exported
+    return replace(exported, platforms=())
+
+
+def _calls_kernels(exported: export.Exported) -> bool:
+    """Return whether a program calls one of the CPU's kernels."""
+    return any(name.encode() in exported.mlir_module_serialized for name in library.TARGETS)
+
+
+def begin_to_compile(
+    jobs: Sequence[tuple[Any, tuple[Any, ...], Mapping[str, Any]]],
+) -> dict[Any, list[Future[None]]]:
+    """Begin to compile programs of `jax.jit` in threads, and return when all are traced.
+
+    jobs: programs with their arguments and static arguments. The arguments are not needed any more
+        afterwards, so they may be donated.
+    Returns for each program what ends when it is compiled. An error is that of the program, which
+    fails in the same way when it is called.
+    """
+    pool = ThreadPoolExecutor(2 * len(jobs))
+    traced: list[Future[Any]] = []
+    compiled: dict[Any, list[Future[None]]] = {}
+    is_given_up = threading.Event()
+
+    def compile_(traced: Future[Any]) -> None:
+        lowered = traced.result()
+        if not is_given_up.is_set():
+            lowered.compile()
+
+    for program, args, static in jobs:
+        traced.append(pool.submit(program.lower, *args, **static))
+        compiled.setdefault(program, []).append(pool.submit(compile_, traced[-1]))
+    pool.shutdown(wait=False)
+    try:
+        wait(traced)
+    except BaseException:  # an interrupt
+        is_given_up.set()
+        raise
+    return compiled
 
 
 def returns(*classes: type) -> None:
@@ -160,7 +221,7 @@ def _read(path: Path) -> export.Exported | None:
     if hashlib.sha256(blob).digest() != digest:
         _log.info("%s is damaged: its program is traced again", path)
         return None
-    return export.deserialize(bytearray(blob))
+    return _deserialized(bytearray(blob))
 
 
 def _write(path: Path, blob: bytearray) -> None:

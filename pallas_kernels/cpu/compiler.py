@@ -70,6 +70,8 @@ _FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-w")
 _FLAGS_OF_AVX512 = ("-fno-ivopts",)
 _COMPILERS = ("c++", "g++", "clang++")
 _COMPILE_SECONDS = 300
+# Why libraries could not be compiled, by path; this process does not try again.
+_failures: dict[Path, str] = {}
 
 
 def directory() -> Path:
@@ -137,8 +139,14 @@ def build(
     path = directory / f"{kernel}-{digest.hexdigest()[:32]}.so"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _one_at_a_time(directory, kernel):
+        if path in _failures:
+            raise RuntimeError(_failures[path])
         if not _is_whole(path):
-            _compile([compiler, *flags, "-I", include_directory(), str(sources[0])], path)
+            try:
+                _compile([compiler, *flags, "-I", include_directory(), str(sources[0])], path)
+            except RuntimeError as error:
+                _failures[path] = str(error)
+                raise
     return path
 
 

@@ -4,11 +4,14 @@ A failure, such as a missing compiler, is never an error, but a reason why the k
 which `why_not` returns.
 """
 
+import contextlib
 import ctypes
 import functools
 import logging
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 
 import jax
 
@@ -26,11 +29,27 @@ TARGETS = (MATMUL, LOGIT_STATS, ATTENTION)
 _TARGETS_OF = {"fp8_matmul": (MATMUL, LOGIT_STATS), "paged_attention": (ATTENTION,)}
 
 
+_is_trusting: ContextVar[bool] = ContextVar("_is_trusting", default=False)
+
+
+@contextlib.contextmanager
+def taken_for_granted() -> Iterator[None]:
+    """Let `why_not` return None in this thread while another one compiles, so that programs can be
+    traced meanwhile. Before they are compiled, `why_not` has to be asked again, outside."""
+    token = _is_trusting.set(True)
+    try:
+        yield
+    finally:
+        _is_trusting.reset(token)
+
+
 def why_not() -> str | None:
     """Return why there are no libraries here; None once they are loaded and XLA knows `TARGETS`.
 
     The first call compiles if needed, which takes seconds.
     """
+    if _is_trusting.get() and _is_coming():
+        return None
     with _loading:  # if threads call this together, one compiles
         return _loaded()
 
@@ -55,6 +74,25 @@ def target(name: str, instructions: Instructions | None = None) -> str:
     with _loading:
         _register(instructions, f"_{instructions}")
     return f"{name}_{instructions}"
+
+
+def _is_coming() -> bool:
+    """Return whether a compiler that is there is at work in another thread."""
+    if not _begun().is_alive():
+        return False
+    try:
+        compiler.check_platform()
+        best()
+    except RuntimeError:
+        return False
+    return True
+
+
+@functools.cache
+def _begun() -> threading.Thread:
+    thread = threading.Thread(target=why_not, name="load")
+    thread.start()
+    return thread
 
 
 @functools.cache
