@@ -4,6 +4,8 @@ Where there is AMX, the other tests of the kernels run with it, too.
 """
 
 import ctypes
+import os
+import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -19,21 +21,26 @@ from tests import test_logit_stats as stats
 from tests.cpu_kernel import HERE, needs_cpu_kernel
 from tests.test_cpu_fp8_matmul import exact, multiply, operands
 
-HAS_THE_REST = "avx512_bf16" in HERE and "__GFNI__" in compiler._predefined(compiler._compiler())
-pytestmark = [
-    needs_cpu_kernel,
-    pytest.mark.skipif(not HAS_THE_REST, reason="no AVX-512 with BF16, or no GFNI"),
-]
+
+def lacks() -> str | None:
+    if "avx512_bf16" not in HERE:
+        return "no AVX-512 with BF16"
+    command = [compiler._compiler(), "-mamx-bf16", "-E", "-x", "c++", os.devnull]
+    if subprocess.run(command, capture_output=True).returncode:
+        return "the compiler does not know AMX"
+    return None if "__GFNI__" in compiler._predefined(command[0]) else "no GFNI"
+
+
+pytestmark = [needs_cpu_kernel, pytest.mark.skipif(bool(lacks()), reason=str(lacks()))]
 EMULATED = "emulated"
 
 
 @pytest.fixture(scope="module")
-def emulated():
+def emulated(tmp_path_factory):
     """Compile the kernels with the tiles of emulated_tiles.h, and have XLA know them."""
     header = Path(__file__).with_name("emulated_tiles.h")
-    # A change of the header is a new flag, as the libraries are kept under a hash of their flags.
-    flags = ["-include", str(header), f"-DTESTED={header.stat().st_mtime_ns}"]
-    path = compiler.build(compiler.directory(), "fp8_matmul", "amx", flags)
+    directory = tmp_path_factory.mktemp("emulated")
+    path = compiler.build(directory, "fp8_matmul", "amx", ["-include", str(header)])
     loaded = ctypes.CDLL(str(path))
     for name in (library.MATMUL, library.LOGIT_STATS):
         capsule = jax.ffi.pycapsule(loaded[name])

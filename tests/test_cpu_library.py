@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from pallas_kernels.cpu import compiler, library
-from tests.cpu_kernel import needs_cpu_kernel
+from tests.cpu_kernel import HERE, needs_cpu_kernel
 
 COMPILER = """#!/bin/sh
 if [ "$1" = -dM ]; then
@@ -162,9 +162,26 @@ def test_amx_needs_leave_of_the_system(monkeypatch):
     monkeypatch.setattr(compiler, "_may_use_tiles", lambda: False)
     assert compiler.here()[-1] == "avx512_bf16"
     monkeypatch.undo()
-    assert compiler._may_use_tiles() == ("amx_tile" in Path("/proc/cpuinfo").read_text())
-    monkeypatch.setattr(compiler.sys, "platform", "darwin")
-    assert not compiler._may_use_tiles.__wrapped__()
+    for name, value in (("platform", "darwin"), ("_known", lambda: compiler._ON_ARM)):
+        with monkeypatch.context() as changed:
+            changed.setattr(compiler.sys if name == "platform" else compiler, name, value)
+            assert not compiler._may_use_tiles.__wrapped__()
+
+
+@pytest.mark.skipif("amx" not in HERE, reason="no AMX")
+def test_without_leave_for_tiles_there_is_no_amx():
+    """A thread whose stack for signals is too small for them is a reason for Linux to refuse."""
+    code = """
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = [("memory", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(4096)
+stack = Stack(ctypes.addressof(memory), 0, 4096)
+assert not ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None)
+from pallas_kernels.cpu import compiler
+assert compiler.here()[-1] == "avx512_bf16", compiler.here()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_thread_begins_to_compile_what_is_needed_later(compiled, tmp_path, monkeypatch):

@@ -274,16 +274,18 @@ def test_a_token_without_text_begins_an_update(clock, num_steps):
 
 
 def test_first_tokens_do_not_wait_for_the_snapshot_but_ends_do():
-    """Whoever has been told of an end finds it in /metrics."""
+    """Whoever has been told of an end finds it in /metrics, also while others go on."""
     thread, order = idle_thread(), list[str]()
     thread._look = lambda: order.append("look")
     thread._post = lambda *arguments: order.append("tell")
-    stream = Submission([streamed()], True, thread, _remaining=1)
-    for ends in (False, True):
-        thread._engine.has_work = not ends
-        draw(thread, stream, [ord("a")], ends)
-        thread._flush()
-    assert order == ["tell", "look", "look", "tell"]
+    for has_work in (True, False):
+        stream = Submission([streamed()], True, thread, _remaining=1)
+        for ends in (False, True):
+            thread._engine.has_work = has_work or not ends
+            draw(thread, stream, [ord("a")], ends)
+            thread._flush()
+        assert order == ["tell", "look", "look", "tell"]
+        order.clear()
 
 
 def test_what_has_no_requests_is_not_kept():

@@ -162,9 +162,9 @@ class Request:
             self.token_ids.append(token_id)
             if text := push(token_id):
                 self.text += text
+                self.released = len(self.text)
             else:
                 self.silent.append((len(self.token_ids) - 1, len(self.text)))
-        self.released = len(self.text)
 
     def _append(self, token_id: int, limit: int) -> None:
         """Append a token and its text, and end the request if one of them is a stop.

@@ -184,6 +184,7 @@ class EngineThread:
         self._submissions: set[Submission] = set()  # the thread's own
         self._changed: set[Submission] = set()  # those with news
         self._urgent: set[Submission] = set()  # those of them whose news do not wait
+        self._has_ends = False  # whether requests have ended, of which nobody has been told
         self._failed: dict[Submission, ApiError] = {}  # those of them whose news is an error
         self._told_at = self._wait = 0.0  # when the others were told, and for how long they wait
         self._is_written = threading.Event()  # what was told last
@@ -332,6 +333,7 @@ class EngineThread:
             self._submissions.discard(submission)
         if not (is_last or submission.is_streamed):
             return
+        self._has_ends |= is_last
         submission._changed[index] = request
         self._changed.add(submission)
         if is_last or index not in submission._told:
@@ -368,8 +370,11 @@ class EngineThread:
         """Tells the event loop what does not wait, or everything if it has waited long enough."""
         now = time.perf_counter()
         is_due, is_urgent = now - self._told_at >= self._wait, bool(self._urgent)
-        if not self._engine.has_work:  # whoever is told of an end may look at it at once
+        # Whoever is told of an end may look at it at once. First tokens do not wait for it.
+        looks_first = self._has_ends or not self._engine.has_work
+        if looks_first:
             self.snapshot = self._look()
+        self._has_ends = False  # ends are urgent, so they are told now
         told = self._changed if is_due else self._urgent
         if is_due:
             self._told_at, self._wait = now, min(_LONGEST_WAIT, _PER_WRITE * len(told))
@@ -381,7 +386,7 @@ class EngineThread:
             self._post(self._deliver, news)
         if is_urgent:
             self._is_written.wait(_PAUSE)
-        if is_due and self._engine.has_work:  # others' first tokens do not wait for it
+        if is_due and not looks_first:
             self.snapshot = self._look()
 
     def _fail(self, error: BaseException) -> None:

@@ -179,9 +179,9 @@ def _known() -> tuple[Instructions, ...]:
 
 @functools.cache
 def _may_use_tiles() -> bool:
-    """Ask Linux for AMX's registers, for all threads of this process, and return whether it
-    agrees: each thread's state becomes 8 KB larger (the kernel's Documentation/arch/x86/xstate)."""
-    if not sys.platform.startswith("linux"):
+    """Ask Linux for AMX's registers, for all threads of this process, and return whether it agrees
+    (the kernel's Documentation/arch/x86/xstate). They are 8 KB of each thread that uses them."""
+    if not sys.platform.startswith("linux") or _known() != _ON_X86:
         return False
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
     return not ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data)

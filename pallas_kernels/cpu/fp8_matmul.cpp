@@ -207,9 +207,9 @@ XLA_FFI_Error* matmul(const Call& call) {
                       "fp8_matmul_cpu: operands are not what is understood here");
   const Operand x = call.operand(0);
   const Format format = format_of(x);
-#define WITH(set)                                                             \
-  multiply<set::Activation>(call, products, x.data<void>(), format, set::ARRANGE, \
-                            set::PACK, set::CHUNK_ROWS, set::products<uint8_t>, set::products<uint16_t>)
+#define WITH(set)                                                                          \
+  multiply<set::Activation>(call, products, x.data<void>(), format, set::ARRANGE, set::PACK, \
+                            set::CHUNK_ROWS, set::products<uint8_t>, set::products<uint16_t>)
   return format == Format::bfloat16 ? WITH(for_bfloat16) : WITH(for_float32);
 #undef WITH
 }

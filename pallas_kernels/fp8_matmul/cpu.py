@@ -1,8 +1,8 @@
 """Calls the weight-only FP8 matmul for CPUs, which is C++ (`pallas_kernels/cpu`).
 
 Codes are upcast in registers, so a weight is read once and as float8. Sums are added in one order,
-so a result depends on its row of x and its row of the weight alone. With AVX-512's bfloat16
-instructions, bfloat16 x is multiplied as it is, and products are added in float32 by pairs of
+so a result depends on its row of x and its row of the weight alone. With the bfloat16 instructions
+of AVX-512 and AMX, bfloat16 x is multiplied as it is, and products are added in float32 by pairs of
 columns. Everything else is done in float32.
 """
 
