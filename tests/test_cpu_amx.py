@@ -79,6 +79,15 @@ def test_against_float64(layout, n, k, rows):
         np.testing.assert_array_equal(y, of_all[:m])  # whatever its company
 
 
+@pytest.mark.parametrize("m", [2, 40])
+def test_groups_of_columns_wider_than_a_panel(m):
+    x, bits, _ = random_operands(m, 40, 3 * 2112, "row")
+    scale = jax.random.uniform(jax.random.key(7), (40, 3), minval=1e-3, maxval=1e-2)
+    y = multiply(x, bits, scale, EMULATED)
+    # As in test_cpu_fp8_matmul.py, for results of 213: sqrt(6336) * 2^-24 * 213 is 1e-3.
+    np.testing.assert_allclose(y, exact(x, bits, scale), atol=1e-3)
+
+
 def test_every_code_is_exact():
     codes = np.arange(256, dtype=np.uint8)
     codes = codes[codes & 0x7F != 0x7F]
