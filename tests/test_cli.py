@@ -332,7 +332,9 @@ def test_generate_from_a_file_into_a_file(run, model, tmp_path):
     assert second["prompt"] == "again"
     code, _, err = run(*arguments)
     assert code == 2 and "out.jsonl exists already" in err and "--overwrite" in err
-    assert run(*arguments, "--overwrite")[0] == 0
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hello"}\n')
+    code, _, err = run(*arguments, "--overwrite")
+    assert code == 0 and "1 prompt, 3 tokens" in err
 
 
 def test_convert_reports_and_refuses_to_overwrite(run, source, tmp_path):

@@ -38,10 +38,11 @@ def test_what_is_left_is_told_once_there_is_something_to_tell_it_from():
 def test_a_note_on_progress_makes_no_promise_after_two_lines():
     module = importlib.import_module("llama_jax.cli.score")
     summary = module._Summary(resumed=3, num_read=600)
-    assert module._progress(summary, 2, 4000, 1.0) == "5 of 4000 lines · 2.0 lines/s, 600 tok/s"
+    assert module._progress(summary, 2, 4000, 1.0) == "5 of 4,000 lines · 2.0 lines/s, 600 tok/s"
     told = module._progress(summary, 20, 4000, 10.0)
-    assert told == "23 of 4000 lines · 2.0 lines/s, 60 tok/s · 1,988 s left"  # 3977 / 2
+    assert told == "23 of 4,000 lines · 2.0 lines/s, 60 tok/s · 1,988 s left"  # 3977 / 2
     assert module._progress(summary, 20, None, 10.0) == "20 lines · 2.0 lines/s, 60 tok/s"
+    assert module._progress(summary, 1, None, 1.0).startswith("1 line · ")
 
 
 def test_the_bar_counts_the_seconds_of_work_and_the_lines_of_this_run(monkeypatch, compiled):

@@ -24,7 +24,7 @@ LAYERS = (
      "pallas_kernels.paged_attention.cases", "pallas_kernels.rope_and_cache.cases",
      "pallas_kernels.row_fusions.cases"),
     ("pallas_kernels.rope_and_attention.cases",),
-    ("llama_jax.errors", "llama_jax.structured"),
+    ("llama_jax.errors", "llama_jax.plural", "llama_jax.structured"),
     ("llama_jax.json_file", "llama_jax.sampling_params"),
     ("llama_jax.model",),
     ("llama_jax.text",),

@@ -119,10 +119,13 @@ def test_what_happened_in_words_and_in_between() -> None:
     )
     assert str(after.since(before)) == (
         "1,000 prompt tokens, 25% of them found in the cache · 50 tokens drawn in 10 rounds · "
-        "75% of 40 draft tokens accepted · 1 preemptions"
+        "75% of 40 draft tokens accepted · 1 preemption"
     )
     assert str(Stats()) == (
         "0 prompt tokens, 0% of them found in the cache · 0 tokens drawn in 0 rounds"
+    )
+    assert str(Stats(queried=1, drawn=1, rounds=1)) == (
+        "1 prompt token, 0% of them found in the cache · 1 token drawn in 1 round"
     )
 
 

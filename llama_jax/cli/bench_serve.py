@@ -13,6 +13,7 @@ from rich.table import Table
 from llama_jax.cli import options
 from llama_jax.cli.output import check_output, note, print_json, progress_bar, stdout
 from llama_jax.cli.speed import Clock
+from llama_jax.plural import counted
 
 if TYPE_CHECKING:
     from llama_jax.serve.bench import Report, Timing
@@ -78,7 +79,7 @@ def bench_serve(
     else:
         stdout.print(_table(f"{model} at {url}", found))
     if found.failed:
-        note(f"{found.failed} requests failed, the first with: {found.first_error}")
+        note(f"{counted(found.failed, 'request')} failed, the first with: {found.first_error}")
         raise typer.Exit(1)
 
 
@@ -104,9 +105,9 @@ def _table(title: str, found: "Report") -> Table:
     ):
         table.add_row(name, *(f"{value:,.1f}" for value in values.values()))
     table.caption = (
-        f"{found.requests} requests, {found.prompt_tokens:,} tokens in and {found.reply_tokens:,} "
-        f"out, in {found.seconds:,.1f} s: {found.requests_per_second:,.1f} requests/s, "
-        f"{found.tokens_per_second:,.0f} tokens/s"
+        f"{counted(found.requests, 'request')}, {counted(found.prompt_tokens, 'token')} in and "
+        f"{found.reply_tokens:,} out, in {found.seconds:,.1f} s: "
+        f"{found.requests_per_second:,.1f} requests/s, {found.tokens_per_second:,.0f} tokens/s"
     )
     return table
 

@@ -13,6 +13,7 @@ import typer
 from llama_jax.cli import options
 from llama_jax.cli.output import in_few_lines, note, print_json, stderr
 from llama_jax.cli.speed import Speed, snapshot, speed_since
+from llama_jax.plural import counted
 
 if TYPE_CHECKING:
     from llama_jax.llm import LLM
@@ -254,7 +255,7 @@ def _why_cut(llm: "LLM", result: "Generation") -> str:
             f"the context is full: {total} of {llm.max_seq_len} tokens. /reset starts over; "
             "--max-seq-len makes it longer, up to the model's own context"
         )
-    return f"cut after {len(result.token_ids)} tokens; --max-new-tokens allows more"
+    return f"cut after {counted(len(result.token_ids), 'token')}; --max-new-tokens allows more"
 
 
 def _read_tools(path: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from llama_jax.cli.output import (
 )
 from llama_jax.cli.speed import Clock, snapshot, speed_since
 from llama_jax.jsonl import json_line, read_jsonl, read_lines
+from llama_jax.plural import counted
 
 if TYPE_CHECKING:
     from llama_jax.llm import LLM
@@ -114,7 +115,8 @@ def generate(
     meanwhile = snapshot(llm).since(before)
     compiled, stats = meanwhile.report, meanwhile.stats
     rate = stats.drawn / seconds
-    note(f"{len(results)} prompts, {stats.drawn} tokens, {rate:,.0f} tok/s · {compiled}")
+    done = f"{counted(len(results), 'prompt')}, {counted(stats.drawn, 'token')}"
+    note(f"{done}, {rate:,.0f} tok/s · {compiled}")
     note(str(stats))
 
 

@@ -16,6 +16,7 @@ from llama_jax.cli import options
 from llama_jax.cli.output import key_value_table, print_json, runs, stderr, stdout
 from llama_jax.cli.paths import Device, show_paths
 from llama_jax.cli.program import show_program
+from llama_jax.plural import counted
 
 if TYPE_CHECKING:
     from converters.dialects.layout import Module, Plan
@@ -307,7 +308,8 @@ def _render(checkpoint: "Opened", facts: Mapping[str, Any], plan: "MemoryPlan") 
         "size": f"{decimal(facts['total_bytes'])} in memory, "
         f"{decimal(facts['disk_bytes'])} on disk",
         "layers": f"{c.num_layers}, hidden size {c.hidden_size}, MLP {c.intermediate_size}",
-        "attention": f"{c.num_heads} heads, {c.num_kv_heads} kv heads, head_dim {c.head_dim}",
+        "attention": f"{counted(c.num_heads, 'head')}, {counted(c.num_kv_heads, 'kv head')}, "
+        f"head_dim {c.head_dim}",
         "context": f"{c.max_position_embeddings} tokens",
         "rope": rope,
         **_quantization_rows(facts["quantized"]),
@@ -375,7 +377,7 @@ def _kv_words(scales: "KVScales | None") -> str:
     )
     each = " for each head" if len(k) > len(scales) else ""
     spans = f"k {_span((min(k), max(k)))}, v {_span((min(v), max(v)))}"
-    return f"{spans}{each} in {len(scales)} layers"
+    return f"{spans}{each} in {counted(len(scales), 'layer')}"
 
 
 def _span(found: Range) -> str:

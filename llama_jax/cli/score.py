@@ -28,6 +28,7 @@ from llama_jax.cli.output import (
 from llama_jax.cli.score_ray import score_lines
 from llama_jax.cli.speed import Clock, Snapshot, snapshot
 from llama_jax.jsonl import json_line, read_jsonl
+from llama_jax.plural import counted
 from llama_jax.resumable import ResumableFile, resumable_file, survey
 from llama_jax.text.windows import window_and_stride
 
@@ -258,10 +259,10 @@ def _progress(summary: _Summary, done: int, num_lines: int | None, seconds: floa
     """Format the progress. done: lines of this run, in so many seconds of work."""
     rate = f"{done / seconds:,.1f} lines/s, {summary.num_read / seconds:,.0f} tok/s"
     if num_lines is None:
-        return f"{done} lines · {rate}"
+        return f"{counted(done, 'line')} · {rate}"
     remaining = seconds_remaining(done, num_lines - summary.resumed - done, seconds)
     rest = "" if remaining is None else f" · {remaining:,.0f} s left"
-    return f"{summary.resumed + done} of {num_lines} lines · {rate}{rest}"
+    return f"{summary.resumed + done} of {counted(num_lines, 'line')} · {rate}{rest}"
 
 
 def _report(summary: _Summary, seconds: float, here: Snapshot | None, as_json: bool) -> None:
@@ -284,8 +285,8 @@ def _report(summary: _Summary, seconds: float, here: Snapshot | None, as_json: b
         mean = "-" if summary.perplexity is None else f"{summary.perplexity:.3f}"
         before = f" ({summary.resumed} of them before)" if summary.resumed else ""
         note(
-            f"{summary.scored} scored, {summary.bad} bad{before} · {summary.num_tokens} tokens, "
-            f"perplexity {mean}, {summary.greedy} greedy · "
+            f"{summary.scored} scored, {summary.bad} bad{before} · "
+            f"{counted(summary.num_tokens, 'token')}, perplexity {mean}, {summary.greedy} greedy · "
             f"{figures['tokens_per_second']:,.0f} tok/s"
             + (
                 f", {here.stats.hit_rate:.0%} of the tokens found in the cache · {here.report}"

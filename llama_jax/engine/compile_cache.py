@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 
 from llama_jax.engine import allocator
+from llama_jax.plural import counted
 
 _log = logging.getLogger(__name__)
 
@@ -47,14 +48,10 @@ class CompileReport:
     def __str__(self) -> str:
         what = []
         if self.compiled:
-            what.append(f"compiled {_programs(self.compiled)}")
+            what.append(f"compiled {counted(self.compiled, 'program')}")
         if self.from_cache:
-            what.append(f"fetched {_programs(self.from_cache)} from the cache")
+            what.append(f"fetched {counted(self.from_cache, 'program')} from the cache")
         return f"{' and '.join(what)} in {self.seconds:.1f} s" if what else "compiled nothing"
-
-
-def _programs(count: int) -> str:
-    return f"{count} program" if count == 1 else f"{count} programs"
 
 
 def enable(directory: str | Path | None = None) -> Path | None:

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from llama_jax.engine.pages import PageCounts
 from llama_jax.model.config import PAGE_SIZE
+from llama_jax.plural import counted
 from llama_jax.sampling_params import check_kind
 
 # The most tokens in a prefill call, unless one chunk is longer. With so many a GPU computes near
@@ -201,11 +202,13 @@ class Stats(EngineCounts, PageCounts):
 
     def __str__(self) -> str:
         parts = [
-            f"{self.queried:,} prompt tokens, {self.hit_rate:.0%} of them found in the cache",
-            f"{self.drawn:,} tokens drawn in {self.rounds:,} rounds",
+            f"{counted(self.queried, 'prompt token')}, "
+            f"{self.hit_rate:.0%} of them found in the cache",
+            f"{counted(self.drawn, 'token')} drawn in {counted(self.rounds, 'round')}",
         ]
         if self.drafted:
-            parts.append(f"{self.acceptance_rate:.0%} of {self.drafted:,} draft tokens accepted")
+            drafted = counted(self.drafted, "draft token")
+            parts.append(f"{self.acceptance_rate:.0%} of {drafted} accepted")
         if self.preempted:
-            parts.append(f"{self.preempted:,} preemptions")
+            parts.append(counted(self.preempted, "preemption"))
         return " · ".join(parts)
