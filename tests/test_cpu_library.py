@@ -97,6 +97,23 @@ def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(tmp_path, monkeypa
     assert {path.suffix for path in (tmp_path / "cache" / "cpu").iterdir()} == {".lock"}
 
 
+@pytest.mark.parametrize("is_ending", [False, True])
+def test_ctrl_c_is_no_reason_to_warn(is_ending, tmp_path, monkeypatch, caplog):
+    """It ends the compiler too, or the main thread and with it the starting of others."""
+    script, tried = tmp_path / "c++", tmp_path / "tried"
+    end, reason = ("exit 1", "failed") if is_ending else ("kill -INT $$", "was interrupted")
+    script.write_text(f"#!/bin/sh\n[ $1 = -dM ] && exit\necho >> {tried}\n{end}\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(compiler.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(library, "_register", library._register.__wrapped__)
+    monkeypatch.setattr(threading.main_thread(), "is_alive", lambda: not is_ending)
+    for _ in range(2):  # a thread that waited for the compiler does not begin again
+        assert f"the C++ compiler {script} {reason}" in library._loaded.__wrapped__()
+    assert not caplog.records and tried.read_text() == "\n\n"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [

@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -71,7 +72,11 @@ _FLAGS_OF_AVX512 = ("-fno-ivopts",)
 _COMPILERS = ("c++", "g++", "clang++")
 _COMPILE_SECONDS = 300
 # Why libraries could not be compiled, by path; this process does not try again.
-_failures: dict[Path, str] = {}
+_failures: dict[Path, RuntimeError] = {}
+
+
+class CompilerInterrupted(RuntimeError):
+    """The compiler was ended by Ctrl-C, which is sent to it as well as to this process."""
 
 
 def directory() -> Path:
@@ -140,12 +145,12 @@ def build(
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _one_at_a_time(directory, kernel):
         if path in _failures:
-            raise RuntimeError(_failures[path])
+            raise _failures[path]
         if not _is_whole(path):
             try:
                 _compile([compiler, *flags, "-I", include_directory(), str(sources[0])], path)
             except RuntimeError as error:
-                _failures[path] = str(error)
+                _failures[path] = error
                 raise
     return path
 
@@ -223,6 +228,8 @@ def _run(command: Sequence[str]) -> str:
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RuntimeError(f"the C++ compiler could not run: {error}") from error
+    if done.returncode == -signal.SIGINT:
+        raise CompilerInterrupted(f"the C++ compiler {command[0]} was interrupted")
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if "error" in line] or [
             f"exit status {done.returncode}"

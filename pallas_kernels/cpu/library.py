@@ -105,11 +105,13 @@ def _loaded() -> str | None:
     try:
         _register(best())
     except (OSError, RuntimeError, AttributeError) as error:
-        _log.warning(
-            "FP8 weights and attention go through XLA, at about half the speed: %s",
-            reason := str(error),
-        )
-        return reason
+        # After Ctrl-C the command ends, in which a thread that comes later can start no others.
+        is_ending = not threading.main_thread().is_alive()
+        if not is_ending and not isinstance(error, compiler.CompilerInterrupted):
+            _log.warning(
+                "FP8 weights and attention go through XLA, at about half the speed: %s", error
+            )
+        return str(error)
     return None
 
 
