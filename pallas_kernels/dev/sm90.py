@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 from jax.experimental import topologies
@@ -173,9 +174,13 @@ def _cuda_root() -> Path:
 @contextlib.contextmanager
 def _dumps_in(folder: str) -> Iterator[None]:
     """Dump kernels into a folder; Mosaic GPU reads the variable at each compilation."""
+    from jax.experimental.mosaic.gpu.constraints import ConstraintSystem
+
     os.environ["MOSAIC_GPU_DUMP_TO"] = folder
     try:
-        yield
+        # Nobody reads the constraints of layouts, and printing them takes a third of the time.
+        with mock.patch.object(ConstraintSystem, "__str__", return_value=""):
+            yield
     finally:
         del os.environ["MOSAIC_GPU_DUMP_TO"]
 
