@@ -253,7 +253,7 @@ def test_the_headers_are_found_without_jax():
 SANITIZED = """
 import jax, jax.numpy as jnp, numpy as np
 from pallas_kernels.cpu import compiler, library
-sanitized = "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover"
+sanitized = "-O0 -g -fsanitize=address,undefined -fno-sanitize-recover"
 compiler._FLAGS = (*compiler._FLAGS, *sanitized.split())
 from tests import test_logit_stats as stats
 from tests.test_cpu_fp8_matmul import HERE, exact, multiply, operands
