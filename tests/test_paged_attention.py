@@ -31,6 +31,7 @@ def case(batch, tokens, heads, kv_heads, lengths, pages_each, dtype=jnp.float32,
 def exact(q, k_pages, v_pages, table, starts, lengths, k_scale=1.0, v_scale=1.0):
     """One query at a time in float64 numpy."""
     q = np.asarray(q, np.float64)
+    table, starts, lengths = map(np.asarray, (table, starts, lengths))
     k_pages, v_pages = (
         np.asarray(e4m3.load(a) if a.dtype == jnp.int8 else a, np.float64)
         for a in (k_pages, v_pages)
