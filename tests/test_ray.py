@@ -133,7 +133,7 @@ def test_an_actor_and_then_the_command_are_killed(run, model, tmp_path):
     processes = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    for agent in psutil.wait_procs(processes, timeout=10)[1]:  # Ray's own take a minute to notice
+    for agent in psutil.wait_procs(processes, timeout=2)[1]:  # Ray's own take a minute to notice
         agent.kill()
     kept = read(partial)
     assert 2000 <= len(kept) < 4000
