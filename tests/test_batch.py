@@ -93,3 +93,16 @@ def test_a_batch_is_answered_resumed_and_never_overwritten(requests, tmp_path, m
     assert "not valid JSON" in answers[17]["error"]["message"]
     assert run(requests, output) == 2
     assert "exists already" in capsys.readouterr().err
+
+
+def test_a_file_in_which_lines_share_an_id_is_refused(tmp_path, monkeypatch, capsys):
+    """Before a model is loaded, and lines without an id are not meant."""
+    monkeypatch.setattr("llama_jax.cli.options.load", None)
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    rows = [{"url": "no id"}, {"url": "no id"}, chat_line(1), chat_line(2), chat_line(1)]
+    source.write_text("\n".join(map(json.dumps, rows)))
+    assert run(source, output) == 2
+    assert "lines 3 and 5 have the same custom_id 'line 1'" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert not list(tmp_path.glob("out*"))

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -24,6 +25,7 @@ from llama_jax import LLM, SamplingParams
 from llama_jax.abacus.tasks import CALCULATOR
 from llama_jax.cli.serve import curl_line
 from llama_jax.engine.compile_cache import CompileReport
+from llama_jax.serve import middleware
 from llama_jax.serve import server as server_module
 from llama_jax.serve.bench import Load, measure
 from tests.served import PATIENCE, Served, serving
@@ -228,20 +230,22 @@ def test_a_full_queue_answers_429_and_the_others_are_served(server, llm):
 
 
 def test_a_client_that_leaves_is_cancelled(server, llm):
-    drawn = llm.engine.counts.drawn
+    drawn, aborted = llm.engine.counts.drawn, num_aborted(server)
     with steps(llm, slowly):
-        with stream(server) as response:
+        with stream(server, n=3) as response:
             for line in response.iter_lines():
                 if "content" in line:
                     break
         assert_idle(server)
+        assert eventually(lambda: num_aborted(server) == aborted + 3)
         with pytest.raises(httpx2.TimeoutException):
             httpx2.post(
                 f"{server.url}/v1/chat/completions", json=LONG, timeout=0.5,
                 headers={"Authorization": "Bearer right"},
             )  # fmt: skip
         assert_idle(server)
-    assert llm.engine.counts.drawn - drawn < 2 * LONG["max_tokens"] - 100
+    assert eventually(lambda: num_aborted(server) == aborted + 4)
+    assert llm.engine.counts.drawn - drawn < 4 * LONG["max_tokens"] - 100
 
 
 def test_a_burst_of_disconnects_leaves_nothing(server):
@@ -373,6 +377,85 @@ def test_a_deadline_ends_a_request(llm):
                 pass
         assert_idle(served)
         assert 'reason="timeout"} 3.0' in served.get("/metrics").text
+
+
+@pytest.fixture
+def small_buffers(monkeypatch):
+    """Sockets of a server and of the machine below it hold little, so writers wait for readers."""
+    listen = server_module.listen
+
+    def listening(host: str, port: int) -> socket.socket:
+        listener = listen(host, port)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # of those it accepts, too
+        return listener
+
+    monkeypatch.setattr(server_module, "listen", listening)
+
+
+@contextmanager
+def unread(served: Served, body: dict, head: str = "") -> Iterator[socket.socket]:
+    """Ask for a chat and read nothing of the reply."""
+    text = json.dumps(body)
+    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+    with connection(served) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        asked = "\r\n".join([*lines, f"{head}Content-Length: {len(text)}", "", text])
+        client.sendall(asked.encode())
+        yield client
+
+
+WIDE = LONG | {"logprobs": True, "top_logprobs": 20}  # some kilobytes for each token
+
+
+def compile_wide(llm: LLM) -> None:
+    with serving(llm) as served:
+        assert served.post("/v1/chat/completions", WIDE | {"n": 4}).status_code == 200
+
+
+def num_aborted(served: Served) -> int:
+    (found,) = re.findall(r'finished_reason="abort".* (\d+)\.0', served.get("/metrics").text)
+    return int(found)
+
+
+def test_a_deadline_frees_the_rows_of_a_reader_that_never_reads(llm, monkeypatch, small_buffers):
+    """Though its connection gets longer. No end of a reply is invented for it."""
+    monkeypatch.setattr(middleware, "_GRACE", PATIENCE)
+    compile_wide(llm)
+    drawn = llm.engine.counts.drawn
+    with serving(llm, request_timeout=1.0) as served, steps(llm, slowly):
+        with unread(served, WIDE | {"stream": True, "n": 4}) as client:
+            assert eventually(lambda: llm.engine.counts.drawn > drawn + 4)
+            assert eventually(lambda: served.service.thread.num_open == 0)
+            assert llm.engine.counts.drawn - drawn < 4 * LONG["max_tokens"] - 400
+            client.settimeout(PATIENCE)
+            reply = b""
+            while b"[DONE]" not in reply:
+                reply += client.recv(1 << 16)
+        assert b"deadline_exceeded" in reply and b'"finish_reason":"stop"' not in reply
+        assert num_aborted(served) == 4
+        assert_idle(served)
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+@pytest.mark.parametrize("head", ["", "Connection: close\r\n"])
+def test_a_connection_whose_reply_is_not_read_ends(llm, monkeypatch, small_buffers, is_whole, head):
+    """A complete reply some time after it was written, a stream after its deadline."""
+    monkeypatch.setattr(middleware, "_GRACE", 0.2)
+    monkeypatch.setattr(server_module, "_IDLE_SECONDS", 0.3)
+    lost: list[object] = []
+    protocol = server_module._Protocol
+    ended = protocol.connection_lost
+    monkeypatch.setattr(
+        protocol, "connection_lost", lambda self, error: (lost.append(self), ended(self, error))
+    )
+    compile_wide(llm)
+    lost.clear()
+    drawn = llm.engine.counts.drawn
+    with serving(llm, request_timeout=PATIENCE if is_whole else 0.5) as served:
+        with unread(served, WIDE | {"stream": not is_whole}, head):
+            assert eventually(lambda: len(lost) == 1)
+        assert llm.engine.counts.drawn - drawn > 50
+        assert_idle(served)
 
 
 def test_going_down_lets_what_runs_end_and_takes_nothing_new(llm):

@@ -40,7 +40,7 @@ def batch(
     /v1/completions and /v1/score.
 
     Each line is {"custom_id", "method": "POST", "url", "body"}. The line of a refused request has
-    an error, and the others go on. OUT.jsonl appears when it is complete. Until then its lines are
+    an error, and the others go on. A file in which lines share a custom_id is refused. OUT.jsonl appears when it is complete. Until then its lines are
     in OUT.jsonl.partial, and the same command continues from there if it was stopped.
 
     **Examples**
@@ -56,6 +56,7 @@ def batch(
     check_output(output, overwrite)
     locate(SHIPPED_MODEL if model is None else model)
     num_lines, digest = survey(input)
+    _check_ids(input)
     llm = options.load(
         model, show_plan=model is not None, dtype=dtype, activations=activations,
         kv_dtype=kv_dtype, max_seq_len=max_seq_len, max_batch_size=max_batch_size,
@@ -70,6 +71,21 @@ def batch(
     with resumable_file(output, settings, overwrite, tell=note) as file:
         done, failed = asyncio.run(_write(llm, name, input, num_lines, file))
     note(f"{done} answered, {failed} of them with an error")
+
+
+def _check_ids(input: str) -> None:
+    """Raise ValueError if lines share a custom_id, by which nobody could tell their answers apart.
+
+    OpenAI refuses such a file too.
+    """
+    seen: dict[str, int] = {}
+    for number, line in read_jsonl(input):
+        if isinstance(line, ValueError) or not isinstance(own := line.get("custom_id"), str):
+            continue  # its answer is an error
+        if (first := seen.setdefault(own, number)) != number:
+            raise ValueError(
+                f"{input}: lines {first} and {number} have the same custom_id {own[:100]!r}"
+            )
 
 
 async def _write(

@@ -126,8 +126,8 @@ async def _answer(service: Service, request: Request, body: Any, endpoint: Any) 
     if not body.stream:
         return _reply(await while_connected(request, endpoint.whole(service, body, began)))
     job = await while_connected(request, endpoint.prepare(service, body))
-    submission = service.admit(job.requests, is_streamed=True)
-    updates = service.updates(submission, began)
+    submission = service.admit(job.requests, began, is_streamed=True)
+    updates = service.updates(submission)
     return EventStream(submission, updates, endpoint.pieces(service, body, submission))
 
 

@@ -64,22 +64,28 @@ class Update(msgspec.Struct, frozen=True):
     is_last: bool
     at: float
 
+    @property
+    def is_cancelled(self) -> bool:
+        return self.is_last and self.request.finish_reason == "cancelled"
+
 
 @dataclass(eq=False)
 class Submission:
     """A submission holds requests that are submitted together, by one caller in the event loop.
 
     Made by `EngineThread.ask`. is_streamed: the caller wants pieces, or else only each request's
-    end.
+    end. began: when it was asked for, of `time.perf_counter`.
     """
 
     requests: Sequence[Request]
     is_streamed: bool
     _owner: "EngineThread"
+    began: float = 0.0
     # The event loop's own: what `next` has not returned yet, and then raises.
     _updates: list[Update] = field(default_factory=list)
     _error: ApiError | ClientGone | None = None
     _waiter: "asyncio.Future[None] | None" = None
+    _deadline: asyncio.TimerHandle | None = None
     # The thread's own: requests not ended; those that have changed since they were told, by index;
     # characters and tokens of each that were told.
     _remaining: int = 0
@@ -103,13 +109,30 @@ class Submission:
         return updates
 
     def fail(self, error: ApiError | ClientGone) -> None:
-        """Makes `next` raise an error after the present updates; called in the event loop."""
+        """Cancels what has not ended, and makes `next` raise an error after the present updates.
+
+        Called in the event loop. Whoever waits for the socket asks for no update, so it is not
+        left to them to close the submission.
+        """
         self._error = self._error or error
+        self._owner.close(self)
         self._wake()
 
     def close(self) -> None:
-        """Cancels the requests that have not ended."""
+        """Cancels the requests that have not ended, and the deadline."""
+        if self._deadline:
+            self._deadline.cancel()
         self._owner.close(self)
+
+    def set_deadline(self, seconds: float, on_late: Callable[["Submission"], None]) -> None:
+        """Calls `on_late` after so many seconds, unless the submission is closed before."""
+        self._deadline = self._owner.loop.call_later(max(0.0, seconds), on_late, self)
+
+    def _take_over(self, updates: Sequence[Update]) -> None:
+        """Lets `next` return updates; not those that are too late, or the end of a cancellation."""
+        if not self._error:
+            self._updates += [each for each in updates if not each.is_cancelled]
+        self._wake()
 
     def _wake(self) -> None:
         """Lets `next` return."""
@@ -164,8 +187,9 @@ class EngineThread:
 
     on_ready: called in the event loop when everything is compiled, with what that took.
     on_failure: called there when a step, or the warm-up, has raised; nothing is answered any more.
-    on_step: called in the thread with the tokens that a step computed. warm_up: called there
-    before the first step, to compile what will be needed.
+    on_end: called there with each request that has ended or was cancelled, after the others have
+    been told. on_step: called in the thread with the tokens that a step computed. warm_up: called
+    there before the first step, to compile what will be needed.
     """
 
     def __init__(
@@ -173,11 +197,13 @@ class EngineThread:
         engine: "Engine",
         on_ready: Callable[[CompileReport], None],
         on_failure: Callable[[BaseException], None],
+        on_end: Callable[[Submission, Request], None],
         on_step: Callable[[int], None],
         warm_up: Callable[[], CompileReport],
     ) -> None:
         self._engine, self._warm_up = engine, warm_up
-        self._on_ready, self._on_failure, self._on_step = on_ready, on_failure, on_step
+        self._on_ready, self._on_failure = on_ready, on_failure
+        self._on_end, self._on_step = on_end, on_step
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._is_told_to_stop = False
@@ -205,9 +231,9 @@ class EngineThread:
         self.loop = asyncio.get_running_loop()
         self._thread.start()
 
-    def ask(self, requests: Sequence[Request], is_streamed: bool) -> Submission:
+    def ask(self, requests: Sequence[Request], is_streamed: bool, began: float) -> Submission:
         """Submits requests to the engine. The caller must close the submission."""
-        submission = Submission(requests, is_streamed, self)
+        submission = Submission(requests, is_streamed, self, began)
         for index, request in enumerate(requests):
             request.on_change = partial(self._note, submission, index)
         with self._wake:
@@ -248,18 +274,20 @@ class EngineThread:
             self._inbox.append(command)
             self._wake.notify()
 
-    def _deliver(self, news: list[tuple[Submission, list[Update] | ApiError]]) -> None:
-        for submission, told in news:
-            if isinstance(told, ApiError):
-                self._count(submission, -submission.num_open, -submission.open_tokens)
-                submission.fail(told)
-                continue
+    def _deliver(self, news: list[tuple[Submission, list[Update], ApiError | None]]) -> None:
+        ended = []
+        for submission, told, error in news:
             for each in told:
                 if each.is_last:
                     self._count(submission, -1, -len(each.request.prompt))
-            submission._updates += told
-            submission._wake()
+                    ended.append((submission, each.request))
+            submission._take_over(told)
+            if error:  # what is still open has never come to the engine
+                self._count(submission, -submission.num_open, -submission.open_tokens)
+                submission.fail(error)
         self.loop.call_soon(self._is_written.set)  # those that were woken write before that
+        for pair in ended:
+            self.loop.call_soon(self._on_end, *pair)
 
     def _count(self, submission: Submission, requests: int, tokens: int) -> None:
         submission.num_open += requests
@@ -379,7 +407,7 @@ class EngineThread:
         if is_due:
             self._told_at, self._wait = now, min(_LONGEST_WAIT, _PER_WRITE * len(told))
         failed, self._failed = self._failed, {}  # all of them are urgent
-        news = [(each, failed.get(each) or each._take()) for each in told]
+        news = [(each, each._take(), failed.get(each)) for each in told]
         self._changed, self._urgent = self._changed - told, set()
         self._is_written.clear()
         if news:

@@ -35,6 +35,7 @@ UPLOADS = "/v1/files"  # whose bodies are larger, and go to a file as they come
 # In a scope: when the request came, of `time.perf_counter`; and what sends the bodies of a stream.
 # The layers between would take a tenth of the time for a token, and look only at a reply's start.
 BEGAN, SEND = "llama_jax.began", "llama_jax.send"
+CUT = "llama_jax.cut"  # in a scope: what ends the connection at once, with what is not sent yet
 KEY = "llama_jax.key"  # in a scope: the key that was sent, "" where none is needed
 # Seconds beyond the deadline after which a response's connection is cut.
 _GRACE = 10.0
@@ -81,6 +82,7 @@ class Gate:
             refusal = internal_error(error)
         if refusal is not None:
             if status:  # too late for another answer: the client sees a broken one
+                scope[CUT]()
                 raise _BrokenStreamError
             await refusal.response()(scope, receive, send_on)
         seconds = time.perf_counter() - began

@@ -26,6 +26,7 @@ from llama_jax.serve.app import create_app
 from llama_jax.serve.batch_runs import BatchRuns
 from llama_jax.serve.batch_store import BatchStore
 from llama_jax.serve.errors import ApiError
+from llama_jax.serve.middleware import CUT
 from llama_jax.serve.options import HEADER_SECONDS, MAX_HEADER_BYTES, ServeOptions
 from llama_jax.serve.service import Service
 from llama_jax.serve.sockets import BACKLOG, listen, url_of
@@ -39,6 +40,8 @@ _log = logging.getLogger(__name__)
 # 5 ms the event loop would wait that long for the engine's thread, for each of several turns.
 _SWITCH_SECONDS = 0.0005
 _CONNECTIONS = 1 << 16
+# How long a connection may be idle, or its client read nothing of a complete reply.
+_IDLE_SECONDS = 30
 # What is left to uvicorn for closing connections after the last request was ended.
 _CLOSING_SECONDS = 3
 
@@ -183,7 +186,7 @@ class _Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                timeout_keep_alive=30,
+                timeout_keep_alive=_IDLE_SECONDS,
                 timeout_graceful_shutdown=int(options.drain_timeout) + _CLOSING_SECONDS,
                 backlog=BACKLOG,
             )
@@ -199,9 +202,10 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
-    """uvicorn's protocol with limits on the time and size of a request's headers, and with errors
-    in OpenAI's shape."""
+    """uvicorn's protocol with limits on the time and size of a request's headers, an end for
+    connections whose client reads nothing, and errors in OpenAI's shape."""
 
+    _unread = 0  # bytes of complete replies, when they were last looked at
     _headers_timer: asyncio.TimerHandle | None = None
     _is_in_headers = False
     _header_bytes = 0
@@ -212,6 +216,7 @@ class _Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope[CUT] = self.transport.abort
         self._is_in_headers, self._header_bytes = True, 0
 
     def on_headers_complete(self) -> None:
@@ -233,6 +238,28 @@ class _Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.is_closing() and self.transport.get_write_buffer_size():
+            self._watch_reader()
+
+    def timeout_keep_alive_handler(self) -> None:
+        """Closes an idle connection. Closing waits until the client has read what was written; one
+        that has read nothing since the last time is cut."""
+        unread = self.transport.get_write_buffer_size()
+        if unread and unread == self._unread:
+            self.transport.abort()
+            return
+        super().timeout_keep_alive_handler()
+        if unread:
+            self._watch_reader()
+
+    def _watch_reader(self) -> None:
+        self._unread = self.transport.get_write_buffer_size()
+        self.timeout_keep_alive_task = self.loop.call_later(
+            self.timeout_keep_alive, self.timeout_keep_alive_handler
+        )
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, msg)

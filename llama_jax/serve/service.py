@@ -85,6 +85,7 @@ class Service:
             self.llm.engine,
             on_ready=self._on_ready,
             on_failure=self._on_failure,
+            on_end=self._on_end,
             on_step=lambda tokens: self.metrics.step(tokens),
             warm_up=self._warm_up,
         )
@@ -116,6 +117,12 @@ class Service:
     def _on_failure(self, error: BaseException) -> None:
         self._ready.set()
         self.end_server()
+
+    def _on_end(self, submission: Submission, request: Request) -> None:
+        self._ended.append(time.perf_counter())
+        self.metrics.request(request, submission.began)
+        if not (submission.num_open or request.finish_reason == "cancelled"):
+            self.metrics.ended(submission.requests)
 
     # What was asked.
 
@@ -187,8 +194,13 @@ class Service:
 
     # How it is answered.
 
-    def admit(self, requests: Sequence[Request], *, is_streamed: bool = False) -> Submission:
+    def admit(
+        self, requests: Sequence[Request], began: float, *, is_streamed: bool = False
+    ) -> Submission:
         """Submits requests to the engine, if the queue has room. The caller must close the result.
+
+        began: when they were asked for, of `time.perf_counter`. At their deadline they are
+        cancelled, whatever the client's socket does, and the result raises `ApiError`.
 
         The engine admits no sequence before there are pages for it, and takes up those again that
         had to give theirs back, so what is accepted here does not die of memory.
@@ -201,7 +213,10 @@ class Service:
             )
         tokens = sum(len(request.prompt) for request in requests)
         self.check_queue(len(requests), tokens)
-        return self.thread.ask(requests, is_streamed)
+        submission = self.thread.ask(requests, is_streamed, began)
+        seconds = self.options.request_timeout - (time.perf_counter() - began)
+        submission.set_deadline(seconds, self._end_late)
+        return submission
 
     def check_queue(self, sequences: int, tokens: int = 0) -> None:
         """Raises `ApiError` if the queue has no room for so many requests and prompt tokens."""
@@ -229,47 +244,33 @@ class Service:
         pace = (time.perf_counter() - self._ended[0]) / len(self._ended)
         return min(_LONGEST_RETRY, max(1, math.ceil(pace)))
 
-    async def updates(self, submission: Submission, began: float) -> AsyncIterator[list[Update]]:
-        """Yields the updates of a submission until all its requests have ended, and counts them.
+    async def updates(self, submission: Submission) -> AsyncIterator[list[Update]]:
+        """Yields the updates of a submission until all its requests have ended.
 
-        Those that have come meanwhile are yielded together. began: when it was asked for, of
-        `time.perf_counter`. Raises `ApiError` at its deadline.
-
-        One timer serves the whole submission: a timeout around each update would take as long as
-        everything else that is done here for a token.
+        Those that have come meanwhile are yielded together. Raises what `Submission.next` does.
         """
-        seconds = self.options.request_timeout - (time.perf_counter() - began)
-        deadline = asyncio.get_running_loop().call_later(
-            max(0.0, seconds), self._end_late, submission
-        )
         remaining = len(submission.requests)
         last_at: dict[int, float] = {}
-        try:
-            while remaining:
-                updates = await submission.next()
-                for update in updates:
-                    if submission.is_streamed and update.token_ids:
-                        if before := last_at.get(update.index):
-                            self.metrics.piece(update.at - before, len(update.token_ids))
-                        last_at[update.index] = update.at
-                    if update.is_last:
-                        remaining -= 1
-                        self._ended.append(update.at)
-                        self.metrics.request(update.request, began)
-                yield updates
-            self.metrics.ended(submission.requests)
-        finally:
-            deadline.cancel()
+        while remaining:
+            updates = await submission.next()
+            for update in updates:
+                if submission.is_streamed and update.token_ids:
+                    if before := last_at.get(update.index):
+                        self.metrics.piece(update.at - before, len(update.token_ids))
+                    last_at[update.index] = update.at
+                remaining -= update.is_last
+            yield updates
 
     def _end_late(self, submission: Submission) -> None:
-        self.metrics.failures.labels(self.name, "timeout").inc()
-        submission.fail(too_late(self.options.request_timeout))
+        if submission.num_open:  # otherwise only its client is late
+            self.metrics.failures.labels(self.name, "timeout").inc()
+            submission.fail(too_late(self.options.request_timeout))
 
     async def run[T](self, job: Job[T], began: float) -> T:
         """Runs a job and waits for its result, until the deadline."""
-        submission = self.admit(job.requests)
+        submission = self.admit(job.requests, began)
         try:
-            async for _ in self.updates(submission, began):
+            async for _ in self.updates(submission):
                 pass
         finally:
             submission.close()
