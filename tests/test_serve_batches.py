@@ -254,6 +254,17 @@ def test_an_upload_that_breaks_off_leaves_nothing(server, tmp_path, caplog):
     assert "while a request was answered" not in caplog.text
 
 
+def test_an_upload_that_stands_still_gives_its_place_to_another(server, monkeypatch):
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.3)
+    head = b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: 5000000\r\n"
+    head += b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+    with socket.create_connection(server.url.removeprefix("http://").split(":")) as sender:
+        sender.settimeout(PATIENCE)
+        sender.sendall(head)
+        assert sender.recv(1000).startswith(b"HTTP/1.1 408")
+    assert not list(server.client().files.list())
+
+
 def test_one_server_uses_a_directory(server, llm, tmp_path):
     from llama_jax.serve.batch_store import BatchStore
 

@@ -279,6 +279,22 @@ def test_a_burst_of_disconnects_leaves_nothing(server):
     assert reply.choices[0].message.content == "132"
 
 
+def test_a_client_that_leaves_after_it_sent_two_requests_is_no_failure(server, llm, caplog):
+    """Only the second one was told."""
+    drawn, aborted = llm.engine.counts.drawn, num_aborted(server)
+    body = json.dumps(LONG | {"stream": True}).encode()
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer right\r\n"
+    request += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    with steps(llm, slowly):
+        with connection(server) as client:
+            client.sendall(2 * request)
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+        assert eventually(lambda: num_aborted(server) == aborted + 1)
+    assert llm.engine.counts.drawn - drawn < LONG["max_tokens"]
+    assert "RuntimeError" not in caplog.text and "cut off" not in caplog.text
+    assert_idle(server)
+
+
 @pytest.mark.slow
 def test_a_slow_reader_keeps_nobody_waiting(server):
     lines = [

@@ -154,9 +154,7 @@ async def _read_body(headers: Headers, receive: Receive) -> bytes:
                 if not message.get("more_body", False):
                     return b"".join(parts)
     except TimeoutError as error:
-        raise ApiError(
-            408, f"the body took longer than {BODY_SECONDS:g} seconds", code="body_too_slow"
-        ) from error
+        raise _too_slow() from error
 
 
 def check_structure(body: bytes) -> None:
@@ -168,13 +166,17 @@ def check_structure(body: bytes) -> None:
 
 
 def _bounded(headers: Headers, receive: Receive) -> Receive:
-    """Returns a `receive` that raises `ApiError` if an upload is too large."""
+    """Returns a `receive` that raises `ApiError` if an upload is too large, or stands still."""
     _check_declared(headers, MAX_FILE_BYTES)
     size = 0
 
     async def received() -> Message:
         nonlocal size
-        message = await receive()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                message = await receive()
+        except TimeoutError as error:
+            raise _too_slow() from error
         size += len(message.get("body", b""))
         if size > MAX_FILE_BYTES:
             raise _too_large(MAX_FILE_BYTES)
@@ -187,6 +189,14 @@ def _check_declared(headers: Headers, most: int) -> None:
     declared = headers.get("content-length", "0")
     if declared.isdigit() and int(declared) > most:
         raise _too_large(most)
+
+
+def _too_slow() -> ApiError:
+    return ApiError(
+        408,
+        f"nothing came for {BODY_SECONDS:g} seconds, or not the whole body",
+        code="body_too_slow",
+    )
 
 
 def _too_large(most: int) -> ApiError:

@@ -205,6 +205,7 @@ class _Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
     """uvicorn's protocol with limits on the time and size of a request's headers, an end for
     connections whose client reads nothing, and errors in OpenAI's shape."""
 
+    _running: Any = None  # the request that is being answered
     _unread = 0  # bytes of complete replies, when they were last looked at
     _headers_timer: asyncio.TimerHandle | None = None
     _is_in_headers = False
@@ -238,6 +239,14 @@ class _Protocol(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
         super().connection_lost(exc)
+        # uvicorn tells the latest request, of several sent at once. Another one may be running.
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
