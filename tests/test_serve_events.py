@@ -273,7 +273,7 @@ def test_a_token_without_text_begins_an_update(clock, num_steps):
     ]  # fmt: skip
 
 
-def test_first_tokens_do_not_wait_for_the_snapshot_but_ends_do():
+def test_first_tokens_do_not_wait_for_the_snapshot_but_ends_do(clock):
     """Whoever has been told of an end finds it in /metrics, also while others go on."""
     thread, order = idle_thread(), list[str]()
     thread._look = lambda: order.append("look")
@@ -281,6 +281,7 @@ def test_first_tokens_do_not_wait_for_the_snapshot_but_ends_do():
     for has_work in (True, False):
         stream = Submission([streamed()], True, thread, _remaining=1)
         for ends in (False, True):
+            clock.now += 1.0
             thread._engine.has_work = has_work or not ends
             draw(thread, stream, [ord("a")], ends)
             thread._flush()
