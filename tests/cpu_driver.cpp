@@ -1,17 +1,17 @@
 // Calls the CPU's kernels without XLA, so that an emulator can run them (tests/test_cpu_neon.py).
 //
 // Reads calls from standard input, and writes their results to standard output. All integers have
-// 64 bits. A call is: 0 for a product, 1 for attention or 2 for what is known of logits, scale_rows and
-// scale_columns, the number of arrays, and the arrays, the last of which is for the result. An array
-// is: XLA's number of its dtype, its rank, its shape, the number of its bytes, and these; the result
-// has none. What is known of logits are four rows of one result; tokens are integers there.
+// 64 bits. A call is: its kernel's place in KERNELS, the attributes of NAMES, the numbers of operands
+// and of results, and both. An operand is: XLA's number of its dtype, its rank, its shape, the number
+// of its bytes, and these. A result has in place of the last two: the number of an operand in whose
+// memory it is, or -1.
 
 #include <cstdio>
 #include <string>
 #include <thread>
 
 #include "../pallas_kernels/cpu/fp8_matmul.cpp"
-#include "../pallas_kernels/cpu/paged_attention.cpp"
+#include "../pallas_kernels/cpu/between_products.cpp"
 
 namespace {
 
@@ -28,18 +28,41 @@ int64_t read_number() {
   return value;
 }
 
+XLA_FFI_Handler* const KERNELS[] = {fp8_matmul_cpu, logit_stats_cpu, paged_attention_cpu,
+                                    rms_norm_cpu, rope_and_cache_cpu};
+const char* const NAMES[] = {"scale_rows", "scale_columns", "has_residual"};
+constexpr int ATTRIBUTES = sizeof(NAMES) / sizeof(*NAMES);
+
 struct Array {
   std::vector<int64_t> shape;
   std::vector<char> data;
   XLA_FFI_Buffer buffer{};
 
-  void read() {
+  void read_type() {
     buffer.dtype = XLA_FFI_DataType(read_number());
     shape.resize(read_number());
     for (int64_t& size : shape) size = read_number();
+    buffer.rank = int64_t(shape.size()), buffer.dims = shape.data();
+  }
+
+  void read() {
+    read_type();
     data.resize(read_number());
     if (fread(data.data(), 1, data.size(), stdin) != data.size()) fail("an array ends too early");
-    buffer.rank = int64_t(shape.size()), buffer.dims = shape.data(), buffer.data = data.data();
+    buffer.data = data.data();
+  }
+
+  void make(const std::vector<Array>& operands) {
+    read_type();
+    const int64_t place = read_number();
+    if (place < 0) data.resize(bytes());
+    buffer.data = place < 0 ? data.data() : operands.at(place).buffer.data;
+  }
+
+  size_t bytes() const {
+    const auto type = buffer.dtype;
+    const bool is_one = type == XLA_FFI_DataType_S8 || type == XLA_FFI_DataType_F8E4M3FN;
+    return Operand{&buffer}.size() * (is_one ? 1 : type == XLA_FFI_DataType_BF16 ? 2 : 4);
   }
 };
 
@@ -61,49 +84,28 @@ XLA_FFI_Error* fail_with(XLA_FFI_Error_Create_Args* args) {
   return nullptr;
 }
 
-// Attributes of 64 bits.
-struct Attributes {
-  XLA_FFI_ByteSpan names[3] = {{"scale_rows", 10}, {"scale_columns", 13}, {"is_rounded", 10}};
-  int64_t values[3];
-  XLA_FFI_Scalar scalars[3];
-  XLA_FFI_AttrType types[3];
-  XLA_FFI_ByteSpan* name_pointers[3];
-  void* pointers[3];
-
-  Attributes(int64_t scale_rows, int64_t scale_columns) : values{scale_rows, scale_columns, 0} {
-    for (int i = 0; i < 3; i++) {
-      scalars[i] = {XLA_FFI_DataType_S64, &values[i]};
-      types[i] = XLA_FFI_AttrType_SCALAR, name_pointers[i] = &names[i], pointers[i] = &scalars[i];
-    }
+void call(const XLA_FFI_Api& api, int64_t kernel, int64_t (&values)[ATTRIBUTES],
+          std::vector<Array>& operands, std::vector<Array>& results) {
+  XLA_FFI_ByteSpan names[ATTRIBUTES];
+  XLA_FFI_Scalar scalars[ATTRIBUTES];
+  XLA_FFI_AttrType types[ATTRIBUTES];
+  XLA_FFI_ByteSpan* name_pointers[ATTRIBUTES];
+  void* scalar_pointers[ATTRIBUTES];
+  for (int i = 0; i < ATTRIBUTES; i++) {
+    names[i] = {NAMES[i], strlen(NAMES[i])}, scalars[i] = {XLA_FFI_DataType_S64, &values[i]};
+    types[i] = XLA_FFI_AttrType_SCALAR;
+    name_pointers[i] = &names[i], scalar_pointers[i] = &scalars[i];
   }
-};
-
-// The last array is the result.
-void call(const XLA_FFI_Api& api, int64_t kind, int64_t scale_rows, int64_t scale_columns,
-          std::vector<Array>& arrays) {
-  XLA_FFI_Handler* const kernels[] = {fp8_matmul_cpu, paged_attention_cpu, logit_stats_cpu};
-  std::vector<void*> operands, results{&arrays.back().buffer};
-  for (size_t i = 0; i + 1 < arrays.size(); i++) operands.push_back(&arrays[i].buffer);
-  int64_t rows = 0;
-  XLA_FFI_Buffer of_rows[4];
-  if (kind == 2) {
-    rows = arrays.back().shape[1];
-    results.clear();
-    for (int i = 0; i < 4; i++) {
-      const auto type = i == 1 ? XLA_FFI_DataType_S32 : XLA_FFI_DataType_F32;
-      char* row = arrays.back().data.data() + i * rows * 4;
-      of_rows[i] = {XLA_FFI_Buffer_STRUCT_SIZE, nullptr, type, row, 1, &rows};
-      results.push_back(&of_rows[i]);
-    }
-  }
-  Attributes attributes(scale_rows, scale_columns);
+  std::vector<void*> arguments, returned;
+  for (Array& array : operands) arguments.push_back(&array.buffer);
+  for (Array& array : results) returned.push_back(&array.buffer);
   XLA_FFI_CallFrame frame{};
   frame.api = &api, frame.stage = XLA_FFI_ExecutionStage_EXECUTE;
-  frame.args.size = int64_t(operands.size()), frame.args.args = operands.data();
-  frame.rets.size = int64_t(results.size()), frame.rets.rets = results.data();
-  frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr, 3, attributes.types, attributes.name_pointers,
-                 attributes.pointers};
-  kernels[kind](&frame);
+  frame.args.size = int64_t(arguments.size()), frame.args.args = arguments.data();
+  frame.rets.size = int64_t(returned.size()), frame.rets.rets = returned.data();
+  frame.attrs = {XLA_FFI_Attrs_STRUCT_SIZE, nullptr, ATTRIBUTES, types, name_pointers,
+                 scalar_pointers};
+  KERNELS[kernel](&frame);
 }
 
 }  // namespace
@@ -115,16 +117,14 @@ int main() {
 #if defined(__aarch64__)
   ExactDenormals::set(FLUSH_DENORMALS);  // as XLA's threads do
 #endif
-  for (int64_t kind; fread(&kind, sizeof(kind), 1, stdin) == 1;) {
-    const int64_t scale_rows = read_number(), scale_columns = read_number();
-    std::vector<Array> arrays(read_number() + 1);
-    for (Array& array : arrays) array.read();
-    Array& result = arrays.back();
-    const bool has_halves = result.buffer.dtype == XLA_FFI_DataType_BF16;
-    result.data.resize(Operand{&result.buffer}.size() * (has_halves ? 2 : 4));
-    result.buffer.data = result.data.data();
-    call(api, kind, scale_rows, scale_columns, arrays);
-    fwrite(result.data.data(), 1, result.data.size(), stdout);
+  for (int64_t kernel; fread(&kernel, sizeof(kernel), 1, stdin) == 1;) {
+    int64_t values[ATTRIBUTES];
+    for (int64_t& value : values) value = read_number();
+    std::vector<Array> operands(read_number()), results(read_number());
+    for (Array& array : operands) array.read();
+    for (Array& array : results) array.make(operands);
+    call(api, kernel, values, operands, results);
+    for (const Array& array : results) fwrite(array.buffer.data, 1, array.bytes(), stdout);
   }
   for (std::thread& thread : threads) thread.join();
 #if defined(__aarch64__)

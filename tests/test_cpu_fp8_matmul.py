@@ -170,6 +170,24 @@ def test_results_in_bfloat16_are_rounded_sums(m, instructions):
 
 
 @each_instructions
+@each_kind
+def test_a_residual_is_added_before_rounding(layout, dtype, instructions):
+    """At numbers of rows that go different ways, also where results end within a vector."""
+    x, bits, scale = operands(20, 75, 300, layout)
+    x, residual = x.astype(dtype), 50 * jax.random.normal(jax.random.key(5), (20, 75))
+    sums = multiply(x, bits, scale, instructions)
+    for out_dtype in (jnp.bfloat16, jnp.float32):
+        added = residual.astype(out_dtype)
+        expected = (jnp.asarray(sums) + added.astype(jnp.float32)).astype(out_dtype)
+        for m in (1, 5, 20):
+            (y,) = cpu.fp8_matmuls(
+                x[:m], (bits,), (scale,), out_dtype=out_dtype, residual=added[:m],
+                instructions=instructions,
+            )  # fmt: skip
+            np.testing.assert_array_equal(np.float32(y), np.float32(expected[:m]))
+
+
+@each_instructions
 def test_extreme_scales(instructions):
     x, bits, _ = operands(3, 64, 128)
     for size in (1e-30, 1e30):
@@ -241,12 +259,16 @@ def test_the_contract():
 def test_derivatives_are_those_of_xla():
     x, bits, scale = operands(3, 64, 128)
 
-    def loss(x, implementation):
-        return jnp.sum(jnp.sin(fp8_matmul(x, bits, scale, implementation=implementation)))
+    def loss(x, residual, implementation):
+        y = fp8_matmul(x, bits, scale, residual=residual, implementation=implementation)
+        return jnp.sum(jnp.sin(y))
 
-    np.testing.assert_allclose(
-        jax.grad(loss)(x, "cpu"), jax.grad(loss)(x, "reference"), rtol=1e-4, atol=1e-4
-    )
+    for residual in (None, x[:, :64]):
+        places = 0 if residual is None else (0, 1)
+        found, expected = (
+            jax.grad(loss, places)(x, residual, name) for name in ("cpu", "reference")
+        )
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected)
 
 
 def test_what_it_cannot_take_is_refused_by_name():
@@ -314,6 +336,10 @@ def test_other_operands_are_refused_unread():
     refused(x, bits, scale.astype(jnp.bfloat16))
     refused(x, bits, scale, shape=jax.ShapeDtypeStruct((2, 64), jnp.float32))
     refused(x, bits, scale, shape=jax.ShapeDtypeStruct((3, 64), jnp.float16))
+    refused(x, bits, scale, jnp.ones((3, 63)), has_residual=True)
+    refused(x, bits, scale, jnp.ones((3, 64), jnp.bfloat16), has_residual=True)
+    refused(x, bits, scale, has_residual=True)
+    refused(x, bits, scale, bits, scale, jnp.ones((3, 64)), has_residual=True)
     refused(x, bits, scale, scale_rows=3)
     refused(x, bits, scale, scale_columns=0)
     refused(x, bits, scale, scale_columns=np.int32(128))

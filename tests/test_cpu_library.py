@@ -59,7 +59,7 @@ def test_another_compiler_set_or_flag_makes_another_library(compiled, tmp_path):
     found = {
         compiler.build(tmp_path, "fp8_matmul", "avx2"),
         compiler.build(tmp_path, "fp8_matmul", "portable"),
-        compiler.build(tmp_path, "paged_attention", "avx2"),
+        compiler.build(tmp_path, "between_products", "avx2"),
         compiler.build(tmp_path, "fp8_matmul", "avx2", ["-g"]),
     }  # fmt: skip
     Path(compiled.parent / "c++").write_text(COMPILER.format(log=compiled).replace("r 1", "r 2"))
@@ -274,6 +274,33 @@ for instructions in attention.HERE:
             arrays = attention.case(2, tokens, 6, 2, lengths, 7, dtype, 80)
             y = attention.attend(arrays, instructions)
             np.testing.assert_allclose(y, attention.exact(*arrays), atol=2e-6)
+            arrays = (arrays[0].astype(jnp.bfloat16), *arrays[1:])
+            y = attention.attend(arrays, instructions)
+            np.testing.assert_allclose(y, attention.exact(*arrays), rtol=2**-8, atol=1e-5)
+from pallas_kernels.rms_norm import cpu as norm
+from pallas_kernels.rope_and_cache import Projections
+from pallas_kernels.rope_and_cache import cpu as rope
+where = jnp.array([[4, 1, 6], [0, 7, 3]]), jnp.array([3, 0]), jnp.array([11, 9])
+positions = where[1][:, None] + jnp.arange(9)
+for instructions in HERE:
+    for dtype in (jnp.float32, jnp.bfloat16):
+        for d in (1, 37, 256):
+            y = norm.rms_norm(jnp.ones((17, d), dtype), jnp.ones(d, dtype), 0.0, instructions)
+            assert (y == 1).all()
+        x, bits, scale = operands(17, 75, 130)
+        y = cpu.fp8_matmuls(
+            0 * x, (bits,), (scale,), out_dtype=dtype, residual=jnp.ones((17, 75), dtype),
+            instructions=instructions,
+        )
+        assert (y[0] == 1).all()
+        for pages_dtype in (jnp.float32, jnp.bfloat16, jnp.int8):
+            parts = Projections(*(jnp.ones((1, 18, heads, 20)) for heads in (6, 2, 2)))
+            pages = jnp.zeros((2, 7, 4, 2, 20), pages_dtype)
+            q, *pages = rope.rope_and_cache(
+                parts, positions, *pages, *where, None, jnp.ones(2), jnp.ones(2),
+                frequencies=np.zeros(10, np.float32), dtype=dtype, instructions=instructions,
+            )
+            assert (q == 1).all() and all((each != 0).sum() == 13 * 2 * 20 for each in pages)
 weight = jnp.ones((75, 130), jnp.bfloat16)
 assert np.array_equal(cpu.dense(jnp.ones((20, 130)), weight), np.full((20, 75), 130.0))
 print("clean")

@@ -34,6 +34,8 @@ from llama_jax.model.spec import ModelSpec
 from pallas_kernels.fp8_matmul.logits import LogitStats
 from pallas_kernels.fp8_matmul.reference import BLOCK
 from pallas_kernels.fp8_matmul.terms import Parts, Terms
+from pallas_kernels.rms_norm import KERNELS as NORM_KERNELS
+from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.rope_and_cache.xla import apply_rope
 from pallas_kernels.row_fusions import silu_and_mul
 
@@ -80,10 +82,10 @@ class RMSNorm(nn.Module):
         self.weight = parameter(self, "weight", shape, ("embed",), dtype)
 
     def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        normed = wide * lax.rsqrt(mean_square + self.spec.config.rms_norm_eps)
-        return normed.astype(x.dtype) * self.weight.astype(x.dtype)
+        return rms_norm(
+            x, self.weight, self.spec.config.rms_norm_eps,
+            implementation=self.spec.implementation_of(NORM_KERNELS),
+        )  # fmt: skip
 
     def fused(self, x: Array | Pending) -> tuple[Array, Terms]:
         """Add a pending product and normalise the sum in one launch; return both."""

@@ -37,8 +37,8 @@ struct Weight {
   const float* scale;  // null where there is none
 };
 
-// y [m, n] = x [m, k] @ weight [n, k].T; of two weights, gate and up, silu(x @ gate.T) times
-// x @ up.T. A scale belongs to 2^`row_shift` rows of the weight and `run_columns` of its columns, the
+// y [m, n] = x [m, k] @ weight [n, k].T, plus a residual [m, n] of y's format if there is one; of two
+// weights, gate and up, silu(x @ gate.T) times x @ up.T. A scale belongs to 2^`row_shift` rows of the weight and `run_columns` of its columns, the
 // last ones perhaps fewer; `runs` scales lie beside each other. Without scales there is one run.
 struct Product {
   int64_t m, n, k;
@@ -48,6 +48,7 @@ struct Product {
   int64_t row_shift, run_columns, runs;
   void* y;
   Format y_format;  // float32 or bfloat16
+  const void* residual;  // null where there is none
   const float* row_factors;  // of sums, for each row of x, where it was arranged
 
   float scale_of(int which, int64_t row, int64_t run) const {
@@ -136,6 +137,45 @@ void* thread_buffer(size_t bytes) {
   return reinterpret_cast<void*>(round_up(reinterpret_cast<intptr_t>(buffer.data()), 64));
 }
 
+// Memory for a copy of x, kept for later calls: fresh memory would have to be paged in. As many blocks
+// exist as calls have been at work at once.
+class Scratch {
+ public:
+  // The memory is null if there is none.
+  explicit Scratch(size_t bytes) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex());
+      if (!kept().empty()) block_ = std::move(kept().back()), kept().pop_back();
+    }
+    if (block_.bytes >= bytes) return;
+    block_ = {};
+    block_.memory.reset(aligned_alloc(PAGE, round_up(bytes, PAGE)));
+    block_.bytes = block_.memory ? bytes : 0;
+  }
+  ~Scratch() {
+    const std::lock_guard<std::mutex> lock(mutex());
+    if (block_.memory) kept().push_back(std::move(block_));
+  }
+  Scratch(const Scratch&) = delete;
+  void* data() const { return block_.memory.get(); }
+
+ private:
+  struct Block {
+    std::unique_ptr<void, void (*)(void*)> memory{nullptr, free};
+    size_t bytes = 0;
+  };
+  Block block_;
+  // Never destroyed: threads of XLA may outlive what is static.
+  static std::vector<Block>& kept() {
+    static auto* blocks = new std::vector<Block>;
+    return *blocks;
+  }
+  static std::mutex& mutex() {
+    static auto* mutex = new std::mutex;
+    return *mutex;
+  }
+};
+
 inline float from_bfloat16(uint16_t bits) {
   uint32_t wide = uint32_t(bits) << 16;
   float value;
@@ -183,6 +223,51 @@ struct Attention {
     const int64_t page = page_table[sequence * pages_per_row + position / page_size];
     const int64_t there = at_least(0, at_most(page, pages - 1));
     return ((there * page_size + position % page_size) * kv_heads + kv_head) * head_dim;
+  }
+};
+
+inline int64_t bytes_of(Format format) {
+  return format == Format::codes ? 1 : format == Format::bfloat16 ? 2 : 4;
+}
+
+// y [rows, columns] = x / rms(x), rounded, times weight [columns]; all of one format, bfloat16 or
+// float32.
+struct Norm {
+  int64_t rows, columns;
+  const void *x, *weight;
+  float eps;
+  Format format;
+  void* y;
+};
+
+// A scale for all kv heads, or one for each.
+struct Scales {
+  const float* data;
+  bool are_per_head;
+
+  float of(int64_t kv_head) const { return data[are_per_head ? kv_head : 0]; }
+};
+
+// q, k and v, [batch * tokens, heads or kv_heads, head_dim], of format bfloat16 or float32, of which q
+// and k are rotated, and k and v stored in pages [pages, page_size, kv_heads, head_dim]; see
+// `rope_and_cache`. cosines, sines: [batch * tokens, head_dim / 2].
+struct RopeAndCache {
+  int64_t batch, tokens, heads, head_dim, pages, page_size, kv_heads, pages_per_row;
+  const void *q, *k, *v;
+  Format format, kv_format;
+  const float *cosines, *sines;
+  const int32_t *page_table, *cached_lens, *kv_lens;
+  Scales k_scale, v_scale;
+  void *rotated_q, *k_pages, *v_pages;
+
+  // Where a row's key and value belong, counted in tokens of all pages; -1 if they are not stored.
+  int64_t place_of(int64_t row) const {
+    const int64_t sequence = row / tokens;
+    const int64_t position = cached_lens[sequence] + row % tokens;
+    if (position < 0 || position >= kv_lens[sequence]) return -1;
+    const int64_t column = at_most(position / page_size, pages_per_row - 1);
+    const int64_t page = page_table[sequence * pages_per_row + column];
+    return page < 0 || page >= pages ? -1 : page * page_size + position % page_size;
   }
 };
 

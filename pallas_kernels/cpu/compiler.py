@@ -58,10 +58,11 @@ _LIMITS: dict[str, Instructions] = {
     "AVX512_VNNI": "avx512", "AVX512_BF16": "avx512_bf16",
 }  # fmt: skip
 # Each is a file with this ending.
-KERNELS = ("fp8_matmul", "paged_attention")
+KERNELS = ("fp8_matmul", "between_products")
 _ENDING = ".cpp"
 _HEADERS = (
     "xla.h", "common.h", "instructions.h", "results.inc", "tiles.inc", "amx.inc", "attention.inc",
+    "amx_attention.inc", "rows.inc",
 )  # fmt: skip
 # No contraction, so that all tiles round alike. No warnings, which are for those who change the
 # code.

@@ -5,6 +5,7 @@
 // divided by rows of the weight over XLA's own threads.
 
 #include <algorithm>
+#include <optional>
 
 #include "instructions.h"
 
@@ -13,7 +14,7 @@ namespace {
 // x as the loops read it: in place if its type is theirs and nothing is needed behind its rows.
 template <class Activation>
 struct Copy {
-  std::unique_ptr<void, void (*)(void*)> memory{nullptr, free};
+  std::optional<Scratch> memory;
   Rows<Activation> rows{nullptr, 0};
   std::vector<float> factors;  // of sums, if rows were arranged
 
@@ -25,8 +26,8 @@ struct Copy {
     rows = {static_cast<const Activation*>(x), p.k};
     if (is_same && p.k % MAX_COLUMNS == 0 && !arrange) return true;
     rows.stride = round_up(p.k, MAX_COLUMNS);
-    memory.reset(aligned_alloc(64, p.m * rows.stride * sizeof(Activation)));
-    Activation* to = static_cast<Activation*>(memory.get());
+    memory.emplace(p.m * rows.stride * sizeof(Activation));
+    Activation* to = static_cast<Activation*>(memory->data());
     if (!to) return false;
     if (arrange) factors.resize(p.m);
     in_parallel(call, (p.m + COPIED_ROWS - 1) / COPIED_ROWS, [&](int64_t part) {
@@ -51,8 +52,8 @@ struct Copy {
                    Pack<Activation> pack) {
     const int64_t width = at_most(p.m, PACKED_ROWS);
     rows.stride = round_up(p.k, MAX_COLUMNS);
-    memory.reset(aligned_alloc(64, round_up(p.m, width) * rows.stride * sizeof(Activation)));
-    Activation* to = static_cast<Activation*>(memory.get());
+    memory.emplace(round_up(p.m, width) * rows.stride * sizeof(Activation));
+    Activation* to = static_cast<Activation*>(memory->data());
     if (!to) return false;
     rows.data = to;
     in_parallel(call, (p.m + width - 1) / width, [&](int64_t i) {
@@ -180,13 +181,15 @@ Format format_of(Operand x) {
 }
 
 // Operands: x, and a weight and its scales for each result, or two of both for the only one, gate
-// and up.
+// and up. With one weight a residual may follow. has_residual: whether one does.
 XLA_FFI_Error* matmul(const Call& call) {
   std::vector<Product> products;
-  const int64_t weights = (call.num_operands() - 1) / 2, results = call.num_results();
+  const int64_t has_residual = call.attribute("has_residual") != 0;
+  const int64_t weights = (call.num_operands() - 1 - has_residual) / 2;
+  const int64_t results = call.num_results();
   const bool is_gated = weights == 2 && results == 1;
-  bool is_valid = call.num_operands() == 1 + 2 * weights && results &&
-                  (is_gated || results == weights);
+  bool is_valid = call.num_operands() == 1 + 2 * weights + has_residual && results &&
+                  (is_gated || results == weights) && (!has_residual || weights == 1);
   for (int64_t i = 0; is_valid && i < results; i++) {
     const Operand y = call.result(i);
     Product p{};
@@ -200,6 +203,11 @@ XLA_FFI_Error* matmul(const Call& call) {
     is_valid = is_valid && y.size() == p.m * p.n &&
                (products.empty() || p.weight_format == products[0].weight_format) &&
                (p.y_format == Format::bfloat16 || y.type() == XLA_FFI_DataType_F32);
+    if (is_valid && has_residual) {
+      const Operand residual = call.operand(3);
+      p.residual = residual.data<void>();
+      is_valid = residual.has(y.type(), y.size());
+    }
     products.push_back(p);
   }
   if (!is_valid)

@@ -81,6 +81,7 @@ ALWAYS_INLINE void totals(const Sum (&s)[COUNT], float (&to)[COUNT]) {
 #include "results.inc"
 #include "tiles.inc"
 #include "attention.inc"
+#include "rows.inc"
 #undef TARGET
 }  // namespace portable
 namespace for_bfloat16 = portable;
@@ -136,6 +137,7 @@ TARGET ALWAYS_INLINE void totals(const Sum (&s)[COUNT], float (&to)[COUNT]) {
 #include "results.inc"
 #include "tiles.inc"
 #include "attention.inc"
+#include "rows.inc"
 #undef TARGET
 }  // namespace avx2
 #endif
@@ -305,6 +307,7 @@ TARGET ALWAYS_INLINE void totals(const Sum (&s)[COUNT], float (&to)[COUNT]) {
 #include "results.inc"
 #include "tiles.inc"
 #include "attention.inc"
+#include "rows.inc"
 #undef TARGET
 }  // namespace avx512
 #endif
@@ -430,6 +433,7 @@ TARGET ALWAYS_INLINE void load(const uint16_t* from, const Constants&, Part (&to
 }
 #include "results.inc"
 #include "amx.inc"
+#include "amx_attention.inc"
 #undef TARGET
 }  // namespace amx
 namespace for_bfloat16 = amx;
@@ -478,6 +482,7 @@ ALWAYS_INLINE void totals(const Sum (&s)[COUNT], float (&to)[COUNT]) {
 #include "results.inc"
 #include "tiles.inc"
 #include "attention.inc"
+#include "rows.inc"
 #undef TARGET
 }  // namespace neon
 namespace for_bfloat16 = neon;

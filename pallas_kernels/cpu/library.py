@@ -25,8 +25,12 @@ _loading = threading.Lock()
 
 # XLA's names for what the kernels do.
 MATMUL, LOGIT_STATS, ATTENTION = "fp8_matmul_cpu", "logit_stats_cpu", "paged_attention_cpu"
-TARGETS = (MATMUL, LOGIT_STATS, ATTENTION)
-_TARGETS_OF = {"fp8_matmul": (MATMUL, LOGIT_STATS), "paged_attention": (ATTENTION,)}
+ROPE, NORM = "rope_and_cache_cpu", "rms_norm_cpu"
+_TARGETS_OF = {
+    "fp8_matmul": (MATMUL, LOGIT_STATS),
+    "between_products": (ATTENTION, ROPE, NORM),
+}
+TARGETS = tuple(name for names in _TARGETS_OF.values() for name in names)
 
 
 _is_trusting: ContextVar[bool] = ContextVar("_is_trusting", default=False)

@@ -33,19 +33,21 @@ def fp8_matmuls(
     weight_scales: Sequence[Array],
     *,
     out_dtype: jnp.dtype = jnp.float32,
+    residual: Array | None = None,
     instructions: library.Instructions | None = None,
 ) -> tuple[Array, ...]:
-    """Compute x @ dequantised(weight).T for each weight.
+    """Compute x @ dequantised(weight).T for each weight, plus a residual if there is one weight.
 
     x: [m, k], bfloat16 or float32.
     weights: each [n_i, k], float8_e4m3fn, its int8 bits, or bfloat16.
     weight_scales: as in `fp8_matmul`, of one kind.
     out_dtype: float32 or bfloat16, to which sums in float32 are rounded.
+    residual: [m, n] of out_dtype, added before they are.
     instructions: for tests; None for the best.
     `refusal` must accept the operands.
     """
     how = _How(jnp.dtype(out_dtype), False, instructions)
-    return _products(x, tuple(weights), tuple(weight_scales), how)
+    return _products(x, tuple(weights), tuple(weight_scales), residual, how)
 
 
 def swiglu(
@@ -63,12 +65,12 @@ def swiglu(
     Operands as in `fp8_matmuls`; gate and up have the same shape, and scales of one kind.
     """
     how = _How(jnp.dtype(out_dtype), True, instructions)
-    return _products(x, (gate, up), (gate_scale, up_scale), how)[0]
+    return _products(x, (gate, up), (gate_scale, up_scale), None, how)[0]
 
 
 def dense(x: Array, weight: Array) -> Array:
     """Compute the same for one bfloat16 weight without scales."""
-    return _products(x, (weight,), (None,), _How(jnp.dtype(jnp.float32)))[0]
+    return _products(x, (weight,), (None,), None, _How(jnp.dtype(jnp.float32)))[0]
 
 
 def logit_stats(
@@ -142,22 +144,29 @@ class _How:
     instructions: library.Instructions | None = None
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3,))
+@partial(jax.custom_jvp, nondiff_argnums=(4,))
 def _products(
-    x: Array, weights: tuple[Array, ...], scales: tuple[Array | None, ...], how: _How
+    x: Array,
+    weights: tuple[Array, ...],
+    scales: tuple[Array | None, ...],
+    residual: Array | None,
+    how: _How,
 ) -> tuple[Array, ...]:
     scale_rows, scale_columns = _extent(weights[0], scales[0])
     operands = []
     for weight, scale in zip(weights, scales, strict=True):
         operands += [weight, jnp.zeros(0) if scale is None else scale]
+    if residual is not None:
+        operands.append(residual)
     results = weights[:1] if how.is_gated else weights
     call = jax.ffi.ffi_call(
         library.target(library.MATMUL, how.instructions),
         [jax.ShapeDtypeStruct((x.shape[0], each.shape[0]), how.out_dtype) for each in results],
     )
     ys: Sequence[Array] = call(
-        x, *operands, scale_rows=scale_rows, scale_columns=min(scale_columns, x.shape[1])
-    )
+        x, *operands, scale_rows=scale_rows, scale_columns=min(scale_columns, x.shape[1]),
+        has_residual=residual is not None,
+    )  # fmt: skip
     return tuple(ys)
 
 
@@ -168,11 +177,17 @@ def _products_jvp(
     """Differentiate XLA's form, because the kernel has no derivative."""
 
     def by_xla(
-        x: Array, weights: tuple[Array, ...], scales: tuple[Array | None, ...]
+        x: Array,
+        weights: tuple[Array, ...],
+        scales: tuple[Array | None, ...],
+        residual: Array | None,
     ) -> tuple[Array, ...]:
         pairs = zip(weights, scales, strict=True)
-        ys = tuple(xla.by_row_blocks(x, *each).astype(how.out_dtype) for each in pairs)
-        return (jax.nn.silu(ys[0]) * ys[1],) if how.is_gated else ys
+        ys = [xla.by_row_blocks(x, *each) for each in pairs]
+        if residual is not None:
+            ys[0] += residual
+        ys = [y.astype(how.out_dtype) for y in ys]
+        return (jax.nn.silu(ys[0]) * ys[1],) if how.is_gated else tuple(ys)
 
     return _products(*primals, how), jax.jvp(by_xla, primals, tangents)[1]
 

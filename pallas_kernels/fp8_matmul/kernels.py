@@ -190,8 +190,11 @@ def _on_cpu(
 ) -> tuple[Array, ...]:
     if x_scale is not None and reference.is_grouped(x_scale, x.shape[1]):
         x, x_scale = xla.ungrouped(x, x_scale, out_dtype), None
-    if x_scale is None and residual is None and out_dtype == jnp.bfloat16:
-        return cpu.fp8_matmuls(_upcast(x), weights, weight_scales, out_dtype=out_dtype)
+    is_alike = residual is None or residual.dtype == out_dtype
+    if x_scale is None and is_alike and out_dtype in (jnp.bfloat16, jnp.float32):
+        return cpu.fp8_matmuls(
+            _upcast(x), weights, weight_scales, out_dtype=out_dtype, residual=residual
+        )
     ys = cpu.fp8_matmuls(_upcast(x), weights, weight_scales)
     return tuple(_finished(y, x_scale, residual, out_dtype) for y in ys)
 
@@ -263,6 +266,7 @@ CPU = Kernel(
     unasked=_cpu_unasked,
     not_here=library.not_here,
     takes_several=True,
+    adds_residual=True,
     unquantized_swiglu=cpu.swiglu,
     logit_stats=cpu.logit_stats,
     launches=dict.fromkeys(

@@ -1,8 +1,9 @@
-"""Attention on a CPU, in C++ (`pallas_kernels/cpu/attention.inc`).
+"""Calls attention for CPUs, which is C++ (`pallas_kernels/cpu/attention.inc`).
 
-Computes in float32 with a running softmax over blocks of keys, which are upcast in registers. A
-result depends only on its own sequence, and not on how many tokens come with it: a token decoded
-alone has the bits that it has in a prompt.
+It computes in float32, with a running softmax over blocks of keys, which are upcast in registers.
+With AMX, queries in bfloat16 are multiplied as they are, and weights of keys as sums of two
+bfloat16 numbers. A result depends only on its own sequence, and not on how many tokens come with
+it: a token decoded alone has the bits that it has in a prompt.
 """
 
 import jax

@@ -130,7 +130,7 @@ class _Problem:
             scales.append(jnp.full((count, head_dim), 0.5, FP32))
         pools = (jax.random.normal(each, self.pool, BF16).astype(self.dtype) for each in keys[3:])
         positions = jnp.array(self.kv_lens)[:, None] - 1
-        turns = rope.angles(positions, self.frequencies)
+        turns = rope_xla.angles(positions, self.frequencies)
         return Projections(*sums), Projections(*scales), positions, turns, *pools
 
     def program(self, rope_and_cache: Callable[..., Any], attend: Any, dtype: Any) -> Any:

@@ -53,6 +53,7 @@ from pallas_kernels.paged_attention.hopper_decode_config import (
 from pallas_kernels.paged_attention.hopper_loop import PAGE_SIZE, Gmem, Ref
 from pallas_kernels.rope_and_cache import hopper as rope
 from pallas_kernels.rope_and_cache.projections import Projections
+from pallas_kernels.rope_and_cache.xla import angles
 
 NAME = "rope_and_attention"
 HEAD_DIM = 128
@@ -121,7 +122,7 @@ def rope_and_attention(
 ) -> tuple[Array, Array, Array]:
     """Compute the package's `rope_and_attention` for operands that `refusal` accepts.
 
-    cos_and_sin: the result of `rope.angles`, if it has been computed before.
+    cos_and_sin: the result of `angles`, if it has been computed before.
     config: None takes that of attention alone.
     interpret: plgpu.InterpretGPUParams, to run in the simulator.
     """
@@ -134,7 +135,7 @@ def rope_and_attention(
         config = replace(config, in_fp8=k_pages.dtype == e4m3.DTYPE)
     if reason := unfit(config, k_pages, capacity):
         raise ValueError(f"{config} cannot work: {reason}")
-    cos, sin = cos_and_sin or rope.angles(positions, frequencies)
+    cos, sin = cos_and_sin or angles(positions, frequencies)
     operands = rope.Operands(
         parts, weight_scales, cos, sin, page_table, cached_lens, kv_lens,
         k_scale.astype(jnp.float32).reshape(-1), v_scale.astype(jnp.float32).reshape(-1),

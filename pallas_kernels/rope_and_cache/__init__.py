@@ -10,7 +10,8 @@ from jax import Array, lax
 
 from pallas_kernels import choice, device
 from pallas_kernels.choice import Choice, Kernel, never
-from pallas_kernels.rope_and_cache import reference, xla
+from pallas_kernels.cpu import library
+from pallas_kernels.rope_and_cache import cpu, reference, xla
 from pallas_kernels.rope_and_cache.projections import Projections
 
 
@@ -52,8 +53,8 @@ def rope_and_cache(
     dtype: bfloat16 or float32, of q. The products are first rounded to it, except that "hopper"
         rounds only what it stores.
     implementation: None for the best that takes these arrays on the target device, or "hopper",
-        "xla" or "reference"; `choose` returns which it is, and why others refuse. "hopper" is one
-        launch that updates the pages in place.
+        "cpu", "xla" or "reference"; `choose` returns which it is, and why others refuse. "hopper"
+        and "cpu" are one launch that updates the pages in place.
     Returns q, [batch, tokens, num_heads, head_dim], and the pages.
     Raises ValueError for shapes that do not fit, and for a named implementation that cannot run.
     """
@@ -130,6 +131,14 @@ HOPPER = Kernel(
     refusal=_hopper_refusal,
     launches={"rope_and_cache": "reads q, k and v once, writes k and v into their pages"},
 )
+CPU = Kernel(
+    name="cpu",
+    run=cpu.rope_and_cache,
+    refusal=cpu.refusal,
+    unasked=lambda *_: device.not_local() or library.slower_than_xla(),
+    not_here=library.not_here,
+    launches={library.ROPE: "reads q, k and v once, writes k and v into their pages"},
+)
 XLA = Kernel(name="xla", run=xla.rope_and_cache, refusal=never, unasked=never)
 REFERENCE = Kernel(name="reference", run=reference.rope_and_cache, refusal=never, unasked=never)
-KERNELS: tuple[Kernel, ...] = (HOPPER, XLA, REFERENCE)
+KERNELS: tuple[Kernel, ...] = (HOPPER, CPU, XLA, REFERENCE)

@@ -78,7 +78,7 @@ def _case(shape: Heads, dtype: str, batch: int, tokens: int, parts: int, name: s
         scales = Projections(*(jnp.full((count, head_dim), 0.5, FP32) for count in counts))
         cached_lens = jnp.full(batch, start, jnp.int32)
         positions = cached_lens[:, None] + jnp.arange(tokens)
-        turns = hopper.angles(positions, frequencies)
+        turns = xla.angles(positions, frequencies)
         return (
             sums,
             scales if parts > 1 else None,

@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import e4m3, tuned
 from pallas_kernels.device import num_sms
 from pallas_kernels.rope_and_cache.projections import Projections
+from pallas_kernels.rope_and_cache.xla import angles
 
 NAME = "rope_and_cache"
 HEAD_DIMS = (64, 128)
@@ -99,13 +100,6 @@ def rope_and_cache(
         config=config, interpret=interpret,
     )  # fmt: skip
     return q.reshape(batch, tokens, *q.shape[1:]), k_pages, v_pages
-
-
-def angles(positions: Array, frequencies: np.ndarray) -> tuple[Array, Array]:
-    """Return cosines and sines, float32 [batch * tokens, head_dim / 2] each, as in
-    `xla.apply_rope`."""
-    each = positions.reshape(-1, 1).astype(jnp.float32) * frequencies
-    return jnp.cos(each), jnp.sin(each)
 
 
 class Operands(NamedTuple):

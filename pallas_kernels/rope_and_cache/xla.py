@@ -27,16 +27,8 @@ def rope_and_cache(
     frequencies: np.ndarray,
     dtype: jnp.dtype,
 ) -> tuple[Array, Array, Array]:
-    batch, tokens = positions.shape
-
-    def product(part: Array, weight_scale: Array | None) -> Array:
-        y = functools.reduce(operator.add, part)[: batch * tokens]
-        if weight_scale is not None:
-            y = y * weight_scale
-        return y.astype(dtype).reshape(batch, tokens, *part.shape[2:])
-
-    scales = weight_scales or (None, None, None)
-    q, k, v = (product(*each) for each in zip(parts, scales, strict=True))
+    rows = products(parts, weight_scales, positions.size, dtype)
+    q, k, v = (each.reshape(*positions.shape, *each.shape[1:]) for each in rows)
     q, k = apply_rope(q, positions, frequencies), apply_rope(k, positions, frequencies)
     where = (page_table, cached_lens, kv_lens)
     k_pages = write_pages(k_pages, k, *where, k_scale)
@@ -44,13 +36,35 @@ def rope_and_cache(
     return per_head(q, k_scale), k_pages, v_pages
 
 
+def products(
+    parts: Projections, weight_scales: Projections | None, rows: int, dtype: jnp.dtype
+) -> Projections:
+    """Add the parts of the first `rows` rows up, apply scales, and round to `dtype`.
+
+    Returns [rows, heads, head_dim] of q, k and v.
+    """
+
+    def product(part: Array, weight_scale: Array | None) -> Array:
+        y = functools.reduce(operator.add, part)[:rows]
+        return (y if weight_scale is None else y * weight_scale).astype(dtype)
+
+    scales = weight_scales or (None, None, None)
+    return Projections(*(product(*each) for each in zip(parts, scales, strict=True)))
+
+
+def angles(positions: Array, frequencies: np.ndarray) -> tuple[Array, Array]:
+    """Return cosines and sines, float32 [batch * tokens, head_dim / 2] each, as in `apply_rope`."""
+    each = positions.reshape(-1, 1).astype(jnp.float32) * frequencies
+    return jnp.cos(each), jnp.sin(each)
+
+
 def apply_rope(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
     """Rotate pairs (j, j + head_dim / 2) of x [batch, tokens, heads, head_dim] by float32 angles.
 
     positions: int32 [batch, tokens].
     """
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    turns = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(turns), jnp.sin(turns)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
