@@ -192,6 +192,7 @@ def test_rope_and_cache_refuses_by_name():
     refused("q must be bfloat16 or float32, got float16", dtype=jnp.float16)
     refused("pages must be float8_e4m3fn, bfloat16 or float32, got float16", pages=k.astype("f2"))
     refused("must not be empty", pages=k[:0])
+    refused("head_dim must be even, got 31", pages=k[..., :31])
 
 
 def test_other_operands_are_refused_unread():

@@ -52,6 +52,8 @@ def refusal(parts: Projections, k_pages: Array, dtype: jnp.dtype) -> str | None:
         return f"q must be bfloat16 or float32, got {dtype}"
     if k_pages.dtype not in (e4m3.DTYPE, jnp.int8, jnp.bfloat16, jnp.float32):
         return f"pages must be float8_e4m3fn, bfloat16 or float32, got {k_pages.dtype}"
+    if k_pages.shape[3] % 2:
+        return f"head_dim must be even, got {k_pages.shape[3]}"
     if not parts.q.size or not k_pages.size:
         return f"q and pages must not be empty, got {parts.q.shape} and {k_pages.shape}"
     return library.not_here()
