@@ -227,9 +227,11 @@ def test_inspect_shows_the_paths_of_this_cpu(run: Run, friendli: Path) -> None:
         note = r"^ *(\(\d\)) not hopper: JAX runs on cpu, not on a GPU *$"
         (mark,) = re.findall(note, program, re.MULTILINE)
         lines = [line.split() for line in program.splitlines()]
-        (row,) = (i for i, line in enumerate(lines) if line[:2] == ["self_attn", "0-1"])
-        assert library.ATTENTION.startswith(lines[row][2])  # the name may go on in the next line
-        assert mark in lines[row] + lines[row + 1]
+        rows = [i for i, line in enumerate(lines) if line[:2] == ["self_attn", "0-1"]]
+        names = (library.NORM, library.ROPE, library.ATTENTION)
+        for row, name in zip(rows, names, strict=True):
+            assert name.startswith(lines[row][2])  # the name may go on in the next line
+            assert name == library.NORM or mark in lines[row] + lines[row + 1]
 
 
 def test_inspect_says_what_fits_and_is_right(run: Run, friendli: Path) -> None:
