@@ -157,7 +157,7 @@ WRONG = {
     "rms_norm_eps": [0, -1e-5, 1.5, True, math.inf, math.nan, "1e-5", None, [1e-5]],
     "rope_theta": [0, -1.0, math.inf, math.nan, "500000", True, 0.5],
     "tie_word_embeddings": ["false", 0, 1, "yes", []],
-    "torch_dtype": ["float64", 5, "int8", True],
+    "torch_dtype": ["float64", 5, "int8", True, "x" * 400],
     "bos_token_id": [-1, "1", 1.0, True, 128256, 3_000_000_000, [1]],
     "eos_token_id": ["501", -1, 128256, 3_000_000_000, ["5"], [1, -1], 2.0, True, {}],
     "architectures": ["LlamaForCausalLM", 5, [5], {"a": 1}],

@@ -10,7 +10,7 @@ from typing import Any
 
 from llama_jax.errors import CheckpointError
 from llama_jax.errors import ConfigError as ConfigError
-from llama_jax.json_file import check_fields, convert, is_there, read_object
+from llama_jax.json_file import check_fields, convert, is_there, read_object, shown
 from llama_jax.model.config_files import (
     Count,
     Length,
@@ -87,7 +87,8 @@ class LlamaConfig:
         if self.rope_scaling and self.rope_linear_factor != 1:
             raise ConfigError("rope_scaling and rope_linear_factor: expected at most one of them")
         if self.dtype not in PARAM_DTYPES:
-            raise ConfigError(f"dtype must be one of {', '.join(PARAM_DTYPES)}, got {self.dtype!r}")
+            known = ", ".join(PARAM_DTYPES)
+            raise ConfigError(f"dtype must be one of {known}, got {shown(self.dtype)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values; `LlamaConfig.from_dict` reads them back."""

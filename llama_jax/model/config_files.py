@@ -243,7 +243,8 @@ def rope_of(hf: HfConfig, where: Path | str) -> tuple[float, RopeScaling | None,
     old_name = rope.pop("type", None)
     rope_type = rope.pop("rope_type", old_name) or old_name or "default"
     if old_name not in (None, rope_type):
-        raise ConfigError(f"{where}: {key} has type {old_name!r} and rope_type {rope_type!r}")
+        names = f"type {shown(old_name)} and rope_type {shown(rope_type)}"
+        raise ConfigError(f"{where}: {key} has {names}")
     if rope_type == "default" and _same(rope.get("factor"), 1.0):
         del rope["factor"]
     match rope_type:
