@@ -101,8 +101,13 @@ def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(tmp_path, monkeypa
 def test_ctrl_c_is_no_reason_to_warn(is_ending, tmp_path, monkeypatch, caplog):
     """It ends the compiler too, or the main thread and with it the starting of others."""
     script, tried = tmp_path / "c++", tmp_path / "tried"
-    end, reason = ("exit 1", "failed") if is_ending else ("kill -INT $$", "was interrupted")
-    script.write_text(f"#!/bin/sh\n[ $1 = -dM ] && exit\necho >> {tried}\n{end}\n")
+    # A shell could not end so, where Ctrl-C is ignored, as in a background job.
+    interrupt = "signal.signal(signal.SIGINT, signal.SIG_DFL); os.kill(os.getpid(), signal.SIGINT)"
+    end, reason = ("sys.exit(1)", "failed") if is_ending else (interrupt, "was interrupted")
+    script.write_text(
+        f"#!{sys.executable}\nimport os, signal, sys\nif sys.argv[1] != '-dM':\n"
+        f"    print(file=open({str(tried)!r}, 'a'))\n    {end}\n"
+    )
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
