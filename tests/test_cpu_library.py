@@ -24,6 +24,14 @@ echo library > "$2"
 """
 
 
+def take_as_compiler(script, monkeypatch):
+    """Let a script stand for the compiler of an x86 processor, and begin without libraries."""
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("LLAMA_JAX_CACHE", str(script.with_name("cache")))
+    monkeypatch.setattr(compiler.platform, "machine", lambda: "x86_64")
+
+
 @pytest.fixture
 def compiled(tmp_path, monkeypatch):
     """The log of a compiler that works."""
@@ -83,10 +91,7 @@ def test_a_compiler_that_fails_is_a_reason_and_leaves_nothing(tmp_path, monkeypa
     script.write_text(
         "#!/bin/sh\n[ $1 = -dM ] && exit\necho 'fp8: error: no such thing' >&2\nexit 1\n"
     )
-    script.chmod(0o755)
-    monkeypatch.setenv("CXX", str(script))
-    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(compiler.platform, "machine", lambda: "x86_64")
+    take_as_compiler(script, monkeypatch)
     monkeypatch.setattr(library, "_register", library._register.__wrapped__)
     reason = library._loaded.__wrapped__()
     assert isinstance(reason, str) and "failed: fp8: error: no such thing" in reason
@@ -108,10 +113,7 @@ def test_ctrl_c_is_no_reason_to_warn(is_ending, tmp_path, monkeypatch, caplog):
         f"#!{sys.executable}\nimport os, signal, sys\nif sys.argv[1] != '-dM':\n"
         f"    print(file=open({str(tried)!r}, 'a'))\n    {end}\n"
     )
-    script.chmod(0o755)
-    monkeypatch.setenv("CXX", str(script))
-    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(compiler.platform, "machine", lambda: "x86_64")
+    take_as_compiler(script, monkeypatch)
     monkeypatch.setattr(library, "_register", library._register.__wrapped__)
     monkeypatch.setattr(threading.main_thread(), "is_alive", lambda: not is_ending)
     for _ in range(2):  # a thread that waited for the compiler does not begin again
@@ -231,10 +233,7 @@ def test_libraries_are_taken_for_granted_while_they_are_compiled(tmp_path, monke
         f"#!/bin/sh\n[ $1 = -dM ] && exit\necho >> {tried}\n"
         f"while ! [ -e {go_on} ]; do sleep 0.01; done\nexit 1\n"
     )
-    script.chmod(0o755)
-    monkeypatch.setenv("CXX", str(script))
-    monkeypatch.setenv("LLAMA_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(compiler.platform, "machine", lambda: "x86_64")
+    take_as_compiler(script, monkeypatch)
     for name in ("_begun", "_loaded"):
         monkeypatch.setattr(library, name, functools.cache(getattr(library, name).__wrapped__))
     monkeypatch.setattr(library, "_register", library._register.__wrapped__)

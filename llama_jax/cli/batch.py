@@ -40,8 +40,9 @@ def batch(
     /v1/completions and /v1/score.
 
     Each line is {"custom_id", "method": "POST", "url", "body"}. The line of a refused request has
-    an error, and the others go on. A file in which lines share a custom_id is refused. OUT.jsonl appears when it is complete. Until then its lines are
-    in OUT.jsonl.partial, and the same command continues from there if it was stopped.
+    an error, and the others go on. A file in which lines share a custom_id is refused. OUT.jsonl
+    appears when it is complete. Until then its lines are in OUT.jsonl.partial, and the same command
+    continues from there if it was stopped.
 
     **Examples**
 

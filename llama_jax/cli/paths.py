@@ -113,7 +113,7 @@ def _reasons(call: "KernelCall") -> str:
 def _words(call: "KernelCall") -> str:
     """Name the matrices that the call reads, or else its module."""
     names = [path.rpartition("/")[2] for path in call.matrices or (call.module,)]
-    return ", ".join(names) or "outside of the model"
+    return ", ".join(names) or "outside of the layers"
 
 
 def _layers(call: "KernelCall") -> list[int]:
